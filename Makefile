@@ -1,0 +1,81 @@
+# make demo    the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
+# make test    the test suite (in Triton's interpreter where there is no GPU)
+# make check   ruff, formatting, types
+# make gpu     the test suite; stops where there is no NVIDIA GPU
+#
+# Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
+# uses that Python as it is, with nothing installed and no network. ARGS is passed on: make test ARGS="-k cell -m slow".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+
+CACHE := .ci-cache
+
+ifeq ($(strip $(VENV)),)
+
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# The folders kernels/ and bench/ are sub-packages of lstm_triton; links show them to Python where an install would.
+ready-%:
+	@ln -sfn ../kernels lstm_triton/kernels
+	@ln -sfn ../bench lstm_triton/bench
+
+else
+
+PY := $(VENV)/bin/python
+
+ready-%: $(VENV)/.installed-% ;
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; PYTHON=... names one")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Each extra holds the ones before it.
+includes-demo := demo
+includes-test := demo test
+includes-dev := demo test dev
+
+.PRECIOUS: $(VENV)/.installed-%
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $(foreach extra,$(includes-$*),$(VENV)/.installed-$(extra))
+
+endif
+
+# Where pytest-xdist is at hand, several workers share the cores, with one thread each.
+PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then export OMP_NUM_THREADS=1; workers="-n $(JOBS)"; fi; \
+         $(PY) -m pytest $$workers
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: ready-demo
+	@$(PY) -m lstm_triton.demo $(ARGS)
+
+test: ready-test
+	@$(PYTEST) $(ARGS)
+
+# Compiling fills the CPUs, and the persistent kernels want the GPU to themselves: a few workers, not one per core.
+gpu: JOBS = 4
+gpu: ready-test
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
+	@export TRITON_INTERPRET=0; $(PYTEST) $(ARGS)
+
+# mypy does not follow the mapping of folders to sub-packages: it reads a copy laid out as an install would be.
+check: ready-dev
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@rm -rf $(CACHE)/types && mkdir -p $(CACHE)/types
+	@cp -rL lstm_triton $(CACHE)/types/ && cp -rL kernels bench $(CACHE)/types/lstm_triton/
+	@cd $(CACHE)/types && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
+
+.PHONY: help demo test check gpu clean
+
+clean:
+	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

@@ -1,0 +1,136 @@
+"""One timestep of the LSTM forward, in a single launch.
+
+Every program owns a tile of BLOCK_B batch rows and BLOCK_H hidden units with all four gates of each, so the projections
+x W_ih^T and h W_hh^T, the bias, the activations and the update of c and h never leave registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import cell_forward_config
+from .equations import lstm_forward
+from .gates import gate_rows, split_gates, store_gates
+from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+
+
+@triton.jit
+def _add_projection(
+    acc,  # [BLOCK_B, 4 * BLOCK_H]
+    a_ptr,  # [B, K]: x or h_prev
+    w_ptr,  # [4H, K]: W_ih or W_hh
+    offs_b, mask_b, rows, mask_rows, K,
+    stride_a_b, stride_a_k, stride_w_row, stride_w_k,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + a W^T for one tile of batch rows and one tile of gate rows."""
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + offs_b.to(tl.int64)[:, None] * stride_a_b + offs_k.to(tl.int64)[None, :] * stride_a_k
+    w_ptrs = w_ptr + rows.to(tl.int64)[None, :] * stride_w_row + offs_k.to(tl.int64)[:, None] * stride_w_k
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        a = tl.load(a_ptrs, mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_rows[None, :], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        a_ptrs += BLOCK_K * stride_a_k
+        w_ptrs += BLOCK_K * stride_w_k
+    return acc
+
+
+@triton.jit(do_not_specialize=["B"])
+def _lstm_cell_forward_kernel(
+    # pointers
+    x_ptr,  # [B, I]
+    h_prev_ptr,  # [B, H]
+    c_prev_ptr,  # [B, H]
+    w_ih_ptr,  # [4H, I]
+    w_hh_ptr,  # [4H, H]
+    b_ih_ptr,  # [4H] or None
+    b_hh_ptr,  # [4H] or None
+    h_ptr,  # [B, H] out
+    c_ptr,  # [B, H] out
+    gates_ptr,  # [B, H, 4] out, or None when no gradient will be asked for
+    # sizes
+    B, I, H,
+    # strides
+    stride_x_b, stride_x_i, stride_h_b, stride_h_h, stride_c_b, stride_c_h,
+    stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
+    # meta-parameters
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
+    first_unit = tl.program_id(0) * BLOCK_H
+    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < B
+    rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
+
+    z = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
+    z = _add_projection(z, x_ptr, w_ih_ptr, offs_b, mask_b, rows, mask_rows, I, stride_x_b, stride_x_i,
+                        stride_w_ih_row, stride_w_ih_k, BLOCK_K, PRECISION)  # fmt: skip
+    z = _add_projection(z, h_prev_ptr, w_hh_ptr, offs_b, mask_b, rows, mask_rows, H, stride_h_b, stride_h_h,
+                        stride_w_hh_row, stride_w_hh_k, BLOCK_K, PRECISION)  # fmt: skip
+    if b_ih_ptr is not None:
+        z += tl.load(b_ih_ptr + rows * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
+    if b_hh_ptr is not None:
+        z += tl.load(b_hh_ptr + rows * stride_b_hh, mask=mask_rows, other=0.0).to(ACC)[None, :]
+
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask = mask_b[:, None] & (offs_h < H)[None, :]
+    offs_b = offs_b.to(tl.int64)
+    c_offsets = offs_b[:, None] * stride_c_b + offs_h.to(tl.int64)[None, :] * stride_c_h
+    c_prev = tl.load(c_prev_ptr + c_offsets, mask=mask, other=0.0).to(ACC)
+    z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
+    i, f, g, o, c, h = lstm_forward(z_i, z_f, z_g, z_o, c_prev)
+
+    offsets = offs_b[:, None] * H + offs_h[None, :]
+    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(c_ptr + offsets, c.to(c_ptr.dtype.element_ty), mask=mask)
+    if gates_ptr is not None:
+        store_gates(gates_ptr, i, f, g, o, offs_b, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+
+
+_forward = Launcher(_lstm_cell_forward_kernel)
+
+
+def lstm_cell_forward(
+    x: torch.Tensor,
+    h_prev: torch.Tensor,
+    c_prev: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: torch.Tensor | None = None,
+    b_hh: torch.Tensor | None = None,
+    *,
+    precision: str | None = None,
+    save_gates: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch the forward kernel once.
+
+    Args:
+        x: [B, I]; h_prev, c_prev: [B, H]; w_ih: [4H, I]; w_hh: [4H, H]; b_ih, b_hh: [4H] or None. One floating-point
+            dtype and device for all, any strides; shapes are the caller's responsibility.
+        precision: how float32 products are computed: "ieee", "tf32", "tf32x3", or None for torch's setting.
+        save_gates: also return the activated gates, which `lstm_cell_backward` needs.
+
+    Returns:
+        h, c: [B, H]; gates: [B, H, 4] (i, f, g, o innermost) or None. All contiguous, in the dtype of x.
+    """
+    B, I = x.shape
+    H = h_prev.shape[1]
+    h = torch.empty((B, H), dtype=x.dtype, device=x.device)
+    c = torch.empty((B, H), dtype=x.dtype, device=x.device)
+    gates = torch.empty((B, H, 4), dtype=x.dtype, device=x.device) if save_gates else None
+    if h.numel() == 0:
+        return h, c, gates
+    precision = matmul_precision(x.dtype, precision)
+    config = cell_forward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
+    _forward(
+        (triton.cdiv(H, config.block_h), triton.cdiv(B, config.block_b), 1),
+        (x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, h, c, gates),
+        (B, I, H, *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride(),
+         0 if b_ih is None else b_ih.stride(0), 0 if b_hh is None else b_hh.stride(0)),
+        (accumulator(x.dtype), precision, config.block_b, config.block_h, config.block_k),
+        config,
+    )  # fmt: skip
+    return h, c, gates

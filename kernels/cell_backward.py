@@ -1,0 +1,240 @@
+"""One timestep of the LSTM backward, in a single launch.
+
+Programs of three kinds share the grid and do not depend on one another: tiles of the weight gradients, tiles of the input
+gradients, and slices of (dc_prev, db). Each recomputes the gate gradients dz it needs from the saved gates (elementwise, cheap
+next to the products), so dz is never in memory, and nothing is accumulated across programs: two runs agree bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import cell_backward_config
+from .equations import lstm_backward
+from .gates import gate_rows, join_gates, load_gates
+from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+
+
+@triton.jit
+def _load_tile(ptr, offs_b, mask_b, offs_h, mask_h, stride_b, stride_h):
+    offsets = offs_b.to(tl.int64)[:, None] * stride_b + offs_h.to(tl.int64)[None, :] * stride_h
+    return tl.load(ptr + offsets, mask=mask_b[:, None] & mask_h[None, :], other=0.0)
+
+
+@triton.jit
+def _gate_gradients(
+    step,  # (gates, c_prev, c, dh, dc, their sizes and strides): see _lstm_cell_backward_kernel
+    first_row, first_unit,
+    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dz_i, dz_f, dz_g, dz_o and dc_prev, each [BLOCK_B, BLOCK_H]; past B and H all are 0, as is everything loaded there."""
+    (gates_ptr, c_prev_ptr, c_ptr, dh_ptr, dc_ptr, B, H,
+     stride_c_b, stride_c_h, stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h) = step  # fmt: skip
+    offs_b = first_row + tl.arange(0, BLOCK_B)
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < B
+    mask_h = offs_h < H
+    i, f, g, o = load_gates(gates_ptr, offs_b, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+    c_prev = _load_tile(c_prev_ptr, offs_b, mask_b, offs_h, mask_h, stride_c_b, stride_c_h).to(ACC)
+    c = _load_tile(c_ptr, offs_b, mask_b, offs_h, mask_h, H, 1).to(ACC)
+    dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    if dh_ptr is not None:
+        dh = _load_tile(dh_ptr, offs_b, mask_b, offs_h, mask_h, stride_dh_b, stride_dh_h).to(ACC)
+    if dc_ptr is not None:
+        dc = _load_tile(dc_ptr, offs_b, mask_b, offs_h, mask_h, stride_dc_b, stride_dc_h).to(ACC)
+    return lstm_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
+
+
+@triton.jit
+def _weight_gradient_tile(
+    tile, out_ptr, a_ptr, N, stride_a_b, stride_a_n, step, B, H,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_ih (a = x, N = I) or of dW_hh (a = h_prev, N = H)."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_unit = (tile // tiles_n) * BLOCK_H
+    offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros((4 * BLOCK_H, BLOCK_N), ACC)
+    for first_row in range(0, B, BLOCK_B):
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
+        offs_b = first_row + tl.arange(0, BLOCK_B)
+        a = _load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
+        acc = tl.dot(tl.trans(dz).to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
+    rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
+    offsets = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _input_gradient_tile(
+    tile, out_ptr, w_ptr, N, stride_w_row, stride_w_k, step, B, H,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_B, BLOCK_N] tile of dz W: of dx (W = W_ih, N = I) or of dh_prev (W = W_hh, N = H)."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_row = (tile // tiles_n) * BLOCK_B
+    offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
+    for first_unit in range(0, H, BLOCK_H):
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
+        rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
+        w = _load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
+        acc = tl.dot(dz.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    offs_b = first_row + tl.arange(0, BLOCK_B)
+    offsets = offs_b.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(offs_b < B)[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _state_gradient_tile(
+    tile, dc_prev_ptr, db_ptr, step, B, H,
+    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
+    first_unit = tile * BLOCK_H
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    db_i = tl.zeros((BLOCK_H,), ACC)
+    db_f = tl.zeros((BLOCK_H,), ACC)
+    db_g = tl.zeros((BLOCK_H,), ACC)
+    db_o = tl.zeros((BLOCK_H,), ACC)
+    for first_row in range(0, B, BLOCK_B):
+        dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        if dc_prev_ptr is not None:
+            offs_b = first_row + tl.arange(0, BLOCK_B)
+            offsets = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
+            mask = (offs_b < B)[:, None] & mask_h[None, :]
+            tl.store(dc_prev_ptr + offsets, dc_prev.to(dc_prev_ptr.dtype.element_ty), mask=mask)
+        db_i += tl.sum(dz_i, axis=0)
+        db_f += tl.sum(dz_f, axis=0)
+        db_g += tl.sum(dz_g, axis=0)
+        db_o += tl.sum(dz_o, axis=0)
+    if db_ptr is not None:
+        tl.store(db_ptr + offs_h, db_i.to(db_ptr.dtype.element_ty), mask=mask_h)
+        tl.store(db_ptr + H + offs_h, db_f.to(db_ptr.dtype.element_ty), mask=mask_h)
+        tl.store(db_ptr + 2 * H + offs_h, db_g.to(db_ptr.dtype.element_ty), mask=mask_h)
+        tl.store(db_ptr + 3 * H + offs_h, db_o.to(db_ptr.dtype.element_ty), mask=mask_h)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _lstm_cell_backward_kernel(
+    # pointers: what arrives and what was saved
+    dh_ptr,  # [B, H] or None
+    dc_ptr,  # [B, H] or None
+    gates_ptr,  # [B, H, 4]
+    x_ptr,  # [B, I]
+    h_prev_ptr,  # [B, H]
+    c_prev_ptr,  # [B, H]
+    c_ptr,  # [B, H], contiguous
+    w_ih_ptr,  # [4H, I]
+    w_hh_ptr,  # [4H, H]
+    # pointers: the gradients, each contiguous, or None when not asked for
+    dx_ptr,  # [B, I]
+    dh_prev_ptr,  # [B, H]
+    dc_prev_ptr,  # [B, H]
+    dw_ih_ptr,  # [4H, I]
+    dw_hh_ptr,  # [4H, H]
+    db_ptr,  # [4H]
+    # sizes
+    B, I, H,
+    # strides
+    stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_b, stride_h_h,
+    stride_c_b, stride_c_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
+    # meta-parameters
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one timestep. The grid holds, in this order, the tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
+    step = (gates_ptr, c_prev_ptr, c_ptr, dh_ptr, dc_ptr, B, H,
+            stride_c_b, stride_c_h, stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h)  # fmt: skip
+    tile = tl.program_id(0)
+    if dw_hh_ptr is not None:
+        tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(H, BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _weight_gradient_tile(tile, dw_hh_ptr, h_prev_ptr, H, stride_h_b, stride_h_h, step, B, H,
+                                  ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+        tile -= tiles
+    if dw_ih_ptr is not None:
+        tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(I, BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _weight_gradient_tile(tile, dw_ih_ptr, x_ptr, I, stride_x_b, stride_x_i, step, B, H,
+                                  ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+        tile -= tiles
+    if dh_prev_ptr is not None:
+        tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _input_gradient_tile(tile, dh_prev_ptr, w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k, step, B, H,
+                                 ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+        tile -= tiles
+    if dx_ptr is not None:
+        tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(I, BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _input_gradient_tile(tile, dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k, step, B, H,
+                                 ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+        tile -= tiles
+    if dc_prev_ptr is not None or db_ptr is not None:
+        if (tile >= 0) & (tile < tl.cdiv(H, BLOCK_H)):
+            _state_gradient_tile(tile, dc_prev_ptr, db_ptr, step, B, H, ACC, BLOCK_B, BLOCK_H)
+
+
+_backward = Launcher(_lstm_cell_backward_kernel)
+
+
+def lstm_cell_backward(
+    dh: torch.Tensor | None,
+    dc: torch.Tensor | None,
+    gates: torch.Tensor,
+    x: torch.Tensor,
+    h_prev: torch.Tensor,
+    c_prev: torch.Tensor,
+    c: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    needs: tuple[bool, bool, bool, bool, bool, bool] = (True,) * 6,
+    *,
+    precision: str | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Launch the backward kernel once.
+
+    Args:
+        dh, dc: [B, H], the gradients of h and c, any strides; None stands for zero.
+        gates, c: what `lstm_cell_forward` returned; x, h_prev, c_prev, w_ih, w_hh: what it was given.
+        needs: which of dx, dh_prev, dc_prev, dW_ih, dW_hh, db to compute.
+        precision: as in `lstm_cell_forward`.
+
+    Returns:
+        (dx [B, I], dh_prev [B, H], dc_prev [B, H], dW_ih [4H, I], dW_hh [4H, H], db [4H]), None where not needed.
+    """
+    B, I = x.shape
+    H = h_prev.shape[1]
+    shapes = ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,))
+    # With B = 0 the weight and bias tiles still run and write their empty sums; with H = 0 there is no tile at all.
+    allocate = torch.empty if H else torch.zeros
+    grads = tuple(allocate(s, dtype=x.dtype, device=x.device) if n else None for s, n in zip(shapes, needs))
+    precision = matmul_precision(x.dtype, precision)
+    config = cell_backward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
+    tiles_b, tiles_h = triton.cdiv(B, config.block_b), triton.cdiv(H, config.block_h)
+    tiles_i_n, tiles_h_n = triton.cdiv(I, config.block_n), triton.cdiv(H, config.block_n)
+    dx, dh_prev, dc_prev, dw_ih, dw_hh, db = needs
+    grid = (
+        dw_hh * tiles_h * tiles_h_n
+        + dw_ih * tiles_h * tiles_i_n
+        + dh_prev * tiles_b * tiles_h_n
+        + dx * tiles_b * tiles_i_n
+        + (dc_prev or db) * tiles_h
+    )
+    if grid == 0:
+        return grads
+    _backward(
+        (grid, 1, 1),
+        (dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, *grads),
+        (B, I, H, *((0, 0) if dh is None else dh.stride()), *((0, 0) if dc is None else dc.stride()),
+         *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride()),
+        (accumulator(x.dtype), precision, config.block_b, config.block_h, config.block_n),
+        config,
+    )  # fmt: skip
+    return grads

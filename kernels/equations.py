@@ -1,0 +1,83 @@
+"""The LSTM, once: the equations every kernel computes, on values in registers, with no pointer in sight.
+
+Gate order and names are PyTorch's (i, f, g, o: input/update, forget, candidate, output/result). All functions compute
+in the dtype of their arguments: float32, or float64 when the tensors are float64.
+
+Forward, given the pre-activations z = x W_ih^T + h_prev W_hh^T + b:
+
+    i = sigmoid(z_i)    f = sigmoid(z_f)    g = tanh(z_g)    o = sigmoid(z_o)
+    c = f * c_prev + i * g
+    h = o * tanh(c)
+
+Backward, given dh and dc from the output and from the step after (each line is the chain rule applied to one line above,
+read upwards):
+
+    h = o * tanh(c)          do = dh * tanh(c)             dc += dh * o * (1 - tanh(c)^2)
+    c = f * c_prev + i * g   df = dc * c_prev              dc_prev = dc * f
+                             di = dc * g                   dg = dc * i
+    o = sigmoid(z_o)         dz_o = do * o * (1 - o)
+    g = tanh(z_g)            dz_g = dg * (1 - g^2)
+    f = sigmoid(z_f)         dz_f = df * f * (1 - f)
+    i = sigmoid(z_i)         dz_i = di * i * (1 - i)
+
+and, by the matrix products of the kernels, dx = dz W_ih, dh_prev = dz W_hh, dW_ih = dz^T x, dW_hh = dz^T h_prev, db = sum dz.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    # exp(-x) overflows to inf for very negative x, and 1 / inf = 0 is the right answer.
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    # The exponent is never positive, so nothing overflows; (1 - e) and (1 + e) keep full relative accuracy for large |x|.
+    # (1 - exp(-2x)) / (1 + exp(-2x)) would be inf / inf below x = -45.
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def d_sigmoid(s):
+    """Derivative of sigmoid, from its value s."""
+    return s * (1.0 - s)
+
+
+@triton.jit
+def d_tanh(t):
+    """Derivative of tanh, from its value t."""
+    return 1.0 - t * t
+
+
+@triton.jit
+def lstm_forward(z_i, z_f, z_g, z_o, c_prev):
+    """One timestep from the pre-activations: returns i, f, g, o, c, h."""
+    i = sigmoid(z_i)
+    f = sigmoid(z_f)
+    g = tanh(z_g)
+    o = sigmoid(z_o)
+    c = f * c_prev + i * g
+    h = o * tanh(c)
+    return i, f, g, o, c, h
+
+
+@triton.jit
+def lstm_backward(i, f, g, o, c_prev, c, dh, dc):
+    """Back through one timestep: returns dz_i, dz_f, dz_g, dz_o, dc_prev."""
+    tanh_c = tanh(c)
+    do = dh * tanh_c
+    dc += dh * o * d_tanh(tanh_c)
+    di = dc * g
+    df = dc * c_prev
+    dg = dc * i
+    dz_i = di * d_sigmoid(i)
+    dz_f = df * d_sigmoid(f)
+    dz_g = dg * d_tanh(g)
+    dz_o = do * d_sigmoid(o)
+    dc_prev = dc * f
+    return dz_i, dz_f, dz_g, dz_o, dc_prev

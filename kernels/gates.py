@@ -1,0 +1,78 @@
+"""Four gates in one tile: how BLOCK_H hidden units, with all four gates each, become 4 * BLOCK_H rows or columns.
+
+Two orders of the 4 * BLOCK_H entries n of a tile are in use; nothing outside this file knows them.
+
+*Fragment order*, for operands and results of matrix products: n = 16 * block + 8 * hi + 2 * lane + lo stands for unit
+4 * block + lane, gate 2 * hi + lo. In a tensor-core accumulator one thread holds columns 2 * lane, 2 * lane + 1 of each group of
+eight, hence all four gates of a unit, and `split_gates` moves no data between threads.
+
+*Memory order*, for pre-activations and saved gates, [..., H, 4] in memory: n = 4 * unit + gate. All four gates of a unit are
+one 8- or 16-byte access.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gate_rows(first_unit, H, BLOCK_H: tl.constexpr):
+    """Rows of a [4H, ...] weight that make up the tile of units first_unit ... + BLOCK_H, in fragment order.
+
+    Returns rows [4 * BLOCK_H] and their mask (False for units past H). BLOCK_H is a multiple of 4.
+    """
+    n = tl.arange(0, 4 * BLOCK_H)
+    unit = first_unit + (n // 16) * 4 + (n // 2) % 4
+    gate = ((n // 8) % 2) * 2 + n % 2
+    return gate * H + unit, unit < H
+
+
+@triton.jit
+def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_B, 4 * BLOCK_H] in fragment order -> four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
+    tile = tl.reshape(tile, (BLOCK_B, BLOCK_H // 4, 2, 4, 2))
+    tile = tl.permute(tile, (0, 1, 3, 2, 4))
+    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+
+
+@triton.jit
+def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Four [BLOCK_B, BLOCK_H] tiles -> [BLOCK_B, 4 * BLOCK_H] in fragment order."""
+    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
+    tile = tl.permute(tile, (0, 1, 3, 2, 4))
+    return tl.reshape(tile, (BLOCK_B, 4 * BLOCK_H))
+
+
+@triton.jit
+def load_gates(ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0."""
+    offsets, mask = _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H)
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+
+
+@triton.jit
+def store_gates(ptr, i, f, g, o, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there."""
+    offsets, mask = _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H)
+    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H))
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H: tl.constexpr):
+    n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
+    return rows.to(tl.int64)[:, None] * (4 * H) + n[None, :], mask_rows[:, None] & (n < 4 * H)[None, :]
+
+
+@triton.jit
+def _split_pairs(tile):
+    # [..., hi, lo] with gate = 2 * hi + lo; split takes the last axis, so lo falls first.
+    ig, fo = tl.split(tile)
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o
+
+
+@triton.jit
+def _join_pairs(i, f, g, o):
+    return tl.join(tl.join(i, g), tl.join(f, o))

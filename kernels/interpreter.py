@@ -1,0 +1,289 @@
+"""Repairs that make Triton's CPU interpreter (TRITON_INTERPRET=1) compute what a GPU computes.
+
+Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bit patterns, silently. After `install`
+
+* casts to bfloat16 round once, to nearest even, and keep NaN; sums, products, comparisons, reductions and scans of
+  bfloat16 compute in float32 and round the result; a bfloat16 may meet a Python number (`x * 2.0`);
+* `tl.dot` of float16 and bfloat16 multiplies the values and accumulates in float32;
+* `tl.dot` of float32 with input_precision "tf32", the default, drops the 13 low mantissa bits of both operands. It
+  truncates: Triton gives the float32 registers to the tensor core without a cvt.rna.tf32, and the tensor core does not
+  read those bits. "tf32x3" stays float32, whose error it nearly has;
+* inline assembly of one instruction runs if INLINE_ASM has that instruction;
+* `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
+* numpy does not warn of overflow and NaN inside a kernel, where they are no accident;
+* on request every load, store and atomic is checked against the memory of the launch's tensors.
+
+float8 stays as Triton has it, and `libdevice` still does not run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import linecache
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+try:
+    import numpy as np
+    from triton.runtime import interpreter as stock
+
+    _StockBuilder: Any = stock.InterpreterBuilder
+except ModuleNotFoundError:  # numpy: the interpreter needs it, but a GPU does not
+    _StockBuilder = object
+
+_NOT_KERNEL_CODE = (os.path.dirname(triton.__file__) + os.sep, __file__)
+
+_undo: list[Callable[[], None]] = []
+
+
+class OutOfBounds(IndexError):
+    """A load, store or atomic of a kernel touched memory outside every tensor of its launch."""
+
+
+def is_interpreting() -> bool:
+    """Whether kernels decorated from now on run in the interpreter (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def install(*, check_bounds: bool = False) -> None:
+    """Repair the interpreter for every kernel of this process; a second call changes nothing.
+
+    check_bounds: raise `OutOfBounds`, an IndexError that names the source line, where an unmasked lane of a load, store
+    or atomic lies outside the storages of the tensors given to the launch. Once asked for, it stays until `uninstall`.
+    Raises ModuleNotFoundError without numpy.
+    """
+    import triton.runtime.interpreter  # noqa: F401  names the missing module, if one is missing
+
+    _RepairedBuilder.check_bounds |= check_bounds
+    if not _undo:
+        _replace(stock.interpreter_builder, "__class__", lambda _: _RepairedBuilder)
+        _replace(stock.ReduceOps, "apply_impl", _in_float32)
+        _replace(stock.ScanOps, "apply_impl", _in_float32)
+        _replace(stock.InterpretedFunction, "run", _with_fresh_bounds_and_quiet_numpy)
+        _replace(stock, "_implicit_cvt", _noting_storages)
+        _replace(stock, "_patch_lang_tensor", _with_index_of_one_element)
+
+
+def uninstall() -> None:
+    """Give the interpreter back as Triton made it."""
+    while _undo:
+        _undo.pop()()
+    _RepairedBuilder.check_bounds = False
+
+
+def _replace(owner: Any, name: str, repair: Callable) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, repair(original))
+    _undo.append(lambda: setattr(owner, name, original))
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    if values.dtype in (np.float16, np.float32):
+        bits = values.astype(np.float32).view(np.uint32)
+    else:
+        bits = _float32_rounded_to_odd(values.astype(np.float64))
+    # Adding just under half a unit of the kept part (exactly half if that is odd) carries where rounding goes up.
+    nearest_even = bits + 0x7FFF + (bits >> 16 & 1)
+    quiet_nan = bits | 0x400000
+    return (np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet_nan, nearest_even) >> 16).astype(np.uint16)
+
+
+def _float32_rounded_to_odd(values: np.ndarray) -> np.ndarray:
+    """float64 -> bits of float32, towards zero with a sticky last bit: rounding these again equals rounding once."""
+    nearest = values.astype(np.float32)
+    towards_zero = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(values)).astype(np.uint32)
+    return towards_zero | (nearest != values).astype(np.uint32)
+
+
+def _truncated_to_tf32(values: np.ndarray) -> np.ndarray:
+    return (values.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _rounded_to_11_bits(values: np.ndarray) -> np.ndarray:
+    scaled = values * np.float32(2**13 + 1)  # Veltkamp's splitting keeps 24 - 13 significant bits
+    return scaled - (scaled - values)
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _decode(handle: Any) -> np.ndarray:
+    return _from_bfloat16(handle.data) if _is_bfloat16(handle) else handle.data
+
+
+def _encode(values: np.ndarray, dtype: Any) -> Any:
+    is_bfloat16 = dtype.scalar == tl.bfloat16
+    data = _to_bfloat16(values) if is_bfloat16 else values.astype(stock._get_np_dtype(dtype.scalar), copy=False)
+    return stock.TensorHandle(data, dtype.scalar)
+
+
+# PTX instruction, less .ftz, -> numpy function of its float32 operands as accurate as the PTX manual promises: relative
+# error 2^-11 for tanh, which is therefore rounded to 11 bits, and nearly float32's own for the others.
+INLINE_ASM: dict[str, Callable[..., Any]] = {
+    "tanh.approx.f32": lambda x: _rounded_to_11_bits(np.tanh(x)),
+    "ex2.approx.f32": lambda x: np.exp2(x),
+    "rcp.approx.f32": lambda x: np.reciprocal(x),
+}
+
+
+class _RepairedBuilder(_StockBuilder):
+    check_bounds = False
+    # (first byte, byte past the end) of every storage of the launch, sorted; the first entry lies below all addresses.
+    storages: list[tuple[int, int]] = [(0, 0)]
+
+    def get_bf16(self, value):
+        return _encode(np.array([value], np.float64), tl.bfloat16)
+
+    def cast_impl(self, src, dst_type):
+        if _is_bfloat16(src) != (dst_type.scalar == tl.bfloat16):
+            return _encode(_decode(src), dst_type)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        # Triton 3.9 casts float16 <-> bfloat16 here; other casts here are of float8 or with an explicit rounding.
+        if {src.dtype.scalar, dst_type.scalar} == {tl.float16, tl.bfloat16}:
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        if not _is_bfloat16(lhs):
+            return super().binary_op(lhs, rhs, op)
+        result = op(_decode(lhs), _decode(rhs))
+        return _encode(result, tl.int1 if result.dtype == np.bool_ else tl.bfloat16)
+
+    def unary_op(self, arg, op):
+        return _encode(op(_decode(arg)), tl.bfloat16) if _is_bfloat16(arg) else super().unary_op(arg, op)
+
+    def create_fma(self, x, y, z):
+        # float64 holds the product of two narrower floats exactly, as a fused multiply-add does.
+        if z.data.dtype == np.float64:
+            return super().create_fma(x, y, z)
+        return _encode(_decode(x).astype(np.float64) * _decode(y) + _decode(z), z.dtype)
+
+    def create_dot(self, a, b, d, input_precision, *rest):
+        if a.data.dtype == np.float16 or _is_bfloat16(a):
+            product = np.matmul(_decode(a).astype(np.float32), _decode(b).astype(np.float32))
+        elif a.data.dtype == np.float32 and input_precision == stock._ir.INPUT_PRECISION.TF32:
+            product = np.matmul(_truncated_to_tf32(a.data), _truncated_to_tf32(b.data))
+        else:
+            return super().create_dot(a, b, d, input_precision, *rest)
+        return _encode(product + _decode(d), d.dtype)
+
+    def create_inline_asm(self, asm, constraints, values, result_types, is_pure, pack):
+        instruction = asm.split()[0].replace(".ftz", "")
+        if instruction not in INLINE_ASM:
+            raise NotImplementedError(f"inline assembly {instruction!r} has no function in INLINE_ASM to stand for it")
+        result = INLINE_ASM[instruction](*(_decode(value) for value in values))
+        return types.SimpleNamespace(get_result=[_encode(result, result_types[0])].__getitem__)
+
+    def create_masked_load(self, ptrs, mask, *args, **kwargs):
+        self._check("load", ptrs, mask)
+        return super().create_masked_load(ptrs, mask, *args, **kwargs)
+
+    def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
+        self._check("store", ptrs, mask)
+        return super().create_masked_store(ptrs, value, mask, *args, **kwargs)
+
+    def create_atomic_rmw(self, op, ptr, val, mask, *args):
+        self._check("atomic", ptr, mask)
+        return super().create_atomic_rmw(op, ptr, val, mask, *args)
+
+    def create_atomic_cas(self, ptr, *args):
+        self._check("atomic", ptr, types.SimpleNamespace(data=True))
+        return super().create_atomic_cas(ptr, *args)
+
+    def _check(self, access, pointers, mask):
+        if not self.check_bounds:
+            return
+        addresses = pointers.data[np.broadcast_to(np.asarray(mask.data), pointers.data.shape)]
+        starts, ends = np.array(self.storages, np.uint64).T
+        end = ends[np.searchsorted(starts, addresses, "right") - 1]
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        outside = (addresses >= end) | (end - addresses < size)  # unsigned: address + size might wrap around
+        if outside.any():
+            raise OutOfBounds(
+                f"{access} out of bounds at {_kernel_line()}, program {self.grid_idx}: {outside.sum()} of "
+                f"{addresses.size} elements, the first {self._place(int(addresses[outside][0]), size)}"
+            )
+
+    def _place(self, address, size):
+        start, end = min(self.storages, key=lambda extent: max(extent[0] - address, address + size - extent[1]))
+        before, past = f"{start - address} bytes before the start", f"{address - end} bytes past the end"
+        return f"{before if address < start else past} of {end - start} bytes"
+
+
+def _kernel_line() -> str:
+    """Where the kernel is: the innermost frame outside Triton and this file."""
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_NOT_KERNEL_CODE):
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{file}:{line} in {frame.f_code.co_name}: `{linecache.getline(file, line).strip()}`"
+
+
+def _in_float32(apply_impl):
+    """Reductions and scans with a numpy function of their own: their only operand may be bfloat16."""
+
+    def repaired(self, inputs):
+        if len(inputs) > 1 or inputs[0].dtype != tl.bfloat16:
+            return apply_impl(self, inputs)
+        cast = stock.interpreter_semantic.cast
+        result = apply_impl(self, (cast(inputs[0], tl.float32),))
+        return (cast(result[0] if isinstance(result, (tuple, list)) else result, tl.bfloat16),)
+
+    return repaired
+
+
+def _with_fresh_bounds_and_quiet_numpy(run):
+    def repaired(*args, **kwargs):
+        stock.interpreter_builder.storages = [(0, 0)]
+        try:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # tl.max of nothing but NaN
+                return run(*args, **kwargs)
+        except InterpreterError as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            if isinstance(root, OutOfBounds):
+                raise root from None
+            raise
+
+    return repaired
+
+
+def _noting_storages(implicit_cvt):
+    """Every pointer a kernel gets is made here, once the arguments have reached their final place in memory."""
+
+    def repaired(arg):
+        if hasattr(arg, "data_ptr"):
+            storage = stock._unwrap_tensor(arg).untyped_storage()
+            extent = (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+            if extent not in stock.interpreter_builder.storages:
+                bisect.insort(stock.interpreter_builder.storages, extent)
+        return implicit_cvt(arg)
+
+    return repaired
+
+
+def _with_index_of_one_element(patch_lang_tensor):
+    """Triton 3.6.0 calls int() on an array of one element, which numpy 2.4 refuses."""
+
+    def repaired(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return repaired

@@ -1,0 +1,9 @@
+"""lstm_triton: the LSTM for PyTorch on NVIDIA GPUs, written in Triton."""
+
+from . import functional
+from ._version import __version__
+from .convert import from_gate_matrices, to_gate_matrices
+from .dispatch import explain
+from .modules import LSTMCell
+
+__all__ = ["LSTMCell", "__version__", "explain", "from_gate_matrices", "functional", "to_gate_matrices"]

@@ -1,0 +1,235 @@
+"""Errors of the fused cell, forward and every gradient, against the float64 reference, beside torch's own cell.
+
+Every error is divided by the largest true value of its tensor. The bar for each shape: at most twice the error of
+torch.nn.LSTMCell in the same dtype and on the same device, plus FLOOR_ULPS units in the last place.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lstm_triton import environment
+
+QUANTITIES = ("h", "c", "dx", "dh", "dc", "dW_ih", "dW_hh", "db_ih", "db_hh")
+FLOOR_ULPS = 4
+TIMES_TORCH = 2.0
+
+# (B, I, H, scale of the inputs): none a multiple of a tile; the last one saturates the gates.
+SHAPES = ((1, 7, 19, 1.0), (3, 33, 17, 1.0), (17, 40, 65, 1.0), (5, 65, 33, 4.0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity in one dtype, over all shapes: largest and RMS error of this package and of torch."""
+
+    dtype: str
+    quantity: str
+    max_error: float
+    rms_error: float
+    torch_max_error: float
+    torch_rms_error: float
+    failures: tuple[str, ...]  # the shapes that missed the bar
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked, on what."""
+
+    label: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and not any(row.failures for row in self.rows)
+
+    def to_json(self) -> str:
+        return json.dumps({"label": self.label, "rows": [asdict(row) for row in self.rows]})
+
+    @staticmethod
+    def from_json(text: str) -> "Report":
+        data = json.loads(text)
+        rows = (Row(**{**row, "failures": tuple(row["failures"])}) for row in data["rows"])
+        return Report(data["label"], tuple(rows))
+
+
+class CheckUnavailable(RuntimeError):
+    """The check cannot run on this machine; the message says why."""
+
+
+def run(device: str = "auto", seed: int = 0) -> Report:
+    """Check the kernels on the GPU, or on the CPU in Triton's interpreter.
+
+    The interpreter must be on before Triton is imported, so without a GPU the check runs in a process of its own.
+    Raises CheckUnavailable where neither is possible.
+    """
+    reason = environment.why_no_triton_gpu()
+    if device == "cuda" and reason is not None:
+        raise CheckUnavailable(reason)
+    if device != "cpu" and reason is None:
+        return run_here("cuda", f"Triton on {environment.device_label()}", seed)
+    for module, version in (("triton", environment.triton_version()), ("numpy", _numpy_version())):
+        if version is None:
+            raise CheckUnavailable(f"{module} is not installed; Triton's interpreter needs it")
+    command = [sys.executable, "-m", "lstm_triton.check", "--interpreter", "--seed", str(seed)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the check in Triton's interpreter failed:\n{done.stderr.strip()}")
+    return Report.from_json(done.stdout.splitlines()[-1])
+
+
+def run_here(device: str, label: str, seed: int = 0) -> Report:
+    """The check on `device`, in this process."""
+    kinds = [
+        ("float32", torch.float32, "ieee"),
+        ("bfloat16", torch.bfloat16, "ieee"),
+        ("float16", torch.float16, "ieee"),
+    ]
+    if device == "cuda":  # TF32 is a matter of the hardware: the interpreter does not round to it
+        kinds.insert(1, ("tf32", torch.float32, "tf32"))
+    kinds.append(("float64", torch.float64, "ieee"))
+    rows: list[Row] = []
+    for name, dtype, precision in kinds:
+        with _matmul_precision(precision):
+            rows += _check_dtype(name, dtype, device, seed)
+    return Report(label, tuple(rows))
+
+
+def table(report: Report) -> str:
+    """The report as two small tables, largest and RMS error, each entry 'this package / torch'."""
+    dtypes = list(dict.fromkeys(row.dtype for row in report.rows))
+    lines = [f"Fused cell against the float64 reference · {report.label}"]
+    for title, ours, theirs in (("max", "max_error", "torch_max_error"), ("RMS", "rms_error", "torch_rms_error")):
+        lines += ["", f"{title + ' error':<10}" + "".join(f"{dtype:>17}" for dtype in dtypes)]
+        for quantity in QUANTITIES:
+            cells = []
+            for dtype in dtypes:
+                row = next(r for r in report.rows if (r.dtype, r.quantity) == (dtype, quantity))
+                cells.append(f"{getattr(row, ours):>9.1e}/{getattr(row, theirs):.1e}")
+            lines.append(f"{quantity:<10}" + "".join(f"{cell:>17}" for cell in cells))
+    lines += [
+        "",
+        f"Each entry: this package / torch.nn.LSTMCell, relative to the largest true value; {len(SHAPES)} shapes.",
+    ]
+    for row in report.rows:
+        lines += [f"FAILED {row.dtype} {row.quantity}: {failure}" for failure in row.failures]
+    bar = f"at most {TIMES_TORCH:g} x torch's largest error + {FLOOR_ULPS} ulp"
+    lines.append(f"{'passed' if report.passed else 'FAILED'}: {bar}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; exit code 0 when every bar is met, 1 when one is missed, 2 when the check cannot run here."""
+    parser = argparse.ArgumentParser(prog="lstm-triton check", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interpreter", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.interpreter:
+        print(run_here("cpu", "Triton interpreter on the CPU", options.seed).to_json())
+        return 0
+    try:
+        report = run(options.device, options.seed)
+    except CheckUnavailable as error:
+        print(f"lstm-triton check: cannot run here: {error}", file=sys.stderr)
+        return 2
+    print(environment.summary())
+    print(table(report))
+    return 0 if report.passed else 1
+
+
+def _numpy_version() -> str | None:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy.__version__
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """float32 products in `precision`, for torch's cell and for this one, which follows the same setting."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _check_dtype(name: str, dtype: torch.dtype, device: str, seed: int) -> list[Row]:
+    from lstm_triton import functional, reference
+
+    def fused(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return functional.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh, backend="triton")
+
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps
+    largest: dict[str, list[list[float]]] = {q: [] for q in QUANTITIES}
+    squares: dict[str, list[list[float]]] = {q: [] for q in QUANTITIES}
+    elements = dict.fromkeys(QUANTITIES, 0)
+    failures: dict[str, list[str]] = {q: [] for q in QUANTITIES}
+    for case, (B, I, H, scale) in enumerate(SHAPES):
+        inputs, cotangents = _problem(B, I, H, scale, dtype, seed + case)
+        truth = _results(reference.lstm_cell, inputs, cotangents, torch.float64, "cpu")
+        ours = _results(fused, inputs, cotangents, dtype, device)
+        theirs = _results(_torch_cell, inputs, cotangents, dtype, device)
+        for quantity, true, a, b in zip(QUANTITIES, truth, ours, theirs):
+            size = true.abs().max().item() or 1.0
+            errors = [(x - true) / size for x in (a, b)]
+            error, torch_error = maxima = [_largest(e) for e in errors]
+            limit = TIMES_TORCH * torch_error + floor
+            if not error <= limit:  # also when either is NaN
+                failures[quantity].append(f"B={B} I={I} H={H} x{scale:g}: {error:.2e}, limit {limit:.2e}")
+            largest[quantity].append(maxima)
+            squares[quantity].append([e.square().sum().item() for e in errors])
+            elements[quantity] += true.numel()
+    rows = []
+    for q in QUANTITIES:
+        max_error, torch_max_error = (max(column) for column in zip(*largest[q]))
+        rms_error, torch_rms_error = (math.sqrt(sum(column) / elements[q]) for column in zip(*squares[q]))
+        rows.append(Row(name, q, max_error, rms_error, torch_max_error, torch_rms_error, tuple(failures[q])))
+    return rows
+
+
+def _largest(error: torch.Tensor) -> float:
+    """The largest absolute error; infinity when any is NaN."""
+    return math.inf if error.isnan().any() else error.abs().max().item()
+
+
+def _problem(B: int, I: int, H: int, scale: float, dtype: torch.dtype, seed: int):
+    """Inputs x, h, c, W_ih, W_hh, b_ih, b_hh and cotangents of h and c, in float64 but rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).double()
+
+    w = 1 / math.sqrt(H)
+    states = [draw(B, I, size=scale), draw(B, H, size=scale), draw(B, H, size=scale)]
+    weights = [draw(4 * H, I, size=w), draw(4 * H, H, size=w), draw(4 * H, size=w), draw(4 * H, size=w)]
+    return [*states, *weights], [draw(B, H), draw(B, H)]
+
+
+def _results(cell: Any, inputs, cotangents, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """h, c and the gradient of every input, as float64 on the CPU."""
+    leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in inputs]
+    h, c = cell(*leaves)
+    gradients = torch.autograd.grad((h, c), leaves, [t.to(device, dtype) for t in cotangents])
+    return [t.detach().cpu().double() for t in (h, c, *gradients)]
+
+
+def _torch_cell(x, h, c, w_ih, w_hh, b_ih, b_hh):
+    cell = torch.nn.LSTMCell(x.shape[1], h.shape[1], device=x.device, dtype=x.dtype)
+    parameters = {"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
+    return torch.func.functional_call(cell, parameters, (x, (h, c)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

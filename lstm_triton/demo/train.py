@@ -1,0 +1,209 @@
+"""Training by a wall-clock budget: truncated backpropagation through time, checkpoints, a clean way out."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lstm_triton.demo.corpus import Corpus
+from lstm_triton.demo.model import CharModel
+from lstm_triton.demo.progress import Progress
+
+_FORMAT = 1
+_NATS = math.log(2)  # nats per bit
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the run depends on besides time; kept in the checkpoint."""
+
+    hidden_size: int = 256
+    embedding_size: int = 64
+    batch: int = 32
+    steps: int = 64  # characters between two updates, through which gradients flow
+    learning_rate: float = 4e-3
+    clip: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement of the loss curve."""
+
+    step: int
+    tokens: int  # a token is a character
+    seconds: float
+    train_bits: float  # mean since the previous point
+    validation_bits: float
+
+
+@dataclass
+class Training:
+    """A model in training: everything that a checkpoint holds."""
+
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.config.seed)
+        vocabulary_size = len(self.corpus.vocabulary)
+        self.model = CharModel(vocabulary_size, self.config.embedding_size, self.config.hidden_size).to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99))
+        self.state = self.model.initial_state(self.config.batch)
+        self._train = _streams(self.corpus.train, self.config.batch).to(self.device)
+        self._validation = _streams(self.corpus.validation, 64)[:257].to(self.device)
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.batch * self.config.steps
+
+    def run(self, checkpoint: Path, seconds: float, steps: int | None = None, points: int = 6) -> None:
+        """Train for `seconds` (or `steps` updates), saving to `checkpoint` at each of `points` measurements.
+
+        Ctrl-C ends it after the update under way, saved as if the time were up, and sets `interrupted`.
+        """
+        begin = time.perf_counter() - self.seconds
+        first_step, first_second = self.step, self.seconds
+        next_point = 1
+        total = torch.zeros((), device=self.device)
+        counted = 0
+        with _on_interrupt(self), Progress(seconds) as progress:
+            while True:
+                share = (self.step - first_step) / steps if steps else (self.seconds - first_second) / seconds
+                if (share * points >= next_point or self.interrupted) and counted:
+                    self._measure(total.item() / counted)
+                    self.seconds = time.perf_counter() - begin
+                    self.save(checkpoint)
+                    progress.point(self.curve[-1])
+                    total.zero_()
+                    counted = 0
+                    next_point = int(share * points) + 1
+                if share >= 1 or self.interrupted:
+                    break
+                total += self._update()
+                counted += 1
+                self.step += 1
+                self.seconds = time.perf_counter() - begin
+                progress.advance(self.seconds - first_second, self.tokens)
+        if not self.curve:  # interrupted before the first update
+            self.save(checkpoint)
+
+    def _update(self) -> torch.Tensor:
+        """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""
+        T = self.config.steps
+        position = (self.step * T) % (self._train.shape[0] - T)
+        if position < T:  # the beginning of the text: no memory of its end
+            self.state = self.model.initial_state(self.config.batch)
+        chunk = self._train[position : position + T + 1].long()
+        logits, state = self.model(chunk[:-1], self.state)
+        loss = cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.state = (state[0].detach(), state[1].detach())
+        return loss.detach()
+
+    def _measure(self, train_loss: float) -> None:
+        validation = self.validation_bits()
+        self.curve.append(Point(self.step, self.tokens, self.seconds, train_loss / _NATS, validation))
+
+    @torch.no_grad()
+    def validation_bits(self) -> float:
+        """Bits per character on the held-out text."""
+        state = self.model.initial_state(self._validation.shape[1])
+        text = self._validation.long()
+        total = 0.0
+        for x, target in zip(text[:-1].split(128), text[1:].split(128)):
+            logits, state = self.model(x, state)
+            total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
+        return total / text[1:].numel() / _NATS
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint of tensors and plain values; at no moment is there half a file under `path`."""
+        data = {
+            "format": _FORMAT,
+            "config": asdict(self.config),
+            "vocabulary": self.corpus.vocabulary,
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": [asdict(point) for point in self.curve],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "state": list(self.state),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        torch.save(data, unfinished)
+        os.replace(unfinished, path)
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Continue from what `load_checkpoint` read."""
+        self.model.load_state_dict(data["model"])
+        self.optimizer.load_state_dict(data["optimizer"])
+        h, c = data["state"]
+        self.state = (h.to(self.device), c.to(self.device))
+        self.step = data["step"]
+        self.seconds = data["seconds"]
+        self.curve = [Point(**point) for point in data["curve"]]
+
+
+def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the contents of a checkpoint, read as tensors and plain values only.
+
+    Raises:
+        CheckpointError: no such file, or one that this version cannot read.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}: run once without --resume") from None
+    except Exception as error:  # torch reports damage in many ways
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    known = {f.name for f in fields(Config)}
+    if not isinstance(data, dict) or data.get("format") != _FORMAT or set(data.get("config", ())) != known:
+        raise CheckpointError(f"{path} was not written by this version of the demo: run once without --resume")
+    return Config(**data["config"]), data
+
+
+def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
+    """[N] -> [N // batch, batch]: column b is the b-th piece of the text."""
+    length = len(text) // batch
+    return text[: length * batch].view(batch, length).t().contiguous()
+
+
+@contextmanager
+def _on_interrupt(training: Training) -> Iterator[None]:
+    """Ctrl-C sets `interrupted`; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        training.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

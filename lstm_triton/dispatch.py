@@ -1,0 +1,110 @@
+"""Which backend runs a call, and why: pure functions of what is known before the call, so they can be read and tested anywhere."""
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "triton", "triton-persistent", "triton-stepwise", "cudnn", "reference")
+PRECISIONS = (None, "ieee", "tf32", "tf32x3")
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloat16 and TF32 products begin there
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend ("triton", "torch" or "reference") and the reason, in one sentence."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the choice depends on besides the call: is triton installed, is it interpreting, what the GPU can do."""
+
+    has_triton: bool
+    interpreting: bool
+    capability: tuple[int, int] | None  # of the GPU that holds the tensors; None on a CPU
+
+
+@functools.lru_cache(maxsize=None)
+def environment(device: torch.device) -> Environment:
+    """The environment of calls on this device."""
+    capability = None
+    if device.type == "cuda" and torch.version.cuda is not None:
+        capability = torch.cuda.get_device_capability(device)
+    has_triton = importlib.util.find_spec("triton") is not None
+    interpreting = False
+    if has_triton and os.environ.get("TRITON_INTERPRET"):
+        from .kernels import interpreter
+
+        interpreting = interpreter.is_interpreting()
+    return Environment(has_triton, interpreting, capability)
+
+
+def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> str | None:
+    """Why the Triton kernels cannot serve, or None when they can."""
+    if not env.has_triton:
+        return "triton is not installed"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the kernels know no {dtype}"
+    if device_type == "cpu":
+        return None if env.interpreting else "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device_type != "cuda" or env.capability is None:
+        return f"the kernels run on NVIDIA GPUs, not on '{device_type}'"
+    if env.interpreting:
+        return "TRITON_INTERPRET=1 is set: the interpreter works on CPU tensors"
+    if env.capability < _MIN_CAPABILITY:
+        return "the GPU's compute capability {}.{} is below {}.{}".format(*env.capability, *_MIN_CAPABILITY)
+    return None
+
+
+def choose_cell(backend: str, device_type: str, dtype: torch.dtype, env: Environment) -> Choice:
+    """The backend of one LSTM cell call.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: a forced backend that cannot serve, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return Choice("reference", "asked for")
+    if backend == "cudnn":
+        raise RuntimeError("backend='cudnn' cannot serve: cuDNN has no LSTM cell, only whole sequences")
+    obstacle = _why_no_kernels(device_type, dtype, env)
+    if backend == "auto":
+        if obstacle is None and device_type == "cuda":
+            return Choice("triton", "one fused launch computes the step")
+        return Choice("torch", obstacle or "on a CPU torch's own cell is faster than Triton's interpreter")
+    if obstacle is not None:
+        raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
+    return Choice("triton", "asked for")
+
+
+@functools.lru_cache(maxsize=None)
+def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`choose_cell` for tensors of this device and dtype, remembered."""
+    return choose_cell(backend, device.type, dtype, environment(device)).backend
+
+
+def explain(module: torch.nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str:
+    """What `backend="auto"` (or the module's own setting) picks for a module of this package, and why, in one sentence.
+
+    Args:
+        module: an `LSTMCell`.
+        device, dtype: those of the tensors; by default those of the module's parameters.
+    """
+    from .modules import LSTMCell
+
+    if not isinstance(module, LSTMCell):
+        raise TypeError(f"explain() knows LSTMCell, got {type(module).__name__}")
+    weight = module.weight_hh
+    device = weight.device if device is None else torch.device(device)
+    dtype = weight.dtype if dtype is None else dtype
+    choice = choose_cell(module.backend, device.type, dtype, environment(device))
+    return f"LSTMCell({module.input_size}, {module.hidden_size}) on {device}, {dtype}: {choice.backend}: {choice.reason}."

@@ -1,0 +1,134 @@
+"""What this machine offers: versions, GPU, which backends can run here and why others cannot."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from lstm_triton import dispatch
+from lstm_triton._version import __version__
+
+# Beginnings of the names under which Triton keeps this package's compiled kernels.
+_KERNEL_NAMES = ("_lstm_", "_softmax_readout_")
+
+
+def triton_version() -> str | None:
+    """Triton's version without importing it, or None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a source tree, or a folder on PYTHONPATH
+        import triton
+
+        return triton.__version__
+
+
+def why_no_triton_gpu() -> str | None:
+    """Why the Triton kernels cannot run on the current GPU, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU, or a torch build without CUDA"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _why_no_kernels(device)
+
+
+def _why_no_kernels(device: torch.device) -> str | None:
+    try:
+        dispatch.choose_cell("triton", device.type, torch.float32, dispatch.environment(device))
+    except RuntimeError as error:
+        return str(error).partition(": ")[2] or str(error)
+    return None
+
+
+def device_label() -> str:
+    """The device in a few words, such as 'NVIDIA H200 (sm_90, 132 SMs)'."""
+    if not torch.cuda.is_available():
+        return "CPU only (no NVIDIA GPU): torch's own CPU kernels; Triton kernels in the interpreter"
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{p.name} (sm_{p.major}{p.minor}, {p.multi_processor_count} SMs)"
+
+
+def summary() -> str:
+    """One line: the device and the versions that decide what runs."""
+    return f"{device_label()} · triton {triton_version() or 'not installed'} · torch {torch.__version__}"
+
+
+def info() -> str:
+    """The full listing that `lstm-triton info` prints: versions, GPU, driver, backends, compiled kernels."""
+    lines = [summary(), ""]
+    rows = [
+        ("lstm_triton", __version__),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        ("triton", triton_version() or "not installed"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("processor", f"{os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads"),
+    ]
+    lines += _aligned(rows)
+    lines += ["", "GPUs"] + [f"  {line}" for line in _gpu_lines()]
+    lines += ["", "Backends"] + [f"  {line}" for line in _aligned(_backends())]
+    lines += ["", "Compiled kernels", f"  {_cache_line()}"]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {text}" for name, text in rows]
+
+
+def _gpu_lines() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["none"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        shared = getattr(p, "shared_memory_per_block_optin", None)
+        l2 = getattr(p, "L2_cache_size", None)
+        parts = [
+            f"sm_{p.major}{p.minor}",
+            f"{p.multi_processor_count} SMs",
+            f"{p.total_memory / 2**30:.0f} GiB",
+            *([f"L2 {l2 / 2**20:.0f} MiB"] if l2 else []),
+            *([f"shared memory {shared / 2**10:.0f} KiB a block"] if shared else []),
+        ]
+        lines.append(f"{index}: {p.name}: " + ", ".join(parts))
+    return [*lines, f"driver {_driver_version()}"]
+
+
+def _driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi did not answer)"
+    return out.splitlines()[0].strip() if out.strip() else "unknown"
+
+
+def _backends() -> list[tuple[str, str]]:
+    if (reason := why_no_triton_gpu()) is None:
+        triton = "available on the GPU"
+    elif _why_no_kernels(torch.device("cpu")) is None:
+        triton = "available on CPU tensors, in the interpreter (TRITON_INTERPRET=1)"
+    else:
+        triton = f"not available: {reason}"
+        triton += "; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly" if triton_version() else ""
+    if not torch.cuda.is_available():
+        cudnn = "not available: no NVIDIA GPU, or a torch build without CUDA"
+    elif not torch.backends.cudnn.is_available():
+        cudnn = "not available: this torch build has no cuDNN"
+    else:
+        cudnn = f"available, version {torch.backends.cudnn.version()}"
+    return [("triton", triton), ("cudnn", cudnn), ("reference", "available: plain PyTorch, on any device")]
+
+
+def _cache_line() -> str:
+    folder = Path(
+        os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton/cache"
+    )
+    if not folder.is_dir():
+        return f"none yet; they will be kept in {folder}"
+    count = sum(path.name.startswith(_KERNEL_NAMES) for path in folder.glob("*/*.cubin"))
+    return f"{count} in {folder}"

@@ -1,0 +1,106 @@
+"""Functions: the LSTM cell and the softmax readout on explicit weights."""
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops, reference
+
+
+def lstm_cell(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One LSTM timestep, as torch.nn.LSTMCell computes it; on an NVIDIA GPU in one kernel launch each way.
+
+    Args:
+        x: [B, I], or [I] unbatched.
+        hx: (h, c), each [B, H], or [H] unbatched.
+        w_ih, w_hh: [4H, I] and [4H, H], gates in the order i, f, g, o; b_ih, b_hh: [4H] or None.
+            All of one floating-point dtype on one device, any strides; under autocast all are cast to its dtype.
+        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
+            torch.backends.cuda.matmul says ("ieee" unless you changed it).
+        backend: "auto", "triton" (the kernels, or an error), "reference" (plain PyTorch).
+
+    Returns:
+        (h, c), the next states, shaped like the given ones. Twice differentiable.
+
+    Raises:
+        ValueError: x, h or c of a wrong rank; unknown precision or backend.
+        RuntimeError: sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+    """
+    if precision not in dispatch.PRECISIONS:
+        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
+    if x.dim() not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {x.dim()}D instead")
+    h, c = hx
+    for index, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+    if x.dim() == 1:
+        h, c = lstm_cell(
+            x.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)), w_ih, w_hh, b_ih, b_hh, precision=precision, backend=backend
+        )
+        return h.squeeze(0), c.squeeze(0)
+
+    chosen = dispatch.cell_backend(backend, x.device, x.dtype)
+    if chosen == "torch":
+        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, h, c, w_ih, w_hh, b_ih, b_hh = (_autocast(t, dtype) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh))
+    _check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if chosen == "reference":
+        return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    return ops.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # As torch's own autocast does: float64 and integers stay what they are.
+    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _check_cell(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
+    """One pass over good arguments; the first fault raises with torch's own words."""
+    B, I = x.shape
+    H = w_hh.shape[-1]
+    dtype, device = x.dtype, x.device
+    if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, H) or w_hh.shape != (4 * H, H):
+        _raise_cell_sizes(B, I, H, h, c, w_ih, w_hh)
+    for name, t in (("h", h), ("c", c), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
+        if t is None:
+            continue
+        if t.dtype != dtype:
+            raise RuntimeError(f"input and {name} must have the same dtype, but got {dtype} and {t.dtype}")
+        if t.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but input is on {device} and {name} on {t.device}"
+            )
+        if name[0] == "b" and t.shape != (4 * H,):
+            raise RuntimeError(f"{name} must have size 4 * hidden_size = {4 * H}, but got {list(t.shape)}")
+
+
+def _raise_cell_sizes(B: int, I: int, H: int, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor) -> None:
+    for name, w in (("weight_ih", w_ih), ("weight_hh", w_hh)):
+        if w.dim() != 2:
+            raise RuntimeError(f"{name} must be 2D, got {w.dim()}D instead")
+    if I != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {I} expected {w_ih.shape[1]}")
+    for index, state in enumerate((h, c)):
+        if state.shape[0] != B:
+            raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
+        if state.dim() != 2 or state.shape[1] != H:
+            size = state.shape[1] if state.dim() == 2 else 1
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {size}, expected {H}")
+    name, w = ("weight_ih", w_ih) if w_ih.shape[0] != 4 * H else ("weight_hh", w_hh)
+    raise RuntimeError(f"{name} first dim must be 4 * hidden_size = {4 * H}, but got {w.shape[0]}")

@@ -1,0 +1,68 @@
+"""Modules: drop-ins for torch.nn.LSTMCell, and the softmax readout."""
+
+import torch
+from torch import Tensor
+
+from . import dispatch, functional
+
+
+def _check_options(precision: str | None, backend: str) -> None:
+    if precision not in dispatch.PRECISIONS:
+        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, dispatch.BACKENDS))}, got {backend!r}")
+
+
+def _options_repr(module: torch.nn.Module) -> str:
+    text = "" if module.precision is None else f", precision={module.precision!r}"
+    return text + ("" if module.backend == "auto" else f", backend={module.backend!r}")
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """torch.nn.LSTMCell with each step in one kernel launch on NVIDIA GPUs, forward and backward.
+
+    Same constructor, parameters, initial values for one seed, state_dict and errors as torch.nn.LSTMCell.
+
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether there are biases.
+        device, dtype: of the parameters.
+        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
+            torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.LSTMCell does.
+        backend: "auto" (the fastest that can serve; `lstm_triton.explain(cell)` says which and why), "triton", "reference".
+
+    Inputs: input [B, I] or [I]; hx: (h, c), each [B, H] or [H], zeros when None.
+    Outputs: (h, c) of the next step, shaped alike. Twice differentiable.
+
+    Raises ValueError for ranks and RuntimeError for sizes, dtypes and devices that do not fit, as torch.nn.LSTMCell does.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        precision: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        _check_options(precision, backend)
+        super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
+        self.precision = precision
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _options_repr(self)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if hx is None:
+            if input.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            zeros = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
+            hx = (zeros, zeros)
+        return functional.lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            precision=self.precision, backend=self.backend,
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""The kernels as PyTorch operators: torch.library definitions (which torch.compile and export see) and autograd.
+
+In eager mode the launchers are called directly; the dispatcher, several microseconds a call, is passed through only where
+something has to see the operator: while compiling, under a dispatch mode, or with tensor subclasses.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_library = torch.library.Library("lstm_triton", "DEF")
+_library.define(
+    "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str? precision,"
+    " bool save_gates) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor gates, Tensor x, Tensor h_prev, Tensor c_prev, Tensor c, Tensor w_ih,"
+    " Tensor w_hh, bool[] needs, str? precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _impl(name: str):
+    """Register for the devices where kernels run: NVIDIA GPUs, and the CPU for Triton's interpreter."""
+
+    def register(function):
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, function, key)
+        return function
+
+    return register
+
+
+@_impl("lstm_cell")
+def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
+    from .kernels.cell import lstm_cell_forward
+
+    h, c, gates = lstm_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision=precision, save_gates=save_gates)
+    return h, c, x.new_empty(0) if gates is None else gates
+
+
+@torch.library.register_fake("lstm_triton::lstm_cell", lib=_library)
+def _(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
+    B, H = h.shape
+    return x.new_empty((B, H)), x.new_empty((B, H)), x.new_empty((B, H, 4) if save_gates else (0,))
+
+
+@_impl("lstm_cell_backward")
+def _lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
+    from .kernels.cell_backward import lstm_cell_backward
+
+    grads = lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@torch.library.register_fake("lstm_triton::lstm_cell_backward", lib=_library)
+def _(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
+    shapes = (x.shape, h_prev.shape, c_prev.shape, w_ih.shape, w_hh.shape, w_ih.shape[:1])
+    return tuple(x.new_empty(shape if n else (0,)) for shape, n in zip(shapes, needs))
+
+
+def _sees_operators(x: Tensor) -> bool:
+    """Whether something watches the dispatcher: a compiler, a dispatch mode (fake tensors), torch.func, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+    )
+
+
+def _forward(*args):
+    return (torch.ops.lstm_triton.lstm_cell if _sees_operators(args[0]) else _lstm_cell)(*args)
+
+
+class LSTMCellBackwardFunction(torch.autograd.Function):
+    """The backward kernel as a function of its own, so that differentiating it again goes through the reference formula."""
+
+    @staticmethod
+    def forward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
+        backward = torch.ops.lstm_triton.lstm_cell_backward if _sees_operators(x) else _lstm_cell_backward
+        return backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:9])
+        ctx.set_materialize_grads(False)
+        ctx.needs = inputs[11]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = list(ctx.saved_tensors)
+        zeros = torch.zeros_like(inputs[4])
+        inputs[:2] = [zeros if t is None else t for t in inputs[:2]]
+        grads = [g if n else None for g, n in zip(grads, ctx.needs)]
+        return (*reference.lstm_cell_double_backward(grads, inputs), None, None, None, None)
+
+
+class LSTMCellFunction(torch.autograd.Function):
+    """(h, c, gates) of one timestep, differentiable, one kernel launch each way."""
+
+    @staticmethod
+    def forward(x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, precision):
+        return _forward(x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, precision, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, c, gates = output
+        ctx.save_for_backward(*inputs[:7], c, gates)
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.precision = inputs[7]
+
+    @staticmethod
+    def backward(ctx, dh, dc, _):
+        x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, c, gates = ctx.saved_tensors
+        if dh is None and dc is None:
+            return (None,) * 8
+        asked = ctx.needs_input_grad
+        needs = [*asked[:5], asked[5] or asked[6]]
+        grads = LSTMCellBackwardFunction.apply(
+            dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c.detach(), needs, ctx.precision
+        )
+        dx, dh_prev, dc_prev, dw_ih, dw_hh, db = (g if n else None for g, n in zip(grads, needs))
+        return dx, dh_prev, dc_prev, dw_ih, dw_hh, db if asked[5] else None, db if asked[6] else None, None
+
+
+def lstm_cell(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    precision: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(h, c) through the kernels; arguments as `kernels.cell.lstm_cell_forward`. Inference does not pass through autograd."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or h.requires_grad or c.requires_grad or w_ih.requires_grad or w_hh.requires_grad
+        or (b_ih is not None and b_ih.requires_grad) or (b_hh is not None and b_hh.requires_grad)
+    ):  # fmt: skip
+        h, c, _ = LSTMCellFunction.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
+    else:
+        h, c, _ = _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, False)
+    return h, c
