@@ -47,8 +47,8 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 endif
 
-# Where pytest-xdist is at hand, several workers share the cores, with one thread each.
-PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then export OMP_NUM_THREADS=1; workers="-n $(JOBS)"; fi; \
+# One thread each: where pytest-xdist is at hand, several workers share the cores, and the tests' tensors are small.
+PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(JOBS)"; fi; OMP_NUM_THREADS=1 \
          $(PY) -m pytest $$workers
 
 help:
@@ -72,7 +72,7 @@ check: ready-dev
 	@$(PY) -m ruff format --check .
 	@rm -rf $(CACHE)/types && mkdir -p $(CACHE)/types
 	@cp -rL lstm_triton $(CACHE)/types/ && cp -rL kernels bench $(CACHE)/types/lstm_triton/
-	@cd $(CACHE)/types && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
+	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
 .PHONY: help demo test check gpu clean

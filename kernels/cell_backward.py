@@ -34,7 +34,7 @@ def _gate_gradients(
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask_b = offs_b < B
     mask_h = offs_h < H
-    i, f, g, o = load_gates(gates_ptr, offs_b, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+    i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_B, BLOCK_H)
     c_prev = _load_tile(c_prev_ptr, offs_b, mask_b, offs_h, mask_h, stride_c_b, stride_c_h).to(ACC)
     c = _load_tile(c_ptr, offs_b, mask_b, offs_h, mask_h, H, 1).to(ACC)
     dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)

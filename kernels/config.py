@@ -40,7 +40,7 @@ def _tiles(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def _uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
     return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and precision != "ieee")
 
 
@@ -59,7 +59,7 @@ def cell_forward_config(
 
 
 def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:
-    if _uses_tensor_cores(dtype, precision):
+    if uses_tensor_cores(dtype, precision):
         # 128 bytes of each weight row a step. The narrow tile keeps more steps in flight: together about 3 MB over the device,
         # what latency times memory bandwidth asks for.
         stages = 6 if block_h == 4 else 4
@@ -77,7 +77,7 @@ def cell_backward_config(
 
 
 def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
-    if not _uses_tensor_cores(dtype, precision):
+    if not uses_tensor_cores(dtype, precision):
         return CellBackwardConfig(4, 2, 16, 4, 32)
     if precision == "tf32x3":  # three products' operands at once: wider tiles spill
         return CellBackwardConfig(4, 2, 16, 16, 32)
@@ -93,3 +93,145 @@ def all_cell_forward_configs(dtype: torch.dtype, precision: str) -> set[CellForw
 def all_cell_backward_configs(dtype: torch.dtype, precision: str) -> set[CellBackwardConfig]:
     """Every configuration that `cell_backward_config` can return for this dtype and precision."""
     return {_cell_backward_tile(b, dtype, precision) for b in (16, 32)}
+
+
+@dataclass(frozen=True)
+class ReadoutForwardConfig(LaunchConfig):
+    """Tile of one program of the readout: block_b rows x block_v columns, block_k of H a step.
+
+    group: how many row tiles take turns before the next tile of columns.
+    """
+
+    block_b: int
+    block_v: int
+    block_k: int
+    group: int
+
+
+@dataclass(frozen=True)
+class ReadoutRescaleConfig(LaunchConfig):
+    """One program of the readout's second launch: block_tiles tiles of a row; block_stats of its statistics a step."""
+
+    block_tiles: int
+    block_stats: int
+
+
+@dataclass(frozen=True)
+class ReadoutRowDotsConfig(LaunchConfig):
+    """One program of the readout backward's first launch: one row, block_v columns a step."""
+
+    block_v: int
+
+
+@dataclass(frozen=True)
+class ReadoutBackwardConfig(LaunchConfig):
+    """Tiles of the readout backward: [block_b, block_n] of dh, [block_v, block_n] of dW; block_parts parts of a dot."""
+
+    block_b: int
+    block_v: int
+    block_n: int
+    block_parts: int
+
+
+@dataclass(frozen=True)
+class ReadoutSumPartsConfig(LaunchConfig):
+    """One program of the readout backward's last launch: block elements, block_parts of the parts a step."""
+
+    block: int
+    block_parts: int
+
+
+@functools.lru_cache(maxsize=4096)
+def readout_forward_config(
+    B: int, V: int, dtype: torch.dtype, precision: str, multiprocessors: int
+) -> ReadoutForwardConfig:
+    """The tile of logits [B, V]: the largest that gives every multiprocessor a program, else one that holds a row, else
+    the smallest.
+
+    At small batch the kernel is a stream of the weight, and the number of programs decides: at B = 1, V = 128 K tiles
+    of 128 columns make 1024. A tile that holds a whole row saves the second launch, worth more than a full GPU.
+    """
+    sizes = _readout_tile_sizes(dtype, precision)
+    sizes = [size for size in sizes if (size[0] == 16) == (B <= 16)] or sizes
+    full = [(b, v) for b, v in sizes if _tiles(B, b) * _tiles(V, v) >= multiprocessors]
+    whole_row = [(b, v) for b, v in sizes if V <= v]
+    block_b, block_v = full[-1] if full else (whole_row or sizes)[0]
+    return _readout_forward_tile(block_b, block_v, dtype, precision)
+
+
+def _readout_tile_sizes(dtype: torch.dtype, precision: str) -> list[tuple[int, int]]:
+    """The sizes (block_b, block_v) of a tile of logits, from the smallest to the largest."""
+    if dtype.itemsize == 2:
+        return [(16, 32), (16, 128), (64, 128), (128, 128)]
+    if uses_tensor_cores(dtype, precision):
+        return [(16, 64), (64, 128)] if precision == "tf32" else [(16, 64)]
+    return [(16, 64), (64, 64)] if dtype == torch.float32 else [(16, 32)]
+
+
+def _readout_forward_tile(block_b: int, block_v: int, dtype: torch.dtype, precision: str) -> ReadoutForwardConfig:
+    if uses_tensor_cores(dtype, precision):
+        # 128 bytes of each row a step; of the largest tile 64, or rows that are not aligned spill.
+        block_k = (64 if block_b < 128 else 32) if dtype.itemsize == 2 else 32
+        return ReadoutForwardConfig(4 if block_b < 128 else 8, 4, block_b, block_v, block_k, 8)
+    # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
+    return ReadoutForwardConfig(4, 3, block_b, block_v, 16, 8)
+
+
+def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -> ReadoutRescaleConfig:
+    """Long pieces of a row where they fill the GPU, as each program reads the whole row's statistics; else short ones."""
+    return _readout_rescale_tile(4096 if B * _tiles(V, 4096) >= multiprocessors else 512, block_v)
+
+
+def _readout_rescale_tile(elements: int, block_v: int) -> ReadoutRescaleConfig:
+    return ReadoutRescaleConfig(elements // 256 if elements > 1024 else 2, 1, elements // block_v, 1024)
+
+
+def readout_row_dots_config() -> ReadoutRowDotsConfig:
+    return ReadoutRowDotsConfig(4, 1, 1024)
+
+
+@functools.lru_cache(maxsize=4096)
+def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
+    """Tiles for the gradients of h [B, H] and W [V, H]."""
+    return _readout_backward_tile(16 if B <= 16 else 64, dtype, precision)
+
+
+def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
+    if not uses_tensor_cores(dtype, precision):
+        return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
+    if precision == "tf32x3":
+        return ReadoutBackwardConfig(4, 2, 16, 64, 32, 16)
+    if block_b == 16:
+        return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
+    if dtype.itemsize == 2:
+        return ReadoutBackwardConfig(8, 3, 64, 64, 128, 16)
+    return ReadoutBackwardConfig(8, 2, 32, 64, 64, 16)
+
+
+def readout_sum_parts_config() -> ReadoutSumPartsConfig:
+    return ReadoutSumPartsConfig(4, 1, 128, 16)
+
+
+def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4) -> int:
+    """How many of the `steps` of a sum one program takes, so that `tiles` sums make up to 4 programs a multiprocessor.
+
+    A part has at least `least` steps, as each costs a store and a load of its sum.
+    """
+    parts = min(_tiles(4 * multiprocessors, max(tiles, 1)), steps // least)
+    return _tiles(steps, parts) if parts > 1 else max(steps, 1)
+
+
+def all_readout_forward_configs(dtype: torch.dtype, precision: str) -> set[ReadoutForwardConfig]:
+    """Every configuration that `readout_forward_config` can return for this dtype and precision."""
+    return {_readout_forward_tile(b, v, dtype, precision) for b, v in _readout_tile_sizes(dtype, precision)}
+
+
+def all_readout_rescale_configs(dtype: torch.dtype, precision: str) -> set[tuple[int, ReadoutRescaleConfig]]:
+    """Every (block_v of the first launch, configuration of the second) for this dtype and precision."""
+    blocks = {v for _, v in _readout_tile_sizes(dtype, precision)}
+    return {(v, _readout_rescale_tile(elements, v)) for v in blocks for elements in (512, 4096)}
+
+
+def all_readout_backward_configs(dtype: torch.dtype, precision: str) -> set[ReadoutBackwardConfig]:
+    """Every configuration that `readout_backward_config` can return for this dtype and precision."""
+    return {_readout_backward_tile(b, dtype, precision) for b in (16, 64)}

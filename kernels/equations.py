@@ -55,12 +55,19 @@ def d_tanh(t):
 
 
 @triton.jit
-def lstm_forward(z_i, z_f, z_g, z_o, c_prev):
-    """One timestep from the pre-activations: returns i, f, g, o, c, h."""
+def gate_activations(z_i, z_f, z_g, z_o):
+    """The gates from their pre-activations: returns i, f, g, o."""
     i = sigmoid(z_i)
     f = sigmoid(z_f)
     g = tanh(z_g)
     o = sigmoid(z_o)
+    return i, f, g, o
+
+
+@triton.jit
+def lstm_forward(z_i, z_f, z_g, z_o, c_prev):
+    """One timestep from the pre-activations: returns i, f, g, o, c, h."""
+    i, f, g, o = gate_activations(z_i, z_f, z_g, z_o)
     c = f * c_prev + i * g
     h = o * tanh(c)
     return i, f, g, o, c, h

@@ -44,24 +44,27 @@ def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def load_gates(ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0."""
-    offsets, mask = _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H)
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0.
+
+    mask_rows None promises that all rows exist, and so do all units when H is a constexpr multiple of BLOCK_H.
+    """
+    n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
+    offsets = rows[:, None] * (4 * H) + n[None, :]
+    if mask_rows is not None:
+        tile = tl.load(ptr + offsets, mask=mask_rows[:, None] & (n < 4 * H)[None, :], other=0.0)
+    elif H % BLOCK_H != 0:
+        tile = tl.load(ptr + offsets, mask=(n < 4 * H)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptr + offsets)
     return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
 
 
 @triton.jit
 def store_gates(ptr, i, f, g, o, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there."""
-    offsets, mask = _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H)
-    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H))
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _memory_tile(rows, mask_rows, first_unit, H, BLOCK_H: tl.constexpr):
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
-    return rows.to(tl.int64)[:, None] * (4 * H) + n[None, :], mask_rows[:, None] & (n < 4 * H)[None, :]
+    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H)).to(ptr.dtype.element_ty)
+    tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """Repairs that make Triton's CPU interpreter (TRITON_INTERPRET=1) compute what a GPU computes.
 
 Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bit patterns, silently. After `install`
-
 * casts to bfloat16 round once, to nearest even, and keep NaN; sums, products, comparisons, reductions and scans of
   bfloat16 compute in float32 and round the result; a bfloat16 may meet a Python number (`x * 2.0`);
 * `tl.dot` of float16 and bfloat16 multiplies the values and accumulates in float32;
@@ -18,7 +17,7 @@ float8 stays as Triton has it, and `libdevice` still does not run.
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import linecache
 import os
 import sys
@@ -41,7 +40,7 @@ except ModuleNotFoundError:  # numpy: the interpreter needs it, but a GPU does n
 
 _NOT_KERNEL_CODE = (os.path.dirname(triton.__file__) + os.sep, __file__)
 
-_undo: list[Callable[[], None]] = []
+_repairs = contextlib.ExitStack()
 
 
 class OutOfBounds(IndexError):
@@ -53,17 +52,25 @@ def is_interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+# Set by an executor that runs the programs of a launch at the same time; Triton's own runs one after the other.
+programs_are_concurrent = False
+
+
+def programs_can_wait() -> bool:
+    """Whether the programs of one launch run at the same time, so that one may wait for another."""
+    return programs_are_concurrent or not is_interpreting()
+
+
 def install(*, check_bounds: bool = False) -> None:
     """Repair the interpreter for every kernel of this process; a second call changes nothing.
 
     check_bounds: raise `OutOfBounds`, an IndexError that names the source line, where an unmasked lane of a load, store
     or atomic lies outside the storages of the tensors given to the launch. Once asked for, it stays until `uninstall`.
-    Raises ModuleNotFoundError without numpy.
     """
-    import triton.runtime.interpreter  # noqa: F401  names the missing module, if one is missing
+    import triton.runtime.interpreter  # noqa: F401  without numpy this says so
 
     _RepairedBuilder.check_bounds |= check_bounds
-    if not _undo:
+    if not isinstance(stock.interpreter_builder, _RepairedBuilder):
         _replace(stock.interpreter_builder, "__class__", lambda _: _RepairedBuilder)
         _replace(stock.ReduceOps, "apply_impl", _in_float32)
         _replace(stock.ScanOps, "apply_impl", _in_float32)
@@ -74,19 +81,14 @@ def install(*, check_bounds: bool = False) -> None:
 
 def uninstall() -> None:
     """Give the interpreter back as Triton made it."""
-    while _undo:
-        _undo.pop()()
+    _repairs.close()
     _RepairedBuilder.check_bounds = False
 
 
 def _replace(owner: Any, name: str, repair: Callable) -> None:
     original = getattr(owner, name)
     setattr(owner, name, repair(original))
-    _undo.append(lambda: setattr(owner, name, original))
-
-
-def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    _repairs.callback(setattr, owner, name, original)
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -121,7 +123,7 @@ def _is_bfloat16(handle: Any) -> bool:
 
 
 def _decode(handle: Any) -> np.ndarray:
-    return _from_bfloat16(handle.data) if _is_bfloat16(handle) else handle.data
+    return (handle.data.astype(np.uint32) << 16).view(np.float32) if _is_bfloat16(handle) else handle.data
 
 
 def _encode(values: np.ndarray, dtype: Any) -> Any:
@@ -214,15 +216,12 @@ class _RepairedBuilder(_StockBuilder):
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         outside = (addresses >= end) | (end - addresses < size)  # unsigned: address + size might wrap around
         if outside.any():
+            first = int(addresses[outside][0])
+            start, end = min(self.storages, key=lambda extent: max(extent[0] - first, first - extent[1]))
             raise OutOfBounds(
                 f"{access} out of bounds at {_kernel_line()}, program {self.grid_idx}: {outside.sum()} of "
-                f"{addresses.size} elements, the first {self._place(int(addresses[outside][0]), size)}"
+                f"{addresses.size} elements, the first at byte {first - start} of a tensor of {end - start} bytes"
             )
-
-    def _place(self, address, size):
-        start, end = min(self.storages, key=lambda extent: max(extent[0] - address, address + size - extent[1]))
-        before, past = f"{start - address} bytes before the start", f"{address - end} bytes past the end"
-        return f"{before if address < start else past} of {end - start} bytes"
 
 
 def _kernel_line() -> str:
@@ -237,11 +236,11 @@ def _kernel_line() -> str:
 def _in_float32(apply_impl):
     """Reductions and scans with a numpy function of their own: their only operand may be bfloat16."""
 
-    def repaired(self, inputs):
-        if len(inputs) > 1 or inputs[0].dtype != tl.bfloat16:
-            return apply_impl(self, inputs)
+    def repaired(self, operands):
+        if len(operands) > 1 or operands[0].dtype != tl.bfloat16:
+            return apply_impl(self, operands)
         cast = stock.interpreter_semantic.cast
-        result = apply_impl(self, (cast(inputs[0], tl.float32),))
+        result = apply_impl(self, (cast(operands[0], tl.float32),))
         return (cast(result[0] if isinstance(result, (tuple, list)) else result, tl.bfloat16),)
 
     return repaired
@@ -255,11 +254,11 @@ def _with_fresh_bounds_and_quiet_numpy(run):
                 warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # tl.max of nothing but NaN
                 return run(*args, **kwargs)
         except InterpreterError as error:
-            root: BaseException = error
-            while root.__cause__ is not None:
-                root = root.__cause__
-            if isinstance(root, OutOfBounds):
-                raise root from None
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OutOfBounds):
+                cause = cause.__cause__
+            if cause:
+                raise cause from None
             raise
 
     return repaired
@@ -272,8 +271,7 @@ def _noting_storages(implicit_cvt):
         if hasattr(arg, "data_ptr"):
             storage = stock._unwrap_tensor(arg).untyped_storage()
             extent = (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
-            if extent not in stock.interpreter_builder.storages:
-                bisect.insort(stock.interpreter_builder.storages, extent)
+            stock.interpreter_builder.storages = sorted({extent, *stock.interpreter_builder.storages})
         return implicit_cvt(arg)
 
     return repaired

@@ -1,5 +1,6 @@
 """From a launch configuration to a running kernel, with nothing done per call that can be done once."""
 
+import contextlib
 import functools
 
 import torch
@@ -31,9 +32,13 @@ class Launcher:
         config: LaunchConfig,
         **options,
     ) -> None:
-        """Launch on the device of the first tensor that is not None. The kernel's parameters are tensors, integers, constants."""
+        """Launch on the device of the first tensor that is not None.
+
+        The kernel's parameters are tensors, integers, constants, in this order. options go to Triton's compiler; they must
+        follow from the other arguments.
+        """
         if interpreter.is_interpreting():
-            self.kernel[grid](*tensors, *integers, *constants)
+            self.kernel[grid](*tensors, *integers, *constants, **options)
             return
         device = next(t for t in tensors if t is not None).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -67,13 +72,19 @@ class Launcher:
 
 
 @functools.lru_cache(maxsize=None)
-def _cuda_multiprocessor_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _cuda_limits(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors (a MIG slice: its share) and bytes of shared memory a program may have; on a CPU, those of an H100."""
+    return _cuda_limits(device.index) if device.type == "cuda" else (132, 227 * 1024)
 
 
 def multiprocessor_count(device: torch.device) -> int:
-    """Streaming multiprocessors that the device has (a MIG slice: its share); on a CPU, those of an H100 / H200."""
-    return _cuda_multiprocessor_count(device.index) if device.type == "cuda" else 132
+    """The first of `device_limits`."""
+    return device_limits(device)[0]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -81,10 +92,29 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def matmul_precision(dtype: torch.dtype, precision: str | None) -> str:
-    """The tl.dot input precision: the given one, or for None what torch.mm would use, i.e. torch.backends.cuda.matmul."""
+@contextlib.contextmanager
+def torch_matmul_precision(dtype: torch.dtype, precision: str):
+    """torch's own float32 products on a GPU, inside: in TF32 where the kernels' are, else in full precision."""
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    if dtype != torch.float32 or before == wanted:
+        yield
+        return
+    torch.backends.cuda.matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> str:
+    """The tl.dot input precision: the given one, or for None what torch would use.
+
+    That is the setting of torch.backends.cuda.matmul for a cell, of torch.backends.cudnn.rnn for a recurrent layer.
+    """
     if dtype != torch.float32:
         return "ieee"
     if precision is None:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        setting = torch.backends.cudnn.rnn if recurrent else torch.backends.cuda.matmul
+        return "tf32" if setting.fp32_precision == "tf32" else "ieee"
     return precision

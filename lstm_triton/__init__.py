@@ -4,6 +4,14 @@ from . import functional
 from ._version import __version__
 from .convert import from_gate_matrices, to_gate_matrices
 from .dispatch import explain
-from .modules import LSTMCell
+from .modules import LSTMCell, SoftmaxReadout
 
-__all__ = ["LSTMCell", "__version__", "explain", "from_gate_matrices", "functional", "to_gate_matrices"]
+__all__ = [
+    "LSTMCell",
+    "SoftmaxReadout",
+    "__version__",
+    "explain",
+    "from_gate_matrices",
+    "functional",
+    "to_gate_matrices",
+]

@@ -70,17 +70,31 @@ def choose_cell(backend: str, device_type: str, dtype: torch.dtype, env: Environ
         ValueError: unknown backend.
         RuntimeError: a forced backend that cannot serve, with the reason.
     """
+    no_cudnn = "cuDNN has no LSTM cell, only whole sequences"
+    return _choose(backend, device_type, dtype, env, no_cudnn, "one fused launch computes the step", "cell")
+
+
+def choose_readout(backend: str, device_type: str, dtype: torch.dtype, env: Environment) -> Choice:
+    """The backend of one softmax readout; raises as `choose_cell` does."""
+    fused = "at most two fused launches compute it"
+    return _choose(backend, device_type, dtype, env, "cuDNN has no such readout", fused, "linear layer and softmax")
+
+
+def _choose(
+    backend: str, device_type: str, dtype: torch.dtype, env: Environment, no_cudnn: str, fused: str, torchs: str
+) -> Choice:
+    """What `choose_cell` and `choose_readout` share; no_cudnn, fused and torchs (what torch has) word the reasons."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
         return Choice("reference", "asked for")
     if backend == "cudnn":
-        raise RuntimeError("backend='cudnn' cannot serve: cuDNN has no LSTM cell, only whole sequences")
+        raise RuntimeError(f"backend='cudnn' cannot serve: {no_cudnn}")
     obstacle = _why_no_kernels(device_type, dtype, env)
     if backend == "auto":
         if obstacle is None and device_type == "cuda":
-            return Choice("triton", "one fused launch computes the step")
-        return Choice("torch", obstacle or "on a CPU torch's own cell is faster than Triton's interpreter")
+            return Choice("triton", fused)
+        return Choice("torch", obstacle or f"on a CPU torch's own {torchs} is faster than Triton's interpreter")
     if obstacle is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
     return Choice("triton", "asked for")
@@ -92,19 +106,29 @@ def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose_cell(backend, device.type, dtype, environment(device)).backend
 
 
+@functools.lru_cache(maxsize=None)
+def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`choose_readout` for tensors of this device and dtype, remembered."""
+    return choose_readout(backend, device.type, dtype, environment(device)).backend
+
+
 def explain(module: torch.nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str:
     """What `backend="auto"` (or the module's own setting) picks for a module of this package, and why, in one sentence.
 
     Args:
-        module: an `LSTMCell`.
+        module: an `LSTMCell` or a `SoftmaxReadout`.
         device, dtype: those of the tensors; by default those of the module's parameters.
     """
-    from .modules import LSTMCell
+    from .modules import LSTMCell, SoftmaxReadout
 
-    if not isinstance(module, LSTMCell):
-        raise TypeError(f"explain() knows LSTMCell, got {type(module).__name__}")
-    weight = module.weight_hh
+    if isinstance(module, LSTMCell):
+        weight, sizes, choose = module.weight_hh, (module.input_size, module.hidden_size), choose_cell
+    elif isinstance(module, SoftmaxReadout):
+        weight, sizes, choose = module.weight, (module.in_features, module.out_features), choose_readout
+    else:
+        raise TypeError(f"explain() knows LSTMCell and SoftmaxReadout, got {type(module).__name__}")
     device = weight.device if device is None else torch.device(device)
     dtype = weight.dtype if dtype is None else dtype
-    choice = choose_cell(module.backend, device.type, dtype, environment(device))
-    return f"LSTMCell({module.input_size}, {module.hidden_size}) on {device}, {dtype}: {choice.backend}: {choice.reason}."
+    choice = choose(module.backend, device.type, dtype, environment(device))
+    name = type(module).__name__
+    return f"{name}({sizes[0]}, {sizes[1]}) on {device}, {dtype}: {choice.backend}: {choice.reason}."

@@ -13,7 +13,7 @@ from lstm_triton import dispatch
 from lstm_triton._version import __version__
 
 # Beginnings of the names under which Triton keeps this package's compiled kernels.
-_KERNEL_NAMES = ("_lstm_", "_softmax_readout_")
+_KERNEL_NAMES = ("_lstm_", "_readout_")
 
 
 def triton_version() -> str | None:

@@ -1,9 +1,11 @@
 """Functions: the LSTM cell and the softmax readout on explicit weights."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, ops, readout_ops, reference
 
 
 def lstm_cell(
@@ -104,3 +106,69 @@ def _raise_cell_sizes(B: int, I: int, H: int, h: Tensor, c: Tensor, w_ih: Tensor
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {size}, expected {H}")
     name, w = ("weight_ih", w_ih) if w_ih.shape[0] != 4 * H else ("weight_hh", w_hh)
     raise RuntimeError(f"{name} first dim must be 4 * hidden_size = {4 * H}, but got {w.shape[0]}")
+
+
+def softmax_readout(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(h W^T + b), as torch.softmax(torch.nn.functional.linear(h, weight, bias), -1) computes it.
+
+    On an NVIDIA GPU: in at most two kernel launches, with no other tensor of the result's size, the logits in float32.
+
+    Args:
+        h: [..., H].
+        weight: [V, H]; bias: [V] or None. All of one floating-point dtype on one device, any strides; under autocast
+            all are cast to its dtype.
+        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
+            torch.backends.cuda.matmul says ("ieee" unless you changed it).
+        backend: "auto", "triton" (the kernels, or an error), "reference" (plain PyTorch).
+
+    Returns:
+        y: [..., V], each row of which sums to 1, in the dtype of h; in float32 under autocast on a GPU, as torch's
+        softmax. A row with a NaN, or whose largest logit is infinite, is NaN. Twice differentiable.
+
+    Raises:
+        ValueError: unknown precision or backend.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+    """
+    if precision not in dispatch.PRECISIONS:
+        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    chosen = dispatch.readout_backend(backend, h.device, h.dtype)
+    if chosen == "torch":
+        return torch.softmax(torch.nn.functional.linear(h, weight, bias), -1)
+    dtype = h.dtype
+    device_type = h.device.type
+    if torch.is_autocast_enabled(device_type):
+        autocast_dtype = torch.get_autocast_dtype(device_type)
+        h, weight, bias = (_autocast(t, autocast_dtype) for t in (h, weight, bias))
+        dtype = torch.float32 if device_type == "cuda" and h.dtype != torch.float64 else h.dtype
+    _check_readout(h, weight, bias)
+    if chosen == "reference":
+        return reference.softmax_readout(h, weight, bias).to(dtype)
+    V, H = weight.shape
+    y = readout_ops.softmax_readout(h.reshape(math.prod(h.shape[:-1]), H), weight, bias, precision, dtype)
+    return y.view(*h.shape[:-1], V)
+
+
+def _check_readout(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Good arguments pass; the first fault raises as torch.nn.functional.linear does."""
+    if h.dim() == 0 or weight.dim() != 2:
+        raise RuntimeError(f"h must be [..., H] and weight [V, H], but they are {h.dim()}D and {weight.dim()}D")
+    if h.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"h and weight shapes cannot be multiplied: {list(h.shape)} and {list(weight.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype != h.dtype:
+            raise RuntimeError(f"h and {name} must have the same dtype, but got {h.dtype} and {t.dtype}")
+        if t.device != h.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but h is on {h.device} and {name} on {t.device}"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"bias must have size {weight.shape[0]}, but got {list(bias.shape)}")

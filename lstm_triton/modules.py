@@ -66,3 +66,45 @@ class LSTMCell(torch.nn.LSTMCell):
             input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
             precision=self.precision, backend=self.backend,
         )  # fmt: skip
+
+
+class SoftmaxReadout(torch.nn.Linear):
+    """Y = softmax(h W^T + b) in at most two launches on NVIDIA GPUs: torch.nn.Linear and torch.nn.Softmax(-1) in one.
+
+    Same constructor, parameters, initial values for one seed and state_dict as torch.nn.Linear.
+
+    Args:
+        in_features, out_features: H and V.
+        bias: whether there is a bias.
+        device, dtype: of the parameters.
+        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
+            torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.Linear does.
+        backend: "auto" (the fastest that can serve; `lstm_triton.explain(readout)` says which and why), "triton",
+            "reference".
+
+    Input: [..., H]. Output: [..., V], each row of which sums to 1. Twice differentiable.
+
+    Raises RuntimeError for ranks, sizes, dtypes and devices that do not fit, as torch.nn.Linear does.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        precision: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        _check_options(precision, backend)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.precision = precision
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _options_repr(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softmax_readout(input, self.weight, self.bias, precision=self.precision, backend=self.backend)

@@ -9,29 +9,29 @@ from torch import Tensor
 
 from . import reference
 
-_library = torch.library.Library("lstm_triton", "DEF")
-_library.define(
+library = torch.library.Library("lstm_triton", "DEF")
+library.define(
     "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str? precision,"
     " bool save_gates) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor gates, Tensor x, Tensor h_prev, Tensor c_prev, Tensor c, Tensor w_ih,"
     " Tensor w_hh, bool[] needs, str? precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _impl(name: str):
+def implements(name: str):
     """Register for the devices where kernels run: NVIDIA GPUs, and the CPU for Triton's interpreter."""
 
     def register(function):
         for key in ("CUDA", "CPU"):
-            _library.impl(name, function, key)
+            library.impl(name, function, key)
         return function
 
     return register
 
 
-@_impl("lstm_cell")
+@implements("lstm_cell")
 def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
     from .kernels.cell import lstm_cell_forward
 
@@ -39,13 +39,13 @@ def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
     return h, c, x.new_empty(0) if gates is None else gates
 
 
-@torch.library.register_fake("lstm_triton::lstm_cell", lib=_library)
+@torch.library.register_fake("lstm_triton::lstm_cell", lib=library)
 def _(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
     B, H = h.shape
     return x.new_empty((B, H)), x.new_empty((B, H)), x.new_empty((B, H, 4) if save_gates else (0,))
 
 
-@_impl("lstm_cell_backward")
+@implements("lstm_cell_backward")
 def _lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
     from .kernels.cell_backward import lstm_cell_backward
 
@@ -53,13 +53,13 @@ def _lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, 
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("lstm_triton::lstm_cell_backward", lib=_library)
+@torch.library.register_fake("lstm_triton::lstm_cell_backward", lib=library)
 def _(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
     shapes = (x.shape, h_prev.shape, c_prev.shape, w_ih.shape, w_hh.shape, w_ih.shape[:1])
     return tuple(x.new_empty(shape if n else (0,)) for shape, n in zip(shapes, needs))
 
 
-def _sees_operators(x: Tensor) -> bool:
+def sees_operators(x: Tensor) -> bool:
     """Whether something watches the dispatcher: a compiler, a dispatch mode (fake tensors), torch.func, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
@@ -70,7 +70,7 @@ def _sees_operators(x: Tensor) -> bool:
 
 
 def _forward(*args):
-    return (torch.ops.lstm_triton.lstm_cell if _sees_operators(args[0]) else _lstm_cell)(*args)
+    return (torch.ops.lstm_triton.lstm_cell if sees_operators(args[0]) else _lstm_cell)(*args)
 
 
 class LSTMCellBackwardFunction(torch.autograd.Function):
@@ -78,7 +78,7 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
-        backward = torch.ops.lstm_triton.lstm_cell_backward if _sees_operators(x) else _lstm_cell_backward
+        backward = torch.ops.lstm_triton.lstm_cell_backward if sees_operators(x) else _lstm_cell_backward
         return backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision)
 
     @staticmethod

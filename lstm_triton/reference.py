@@ -4,7 +4,7 @@ Clear rather than fast. Everything is made of differentiable torch operations, o
 (the tests use float64), so the hand-written backward can itself be differentiated: double backward rests on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,19 +65,47 @@ def lstm_cell_backward(
 
 
 def lstm_cell_double_backward(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Back through `lstm_cell_backward`.
+    """Back through `lstm_cell_backward`: `back_through` with its six results and nine arguments."""
+    return back_through(lstm_cell_backward, grads, inputs)
+
+
+def softmax_readout(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = softmax(h W^T + b) along V, [..., V], from h [..., H], weight [V, H] and bias [V] or None."""
+    logits = h @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    return torch.softmax(logits, -1)
+
+
+def softmax_readout_backward(
+    dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the readout of h [B, H], from that of its result, [B, V].
+
+    Returns dh [B, H], dW [V, H] and db [V].
+    """
+    y = softmax_readout(h, weight, bias)
+    dlogits = y * (dy - (dy * y).sum(-1, keepdim=True))
+    return dlogits @ weight, dlogits.t() @ h, dlogits.sum(0)
+
+
+def back_through(
+    function: Callable[..., Sequence[Tensor]], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Back through a function made of differentiable operations.
 
     Args:
-        grads: the gradients of its six results, None where there is none.
-        inputs: its nine arguments.
+        function: of `inputs`, which may be None, returning a sequence of tensors.
+        grads: the gradients of its results, None where there is none.
+        inputs: its arguments.
 
     Returns:
-        The gradients of the nine arguments, None where there is none. Differentiable again when grad mode is on.
+        The gradients of the arguments, None where there is none. Differentiable again when grad mode is on.
     """
     with torch.enable_grad():
         # Aliases, so that each gradient is the partial one even where one input was computed from another.
         aliases = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        results = lstm_cell_backward(*aliases)
+        results = function(*aliases)
         pairs = [(r, g) for r, g in zip(results, grads) if g is not None]
         wanted = [a for a in aliases if a is not None]
         found = iter(

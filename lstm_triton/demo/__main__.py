@@ -38,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue training from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, help="default: the GPU, if any")
+    # At these sizes a second thread gains little, and costs much more than that where the cores are shared.
+    parser.add_argument("--threads", type=_positive(int), default=1, help="CPU threads (default 1)")
     parser.add_argument("--hidden-size", type=_positive(int), help="default: 512 on a GPU, 256 on a CPU")
     parser.add_argument(
         "--batch", type=_positive(int), help="texts read side by side; default: 128 on a GPU, 32 on a CPU"
@@ -61,6 +63,7 @@ def _demo(options: argparse.Namespace) -> int:
     checkpoint = options.out / "checkpoint.pt"
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(environment.summary(), flush=True)
+    torch.set_num_threads(options.threads)
 
     accuracy = _check(options, device)
     training = _training(options, device, checkpoint)
@@ -73,7 +76,7 @@ def _demo(options: argparse.Namespace) -> int:
     config = training.config
     model = (
         f"Model: LSTMCell with {config.hidden_size} units, {config.batch} texts side by side, "
-        f"gradients through {config.steps} steps."
+        f"gradients through {config.steps} steps, on the {'GPU' if device.type == 'cuda' else device.type.upper()}."
     )
     print(f"\n{text}\n{model}\nCharacter frequencies alone: {unigram:.2f} bits per character", flush=True)
     training.run(checkpoint, options.seconds, options.steps)
@@ -82,9 +85,10 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"Interrupted after {training.step} updates, saved to {checkpoint}; continue with\n  {again}")
         return 130
     last = training.curve[-1]
+    gain = unigram - last.validation_bits
     print(
         f"Validation: {last.validation_bits:.2f} bits per character (training {last.train_bits:.2f}), "
-        f"{unigram - last.validation_bits:.2f} below character frequencies alone; "
+        f"{abs(gain):.2f} {'below' if gain > 0 else 'ABOVE'} character frequencies alone; "
         f"{last.tokens / last.seconds:,.0f} tokens/s\nCheckpoint: {checkpoint} (go on with --resume)"
     )
 

@@ -31,7 +31,7 @@ class Bar:
 
 def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], level: float, level_name: str) -> str:
     """Curves over x, both axes from zero, with a dashed horizontal line at `level`."""
-    height, left, right, top, bottom = 340, 52, 16, 36, 44
+    height, left, right, top, bottom = 360, 56, 16, 44, 60
     x_ticks = _ticks(max((x for line in lines for x, _ in line.points), default=1.0))
     y_ticks = _ticks(max([level, *(y for line in lines for _, y in line.points if math.isfinite(y))]))
     x_max = max((x for line in lines for x, _ in line.points), default=x_ticks[-1]) or 1.0
@@ -45,10 +45,10 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], le
     parts = []
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(_text(left - 8, py(tick) + 5, _number(tick), "end"))
-    parts += [_text(px(tick), height - bottom + 20, _number(tick), "middle") for tick in x_ticks if tick <= x_max]
-    parts.append(_text((left + WIDTH - right) / 2, height - 4, x_label, "middle"))
-    parts.append(_text(8, 16, y_label, "start"))
+        parts.append(_text(left - 8, py(tick) + 6, _number(tick), "end"))
+    parts += [_text(px(tick), height - bottom + 24, _number(tick), "middle") for tick in x_ticks if tick <= x_max]
+    parts.append(_text((left + WIDTH - right) / 2, height - 8, x_label, "middle"))
+    parts.append(_text(4, 20, y_label, "start"))
     parts.append(f'<line class="level" x1="{left}" x2="{WIDTH - right}" y1="{py(level):.1f}" y2="{py(level):.1f}"/>')
     parts.append(_text(WIDTH - right, py(level) - 7, level_name, "end"))
     for line in lines:
@@ -61,7 +61,7 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], le
 
 def bar_chart(title: str, unit: str, bars: Sequence[Bar]) -> str:
     """Horizontal bars from zero, grouped, the value written behind each."""
-    step, bar_height, head, left, right = 40, 16, 30, 8, 96
+    step, bar_height, head, left, right = 54, 16, 36, 4, 150
     longest = max((bar.high for bar in bars), default=1.0) or 1.0
     scale = (WIDTH - left - right) / longest
     parts = []
@@ -70,18 +70,18 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar]) -> str:
     for bar in bars:
         if bar.group != group:
             group = bar.group
-            parts.append(f'<text class="head" x="{left}" y="{y + 20:.0f}">{escape(group)}</text>')
+            parts.append(f'<text class="head" x="{left}" y="{y + 24:.0f}">{escape(group)}</text>')
             y += head
-        parts.append(_text(left, y + 14, bar.name, "start"))
-        middle = y + 20 + bar_height / 2
+        parts.append(_text(left, y + 20, bar.name, "start"))
+        middle = y + 28 + bar_height / 2
         parts.append(
-            f'<rect class="{bar.style}" x="{left}" y="{y + 20:.0f}" width="{max(bar.value * scale, 1):.1f}" '
+            f'<rect class="{bar.style}" x="{left}" y="{y + 28:.0f}" width="{max(bar.value * scale, 1):.1f}" '
             f'height="{bar_height}" rx="2"/>'
             f'<line class="whisker" x1="{left + bar.low * scale:.1f}" x2="{left + bar.high * scale:.1f}" '
             f'y1="{middle:.0f}" y2="{middle:.0f}"/>'
         )
         end = left + max(bar.value, bar.high) * scale
-        parts.append(_text(end + 8, middle + 5, f"{bar.value:,.1f} {unit}", "start"))
+        parts.append(_text(end + 8, middle + 6, f"{bar.value:,.{0 if bar.value >= 100 else 1}f} {unit}", "start"))
         y += step
     return _svg(title, math.ceil(y) + 6, parts)
 

@@ -55,10 +55,11 @@ def load(seed: int = 0, folder: Path | None = None, vocabulary: str | None = Non
     train, validation = _read(folder, seed)
     if min(sum(map(len, train)), 20 * sum(map(len, validation))) < _MIN_CHARACTERS:
         raise CorpusError(f"too little Python source in {folder} to train on")
-    texts = ["\n".join(part) for part in (train, validation)]
+    train_text, validation_text = "\n".join(train), "\n".join(validation)
     if vocabulary is None:
-        vocabulary = _vocabulary(texts[0])
-    return Corpus(*(encode(text, vocabulary) for text in texts), vocabulary, (len(train), len(validation)))
+        vocabulary = _vocabulary(train_text)
+    numbers = encode(train_text, vocabulary), encode(validation_text, vocabulary)
+    return Corpus(*numbers, vocabulary, (len(train), len(validation)))
 
 
 def encode(text: str, vocabulary: str) -> torch.Tensor:

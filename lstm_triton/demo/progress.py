@@ -37,11 +37,16 @@ class Progress:
         elif seconds > self._first[0]:
             self._rate = (tokens - self._first[1]) / (seconds - self._first[0])
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._rate:,.0f} tokens/s{self._losses}", refresh=False)
+            self._bar.set_postfix_str(self._state(), refresh=False)
             self._bar.update(min(seconds, self._bar.total) - self._bar.n)
 
     def point(self, point: "Point") -> None:
         """A new measurement."""
         self._losses = f" · bits/char: train {point.train_bits:.2f}, validation {point.validation_bits:.2f}"
-        if self._bar is None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._state())
+        else:
             print(f"{point.seconds:6.1f} s · {point.tokens:,} tokens{self._losses}", flush=True)
+
+    def _state(self) -> str:
+        return f"{self._rate:,.0f} tokens/s{self._losses}"

@@ -21,7 +21,7 @@ body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1rem 3rem; background: 
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
 p { margin: .5rem 0; } .quiet { color: var(--quiet); font-size: .9rem; } .bad { color: var(--bad); font-weight: 600; }
-figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: .9rem; }
+figure { margin: 1rem 0; } figcaption { margin-top: .5rem; color: var(--quiet); font-size: .9rem; }
 .key { margin-right: 1rem; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: .8em; height: .8em; margin-right: .4em; border-radius: 2px;
   background: var(--colour); }
@@ -30,6 +30,7 @@ figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: .9rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); } th { font-weight: 600; }
+tbody + thead th { padding-top: 1.1rem; }
 td span { color: var(--quiet); }
 pre { padding: .75rem; border: 1px solid var(--rule); border-radius: 4px; font-size: .8rem; line-height: 1.4;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -94,8 +95,9 @@ def _training(contents: Contents) -> list[str]:
         return [*parts, "<p>Training ended before the first measurement.</p>"]
     last = curve[-1]
     gain = contents.unigram_bits - last.validation_bits
+    rate = last.tokens / last.seconds if last.seconds else 0.0
     lines = [
-        charts.Line("training", [(p.tokens, p.train_bits) for p in curve], "other"),
+        charts.Line("training", [(p.tokens, p.train_bits) for p in curve if p.step > 0], "other"),
         charts.Line("validation", [(p.tokens, p.validation_bits) for p in curve], "ours"),
     ]
     level = f"character frequencies alone: {contents.unigram_bits:.2f}"
@@ -110,8 +112,8 @@ def _training(contents: Contents) -> list[str]:
     return [
         *parts,
         f"<p>Held-out files cost <strong>{last.validation_bits:.2f} bits per character</strong> after "
-        f"{last.tokens:,} characters in {last.seconds:.0f} s, {abs(gain):.2f} {'below' if gain > 0 else 'above'} the "
-        f"{contents.unigram_bits:.2f} of character frequencies alone.</p>",
+        f"{last.tokens:,} characters in {last.seconds:.0f} s ({rate:,.0f} a second): {abs(gain):.2f} "
+        f"{'below' if gain > 0 else 'above'} the {contents.unigram_bits:.2f} of character frequencies alone.</p>",
         f'<figure>{picture}<figcaption><span class="key other">training</span><span class="key ours">validation</span>'
         f"{escape(contents.model)}</figcaption></figure>",
     ]
@@ -135,11 +137,11 @@ def _accuracy(report: check.Report | str) -> list[str]:
     dtypes = list(dict.fromkeys(row.dtype for row in report.rows))
     failures = [f"{row.dtype} {row.quantity}: {failure}" for row in report.rows for failure in row.failures]
     parts.append(
-        f"<p>{escape(report.label)}. Outputs and every gradient against the float64 reference: largest error, relative to "
-        "the largest true value, with the error of torch.nn.LSTMCell in the same dtype behind the stroke.</p>"
+        f"<p>{escape(report.label)}. Outputs and every gradient against the float64 reference: largest error, relative "
+        "to the largest true value, with the error of torch.nn.LSTMCell in the same dtype after the slash.</p>"
     )
     verdict = "Passed" if report.passed else "Failed"
-    bar = f"at most {check.TIMES_TORCH:g} times torch's largest error plus {check.FLOOR_ULPS} units in the last place"
+    bodies = []
     for title, ours, theirs in (("largest", "max_error", "torch_max_error"), ("RMS", "rms_error", "torch_rms_error")):
         head = "".join(f"<th>{escape(dtype)}</th>" for dtype in dtypes)
         rows = []
@@ -149,11 +151,9 @@ def _accuracy(report: check.Report | str) -> list[str]:
                 f"<td>{getattr(found[d], ours):.1e} <span>/ {getattr(found[d], theirs):.1e}</span></td>" for d in dtypes
             )
             rows.append(f"<tr><th>{escape(quantity)}</th>{cells}</tr>")
-        parts.append(
-            f'<div class="scroll"><table><thead><tr><th>{title}</th>{head}</tr></thead>'
-            f"<tbody>{''.join(rows)}</tbody></table></div><p></p>"
-        )
-    parts.append(f'<p class="{"quiet" if report.passed else "bad"}">{verdict}: {escape(bar)}.</p>')
+        bodies.append(f"<thead><tr><th>{title}</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>")
+    parts.append(f'<div class="scroll"><table>{"".join(bodies)}</table></div>')
+    parts.append(f'<p class="{"quiet" if report.passed else "bad"}">{verdict}: {escape(check.bar(report))}.</p>')
     parts += [f'<p class="bad">{escape(failure)}</p>' for failure in failures]
     return parts
 

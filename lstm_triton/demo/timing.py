@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class TimingReport:
     rows: tuple[Timing, ...]
 
 
-def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 256, length: int = 64) -> TimingReport:
+def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 256, length: int = 32) -> TimingReport:
     """Time a sequence of `length` steps, stepped through the cells and given whole to nn.LSTM, for about `seconds`.
 
     All three hold the same weights and take float32 products at full precision. Rounds are interleaved, so that a drift
@@ -46,8 +47,10 @@ def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 2
         mode: _providers(device, batch, size, length, mode == "training step")
         for mode in ("inference", "training step")
     }
-    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    rnn: Any = torch.backends.cudnn.rnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = rnn.fp32_precision, matmul.fp32_precision
+    rnn.fp32_precision = matmul.fp32_precision = "ieee"
     times: dict[tuple[str, str], list[float]] = {}
     try:
         for warmup in (True, False):
@@ -61,7 +64,7 @@ def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 2
                 if time.perf_counter() - begin >= (0.2 if warmup else 0.8) * seconds:
                     break
     finally:
-        torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+        rnn.fp32_precision, matmul.fp32_precision = before
     rows = []
     for (mode, name), values in times.items():
         low, high = _percentile(values, 20), _percentile(values, 80)
@@ -74,18 +77,18 @@ def table(report: TimingReport) -> str:
     """The timings as text."""
     lines = [
         f"Time per timestep · {report.label}",
-        f"{'µs, median (20 to 80%)':<24}" + f"{'inference':>26}{'training step':>26}",
+        f"{'µs, median (20 to 80%)':<24}" + f"{'inference':>28}{'training step':>28}",
     ]
     for name in dict.fromkeys(row.provider for row in report.rows):
         cells = []
         for mode in ("inference", "training step"):
             row = next(r for r in report.rows if (r.provider, r.mode) == (name, mode))
             cells.append(f"{row.median:.1f} ({row.low:.1f} to {row.high:.1f})")
-        lines.append(f"{name:<24}" + "".join(f"{cell:>26}" for cell in cells))
+        lines.append(f"{name:<24}" + "".join(f"  {cell:>26}" for cell in cells))
     return "\n".join([*lines, report.note])
 
 
-def _providers(device: torch.device, B: int, H: int, T: int, training: bool) -> dict[str, Callable[[], None]]:
+def _providers(device: torch.device, B: int, H: int, T: int, training: bool) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
     lstm = nn.LSTM(H, H, device=device)
     cells = {OURS: LSTMCell(H, H, device=device), TORCH_CELL: nn.LSTMCell(H, H, device=device)}
@@ -103,18 +106,19 @@ def _providers(device: torch.device, B: int, H: int, T: int, training: bool) -> 
             outputs.append(state[0])
         return torch.stack(outputs)
 
-    def runner(module: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
+    def runner(module: nn.Module, forward: Callable[[nn.Module], Tensor]) -> Callable[[], Any]:
+        module.train(training)
         if not training:
-            return torch.no_grad()(forward)
+            return torch.no_grad()(lambda: forward(module))
         parameters = [x, *module.parameters()]
-        return lambda: torch.autograd.grad(forward(), parameters, grad)
+        return lambda: torch.autograd.grad(forward(module), parameters, grad)
 
-    runs = {name: runner(cell.train(training), lambda cell=cell: steps(cell)) for name, cell in cells.items()}
-    runs[TORCH_LSTM] = runner(lstm.train(training), lambda: lstm(x)[0])
+    runs = {name: runner(cell, steps) for name, cell in cells.items()}
+    runs[TORCH_LSTM] = runner(lstm, lambda module: module(x)[0])
     return runs
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
@@ -134,7 +138,10 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _note(device: torch.device) -> str:
@@ -143,6 +150,6 @@ def _note(device: torch.device) -> str:
             "torch.nn.LSTM is cuDNN and sees the whole sequence at once; the cells are called step by step from Python."
         )
     return (
-        "On this CPU lstm_triton.LSTMCell is torch's own cell, so the two should differ by noise alone; torch.nn.LSTM sees "
-        "the whole sequence at once.\nThese are CPU times: they say nothing about the speed of either on a GPU."
+        "On this CPU lstm_triton.LSTMCell is torch's own cell, so the two should differ by noise alone; torch.nn.LSTM "
+        "sees the whole sequence at once.\nThese are CPU times: they say nothing about the speed of either on a GPU."
     )

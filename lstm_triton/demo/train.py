@@ -19,6 +19,7 @@ from lstm_triton.demo.model import CharModel
 from lstm_triton.demo.progress import Progress
 
 _FORMAT = 1
+_MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
 _NATS = math.log(2)  # nats per bit
 
 
@@ -46,7 +47,7 @@ class Point:
     step: int
     tokens: int  # a token is a character
     seconds: float
-    train_bits: float  # mean since the previous point
+    train_bits: float  # mean since the previous point; NaN before the first update
     validation_bits: float
 
 
@@ -69,33 +70,36 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99))
         self.state = self.model.initial_state(self.config.batch)
         self._train = _streams(self.corpus.train, self.config.batch).to(self.device)
-        self._validation = _streams(self.corpus.validation, 64)[:257].to(self.device)
+        self._validation = _streams(self.corpus.validation, 64)[:193].to(self.device)
 
     @property
     def tokens(self) -> int:
         return self.step * self.config.batch * self.config.steps
 
-    def run(self, checkpoint: Path, seconds: float, steps: int | None = None, points: int = 6) -> None:
-        """Train for `seconds` (or `steps` updates), saving to `checkpoint` at each of `points` measurements.
+    def run(self, checkpoint: Path, seconds: float, steps: int | None = None) -> None:
+        """Train for `seconds` (or `steps` updates), saving to `checkpoint` after each measurement.
 
         Ctrl-C ends it after the update under way, saved as if the time were up, and sets `interrupted`.
         """
         begin = time.perf_counter() - self.seconds
         first_step, first_second = self.step, self.seconds
-        next_point = 1
+        due = list(_MEASURED_AT)
         total = torch.zeros((), device=self.device)
         counted = 0
         with _on_interrupt(self), Progress(seconds) as progress:
+            if not self.curve:
+                self._measure(math.nan)
+                self.save(checkpoint)
             while True:
                 share = (self.step - first_step) / steps if steps else (self.seconds - first_second) / seconds
-                if (share * points >= next_point or self.interrupted) and counted:
+                if counted and (share >= due[0] or self.interrupted):
                     self._measure(total.item() / counted)
                     self.seconds = time.perf_counter() - begin
                     self.save(checkpoint)
                     progress.point(self.curve[-1])
                     total.zero_()
                     counted = 0
-                    next_point = int(share * points) + 1
+                    due = [later for later in due if later > share]
                 if share >= 1 or self.interrupted:
                     break
                 total += self._update()
@@ -103,8 +107,6 @@ class Training:
                 self.step += 1
                 self.seconds = time.perf_counter() - begin
                 progress.advance(self.seconds - first_second, self.tokens)
-        if not self.curve:  # interrupted before the first update
-            self.save(checkpoint)
 
     def _update(self) -> torch.Tensor:
         """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""

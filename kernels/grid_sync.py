@@ -1,0 +1,54 @@
+"""The barrier between the programs of one launch, and why it is correct.
+
+A barrier group is P programs that own the P slices of the hidden units for one block of batch rows. In every step each program
+reads the h (forward) or dz (backward) that all P have written in the step before. One counter per group counts arrivals:
+
+    program A: store its slice   ->  arrive: CTA barrier; atomic add, release, gpu scope
+    program B: wait: atomic read, acquire, gpu scope, until the count is reached; CTA barrier  ->  load A's slice
+
+Why B sees A's slice (PTX memory model, the same order in four links):
+1. Each thread of A stores, then passes the CTA barrier: the stores happen before the one thread that does the atomic goes on.
+   `tl.debug_barrier()` is that barrier; Triton does not promise one before a release, and without it only the storing thread's
+   own stores would be ordered.
+2. That thread's release at gpu scope is cumulative: it covers what the barrier ordered before it, not only its own stores.
+3. B's acquire reads a value that A's release (or a later arrival in the same chain of atomics: a release sequence) wrote:
+   A's release synchronizes with B's acquire. The value is used, in the loop condition, or the compiler may drop the acquire.
+4. The CTA barrier after the wait orders the polling thread's acquire before the loads of all of B's threads.
+
+Why it ends: the count only grows; step s waits for s * P arrivals, which needs every program of the group to have finished step
+s - 1 and nothing else, so by induction over s all arrive, provided all P run at the same time. The launch is cooperative: a grid
+whose programs cannot all be resident is refused by the driver. Groups never wait for one another.
+
+Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused.
+
+The counters must be zero at the start of a launch and belong to that launch alone. They lie 128 bytes apart, one L2 line each.
+"""
+
+import triton
+import triton.language as tl
+
+COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
+
+# A wait this long means that a program is missing. A poll takes about a microsecond, so this is a few seconds.
+_MAX_POLLS = tl.constexpr(1 << 22)
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Publish everything this program has stored, and count it as arrived."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, target):
+    """Wait until `target` arrivals are counted; what they published may be loaded afterwards."""
+    arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    polls = 0
+    while arrived < target:
+        arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        polls += 1
+        if polls == _MAX_POLLS:
+            # Not tl.device_assert: the function call in it, never made, still serializes every wgmma of the kernel.
+            tl.inline_asm_elementwise("trap; mov.u32 $0, $1;", "=r,r", [polls], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()

@@ -1,0 +1,204 @@
+"""One LSTM layer over a whole sequence, in one or two directions: the forward kernel and the GEMM of the library before it.
+
+One GEMM gives the pre-activations of all steps and directions, one launch the recurrence. Rows of W_ih are reordered once per
+call, from gate-major to the unit-major order [H, 4] of the pre-activations.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import interpreter
+from .grid_sync import COUNTER_STRIDE
+from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
+from .sequence import _lstm_sequence_forward_kernel
+from .sequence_config import DeviceLimits, SequenceConfig, sequence_forward_config, stepwise_config
+
+_forward = Launcher(_lstm_sequence_forward_kernel)
+
+# Arrival counters are int32: steps times programs of a group stay below this.
+_MAX_ARRIVALS = 2**31 - 1
+
+
+class Direction(NamedTuple):
+    """The weights of one direction: w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+
+
+class Segments(NamedTuple):
+    """Where rows start, stop and restart.
+
+    resets: [T, B] bool or None; reset_h, reset_c: [T, D, B, H] of any strides but a last one of 1, or None for zeros;
+    lengths: [B] integers in 0 ... T, or None.
+    """
+
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    lengths: Tensor | None = None
+
+
+class Forward(NamedTuple):
+    """y [T, B, D * H]; h_n, c_n [D, B, H]; c [T, B, D * H] and gates [T, B, D, H, 4] or None."""
+
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    c: Tensor | None
+    gates: Tensor | None
+
+
+def new_states(like: Tensor, time_major: bool, T: int, B: int, *rest: int) -> Tensor:
+    """Uninitialised [T, B, *rest], its memory in the order of `like`: time-major or batch-major."""
+    if time_major:
+        return torch.empty((T, B, *rest), dtype=like.dtype, device=like.device)
+    return torch.empty((B, T, *rest), dtype=like.dtype, device=like.device).transpose(0, 1)
+
+
+def as_rows(t: Tensor, time_major: bool) -> Tensor:
+    """[T, B, n] as a matrix of T * B rows, in memory order: a view for what `new_states` made."""
+    return (t if time_major else t.transpose(0, 1)).flatten(0, 1)
+
+
+def unit_major(w: Tensor) -> Tensor:
+    """Rows gate * H + unit -> 4 * unit + gate."""
+    return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def is_time_major(x: Tensor) -> bool:
+    return x.stride(0) >= x.stride(1) or x.shape[0] == 1 or x.shape[1] == 1
+
+
+def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, device, stepwise: bool) -> SequenceConfig:
+    config = configure(B, H, D, dtype, precision, DeviceLimits(*device_limits(device)))
+    waits = config.persistent and config.programs > 1
+    if stepwise or (waits and (T * config.programs > _MAX_ARRIVALS or not interpreter.programs_can_wait())):
+        return stepwise_config(B, H, D, dtype, precision)
+    return config
+
+
+def run(launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants) -> None:
+    waits = config.persistent and config.programs > 1
+    options = {"maxnreg": config.max_registers} if config.max_registers else {}
+    if waits:
+        # A grid that cannot all be resident is refused, not hung.
+        options["launch_cooperative_grid"] = True
+    counters = None
+    if waits:
+        device = next(t for t in tensors if t is not None).device
+        counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+    launcher(
+        (config.programs * config.groups, 1, 1),
+        (*tensors, counters),
+        (T, B, first, last, *strides),
+        constants,
+        config,
+        **options,
+    )
+
+
+def index_type(t: Tensor) -> tl.dtype:
+    """The integer type of offsets within one timestep of t [T, B, ...], in elements."""
+    extent = (t.shape[1] - 1) * t.stride(1) + t[0, 0].numel()
+    return tl.int32 if extent < 2**31 else tl.int64
+
+
+def segment_strides(segments: Segments, *states: Tensor | None) -> tuple[int, ...]:
+    resets = (0, 0) if segments.resets is None else segments.resets.stride()
+    return (*resets, *(s for t in states for s in ((0, 0, 0) if t is None else t.stride()[:3])))
+
+
+def weight_strides(directions: list[Direction]) -> tuple[int, ...]:
+    first, last = directions[0].w_hh, directions[-1].w_hh
+    return (*first.stride(), *last.stride())
+
+
+def as_bytes(resets: Tensor | None) -> Tensor | None:
+    return None if resets is None else resets.view(torch.uint8)
+
+
+def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> Tensor:
+    """x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps: [T, B, D, H, 4], in one GEMM."""
+    T, B, I = x.shape
+    H = directions[0].w_hh.shape[1]
+    time_major = is_time_major(x)
+    w = torch.cat([unit_major(d.w_ih) for d in directions]) if len(directions) > 1 else unit_major(directions[0].w_ih)
+    rows = as_rows(x, time_major)
+    biases = [b for d in directions for b in (d.b_ih, d.b_hh) if b is not None]
+    with torch_matmul_precision(x.dtype, precision):
+        if biases:
+            b = torch.stack(biases).unflatten(0, (len(directions), -1)).sum(1)
+            z = torch.addmm(b.unflatten(1, (4, H)).transpose(1, 2).flatten(), rows, w.t())
+        else:
+            z = rows @ w.t()
+    z = z.view(T, B, len(directions), H, 4) if time_major else z.view(B, T, len(directions), H, 4).transpose(0, 1)
+    return z
+
+
+def lstm_layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    directions: list[Direction],
+    segments: Segments = Segments(),
+    *,
+    precision: str | None = None,
+    save_cells: bool = False,
+    save_gates: bool = False,
+    stepwise: bool = False,
+) -> Forward:
+    """Run one layer.
+
+    Args:
+        x: [T, B, I], T and B at least 1; memory time-major or batch-major (others are copied), which the outputs then follow.
+        h0, c0: [D, B, H].
+        directions: the weights of the forward direction and, where D = 2, of the reverse one. One floating-point dtype and
+            device for all.
+        precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
+        save_cells, save_gates: also return what the caller or `lstm_layer_backward` wants.
+        stepwise: one launch per step, even where one launch could run them all.
+    """
+    (T, B, _), H, D = x.shape, h0.shape[2], len(directions)
+    precision = matmul_precision(x.dtype, precision, recurrent=True)
+    pre = pre_activations(x, directions, precision)
+    time_major = is_time_major(pre)
+    config = plan(sequence_forward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
+
+    y = new_states(x, time_major, T, B, D * H)
+    c = new_states(x, time_major, T, B, D * H) if save_cells else None
+    gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
+    c_n = torch.empty_like(c0)
+    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
+                 config.block_k)  # fmt: skip
+    strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *weight_strides(directions),
+               *segment_strides(segments, segments.reset_h, segments.reset_c))  # fmt: skip
+    w_reverse = directions[1].w_hh if D == 2 else None
+    for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
+        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, as_bytes(segments.resets), segments.reset_h, segments.reset_c,
+                   segments.lengths, y, h_n, c_out, c, gates)  # fmt: skip
+        run(_forward, config, tensors, T, B, first, last, strides, constants)
+    return Forward(y, h_n, c_n, c, gates)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which c and dc are kept between launches: that of the accumulator."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def launches(config: SequenceConfig, state_in: Tensor | None, state_out: Tensor, first: int, last: int) -> list[tuple]:
+    """(first step, last step, state in, state out) of each launch; between launches the state is kept unrounded."""
+    if config.persistent or last - first == 1:
+        return [(first, last, state_in, state_out)]
+    kept = torch.empty_like(state_out, dtype=accumulator_dtype(state_out.dtype))
+    return [
+        (step, step + 1, state_in if step == first else kept, state_out if step == last - 1 else kept)
+        for step in range(first, last)
+    ]

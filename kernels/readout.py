@@ -1,0 +1,168 @@
+"""The readout Y = softmax(h W^T + b), in at most two launches and with no [B, V] buffer besides Y.
+
+The first launch divides the logits [B, V] into tiles. Each program computes one tile and leaves exp(logit - m) in Y,
+where m is the largest logit of the row within the tile; it notes m and the sum s of these exponentials. The second
+launch multiplies Y by what turns a tile's softmax into the row's, with M and S taken over the tiles t of the row:
+
+    M = max_t m_t    S = sum_t s_t exp(m_t - M)    Y = exp(logit - m_t) * exp(m_t - M) / S
+
+Where one tile holds a whole row, the first launch divides by s and is the only one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .cell import _add_projection
+from .config import readout_forward_config, readout_rescale_config
+from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+
+
+@triton.jit
+def _finite_shift(m):
+    """What to subtract before the exponential: m, or 0 where all is -inf, as exp(-inf + inf) would be NaN and not 0."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _readout_forward_kernel(
+    # pointers
+    h_ptr,  # [B, H]
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V] or None
+    y_ptr,  # [B, V] out: exponentials within the tile
+    stats_ptr,  # [B, tiles, 2] out: largest logit and sum; None when one tile holds a row, and y is divided by the sum
+    # sizes
+    B, H, V,
+    # strides
+    stride_h_b, stride_h_k, stride_weight_v, stride_weight_k, stride_bias,
+    # meta-parameters
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Softmax of one [BLOCK_B, BLOCK_V] tile of h W^T + b, which never leaves registers until it is y."""
+    # Programs that run at the same time share up to GROUP row tiles of h and neighbouring tiles of the weight.
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    first_tile_b = pid // (GROUP * tiles_v) * GROUP
+    group = tl.minimum(tiles_b - first_tile_b, GROUP)
+    pid %= GROUP * tiles_v
+    tile_v = pid // group
+    offs_b = (first_tile_b + pid % group) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_b = offs_b < B
+    mask_v = offs_v < V
+
+    logits = tl.zeros((BLOCK_B, BLOCK_V), ACC)
+    logits = _add_projection(logits, h_ptr, weight_ptr, offs_b, mask_b, offs_v, mask_v, H, stride_h_b, stride_h_k,
+                             stride_weight_v, stride_weight_k, BLOCK_K, PRECISION)  # fmt: skip
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v.to(tl.int64) * stride_bias, mask=mask_v, other=0.0)
+        logits += bias.to(ACC)[None, :]
+    logits = tl.where(mask_v[None, :], logits, -float("inf"))
+
+    m = tl.max(logits, axis=1)
+    y = tl.exp(logits - _finite_shift(m)[:, None])
+    s = tl.sum(y, axis=1)
+    offs_b = offs_b.to(tl.int64)
+    if stats_ptr is None:
+        y /= s[:, None]
+    else:
+        stats_ptrs = stats_ptr + (offs_b * tiles_v + tile_v) * 2
+        tl.store(stats_ptrs, m, mask=mask_b)
+        tl.store(stats_ptrs + 1, s, mask=mask_b)
+    offsets = offs_b[:, None] * V + offs_v[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask_b[:, None] & mask_v[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _readout_rescale_kernel(
+    # pointers
+    y_ptr,  # [B, V] in and out
+    stats_ptr,  # [B, tiles, 2]
+    # sizes
+    V, tiles,
+    # meta-parameters
+    ACC: tl.constexpr, TILE_V: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_STATS: tl.constexpr,
+):  # fmt: skip
+    """From softmax within each tile to softmax of the row: one program owns BLOCK_TILES tiles of one row."""
+    programs = tl.cdiv(tiles, BLOCK_TILES)  # per row
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    stats_ptr += row * tiles * 2
+    offs_t = tl.arange(0, BLOCK_STATS)
+    m = tl.full((BLOCK_STATS,), -float("inf"), ACC)
+    for first in range(0, tiles, BLOCK_STATS):
+        mask_t = offs_t < tiles - first
+        m = tl.maximum(m, tl.load(stats_ptr + (first + offs_t) * 2, mask=mask_t, other=-float("inf")))
+    m = _finite_shift(tl.max(m, axis=0))
+    s = tl.zeros((BLOCK_STATS,), ACC)
+    for first in range(0, tiles, BLOCK_STATS):
+        mask_t = offs_t < tiles - first
+        m_t = tl.load(stats_ptr + (first + offs_t) * 2, mask=mask_t, other=-float("inf"))
+        s += tl.load(stats_ptr + (first + offs_t) * 2 + 1, mask=mask_t, other=0.0) * tl.exp(m_t - m)
+    s = tl.sum(s, axis=0)
+
+    tile = tl.program_id(0) % programs * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+    m_t = tl.load(stats_ptr + tile * 2, mask=tile < tiles, other=0.0)
+    scale = tl.exp(m_t - m) / s
+    offs_v = tile[:, None] * TILE_V + tl.arange(0, TILE_V)[None, :]
+    y_ptrs = y_ptr + row * V + offs_v
+    y = tl.load(y_ptrs, mask=offs_v < V, other=0.0).to(ACC) * scale[:, None]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+_forward = Launcher(_readout_forward_kernel)
+_rescale = Launcher(_readout_rescale_kernel)
+
+
+def softmax_readout_forward(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    precision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """softmax(h W^T + b) along V, in one launch where a tile holds a row and in two elsewhere.
+
+    Args:
+        h: [B, H]; weight: [V, H]; bias: [V] or None. One floating-point dtype and device for all, any strides; shapes
+            are the caller's responsibility.
+        precision: how float32 products are computed: "ieee", "tf32", "tf32x3", or None for torch's setting.
+        dtype: of the result; that of h by default.
+
+    Returns:
+        y: [B, V], contiguous.
+    """
+    B, H = h.shape
+    V = weight.shape[0]
+    y = torch.empty((B, V), dtype=h.dtype if dtype is None else dtype, device=h.device)
+    if y.numel() == 0:
+        return y
+    precision = matmul_precision(h.dtype, precision)
+    multiprocessors = multiprocessor_count(h.device)
+    config = readout_forward_config(B, V, h.dtype, precision, multiprocessors)
+    acc = accumulator(h.dtype)
+    tiles = triton.cdiv(V, config.block_v)
+    stats = None
+    if tiles > 1:
+        stats_dtype = torch.float64 if acc == tl.float64 else torch.float32
+        stats = torch.empty((B, tiles, 2), dtype=stats_dtype, device=h.device)
+    _forward(
+        (triton.cdiv(B, config.block_b) * tiles, 1, 1),
+        (h, weight, bias, y, stats),
+        (B, H, V, *h.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        (acc, precision, config.block_b, config.block_v, config.block_k, config.group),
+        config,
+    )
+    if stats is not None:
+        rescale = readout_rescale_config(B, V, config.block_v, multiprocessors)
+        _rescale(
+            (B * triton.cdiv(tiles, rescale.block_tiles), 1, 1),
+            (y, stats),
+            (V, tiles),
+            (acc, config.block_v, rescale.block_tiles, rescale.block_stats),
+            rescale,
+        )
+    return y

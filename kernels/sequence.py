@@ -1,0 +1,178 @@
+"""A whole sequence forward in one launch: the recurrence, given the pre-activations x W_ih^T + b of all steps.
+
+A program owns BLOCK_H hidden units with all four gates, for BLOCK_B batch rows of one direction. Its slice of W_hh stays on chip
+for the whole launch (RESIDENT); c stays in registers. The programs that own the units of the same rows exchange h through y
+itself, which has a fresh address for every step, and wait for one another once a step (grid_sync). Rows and directions never
+wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs once per step.
+"""
+
+import triton
+import triton.language as tl
+
+from .equations import lstm_forward
+from .gates import gate_rows, load_gates, split_gates, store_gates
+from .grid_sync import COUNTER_STRIDE, arrive, wait
+from .segments import begins_at, resets_at, row_lengths
+
+
+@triton.jit
+def _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_row, stride_k, BLOCK_K: tl.constexpr):
+    offs_k = k + tl.arange(0, BLOCK_K)
+    offsets = rows.to(tl.int64)[:, None] * stride_row + offs_k.to(tl.int64)[None, :] * stride_k
+    return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < H)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_state_chunk(rows, keeps, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_K, rows] of a state whose units are contiguous: transposed, the right operand of W h^T."""
+    offs_k = k + tl.arange(0, BLOCK_K)
+    pointers = rows[None, :] + offs_k[:, None]
+    if keeps is not None:
+        return tl.load(pointers, mask=(offs_k < H)[:, None] & keeps[None, :], other=0.0)
+    elif H % BLOCK_K != 0:
+        return tl.load(pointers, mask=(offs_k < H)[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit(do_not_specialize=["T", "B", "first_step", "last_step", "stride_t", "stride_b"])
+def _lstm_sequence_forward_kernel(
+    # pointers
+    pre_ptr,  # [T, B, D, H, 4] pre-activations from the input
+    w_ptr,  # [4H, H] W_hh of direction 0
+    w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
+    h0_ptr,  # [D, B, H]
+    c_in_ptr,  # [D, B, H] c before first_step
+    resets_ptr,  # [T, B] bytes, or None
+    reset_h_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
+    reset_c_ptr,  # likewise
+    lengths_ptr,  # [B] or None
+    y_ptr,  # [T, B, D, H] out, and the buffer through which programs exchange h
+    h_n_ptr,  # [D, B, H] out; rows of length 0 are left as they are
+    c_out_ptr,  # [D, B, H] out: c after last_step
+    c_ptr,  # [T, B, D, H] out, or None
+    gates_ptr,  # [T, B, D, H, 4] out, or None
+    counters_ptr,  # [groups, 32] zeros, or None when no program waits for another
+    # sizes
+    T, B, first_step, last_step,
+    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
+    stride_t, stride_b, stride_w_row, stride_w_k, stride_w_reverse_row, stride_w_reverse_k,
+    stride_resets_t, stride_resets_b,
+    stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
+    # meta-parameters; INDEX is the integer type of offsets within one timestep
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
+    PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    group = tl.program_id(0) // PROGRAMS
+    direction = group % D
+    first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
+    offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < B
+    mask = mask_b[:, None] & (offs_h < H)[None, :]
+
+    if D == 2:
+        w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
+        stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
+        stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
+    rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
+    weights = ()
+    if RESIDENT:
+        for chunk in tl.static_range(CHUNKS):
+            weights = weights + (
+                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, stride_w_row, stride_w_k, BLOCK_K),
+            )
+
+    # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
+    rows_b = tl.minimum(offs_b, B - 1)
+    step_size = stride_t.to(tl.int64) * (D * H)
+    output_rows = rows_b.to(INDEX) * stride_b * D + direction
+    output_offsets = output_rows[:, None] * H + offs_h[None, :]
+    state_rows = direction.to(INDEX) * B + rows_b
+    state_offsets = state_rows[:, None] * H + offs_h[None, :]
+    lengths = row_lengths(lengths_ptr, rows_b, T)
+
+    c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+    t = first_step + direction * (T - 1 - 2 * first_step)
+    x_i, x_f, x_g, x_o = load_gates(pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H)
+
+    # num_stages=1: the software pipeliner would move the loads of h above the wait.
+    for step in tl.range(first_step, last_step, num_stages=1):
+        t = step + direction * (T - 1 - 2 * step)
+        t_prev = t - 1 + 2 * direction
+        begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
+        previous_ptr = y_ptr + t_prev * step_size
+        if lengths_ptr is None:
+            h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * H
+        else:
+            h_rows = tl.where(begins, h0_ptr + state_rows * H, previous_ptr + output_rows * H)
+        keeps = None
+        if resets_ptr is not None:
+            resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+            if reset_h_ptr is not None:
+                reset_h = reset_h_ptr + t * stride_reset_h_t.to(tl.int64) + direction * stride_reset_h_d.to(tl.int64)
+                h_rows = tl.where(resets, reset_h + rows_b.to(tl.int64) * stride_reset_h_b, h_rows)
+                reset_c = reset_c_ptr + t * stride_reset_c_t.to(tl.int64) + direction * stride_reset_c_d.to(tl.int64)
+                reset_c_rows = reset_c + rows_b.to(tl.int64) * stride_reset_c_b
+                reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+                c = tl.where(resets[:, None], reset_c.to(ACC), c)
+            else:
+                keeps = resets == 0
+                c = tl.where(resets[:, None], 0.0, c)
+
+        # The next step's input does not depend on h: ask for it before waiting. The last step asks for its own again.
+        n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
+        if RESIDENT:
+            t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
+            n_i, n_f, n_g, n_o = load_gates(
+                pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
+            )
+        if counters_ptr is not None:
+            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS)
+
+        z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
+        if RESIDENT:
+            for chunk in tl.static_range(CHUNKS):
+                h_prev = _load_state_chunk(h_rows, keeps, chunk * BLOCK_K, H, BLOCK_K)
+                z = tl.dot(weights[chunk], h_prev, z, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for k in range(0, H, BLOCK_K):
+                w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_w_row, stride_w_k, BLOCK_K)
+                h_prev = _load_state_chunk(h_rows, keeps, k, H, BLOCK_K)
+                z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
+
+        z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
+        i, f, g, o, c_new, h = lstm_forward(
+            z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c
+        )
+        x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
+        c_t = c_new
+        if lengths_ptr is not None:
+            active = (t < lengths)[:, None]
+            h = tl.where(active, h, 0.0)
+            c_t = tl.where(active, c_new, 0.0)
+            c_new = tl.where(active, c_new, c)
+        c = c_new
+
+        h = h.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + t * step_size + output_offsets, h, mask=mask)
+        if counters_ptr is not None:
+            arrive(counters_ptr + group * COUNTER_STRIDE)  # first let the others go on, then save
+        else:
+            tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
+
+        if c_ptr is not None:
+            tl.store(c_ptr + t * step_size + output_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask)
+        if gates_ptr is not None:
+            gates_t = gates_ptr + t * step_size * 4
+            store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        if lengths_ptr is not None:
+            ends = tl.where(direction == 0, t == lengths - 1, (t == 0) & (lengths > 0))
+            tl.store(h_n_ptr + state_offsets, h, mask=mask & ends[:, None])
+        elif step == T - 1:
+            tl.store(h_n_ptr + state_offsets, h, mask=mask)
+
+    tl.store(c_out_ptr + state_offsets, c.to(c_out_ptr.dtype.element_ty), mask=mask)

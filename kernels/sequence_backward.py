@@ -1,0 +1,204 @@
+"""A whole sequence backward in one launch: from the gradients of y, h_n, c_n to the gate gradients dz of all steps.
+
+A program owns BLOCK_H hidden units for BLOCK_B batch rows of one direction. It gathers: with the columns of W_hh that belong to
+its units on chip, dh_t = dy_t + dz_{t+1} W_hh for those units, from the dz_{t+1} of all programs of its group, which they
+exchange through the output dz itself. dc stays in registers. No accumulation across programs: two runs agree bit for bit. The
+gradients of weights, biases and inputs are then single matrix products over all steps.
+"""
+
+import triton
+import triton.language as tl
+
+from .equations import gate_activations, lstm_backward
+from .gates import load_gates, store_gates
+from .grid_sync import COUNTER_STRIDE, arrive, wait
+from .segments import begins_at, resets_at, row_lengths
+
+
+@triton.jit
+def _load_weight_chunk(
+    w_ptr, chunk, offs_h, mask_h, H, stride_row, stride_k, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """[SPLIT_K, BLOCK_K, BLOCK_H] of W_hh: rows in the order of dz in memory, 4 * unit + gate."""
+    n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
+    rows = (n % 4) * H + n // 4
+    offsets = rows.to(tl.int64)[:, :, None] * stride_row + offs_h.to(tl.int64)[None, None, :] * stride_k
+    return tl.load(w_ptr + offsets, mask=(n < 4 * H)[:, :, None] & mask_h[None, None, :], other=0.0)
+
+
+@triton.jit
+def _load_dz_chunk(rows, gathers, chunk, H, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[SPLIT_K, BLOCK_B, BLOCK_K] of dz; 0 for rows that do not gather (a mask, or one value for all)."""
+    n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
+    mask = (n < 4 * H)[:, None, :] & gathers
+    return tl.load(rows[None, :, None] + n[:, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    splits = chunk * SPLIT_K + tl.arange(0, SPLIT_K)
+    return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b"])
+def _lstm_sequence_backward_kernel(
+    # pointers
+    dy_ptr,  # [T, B, D, H] or None
+    dc_states_ptr,  # [T, B, D, H] or None: the gradient of every c_t
+    dh_n_ptr,  # [D, B, H] or None
+    dc_in_ptr,  # [D, B, H] or None: the gradient of c after the last step of this launch
+    gates_ptr,  # [.., B, D, H, 4] activated gates, or pre-activations to activate, from t = gates_t on
+    c_ptr,  # [T, B, D, H]
+    c0_ptr,  # [D, B, H]
+    w_ptr,  # [4H, H] W_hh of direction 0
+    w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
+    resets_ptr,  # [T, B] bytes, or None
+    reset_c_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
+    lengths_ptr,  # [B] or None
+    dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
+    dc_out_ptr,  # [D, B, H] out: the gradient of c before the first step of this launch
+    dreset_c_ptr,  # [T, B, D, H] out, zeros before, or None
+    counters_ptr,  # [groups, 32] zeros, or None when one step is computed
+    # sizes; steps count backward: step 0 is the last one of the forward recurrence
+    T, B, first_step, last_step, gates_t, gates_reverse_t,
+    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
+    stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_w_row, stride_w_k,
+    stride_w_reverse_row, stride_w_reverse_k, stride_resets_t, stride_resets_b,
+    stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
+    # meta-parameters; INDEX is the integer type of offsets within one timestep
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Steps first_step ... last_step - 1, back through time, of D directions."""
+    PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
+    group = tl.program_id(0) // PROGRAMS
+    direction = group % D
+    first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
+    offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < B
+    mask_h = offs_h < H
+    mask = mask_b[:, None] & mask_h[None, :]
+
+    CHUNKS: tl.constexpr = (4 * H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
+    weights = ()
+    if D == 2:
+        w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
+        stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
+        stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
+    if RESIDENT:
+        for chunk in tl.static_range(CHUNKS):
+            weights = weights + (
+                _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K),
+            )
+
+    # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
+    rows_b = tl.minimum(offs_b, B - 1)
+    step_size = stride_t.to(tl.int64) * (D * H)
+    output_rows = rows_b.to(INDEX) * stride_b * D + direction
+    output_offsets = output_rows[:, None] * H + offs_h[None, :]
+    state_rows = direction.to(INDEX) * B + rows_b
+    state_offsets = state_rows[:, None] * H + offs_h[None, :]
+    dy_units = (direction * H + offs_h).to(INDEX)
+    dy_offsets = rows_b.to(INDEX)[:, None] * stride_dy_b + dy_units[None, :] * stride_dy_h
+    lengths = row_lengths(lengths_ptr, rows_b, T)
+    gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
+
+    dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    if dc_in_ptr is not None:
+        dc = tl.load(dc_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+    t = T - 1 - first_step + direction * (2 * first_step - T + 1)
+    c = tl.load(c_ptr + t * step_size + output_offsets, mask=mask, other=0.0)
+
+    for step in tl.range(first_step, last_step, num_stages=1):
+        t = T - 1 - step + direction * (2 * step - T + 1)
+        t_prev = t - 1 + 2 * direction  # the step before in the recurrence, the next one here
+        t_next = t + 1 - 2 * direction
+
+        # Everything that does not depend on the other programs: ask for it before waiting.
+        i, f, g, o = load_gates(
+            gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
+        )
+        begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
+        previous_ptr = c_ptr + t_prev * step_size
+        if lengths_ptr is None:
+            c_rows = tl.where(begins, c0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * H
+        else:
+            # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
+            begins |= (t_prev < 0) | (t_prev >= T)
+            c_rows = tl.where(begins, c0_ptr + state_rows * H, previous_ptr + output_rows * H)
+        c_previous = tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0)
+        c_prev = c_previous.to(ACC)
+        if resets_ptr is not None:
+            resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+            if reset_c_ptr is not None:
+                reset_c = reset_c_ptr + t * stride_reset_c_t.to(tl.int64) + direction * stride_reset_c_d.to(tl.int64)
+                reset_c_rows = reset_c + rows_b.to(tl.int64) * stride_reset_c_b
+                reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+                c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
+            else:
+                c_prev = tl.where(resets[:, None], 0.0, c_prev)
+
+        dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+        if dy_ptr is not None:
+            dh += tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask, other=0.0).to(ACC)
+        if dh_n_ptr is not None:
+            if lengths_ptr is not None:
+                ends = tl.where(direction == 0, t == lengths - 1, t == 0)
+                dh += tl.load(dh_n_ptr + state_offsets, mask=mask & ends[:, None], other=0.0).to(ACC)
+            elif step == 0:
+                dh += tl.load(dh_n_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+
+        # A state that was cleared before the step t_next passes no gradient back to here.
+        gathers = step > 0
+        if resets_ptr is not None:
+            resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+            gathers = (gathers & (resets_next == 0))[None, :, None]
+        if counters_ptr is not None:
+            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS)
+
+        next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
+        parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
+        if RESIDENT:
+            for chunk in tl.static_range(CHUNKS):
+                dz = _load_dz_chunk(next_rows, gathers, chunk, H, SPLIT_K, BLOCK_K)
+                parts = tl.dot(dz, weights[chunk], parts, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for chunk in range(CHUNKS):
+                w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K)
+                dz = _load_dz_chunk(next_rows, gathers, chunk, H, SPLIT_K, BLOCK_K)
+                parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
+        dh += tl.sum(parts, axis=0)
+
+        dc_step = dc
+        if dc_states_ptr is not None:
+            dc_states = tl.load(dc_states_ptr + t * step_size + output_offsets, mask=mask, other=0.0)
+            dc_step += dc_states.to(ACC)
+        i, f, g, o = i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC)
+        if not ACTIVATED:
+            i, f, g, o = gate_activations(i, f, g, o)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = lstm_backward(i, f, g, o, c_prev, c.to(ACC), dh, dc_step)
+        if lengths_ptr is not None:
+            active = (t < lengths)[:, None]
+            dz_i = tl.where(active, dz_i, 0.0)
+            dz_f = tl.where(active, dz_f, 0.0)
+            dz_g = tl.where(active, dz_g, 0.0)
+            dz_o = tl.where(active, dz_o, 0.0)
+            dc_prev = tl.where(active, dc_prev, dc)
+        dz_t = dz_ptr + t * step_size * 4
+        store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        if counters_ptr is not None:
+            arrive(counters_ptr + group * COUNTER_STRIDE)
+        else:
+            tl.debug_barrier()  # a program that is alone with its rows reads its own dz in the next step
+
+        if resets_ptr is not None:
+            if dreset_c_ptr is not None:
+                dreset_c_t = dreset_c_ptr + t * step_size + output_offsets
+                tl.store(dreset_c_t, dc_prev.to(dreset_c_ptr.dtype.element_ty), mask=mask & resets[:, None])
+            dc_prev = tl.where(resets[:, None], 0.0, dc_prev)
+        dc = dc_prev
+        c = c_previous
+
+    tl.store(dc_out_ptr + state_offsets, dc.to(dc_out_ptr.dtype.element_ty), mask=mask)

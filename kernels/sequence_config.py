@@ -1,0 +1,111 @@
+"""Launch configurations of the sequence kernels: pure functions from the problem and the device to tiles and kind of launch.
+
+No number here has been measured on a GPU yet: they come from a cost model of the exchange between programs and from what the
+compiler reports for sm_80 to sm_120 (registers, local memory in the time loop, shared memory).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton import cdiv as tiles
+
+from .config import LaunchConfig, uses_tensor_cores
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What bounds a launch: multiprocessors, and shared memory in bytes that one program may have."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class SequenceConfig(LaunchConfig):
+    """Tile of one program of a sequence kernel, and how the launch runs.
+
+    A program owns block_b rows x block_h units; the recurrent product takes split_k x block_k of its inner dimension (H
+    forward, 4H backward) at a time. persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups
+    (row blocks times directions) of `programs` programs exchange their state; otherwise one launch computes one step.
+    """
+
+    block_b: int
+    block_h: int
+    split_k: int
+    block_k: int
+    programs: int
+    groups: int
+    persistent: bool
+    max_registers: int | None = None
+
+
+# Shared memory that a resident kernel needs besides W_hh and one chunk of state: layout conversions and reductions.
+_SCRATCH = 12 * 1024
+
+
+def _block_k(n: int, largest: int) -> int:
+    """The largest power of two that pads n by at most an eighth, or else the one that pads it least."""
+    blocks = [b for b in (256, 128, 64, 32, 16) if b <= max(largest, 16)]
+    return next((b for b in blocks if tiles(n, b) * b <= n + n // 8), blocks[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def sequence_forward_config(
+    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
+) -> SequenceConfig:
+    """How to run the recurrence of B rows, H units and D directions forward."""
+    row_bytes = H * dtype.itemsize
+    # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
+    blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
+    if _can_be_resident(dtype, precision, row_bytes):
+        for block_h in _unit_blocks(H):
+            for block_b in blocks_b:
+                block_k = _block_k(H, chunk // block_b // dtype.itemsize)
+                weights = 4 * block_h * tiles(H, block_k) * block_k * dtype.itemsize
+                state = block_b * block_k * dtype.itemsize
+                programs, groups = tiles(H, block_h), tiles(B, block_b) * D
+                if programs * groups <= limits.multiprocessors and weights + state + _SCRATCH <= limits.shared_memory:
+                    warps = 8 if block_h > 64 else 4
+                    return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True)
+    return stepwise_config(B, H, D, dtype, precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def sequence_backward_config(
+    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
+) -> SequenceConfig:
+    """How to run it backward: the inner dimension is 4H, split over eight warps."""
+    row_bytes = H * dtype.itemsize
+    blocks_b = (16, 32) if row_bytes <= 2048 else (16,)
+    if _can_be_resident(dtype, precision, row_bytes):
+        for block_h in _unit_blocks(H):
+            for block_b in blocks_b:
+                block_k = _block_k(tiles(4 * H, 8), 32)
+                weights = tiles(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
+                state = block_b * 8 * block_k * dtype.itemsize
+                programs, groups = tiles(H, block_h), tiles(B, block_b) * D
+                if programs * groups <= limits.multiprocessors and weights + state + _SCRATCH <= limits.shared_memory:
+                    # Left alone, the assembler stops at 128 registers and spills a few.
+                    registers = 168 if block_b == 16 else 255
+                    return SequenceConfig(8, 1, block_b, block_h, 8, block_k, programs, groups, True, registers)
+    return stepwise_config(B, H, D, dtype, precision)
+
+
+def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
+    # Ordinary cores want W_hh in registers, tf32x3 three copies of it; longer rows than 3 KB spill or do not fit.
+    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and row_bytes <= 3072
+
+
+def _unit_blocks(H: int) -> tuple[int, ...]:
+    """Units per program to try: all of them, which needs no barrier; else the most that fit, since each reads the whole state."""
+    alone = (64,) if 16 < H <= 64 else (128,) if 64 < H <= 128 else ()
+    return (*alone, 16, 8)
+
+
+@functools.lru_cache(maxsize=4096)
+def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) -> SequenceConfig:
+    """One launch per step, with W_hh read again in each: needs nothing of the device."""
+    block_k = (64 if dtype.itemsize == 2 else 32) if uses_tensor_cores(dtype, precision) else 16
+    block_b = 16 if B <= 16 else 32
+    return SequenceConfig(4, 3, block_b, 16, 1, block_k, tiles(H, 16), tiles(B, block_b) * D, False)

@@ -1,0 +1,214 @@
+"""The fused cell, forward and every gradient, against float64 on awkward shapes in every dtype and precision."""
+
+import pytest
+import torch
+
+from support import cells
+
+KINDS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+# B, I, H. Tiles are 16, 32 or 64 rows, 4, 8 or 16 units, and 16, 32 or 64 of the inner dimension.
+SMALL = [(1, 1, 1), (3, 7, 19), (2, 0, 5)]
+EDGES_16 = [(15, 17, 16), (16, 15, 17), (17, 16, 15)]
+EDGES_64 = [(63, 65, 3), (64, 63, 5), (65, 64, 2)]
+EDGES_64_OF_H = [(2, 3, 63), (2, 33, 64), (1, 2, 65)]
+
+
+def _check(shape, kind, device, **options):
+    dtype, precision = KINDS[kind]
+    problem = cells.draw(*shape, dtype, precision=precision, device=device, **options)
+    cells.assert_as_accurate_as_torch(cells.by_kernels(problem), problem)
+
+
+@kinds
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_small_shapes(shape, scale, kind, device):
+    _check(shape, kind, device, scale=scale)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", EDGES_16 + EDGES_64, ids=str)
+def test_tile_edges(shape, kind, device):
+    _check(shape, kind, device)
+
+
+@pytest.mark.parametrize("shape", EDGES_64_OF_H, ids=str)
+def test_tile_edges_of_the_hidden_size(shape, device):
+    _check(shape, "bf16", device)
+
+
+@kinds
+def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocessors):
+    multiprocessors(1)
+    _check((17, 18, 19), kind, device)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("shape", EDGES_16 + EDGES_64 + EDGES_64_OF_H + [(33, 40, 50)], ids=str)
+def test_full_product(shape, processors, scale, kind, device, multiprocessors):
+    multiprocessors(processors)
+    _check(shape, kind, device, scale=scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 24, 1030), (300, 5, 20), (2, 1500, 8)], ids=str)
+def test_large_shapes(shape, kind, device):
+    _check(shape, kind, device)
+
+
+def test_saturation_reaches_beyond_the_overflow_of_a_naive_tanh():
+    assert cells.draw(3, 7, 19, scale=4.0).inputs[2].abs().max() > 45
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)], ids=["none", "b_ih", "b_hh"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_biases_may_be_missing(kind, biases, device):
+    _check((3, 7, 9), kind, device, biases=biases)
+
+
+def _every_second(t):
+    spread = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=t.dtype, device=t.device)
+    spread[..., ::2] = t
+    return spread[..., ::2]
+
+
+def _transposed(t):
+    return t.t().contiguous().t() if t.dim() == 2 else _every_second(t)
+
+
+def _inside_nan(t):
+    """With NaN all around: what a program reads past its mask shows."""
+    room = torch.full([n + 4 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+    inside = room[tuple(slice(2, n + 2) for n in t.shape)]
+    return inside.copy_(t)
+
+
+def _unaligned(t):
+    storage = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype, device=t.device)
+    return storage[1:].view(t.shape).copy_(t)
+
+
+def _expanded(t):
+    """All rows (of a bias: all entries) are one: stride 0."""
+    return t[:1].expand(t.shape)
+
+
+LAYOUTS = {f.__name__.strip("_"): f for f in (_every_second, _transposed, _inside_nan, _unaligned, _expanded)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_any_strides(kind, layout, device):
+    dtype, precision = KINDS[kind]
+    change = LAYOUTS[layout]
+    dense = cells.draw(3, 7, 9, dtype, precision=precision, device=device)
+    laid_out = cells.Problem(
+        tuple(change(t) for t in dense.inputs), tuple(change(t) for t in dense.cotangents), precision
+    )
+    results = cells.by_kernels(laid_out)
+    cells.assert_as_accurate_as_torch(results, laid_out)
+    assert all(t.is_contiguous() for t in results)
+
+
+def test_64_bit_offsets(device, tmp_path):
+    """Rows 2^30 elements apart: the offset of row 3 does not fit in 32 bits."""
+    B, I, H, row = 4, 3, 2, 2**30
+    if device.type == "cuda":
+        storage = torch.empty(3 * row + 64, dtype=torch.float16, device=device)
+    else:  # a sparse file: only what is touched takes space
+        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=3 * row + 64, dtype=torch.float16)
+    near = cells.draw(B, I, H, torch.float16, device=device)
+    first = iter(range(0, 64, 4))
+
+    def far(t):
+        if t.dim() == 1:
+            return t
+        t_far = storage.as_strided((4, t.shape[1]), (row, 1), next(first))
+        t_far.copy_(t[:4])
+        return t_far if t.shape[0] == 4 else t
+
+    inputs, cotangents = tuple(map(far, near.inputs)), tuple(map(far, near.cotangents))
+    for expected, found in zip(cells.by_kernels(near), cells.by_kernels(cells.Problem(inputs, cotangents))):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["x", "h", "c"])
+def test_non_finite_values_stay_in_their_row(name, value, device):
+    clean = cells.draw(5, 7, 6, device=device)
+    spoilt = cells.Problem(tuple(t.clone() for t in clean.inputs), clean.cotangents)
+    row = 3
+    spoilt.inputs[cells.INPUTS.index(name)][row, 2] = value
+    others = [b for b in range(5) if b != row]
+    expected = cells.by_torch(spoilt)
+    for result, good, torchs, found in zip(cells.RESULTS, cells.by_kernels(clean), expected, cells.by_kernels(spoilt)):
+        if result in ("h", "c", "dx", "dh", "dc"):
+            assert torch.equal(found[others], good[others]), result
+        assert torch.equal(found.isnan(), torchs.isnan()), result
+        assert torch.equal(found.isinf(), torchs.isinf()), result
+
+
+def test_a_weight_row_of_nan_stays_in_its_unit(device):
+    clean = cells.draw(3, 7, 19, device=device)
+    spoilt = cells.Problem(tuple(t.clone() for t in clean.inputs), clean.cotangents)
+    unit = 17
+    spoilt.inputs[3][19 + unit] = torch.nan  # its forget gate
+    others = [j for j in range(19) if j != unit]
+    for good, found in zip(cells.by_kernels(clean)[:2], cells.by_kernels(spoilt)[:2]):
+        assert torch.equal(found[:, others], good[:, others])
+        assert found[:, unit].isnan().all()
+
+
+def test_nan_gradients_stay_in_their_row(device):
+    clean = cells.draw(5, 7, 6, device=device)
+    cotangents = tuple(t.clone() for t in clean.cotangents)
+    cotangents[0][3] = torch.nan
+    spoilt = cells.Problem(clean.inputs, cotangents)
+    for good, found in list(zip(cells.by_kernels(clean), cells.by_kernels(spoilt)))[2:5]:
+        assert torch.equal(found[[0, 1, 2, 4]], good[[0, 1, 2, 4]])
+        assert found[3].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 5), (3, 7, 0), (0, 0, 0)], ids=str)
+def test_empty(shape, device):
+    problem = cells.draw(*shape, device=device)
+    for name, found, expected in zip(cells.RESULTS, cells.by_kernels(problem), cells.by_torch(problem)):
+        assert found.shape == expected.shape and torch.equal(found, torch.zeros_like(expected)), name
+
+
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+def test_two_runs_agree_bit_for_bit(kind, device):
+    dtype, precision = KINDS[kind]
+    problem = cells.draw(17, 7, 19, dtype, precision=precision, device=device)
+    for name, first, second in zip(cells.RESULTS, cells.by_kernels(problem), cells.by_kernels(problem)):
+        assert torch.equal(first, second), name
+
+
+def test_inputs_are_left_alone(device):
+    problem = cells.draw(3, 7, 9, device=device)
+    before = [t.clone() for t in (*problem.inputs, *problem.cotangents)]
+    cells.by_kernels(problem)
+    assert all(map(torch.equal, before, (*problem.inputs, *problem.cotangents)))
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_default_precision_is_that_of_torch_matmul(setting, device):
+    x, h, c, *weights = cells.draw(3, 33, 9, device=device).inputs
+    forced = {p: lstm_cell(x, (h, c), *weights, precision=p, backend="triton") for p in ("ieee", "tf32")}
+    assert not torch.equal(forced["ieee"][0], forced["tf32"][0])
+    with cells.matmul_precision(setting):
+        found = lstm_cell(x, (h, c), *weights, backend="triton")
+    assert all(map(torch.equal, found, forced[setting]))

@@ -1,0 +1,118 @@
+"""The command line, and the accuracy check behind it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lstm_triton import check, cli, environment, functional, reference
+
+
+def test_info_prints_the_line_and_the_listing(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[0] == environment.summary()
+    for word in (torch.__version__, "triton", "cudnn", "reference", "Compiled kernels", sys.version.split()[0]):
+        assert word in text
+
+
+def test_info_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; from lstm_triton.cli import main; sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "triton not installed" in done.stdout
+    assert "not available" in done.stdout
+
+
+def test_summary_names_what_runs():
+    line = environment.summary()
+    assert torch.__version__ in line and "\n" not in line
+    if torch.cuda.is_available():
+        assert torch.cuda.get_device_name() in line and "SMs" in line
+    else:
+        assert line.startswith("CPU only")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["check", "--device", "tpu"]])
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: lstm-triton" in capsys.readouterr().err
+
+
+def test_bench_runs_the_harness_or_says_that_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--anything"]) == 2
+    assert "python -m lstm_triton.bench" in capsys.readouterr().err
+
+
+def test_check_runs_the_kernels_in_the_interpreter_and_passes():
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "lstm_triton.cli", "check", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Triton interpreter on the CPU" in done.stdout
+    assert "Passed: at most 2 times torch's largest error" in done.stdout
+    for name in (*check.QUANTITIES, "float32", "bfloat16", "float16", "float64"):
+        assert name in done.stdout
+
+
+def _cell_with(change):
+    """functional.lstm_cell as plain PyTorch, with a fault put into its results."""
+
+    def lstm_cell(x, hx, *weights, backend):
+        assert backend == "triton"
+        return change(*reference.lstm_cell(x, *hx, *weights))
+
+    return lstm_cell
+
+
+def _run_with(monkeypatch, change):
+    monkeypatch.setattr(functional, "lstm_cell", _cell_with(change))
+    return check.run_here("cpu", "a test")
+
+
+def test_check_passes_plain_pytorch_and_survives_json(monkeypatch):
+    report = _run_with(monkeypatch, lambda h, c: (h, c))
+    assert check.Report.from_json(report.to_json()) == report
+    float32 = [row for row in report.rows if row.dtype in ("float32", "float64")]
+    assert len(float32) == 2 * len(check.QUANTITIES)
+    assert not any(row.failures for row in float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        (lambda h, c: (h * (1 + 1e-4), c), {"h", "dx", "dh", "dc", "dW_ih", "dW_hh", "db_ih", "db_hh"}),
+        (lambda h, c: (h, c + 1e-4 * c.detach()), {"c"}),
+        (lambda h, c: (h.detach() + 0.9999 * (h - h.detach()), c), {"dx", "dh", "dc", "dW_ih", "dW_hh"}),
+        (lambda h, c: (torch.where(torch.arange(len(h))[:, None] == 0, torch.nan, h), c), {"h"}),
+    ],
+    ids=["wrong h", "wrong c", "wrong gradient", "NaN"],
+)
+def test_check_fails_on_a_wrong_cell(monkeypatch, change, failing):
+    report = _run_with(monkeypatch, change)
+    assert not report.passed
+    assert failing <= {row.quantity for row in report.rows if row.dtype == "float32" and row.failures}
+    assert "FAILED float32" in check.table(report)
+
+
+def test_check_exit_codes(monkeypatch, capsys):
+    good = check.Row("float32", "h", 1e-7, 1e-8, 1e-7, 1e-8, ())
+    rows = [check.Row("float32", q, 1e-7, 1e-8, 1e-7, 1e-8, ()) for q in check.QUANTITIES[1:]]
+    monkeypatch.setattr(check, "run", lambda device, seed: check.Report("a test", 1, (good, *rows)))
+    assert check.main([]) == 0
+    bad = check.Row("float32", "h", 1.0, 1.0, 1e-7, 1e-8, ("B=1",))
+    monkeypatch.setattr(check, "run", lambda device, seed: check.Report("a test", 1, (bad, *rows)))
+    assert check.main([]) == 1
+    assert "FAILED float32 h: B=1" in capsys.readouterr().out
+
+    def unavailable(device, seed):
+        raise check.CheckUnavailable("no reason")
+
+    monkeypatch.setattr(check, "run", unavailable)
+    assert check.main([]) == 2
+    assert "no reason" in capsys.readouterr().err

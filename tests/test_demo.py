@@ -1,0 +1,315 @@
+"""The demo: its text, model, training, checkpoints, timing and report."""
+
+import io
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from lstm_triton import check
+from lstm_triton.demo import charts, corpus, progress, report, timing, train
+from lstm_triton.demo.__main__ import main
+from lstm_triton.demo.model import CharModel
+
+CPU = torch.device("cpu")
+SMALL = train.Config(hidden_size=12, embedding_size=6, batch=3, steps=7)
+
+
+@pytest.fixture
+def text():
+    vocabulary = corpus.UNKNOWN + "abc\n"
+    words = corpus.encode("abcab\n" * 400, vocabulary)
+    return corpus.Corpus(words, words[:900], vocabulary, (1, 1))
+
+
+def _folder(path, files=200):
+    """Python files of which a few must be survived: not UTF-8, not there, not part of the library."""
+    for k in range(files):
+        (path / f"m{k:03}.py").write_text(f"name_{k} = {k}\n" * 120, encoding="utf-8")
+    (path / "latin.py").write_bytes(b"# caf\xe9\n" * 20)
+    (path / "gone.py").symlink_to(path / "nowhere.py")
+    (path / "test").mkdir()
+    (path / "test" / "left_out.py").write_text("LEFT_OUT\n")
+    return path
+
+
+def test_corpus_is_the_same_for_a_seed_and_holds_files_out(tmp_path):
+    folder = _folder(tmp_path)
+    one, two, other = (corpus.load(seed, folder) for seed in (3, 3, 4))
+    assert torch.equal(one.train, two.train) and torch.equal(one.validation, two.validation)
+    assert not torch.equal(one.train, other.train)
+    assert sum(one.files) == 201 and one.files[1] == math.ceil(201 / corpus.VALIDATION_SHARE)
+    train_text, held_out = (corpus.decode(part.tolist(), one.vocabulary) for part in (one.train, one.validation))
+    names = set(re.findall(r"name_\d+", train_text))
+    assert names and names.isdisjoint(re.findall(r"name_\d+", held_out))
+    assert "LEFT_OUT" not in train_text + held_out
+
+
+def test_corpus_refuses_too_little_text(tmp_path):
+    (tmp_path / "a.py").write_text("pass\n")
+    with pytest.raises(corpus.CorpusError, match=re.escape(str(tmp_path))):
+        corpus.load(0, tmp_path)
+
+
+def test_characters_outside_the_vocabulary_are_unknown():
+    vocabulary = corpus.UNKNOWN + "ab"
+    assert corpus.decode(corpus.encode("abzé\U0001f600", vocabulary).tolist(), vocabulary) == "ab" + 3 * corpus.UNKNOWN
+
+
+def test_unigram_bits_of_equally_frequent_characters():
+    vocabulary = corpus.UNKNOWN + "abcd"
+    numbers = corpus.encode("abcd" * 50_000, vocabulary)
+    assert corpus.Corpus(numbers, numbers[:400], vocabulary, (1, 1)).unigram_bits() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_y_t_is_the_softmax_of_the_logits():
+    torch.manual_seed(0)
+    model = CharModel(11, 5, 13)
+    characters = torch.randint(11, (4, 2))
+    logits, final = model(characters, model.initial_state(2))
+    state = model.initial_state(2)
+    for t in range(4):
+        y, state = model.step(characters[t], state)
+        torch.testing.assert_close(y, logits[t].softmax(-1))
+    torch.testing.assert_close(state, final)
+
+
+def test_a_sample_follows_its_seed():
+    torch.manual_seed(0)
+    model = CharModel(11, 5, 13)
+    first, again, other = (model.sample([1, 2], 40, seed) for seed in (5, 5, 6))
+    assert first == again != other
+    assert len(first) == 42 and first[:2] == [1, 2] and max(first) < 11
+
+
+def test_training_falls_below_the_unigram_entropy(text, tmp_path):
+    training = train.Training(SMALL, text, CPU)
+    training.run(tmp_path / "c.pt", seconds=1e9, steps=150)
+    first, last = training.curve[0], training.curve[-1]
+    assert (first.step, last.step) == (0, 150)
+    assert last.tokens == 150 * 3 * 7
+    assert last.validation_bits < text.unigram_bits() - 0.5 < first.validation_bits
+    assert all(math.isfinite(point.train_bits) for point in training.curve[1:])
+
+
+def test_the_clock_ends_training(text, tmp_path):
+    training = train.Training(SMALL, text, CPU)
+    training.run(tmp_path / "c.pt", seconds=0.2)
+    assert training.step > 0 and training.seconds >= 0.2 and not training.interrupted
+
+
+def test_resumed_training_equals_uninterrupted(text, tmp_path):
+    whole = train.Training(SMALL, text, CPU)
+    whole.run(tmp_path / "whole.pt", seconds=1e9, steps=130)  # past the end of the text, where the state starts anew
+
+    path = tmp_path / "parts.pt"
+    train.Training(SMALL, text, CPU).run(path, seconds=1e9, steps=50)
+    config, data = train.load_checkpoint(path)
+    resumed = train.Training(config, text, CPU)
+    resumed.restore(data)
+    before = len(resumed.curve)
+    resumed.run(path, seconds=1e9, steps=80)
+
+    assert resumed.step == whole.step == 130
+    seconds = [point.seconds for point in resumed.curve]
+    assert len(seconds) > before and seconds == sorted(seconds)
+    assert [point.step for point in resumed.curve][before - 1 : before + 1] == [50, resumed.curve[before].step]
+    torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+    assert train.load_checkpoint(path)[1]["step"] == 130
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(text, tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    training = train.Training(SMALL, text, CPU)
+    training.save(path)
+    before = path.read_bytes()
+
+    def fail(data, target):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        training.save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("contents", [None, b"", b"no checkpoint", {"format": 0}, [1, 2]])
+def test_an_unusable_checkpoint_is_refused(contents, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    elif contents is not None:
+        torch.save(contents, path)
+    with pytest.raises(train.CheckpointError, match="checkpoint"):
+        train.load_checkpoint(path)
+    assert main(["--out", str(tmp_path), "--resume", "--skip", "check"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+TINY = ["--hidden-size", "8", "--batch", "2", "--device", "cpu", "--skip", "check", "timing"]
+
+
+def test_the_demo_trains_reports_and_resumes(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--steps", "3", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "bits per character" in out and "Drawn from Y_t" in out and "tokens/s" in out
+    path = tmp_path / "report.html"
+    assert str(path.resolve()) in out
+    assert "<svg" in path.read_text(encoding="utf-8")
+
+    assert main(["--out", str(tmp_path), "--steps", "2", "--resume", *TINY]) == 0
+    assert "Continuing after 3 updates" in capsys.readouterr().out
+    config, data = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert (config.hidden_size, data["step"], data["curve"][-1]["step"]) == (8, 5, 5)
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
+    command = [sys.executable, "-m", "lstm_triton.demo", "--out", str(tmp_path), "--seconds", "600", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = tmp_path / "checkpoint.pt"
+    try:
+        while not path.exists():  # written before the first update
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out
+    assert "--resume" in out and "Traceback" not in out
+    data = train.load_checkpoint(path)[1]
+    assert data["step"] == data["curve"][-1]["step"]
+    assert main(["--out", str(tmp_path), "--steps", "1", "--resume", *TINY]) == 0
+    assert train.load_checkpoint(path)[1]["step"] == data["step"] + 1
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    point = train.Point(5, 1234, 6.0, 3.0, 2.75)
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.Progress(10.0) as bar:
+        for second in range(1, 5):
+            bar.advance(float(second), 100 * second)
+        bar.point(point)
+        bar.advance(20.0, 2000)
+    assert "tokens/s" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.Progress(10.0) as lines:
+        lines.advance(1.0, 100)
+        lines.point(point)
+    assert "1,234 tokens · bits/char: train 3.00, validation 2.75" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_timed_providers_compute_the_same(training):
+    results = [run() for run in timing._providers(CPU, 3, 5, 4, training).values()]
+    assert len(results) == 3
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def test_timing_covers_every_provider_and_restores_precision():
+    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    result = timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3)
+    assert before == (torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    assert {(r.mode, r.provider) for r in result.rows} == {
+        (mode, name)
+        for mode in ("inference", "training step")
+        for name in (timing.OURS, timing.TORCH_CELL, timing.TORCH_LSTM)
+    }
+    assert all(0 < r.low <= r.median <= r.high for r in result.rows)
+    assert "CPU" in result.label and "say nothing about" in timing.table(result)
+
+
+class _Page(HTMLParser):
+    """Tags that are open at the end, all tags seen, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _contents(**changes):
+    rows = tuple(check.Row(d, q, 1e-7, 2e-8, 3e-7, 4e-8, ()) for d in ("float32", "bfloat16") for q in check.QUANTITIES)
+    curve = [train.Point(0, 0, 0.0, math.nan, 7.0), train.Point(5, 500, 2.0, 5.0, 3.5)]
+    timings = [timing.Timing(name, "inference", 5.0, 4.0, 6.0, 9) for name in (timing.OURS, timing.TORCH_LSTM)]
+    values = {
+        "accuracy": check.Report("a <device>", 2, rows),
+        "curve": curve,
+        "unigram_bits": 4.6,
+        "model": "a model",
+        "text": "Text: some",
+        "prompt": "\ndef ",
+        "sample": "<script>alert('&amp;')</script>",
+        "timing": timing.TimingReport("CPU", "a <b>note</b>", tuple(timings)),
+    }
+    return report.Contents(**{**values, **changes})
+
+
+def test_the_report_holds_pictures_and_escapes_text(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    report.write(path, _contents())
+    html = path.read_text(encoding="utf-8")
+    page = _Page(html)
+    assert page.open == []
+    assert page.tags.count("svg") == 2 and "polyline" in page.tags and "table" in page.tags
+    assert "script" not in page.tags and "b" not in page.tags
+    assert "<script>alert('&amp;')</script>" in page.text and "a <device>" in page.text
+    assert "1.0e-07" in page.text and "3.50 bits per character" in page.text and "1.10 below" in page.text
+    assert "nan" not in html and not re.search(r"(src|href)=", html)
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+
+
+def test_the_report_says_what_did_not_run():
+    page = _Page(report.page(_contents(accuracy="no <check>", timing="no timing", curve=[], sample="")))
+    assert page.open == [] and "svg" not in page.tags
+    assert "no <check>" in page.text and "no timing" in page.text
+
+
+def test_a_failed_check_shows_in_the_report():
+    rows = tuple(check.Row("float32", q, 1.0, 1.0, 3e-7, 4e-8, ("B=1 too large",)) for q in check.QUANTITIES)
+    page = _Page(report.page(_contents(accuracy=check.Report("here", 1, rows))))
+    assert "Failed" in page.text and "float32 dW_ih: B=1 too large" in page.text
+
+
+@pytest.mark.parametrize("largest", [1e-3, 0.7, 4.58, 7.0, 10.0, 931_840.0])
+def test_ticks_are_few_and_reach_the_largest(largest):
+    ticks = charts._ticks(largest)
+    assert ticks[0] == 0 and ticks[-1] >= largest * 0.999 and 3 <= len(ticks) <= 7
+
+
+def test_readable_numbers_on_the_axes():
+    assert [charts._number(x) for x in (0, 0.5, 200_000, 1_500_000)] == ["0", "0.5", "200 k", "1.5 M"]
