@@ -92,21 +92,14 @@ def _replace(owner: Any, name: str, repair: Callable) -> None:
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    if values.dtype in (np.float16, np.float32):
-        bits = values.astype(np.float32).view(np.uint32)
-    else:
-        bits = _float32_rounded_to_odd(values.astype(np.float64))
+    # To float32 towards zero with a sticky last bit ("to odd"): rounding that again equals rounding once.
+    nearest = values.astype(np.float32)
+    towards_zero = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(values))
+    bits = towards_zero | (nearest != values)
     # Adding just under half a unit of the kept part (exactly half if that is odd) carries where rounding goes up.
     nearest_even = bits + 0x7FFF + (bits >> 16 & 1)
     quiet_nan = bits | 0x400000
     return (np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet_nan, nearest_even) >> 16).astype(np.uint16)
-
-
-def _float32_rounded_to_odd(values: np.ndarray) -> np.ndarray:
-    """float64 -> bits of float32, towards zero with a sticky last bit: rounding these again equals rounding once."""
-    nearest = values.astype(np.float32)
-    towards_zero = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(values)).astype(np.uint32)
-    return towards_zero | (nearest != values).astype(np.uint32)
 
 
 def _truncated_to_tf32(values: np.ndarray) -> np.ndarray:

@@ -83,6 +83,14 @@ def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, devic
     return config
 
 
+def is_persistent(
+    T: int, B: int, H: int, D: int, dtype: torch.dtype, precision: str | None, device: torch.device
+) -> bool:
+    """Whether the forward of T steps, B rows, H units, D directions would be one launch."""
+    precision = matmul_precision(dtype, precision, recurrent=True)
+    return plan(sequence_forward_config, T, B, H, D, dtype, precision, device, False).persistent
+
+
 def run(launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants) -> None:
     waits = config.persistent and config.programs > 1
     options = {"maxnreg": config.max_registers} if config.max_registers else {}

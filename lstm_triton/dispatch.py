@@ -11,6 +11,9 @@ BACKENDS = ("auto", "triton", "triton-persistent", "triton-stepwise", "cudnn", "
 PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CUDNN_MAX_STEPS = 65535
+# Where a committed benchmark row shows the persistent kernels right and not slower than cuDNN: nowhere yet.
+PERSISTENT_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
 _MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloat16 and TF32 products begin there
 
 
@@ -100,16 +103,83 @@ def _choose(
     return Choice("triton", "asked for")
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the choice for a layer depends on besides device and dtype."""
+
+    plain: bool  # no resets, lengths, cell states or recomputation: what cuDNN and torch's CPU kernels can do
+    long: bool  # more steps than cuDNN takes
+    precision: str | None
+
+
+def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Environment, call: Call) -> Choice:
+    """The backend of one LSTM layer: "triton", "triton-persistent", "triton-stepwise", "cudnn", "torch" or "reference".
+
+    Raises as `choose_cell` does.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return Choice("reference", "asked for")
+    obstacle = _why_no_kernels(device_type, dtype, env)
+    no_cudnn = _why_no_cudnn(device_type, call)
+    if backend == "cudnn":
+        if no_cudnn is not None:
+            raise RuntimeError(f"backend='cudnn' cannot serve: {no_cudnn}")
+        return Choice("cudnn", "asked for")
+    if backend != "auto":
+        if obstacle is not None:
+            raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
+        return Choice(backend, "asked for")
+    if device_type == "cuda" and obstacle is None:
+        if env.capability in PERSISTENT_CAPABILITIES:
+            return Choice("triton", "on this GPU the kernels are measured to be right and not slower than cuDNN")
+        if no_cudnn is not None:
+            return Choice("triton-stepwise", f"{no_cudnn}; the persistent kernels are not yet measured on this GPU")
+        return Choice("cudnn", "the persistent kernels are not yet measured on this GPU")
+    if no_cudnn is None and obstacle is not None:
+        return Choice("cudnn", obstacle)
+    if call.plain:
+        return Choice("torch", obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter")
+    return Choice("reference", "torch's own kernels have no resets, lengths, cell states or recomputation")
+
+
+def _why_no_cudnn(device_type: str, call: Call) -> str | None:
+    if device_type != "cuda":
+        return f"cuDNN runs on NVIDIA GPUs, not on '{device_type}'"
+    if not call.plain:
+        return "cuDNN has no resets, lengths, cell states or recomputation"
+    if call.long:
+        return f"cuDNN takes no more than {CUDNN_MAX_STEPS} steps"
+    if call.precision == "tf32x3":
+        return "cuDNN has no tf32x3"
+    return None
+
+
 @functools.lru_cache(maxsize=None)
+def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, *call: Call) -> str:
+    return choose(backend, device.type, dtype, environment(device), *call).backend
+
+
+# A compiler takes the answer as a constant and does not look inside.
+@torch.compiler.assume_constant_result
 def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_cell` for tensors of this device and dtype, remembered."""
-    return choose_cell(backend, device.type, dtype, environment(device)).backend
+    return _remembered(choose_cell, backend, device, dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result
+def layer_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, plain: bool, long: bool, precision: str | None
+) -> str:
+    """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
+    return _remembered(choose_layer, backend, device, dtype, Call(plain, long, precision))
+
+
+@torch.compiler.assume_constant_result
 def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_readout` for tensors of this device and dtype, remembered."""
-    return choose_readout(backend, device.type, dtype, environment(device)).backend
+    return _remembered(choose_readout, backend, device, dtype)
 
 
 def explain(module: torch.nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str:

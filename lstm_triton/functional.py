@@ -1,4 +1,4 @@
-"""Functions: the LSTM cell and the softmax readout on explicit weights."""
+"""Functions: the LSTM cell, an LSTM layer and the softmax readout, on explicit weights."""
 
 import math
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, readout_ops, reference
+from .layers import lstm
+
+__all__ = ["lstm", "lstm_cell", "softmax_readout"]
 
 
 def lstm_cell(

@@ -69,6 +69,91 @@ def lstm_cell_double_backward(grads: Sequence[Tensor | None], inputs: Sequence[T
     return back_through(lstm_cell_backward, grads, inputs)
 
 
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Sequence[Tensor | None]],
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer over a sequence, in as many directions as there are weights, step by step.
+
+    Args:
+        x: [T, B, I]; h0, c0: [D, B, H].
+        weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
+        resets: [T, B] bool: a segment of row b starts at t. The result equals that of the segments run one by one, each from
+            zeros, or from reset_h[t, d, b], reset_c[t, d, b] ([T, D, B, H]) of the step at which its direction enters it.
+        lengths: [B] integers: steps of each row; past them outputs and cell states are 0.
+
+    Returns:
+        y [T, B, D * H], h_n and c_n [D, B, H] (of each row's last step), c of every step [T, B, D * H].
+    """
+    T, B = x.shape[:2]
+    outputs, cells, last = [], [], []
+    for d, direction in enumerate(weights):
+        h, c = h0[d], c0[d]
+        ys: list[Tensor] = [h] * T
+        cs: list[Tensor] = [c] * T
+        for t in range(T) if d == 0 else reversed(range(T)):
+            active = None if lengths is None else (t < lengths)[:, None]
+            h_prev, c_prev = h, c
+            if resets is not None and t + d < T:
+                # The segment that direction d enters at t is marked where its forward start is: here, or at t + 1.
+                flags = resets[t + d] if lengths is None else resets[t + d] & (t + d < lengths)
+                h_prev = torch.where(flags[:, None], 0.0 if reset_h is None else reset_h[t, d], h_prev)
+                c_prev = torch.where(flags[:, None], 0.0 if reset_c is None else reset_c[t, d], c_prev)
+            h_t, c_t = lstm_cell(x[t], h_prev, c_prev, *direction)
+            if active is None:
+                h, c = ys[t], cs[t] = h_t, c_t
+            else:
+                h, c = torch.where(active, h_t, h), torch.where(active, c_t, c)
+                ys[t], cs[t] = torch.where(active, h_t, 0.0), torch.where(active, c_t, 0.0)
+        outputs.append(torch.stack(ys))
+        cells.append(torch.stack(cs))
+        last.append((h, c))
+    h_n, c_n = (torch.stack(states) for states in zip(*last))
+    return torch.cat(outputs, dim=2), h_n, c_n, torch.cat(cells, dim=2)
+
+
+def lstm_layer_backward(
+    cotangents: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of `lstm_layer`, by autograd, differentiable again.
+
+    Args:
+        cotangents: the gradients of its four results, None for zero.
+        weights: flat, [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] of each direction. The rest as there; all require gradients.
+
+    Returns:
+        The gradients of x, h0, c0, reset_h, reset_c (zeros where there is no such argument), then of w_ih, w_hh and the biases
+        (one for both) of each direction.
+    """
+    n = len(weights) // directions
+    by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
+    outputs = lstm_layer(x, h0, c0, by_direction, resets, reset_h, reset_c, lengths)
+    inputs = [x, h0, c0, reset_h, reset_c, *(w for direction in by_direction for w in direction[:3])]
+    given = [(o, g) for o, g in zip(outputs, cotangents) if g is not None]
+    wanted = [t for t in inputs if t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
+    return [x.new_zeros(()) if t is None else next(found) for t in inputs]
+
+
 def softmax_readout(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y = softmax(h W^T + b) along V, [..., V], from h [..., H], weight [V, H] and bias [V] or None."""
     logits = h @ weight.t()

@@ -18,7 +18,6 @@ compiled code. Atomics on float16 are not atomic between processes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 import mmap
@@ -67,10 +66,11 @@ def concurrent_grid(
     """
     options = {"options": types.SimpleNamespace(**locals())}
     previous, stock.GridExecutor = stock.GridExecutor, type("ConcurrentExecutor", (_ConcurrentExecutor,), options)
+    could_wait, interpreter.programs_are_concurrent = interpreter.programs_are_concurrent, True
     try:
         yield
     finally:
-        stock.GridExecutor = previous
+        stock.GridExecutor, interpreter.programs_are_concurrent = previous, could_wait
 
 
 class _ConcurrentExecutor(_SequentialExecutor):
@@ -118,8 +118,7 @@ class _ConcurrentExecutor(_SequentialExecutor):
                 for _, process in running.values():
                     process.terminate()
                 stuck = [f"program {program} {_answer(end, child)}" for end, (program, child) in running.items()]
-                heading = f"{len(stuck)} of {len(self.programs)} programs did not end:"
-                raise GridDeadlock("\n  ".join([heading, *stuck]))
+                raise GridDeadlock("\n  ".join([f"{len(stuck)} of {len(self.programs)} programs did not end:", *stuck]))
         super()._restore_args_dev(*args)
 
 
@@ -127,13 +126,12 @@ class _Starter:
     """Stands for the kernel: the interpreter calls it once per program, and looks at its signature and globals."""
 
     def __init__(self, kernel, start):
-        functools.update_wrapper(self, kernel)
+        self.kernel, self.start = kernel, start
+        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__
         self.__signature__ = inspect.signature(kernel)
-        self.__globals__ = kernel.__globals__
-        self._start = functools.partial(start, kernel)
 
     def __call__(self, **args):
-        self._start(args)
+        self.start(self.kernel, args)
 
 
 def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
@@ -203,6 +201,9 @@ class _ConcurrentBuilder:
         self.random = random.Random(f"{options.seed} {self.grid_idx}")
         self.jitter = options.jitter
         self.weak = _WeakMemory(memory) if options.weak else None
+
+    def get_cache_policy(self, cache_modifier, eviction_policy):  # Triton 3.9 asks here, once for both
+        return cache_modifier
 
     def create_masked_load(self, ptrs, mask, other, *policy, **named_policy):
         lanes, touched = self._access(ptrs, mask)

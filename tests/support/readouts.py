@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from lstm_triton import functional, reference
 from torch import Tensor
+
+from lstm_triton import functional, reference
 
 from . import tolerance
 from .cells import Tf32Products, matmul_precision

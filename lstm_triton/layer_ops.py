@@ -1,0 +1,225 @@
+"""One LSTM layer as PyTorch operators, and its autograd; built as `ops` is for the cell."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import implements, library, sees_operators
+
+_SEGMENTS = "Tensor? resets, Tensor? reset_h, Tensor? reset_c, Tensor? lengths"
+library.define(
+    f"lstm_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, int directions, {_SEGMENTS}, str? precision,"
+    " bool save_cells, bool save_gates, bool stepwise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "lstm_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0, Tensor[] weights,"
+    f" int directions, Tensor y, Tensor c, Tensor gates, {_SEGMENTS}, bool[] needs, str? precision, bool stepwise) -> Tensor[]"
+)
+
+
+def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor | None, ...]]:
+    """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] of each direction, one after the other -> four of each."""
+    n = len(weights) // directions
+    return [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
+
+
+def _new_like_input(x: Tensor, size: int) -> Tensor:
+    """[T, B, size] in the memory order that the kernels give their outputs: that of x."""
+    T, B = x.shape[:2]
+    if x.stride(0) >= x.stride(1) or T == 1 or B == 1:
+        return x.new_empty((T, B, size))
+    return x.new_empty((B, T, size)).transpose(0, 1)
+
+
+@implements("lstm_layer")
+def _lstm_layer(
+    x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, save_cells, save_gates, stepwise
+):
+    from .kernels import layer
+
+    forward = layer.lstm_layer_forward(
+        x,
+        h0,
+        c0,
+        [layer.Direction(*w) for w in _by_direction(weights, directions)],
+        layer.Segments(resets, reset_h, reset_c, lengths),
+        precision=precision,
+        save_cells=save_cells,
+        save_gates=save_gates,
+        stepwise=stepwise,
+    )
+    return (*forward[:3], *(x.new_empty(0) if t is None else t for t in forward[3:]))
+
+
+@torch.library.register_fake("lstm_triton::lstm_layer", lib=library)
+def _(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, save_cells, save_gates, stepwise):
+    (T, B, _), H = x.shape, h0.shape[2]
+    states = [_new_like_input(x, directions * H) if n else x.new_empty(0) for n in (True, save_cells)]
+    gates = _new_like_input(x, directions * H * 4).unflatten(2, (directions, H, 4)) if save_gates else x.new_empty(0)
+    return states[0], h0.new_empty(h0.shape), c0.new_empty(c0.shape), states[1], gates
+
+
+@implements("lstm_layer_backward")
+def _lstm_layer_backward(
+    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths, needs, precision, stepwise
+):
+    from .kernels import layer, layer_backward
+
+    needs_dx, needs_states, needs_resets, needs_weights = needs
+    grads = layer_backward.lstm_layer_backward(
+        dy,
+        dh_n,
+        dc_n,
+        dc,
+        x,
+        h0,
+        c0,
+        [layer.Direction(*w) for w in _by_direction(weights, directions)],
+        layer.Forward(y, h0, c0, c, gates if gates.numel() else None),
+        layer.Segments(resets, reset_h, reset_c, lengths),
+        needs_dx=needs_dx,
+        needs_weights=needs_weights,
+        needs_h0=needs_states,
+        needs_resets=needs_resets,
+        precision=precision,
+        stepwise=stepwise,
+    )
+    results = [grads.dx, grads.dh0, grads.dc0, grads.dreset_h, grads.dreset_c]
+    if needs_weights:
+        for d in range(directions):
+            results += [grads.dw_ih[d], grads.dw_hh[d], grads.db[d]]
+    return [x.new_empty(0) if t is None else t for t in results]
+
+
+@torch.library.register_fake("lstm_triton::lstm_layer_backward", lib=library)
+def _(
+    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths, needs, precision, stepwise
+):
+    needs_dx, needs_states, needs_resets, needs_weights = needs
+    (T, B, I), (D, _, H) = x.shape, h0.shape
+    none = (0,)
+    reset = (T, D, B, H)
+    results = [_new_like_input(x, I) if needs_dx else x.new_empty(none), x.new_empty(h0.shape if needs_states else none)]
+    results += [x.new_empty(c0.shape), x.new_empty(reset if needs_resets else none)]
+    results += [_new_like_input(x, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3) if needs_resets else x.new_empty(none)]
+    if needs_weights:
+        results += [x.new_empty(shape) for _ in range(D) for shape in ((4 * H, I), (4 * H, H), (4 * H,))]
+    return results
+
+
+def _forward(x, *args):
+    return (torch.ops.lstm_triton.lstm_layer if sees_operators(x) else _lstm_layer)(x, *args)
+
+
+class LSTMLayerBackwardFunction(torch.autograd.Function):
+    """The backward kernels as a function of its own: differentiating it again goes through the reference."""
+
+    @staticmethod
+    def forward(dy, dh_n, dc_n, dc, y, c, gates, needs, options, x, h0, c0, resets, reset_h, reset_c, lengths, *weights):
+        backward = torch.ops.lstm_triton.lstm_layer_backward if sees_operators(x) else _lstm_layer_backward
+        directions, precision, stepwise = options
+        return tuple(
+            backward(
+                dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
+                needs, precision, stepwise,
+            )  # fmt: skip
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4], *inputs[9:])
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.options = inputs[7], inputs[8]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        directions = ctx.options[0]
+        *tensors, resets, reset_h, reset_c, lengths = ctx.saved_tensors[:11]
+        weights = ctx.saved_tensors[11:]
+
+        def reference_backward(dy, dh_n, dc_n, dc, x, h0, c0, reset_h, reset_c, *weights):
+            cotangents = (dy, dh_n, dc_n, dc)
+            return reference.lstm_layer_backward(
+                cotangents, x, h0, c0, reset_h, reset_c, weights, directions, resets, lengths
+            )
+
+        # What was not needed came back empty, and has no gradient.
+        grads = [g if g is None or g.numel() else None for g in grads]
+        found = reference.back_through(reference_backward, grads, (*tensors, reset_h, reset_c, *weights))
+        d_cotangents, d_inputs, (dreset_h, dreset_c), d_weights = found[:4], found[4:7], found[7:9], found[9:]
+        return *d_cotangents, *(None,) * 5, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
+
+
+class LSTMLayerFunction(torch.autograd.Function):
+    """(y, h_n, c_n, c, gates) of one layer, differentiable."""
+
+    @staticmethod
+    def forward(options, return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights):
+        directions, precision, stepwise = options
+        return _forward(
+            x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, True, not recompute, stepwise
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, _, _, c, gates = output
+        ctx.save_for_backward(*inputs[3:], y, c, gates)
+        ctx.mark_non_differentiable(*([gates] if inputs[1] else [c, gates]))
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[0]
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, dc, _):
+        x, h0, c0, resets, reset_h, reset_c, lengths, *weights, y, c, gates = ctx.saved_tensors
+        asked = ctx.needs_input_grad
+        if all(g is None for g in (dy, dh_n, dc_n, dc)):
+            return (None,) * len(asked)
+        weights_asked = asked[10:]
+        needs = [asked[3], asked[4], asked[7] or asked[8], any(weights_asked)]
+        dx, dh0, dc0, dreset_h, dreset_c, *dweights = LSTMLayerBackwardFunction.apply(
+            dy, dh_n, dc_n, dc, y.detach(), c.detach(), gates, needs, ctx.options,
+            x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
+        )  # fmt: skip
+        if needs[3]:
+            per_direction = len(weights) // ctx.options[0]
+            threes = [dweights[i : i + 3] for i in range(0, len(dweights), 3)]
+            dweights = [g for dw_ih, dw_hh, db in threes for g in (dw_ih, dw_hh, db, db)[:per_direction]]
+            dweights = [g if n else None for g, n in zip(dweights, weights_asked)]
+        else:
+            dweights = [None] * len(weights)
+        dx, dh0, dc0 = (g if n else None for g, n in zip((dx, dh0, dc0), asked[3:6]))
+        dreset_h, dreset_c = (g if n else None for g, n in zip((dreset_h, dreset_c), asked[7:9]))
+        return None, None, None, dx, dh0, dc0, None, dreset_h, dreset_c, None, *dweights
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    lengths: Tensor | None,
+    precision: str | None,
+    return_cells: bool,
+    recompute: bool,
+    stepwise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n, c or None) through the kernels; arguments as `kernels.layer.lstm_layer_forward`, weights flat."""
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
+    ):
+        if recompute:
+            x = x.contiguous()  # rebuilding the gates of some steps needs these to be contiguous in y
+        y, h_n, c_n, c, _ = LSTMLayerFunction.apply(
+            (directions, precision, stepwise), return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights
+        )
+    else:
+        y, h_n, c_n, c, _ = _forward(
+            x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, return_cells, False, stepwise
+        )
+    return y, h_n, c_n, c if return_cells else None

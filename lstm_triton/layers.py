@@ -1,0 +1,198 @@
+"""One LSTM layer over a sequence, in one or two directions: checks, choice of backend, call."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, layer_ops, reference
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    return_cell_states: bool = False,
+    recompute: bool = False,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """One layer of torch.nn.LSTM over a sequence, in one direction (D = 1) or both (D = 2).
+
+    Args:
+        x: [T, B, I], T at least 1.
+        hx: (h0, c0), each [D, B, H]; None for zeros.
+        weights: w_ih [4H, I] and w_hh [4H, H], with biases also b_ih and b_hh [4H], of the forward direction, then for D = 2
+            those of the reverse one. Gates in the order i, f, g, o. One floating-point dtype and device for all; under
+            autocast all are cast to its dtype.
+        resets: [T, B] bool. resets[t, b] starts a new segment of row b at t: the result equals that of the segments run one
+            by one, in both directions. No gradient passes from one segment to another.
+        reset_state: (h, c), what a reset sets the state to instead of zero, each broadcastable to [T, D, B, H]: that of the
+            step at which the direction enters the segment.
+        lengths: [B] integers, 0 ... T: the steps of each row. Outputs and cell states past them are zero, h_n and c_n are those
+            of each row's last step, and the reverse direction starts there.
+        return_cell_states: also return c of every step.
+        recompute: hold y and c for the backward, but not the gates, 4/7 of the memory; it costs a GEMM to rebuild them.
+        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
+            torch.backends.cudnn.rnn says ("tf32" unless you changed it).
+        backend: "auto", "triton" (one launch where it fits, else one per step), "triton-persistent" (one launch, or an
+            error), "triton-stepwise" (one per step), "cudnn", "reference" (plain PyTorch).
+
+    Returns:
+        y [T, B, D * H], (h_n, c_n) each [D, B, H], and with return_cell_states c [T, B, D * H]. Twice differentiable, except
+        through cuDNN, which raises an error there.
+
+    Raises:
+        ValueError: x of a wrong rank; unknown precision or backend; reset_state without resets; lengths below 0 or above T,
+            if on the CPU (on a GPU they are clamped, as checking would wait for it).
+        TypeError: resets that are not bool, lengths that are not integers.
+        RuntimeError: T = 0; sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+    """
+    if precision not in dispatch.PRECISIONS:
+        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    if x.dim() != 3:
+        raise ValueError(f"LSTM: Expected input to be 3D, got {x.dim()}D instead")
+    if len(weights) < 2:
+        raise RuntimeError("lstm() needs w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *weights = (_autocast(t, dtype) for t in (x, *weights))
+        hx = None if hx is None else (_autocast(hx[0], dtype), _autocast(hx[1], dtype))
+        reset_state = None if reset_state is None else (_autocast(reset_state[0], dtype), _autocast(reset_state[1], dtype))
+    (T, B, _), H = x.shape, weights[1].shape[1]
+    directions = 2 if len(weights) > 4 or (len(weights) == 4 and weights[2].dim() == 2) else 1
+    if hx is None:
+        zeros = torch.zeros(directions, B, H, dtype=x.dtype, device=x.device)
+        hx = (zeros, zeros)
+    _check(x, hx, weights, directions)
+    resets, lengths = _checked_segments(T, B, x.device, resets, reset_state, lengths)
+    reset_h = reset_c = None
+    if reset_state is not None:
+        reset_h, reset_c = (_broadcast(s, (T, directions, B, H), x) for s in reset_state)
+
+    plain = resets is None and lengths is None and not return_cell_states
+    chosen = dispatch.layer_backend(
+        backend, x.device, x.dtype, plain and not recompute, T > dispatch.CUDNN_MAX_STEPS, precision
+    )
+    c = None
+    if chosen in ("torch", "cudnn"):
+        y, h_n, c_n = _torch_lstm(x, hx, weights, directions, precision)
+    elif chosen == "reference" or B == 0 or H == 0:
+        n = len(weights) // directions
+        by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
+        y, h_n, c_n, c = reference.lstm_layer(x, *hx, by_direction, resets, reset_h, reset_c, lengths)
+    else:
+        if chosen == "triton-persistent":
+            _require_persistent(T, B, H, directions, x, precision)
+        y, h_n, c_n, c = layer_ops.lstm_layer(
+            x, *hx, weights, directions, resets, reset_h, reset_c, lengths,
+            precision, return_cell_states, recompute, chosen == "triton-stepwise",
+        )  # fmt: skip
+    return (y, (h_n, c_n), c) if return_cell_states else (y, (h_n, c_n))
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # As torch's own autocast does: float64 stays what it is.
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _torch_lstm(
+    x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], directions: int, precision: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's own: cuDNN on a GPU."""
+    biases = len(weights) // directions == 4
+    # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
+    train = torch.is_grad_enabled()
+    with _cudnn_precision(precision) if precision is not None and x.is_cuda else contextlib.nullcontext():
+        return torch._VF.lstm(x, tuple(hx), list(weights), biases, 1, 0.0, train, directions == 2, False)
+
+
+@contextlib.contextmanager
+def _cudnn_precision(precision: str):
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+
+
+def _require_persistent(T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None) -> None:
+    from .kernels import layer
+
+    if not layer.is_persistent(T, B, H, directions, x.dtype, precision, x.device):
+        raise RuntimeError(
+            f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {directions} direction(s) in {x.dtype} the"
+            " programs of one launch do not all fit on this device together with W_hh"
+        )
+
+
+def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], directions: int) -> None:
+    """Good arguments pass; the first fault raises with torch's own words where it has some."""
+    (T, B, I), H = x.shape, weights[1].shape[1]
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    n, remainder = divmod(len(weights), directions)
+    if remainder or n not in (2, 4):
+        raise RuntimeError("weights must be w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
+    if I != weights[0].shape[-1]:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {I}")
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    for k, w in enumerate(weights):
+        if w.shape != shapes[k % n]:
+            raise RuntimeError(f"weights[{k}] must have size {shapes[k % n]}, got {list(w.shape)}")
+    for k, state in enumerate(hx):
+        if state.shape != (directions, B, H):
+            raise RuntimeError(f"Expected hidden[{k}] size {(directions, B, H)}, got {list(state.shape)}")
+    for name, t in (("hx[0]", hx[0]), ("hx[1]", hx[1]), *((f"weights[{k}]", w) for k, w in enumerate(weights))):
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"Input and {name} must have the same dtype, got {x.dtype} and {t.dtype}")
+        if t.device != x.device:
+            raise RuntimeError(f"Input and {name} must be on the same device, found {x.device} and {t.device}")
+
+
+def _checked_segments(
+    T: int,
+    B: int,
+    device: torch.device,
+    resets: Tensor | None,
+    reset_state: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    if resets is not None:
+        if resets.dtype != torch.bool:
+            raise TypeError(f"resets must be bool, got {resets.dtype}")
+        if resets.shape != (T, B):
+            raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
+        resets = resets.to(device)
+    elif reset_state is not None:
+        raise ValueError("reset_state without resets: there is no step at which it would be used")
+    if lengths is not None:
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (B,):
+            raise RuntimeError(f"Expected lengths size {(B,)}, got {list(lengths.shape)}")
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
+            if int(lengths.min()) < 0 or int(lengths.max()) > T:
+                raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
+        lengths = lengths.to(device).clamp(0, T)
+    return resets, lengths
+
+
+def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:
+    """As a view of this shape, except that the units become contiguous."""
+    if state.dtype != x.dtype or state.device != x.device:
+        raise RuntimeError(
+            f"Input and reset_state must have the same dtype and device, got {x.dtype} on {x.device} and {state.dtype} on"
+            f" {state.device}"
+        )
+    try:
+        state = state.expand(*state.shape[:-1], shape[-1]) if state.dim() else state.expand(shape[-1])
+        return state.contiguous().expand(shape) if state.stride(-1) != 1 else state.expand(shape)
+    except RuntimeError:
+        raise RuntimeError(f"reset_state of size {list(state.shape)} cannot be broadcast to {list(shape)}") from None

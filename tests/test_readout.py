@@ -1,0 +1,273 @@
+"""The fused readout, forward and every gradient, against float64 on awkward shapes in every dtype and precision."""
+
+import pytest
+import torch
+from support import readouts
+from support.cells import matmul_precision
+from support.layouts import LAYOUTS
+
+from lstm_triton import functional, reference
+from lstm_triton.kernels import readout_backward
+from lstm_triton.kernels.config import readout_forward_config
+
+KINDS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+# B, H, V. Logits are in tiles of 16 to 128 rows and 32 to 128 columns, and H goes by 16 to 64; 130 takes several tiles.
+SMALL = [(1, 1, 1), (3, 19, 37), (2, 5, 130)]
+EDGES = [(17, 3, 5), (16, 17, 31), (15, 16, 33), (1, 65, 64), (2, 64, 65), (2, 15, 128), (1, 2, 129)]
+# Enough columns, or enough rows, that a sum over them is divided among programs in every dtype; in fp32, fewer suffice.
+LONG_SUMS = [(3, 5, 530), (520, 3, 5)]
+LONG_SUMS_FP32 = [(2, 5, 260), (115, 3, 5)]
+
+
+def _draw(shape, kind, device, **options):
+    dtype, precision = KINDS[kind]
+    return readouts.draw(*shape, dtype, precision=precision, device=device, **options)
+
+
+def _check(shape, kind, device, **options):
+    problem = _draw(shape, kind, device, **options)
+    readouts.assert_as_accurate_as_torch(readouts.by_kernels(problem), problem)
+
+
+@kinds
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_small_shapes(shape, kind, device):
+    _check(shape, kind, device)
+
+
+@kinds
+def test_steep_logits(kind, device):
+    _check((3, 19, 37), kind, device, scale=4.0)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_tile_edges(shape, kind, device):
+    _check(shape, kind, device)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocessors):
+    multiprocessors(1)
+    _check((70, 9, 140), kind, device)
+
+
+def test_more_rows_of_tiles_than_one_group(device, multiprocessors):
+    multiprocessors(1)
+    h, weight, bias = readouts.draw(130, 2, 70, device=device).inputs
+    assert readout_forward_config(130, 70, h.dtype, "tf32x3", 1).group * 16 < 130
+    y = functional.softmax_readout(h, weight, bias, precision="tf32x3", backend="triton")
+    torch.testing.assert_close(y, reference.softmax_readout(h, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "shape, kind", [(shape, "fp32") for shape in LONG_SUMS_FP32] + [(LONG_SUMS[0], "bf16")], ids=str
+)
+def test_sums_divided_among_programs(shape, kind, device, count_launches):
+    _check(shape, kind, device)
+    assert count_launches()["_readout_sum_parts_kernel"] == 1
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_no_bias(kind, device):
+    _check((3, 7, 40), kind, device, bias=False)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("shape", EDGES + LONG_SUMS + [(70, 40, 300), (2, 16, 2000)], ids=str)
+def test_full_product(shape, processors, scale, kind, device, multiprocessors):
+    multiprocessors(processors)
+    _check(shape, kind, device, scale=scale)
+
+
+@kinds
+@pytest.mark.parametrize("V", [37, 130])
+def test_rows_sum_to_one(V, kind, device):
+    problem = _draw((3, 19, V), kind, device)
+    y = functional.softmax_readout(*problem.inputs, precision=problem.precision, backend="triton")
+    assert (y >= 0).all()
+    assert ((y.double().sum(-1) - 1).abs() <= 2 * torch.finfo(y.dtype).eps).all()
+
+
+def _of_logits(logits):
+    """The readout whose logits, [V], are the bias alone."""
+    V = len(logits)
+    return functional.softmax_readout(logits.new_zeros(1), logits.new_zeros(V, 1), logits, backend="triton")
+
+
+LIMITS = {
+    "huge": [3e38, -3e38, 2.9e38, 0.0],
+    "all huge": [3e38, 3e38],
+    "far below zero": [-1e30, -1e30],
+    "minus infinity": [-torch.inf, 1.0, -torch.inf, 2.0],
+    "a row of minus infinity": [-torch.inf],
+    "infinity": [1.0, torch.inf, 2.0],
+    "infinity and minus infinity": [torch.inf, -torch.inf],
+    "NaN": [1.0, torch.nan, 2.0],
+    "nothing but NaN": [torch.nan],
+}
+
+
+@pytest.mark.parametrize("V", [40, 150], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("values", LIMITS.values(), ids=LIMITS)
+def test_extreme_logits_are_treated_as_by_torch(values, V, device):
+    logits = torch.tensor(values * V, device=device)[:V]
+    torch.testing.assert_close(_of_logits(logits), torch.softmax(logits, -1), equal_nan=True)
+
+
+def test_tiles_of_minus_infinity_do_not_spoil_their_row(device):
+    logits = torch.full((300,), -torch.inf, device=device)
+    logits[130:133] = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(_of_logits(logits), torch.softmax(logits, -1))
+
+
+def test_masked_columns_get_no_gradient(device):
+    clean = readouts.draw(2, 5, 150, device=device)
+    bias = clean.inputs[2].clone()
+    bias[60:140] = -torch.inf
+    problem = readouts.Problem((*clean.inputs[:2], bias), clean.cotangent)
+    found = readouts.by_kernels(problem)
+    for name, result, torchs in zip(readouts.RESULTS, found, readouts.by_torch(problem)):
+        torch.testing.assert_close(result, torchs, msg=lambda text, name=name: f"{name}: {text}")
+    assert not found[2][60:140].any() and not found[3][60:140].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("V", [20, 130])
+def test_non_finite_values_stay_in_their_row(V, value, device):
+    clean = readouts.draw(5, 7, V, device=device)
+    h, weight, bias = clean.inputs
+    h = h.clone()
+    h[3, 2] = value
+    spoilt = readouts.Problem((h, weight, bias), clean.cotangent)
+    for result, good, found in list(zip(readouts.RESULTS, readouts.by_kernels(clean), readouts.by_kernels(spoilt)))[:2]:
+        assert torch.equal(found[[0, 1, 2, 4]], good[[0, 1, 2, 4]]), result
+        assert found[3].isnan().all(), result
+
+
+def test_nan_gradients_stay_in_their_row(device):
+    clean = readouts.draw(5, 7, 130, device=device)
+    cotangent = clean.cotangent.clone()
+    cotangent[3, 129] = torch.nan
+    good, found = (readouts.by_kernels(p)[1] for p in (clean, readouts.Problem(clean.inputs, cotangent)))
+    assert torch.equal(found[[0, 1, 2, 4]], good[[0, 1, 2, 4]])
+    assert found[3].isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_any_strides(kind, layout, device):
+    change = LAYOUTS[layout]
+    dense = _draw((3, 7, 70), kind, device)
+    laid_out = readouts.Problem(tuple(map(change, dense.inputs)), change(dense.cotangent), dense.precision)
+    results = readouts.by_kernels(laid_out)
+    readouts.assert_as_accurate_as_torch(results, laid_out)
+    assert all(t.is_contiguous() for t in results)
+
+
+def test_64_bit_offsets(device, tmp_path):
+    """Rows 2^30 elements apart: the offset of row 3 does not fit in 32 bits."""
+    row = 2**30
+    if device.type == "cuda":
+        storage = torch.empty(3 * row + 64, dtype=torch.float16, device=device)
+    else:  # a sparse file: only what is touched takes space
+        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=3 * row + 64, dtype=torch.float16)
+    near = readouts.draw(4, 3, 4, torch.float16, device=device)
+    h, weight, cotangent = (
+        storage.as_strided(t.shape, (row, 1), 4 * i).copy_(t)
+        for i, t in enumerate((near.inputs[0], near.inputs[1], near.cotangent))
+    )
+    far = readouts.Problem((h, weight, near.inputs[2]), cotangent)
+    for expected, found in zip(readouts.by_kernels(near), readouts.by_kernels(far)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 5), (0, 7, 200), (3, 0, 5), (3, 7, 0)], ids=str)
+def test_empty(shape, device):
+    problem = readouts.draw(*shape, device=device)
+    for name, found, expected in zip(readouts.RESULTS, readouts.by_kernels(problem), readouts.by_torch(problem)):
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(17, 7, 33), (2, 3, 260)], ids=str)
+def test_two_runs_agree_bit_for_bit(shape, kind, device):
+    problem = _draw(shape, kind, device)
+    for name, first, second in zip(readouts.RESULTS, readouts.by_kernels(problem), readouts.by_kernels(problem)):
+        assert torch.equal(first, second), name
+
+
+def test_inputs_are_left_alone(device):
+    problem = readouts.draw(3, 7, 70, device=device)
+    before = [t.clone() for t in (*problem.inputs, problem.cotangent)]
+    readouts.by_kernels(problem)
+    assert all(map(torch.equal, before, (*problem.inputs, problem.cotangent)))
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_default_precision_is_that_of_torch_matmul(setting, device):
+    problem = readouts.draw(3, 33, 9, device=device)
+    results = {p: readouts.by_kernels(readouts.Problem(problem.inputs, problem.cotangent, p)) for p in ("ieee", "tf32")}
+    assert not torch.equal(results["ieee"][0], results["tf32"][0])
+    with matmul_precision(setting):
+        found = readouts.by_kernels(readouts.Problem(problem.inputs, problem.cotangent, None))
+    assert all(map(torch.equal, found, results[setting]))
+
+
+FORWARD = {"_readout_forward_kernel": 1}
+BACKWARD = {"_readout_row_dots_kernel": 1, "_readout_backward_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    "shape, forward, backward",
+    [
+        ((3, 7, 37), FORWARD, BACKWARD),
+        ((3, 7, 130), FORWARD | {"_readout_rescale_kernel": 1}, BACKWARD),
+        ((2, 7, 260), FORWARD | {"_readout_rescale_kernel": 1}, BACKWARD | {"_readout_sum_parts_kernel": 1}),
+    ],
+    ids=str,
+)
+def test_launches(shape, forward, backward, device, count_launches):
+    problem = readouts.draw(*shape, device=device)
+    leaves = [t.requires_grad_() for t in problem.inputs]
+    y = functional.softmax_readout(*leaves, backend="triton")
+    assert count_launches() == forward
+    torch.autograd.grad(y, leaves, problem.cotangent)
+    assert count_launches() == backward
+
+
+@pytest.mark.parametrize(
+    "shape, needs",
+    [((3, 5, 40), n) for n in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]]
+    + [(LONG_SUMS_FP32[0], (1, 0, 1)), (LONG_SUMS_FP32[1], (0, 0, 1))],
+    ids=str,
+)
+def test_only_the_gradients_asked_for_are_computed(shape, needs, device, monkeypatch):
+    problem = readouts.draw(*shape, device=device)
+    expected = readouts.by_kernels(problem)[1:]
+    launched = []
+    launch = readout_backward._backward
+
+    def noting(grid, tensors, *rest):
+        launched.append([t is not None for t in tensors[5:]])
+        launch(grid, tensors, *rest)
+
+    monkeypatch.setattr(readout_backward, "_backward", noting)
+    leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip(problem.inputs, needs)]
+    y = functional.softmax_readout(*leaves, backend="triton")
+    found = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], problem.cotangent)
+    for result, true in zip(found, [g for g, n in zip(expected, needs) if n]):
+        torch.testing.assert_close(result, true)
+    assert launched == [list(map(bool, needs))]
