@@ -204,7 +204,7 @@ def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> 
     if block_b == 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
     if dtype.itemsize == 2:
-        return ReadoutBackwardConfig(8, 3, 64, 64, 128, 16)
+        return ReadoutBackwardConfig(8, 2, 64, 64, 128, 16)
     return ReadoutBackwardConfig(8, 2, 32, 64, 64, 16)
 
 

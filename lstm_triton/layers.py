@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, layer_ops, reference
+from . import dispatch, layer_ops, reference, torch_ops
 
 
 def lstm(
@@ -60,60 +61,92 @@ def lstm(
     if len(weights) < 2:
         raise RuntimeError("lstm() needs w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *weights = (_autocast(t, dtype) for t in (x, *weights))
-        hx = None if hx is None else (_autocast(hx[0], dtype), _autocast(hx[1], dtype))
-        reset_state = None if reset_state is None else (_autocast(reset_state[0], dtype), _autocast(reset_state[1], dtype))
+        x, hx, reset_state, weights = autocast(x, hx, reset_state, weights)
     (T, B, _), H = x.shape, weights[1].shape[1]
     directions = 2 if len(weights) > 4 or (len(weights) == 4 and weights[2].dim() == 2) else 1
     if hx is None:
-        zeros = torch.zeros(directions, B, H, dtype=x.dtype, device=x.device)
+        zeros = x.new_zeros(directions, B, H)
         hx = (zeros, zeros)
     _check(x, hx, weights, directions)
-    resets, lengths = _checked_segments(T, B, x.device, resets, reset_state, lengths)
-    reset_h = reset_c = None
-    if reset_state is not None:
-        reset_h, reset_c = (_broadcast(s, (T, directions, B, H), x) for s in reset_state)
-
-    plain = resets is None and lengths is None and not return_cell_states
-    chosen = dispatch.layer_backend(
-        backend, x.device, x.dtype, plain and not recompute, T > dispatch.CUDNN_MAX_STEPS, precision
-    )
-    c = None
+    segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
+    plain = resets is None and lengths is None and not return_cell_states and not recompute
+    chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, T > dispatch.CUDNN_MAX_STEPS, precision)
+    bias = len(weights) // directions == 4
     if chosen in ("torch", "cudnn"):
-        y, h_n, c_n = _torch_lstm(x, hx, weights, directions, precision)
-    elif chosen == "reference" or B == 0 or H == 0:
-        n = len(weights) // directions
-        by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
-        y, h_n, c_n, c = reference.lstm_layer(x, *hx, by_direction, resets, reset_h, reset_c, lengths)
-    else:
-        if chosen == "triton-persistent":
-            _require_persistent(T, B, H, directions, x, precision)
-        y, h_n, c_n, c = layer_ops.lstm_layer(
-            x, *hx, weights, directions, resets, reset_h, reset_c, lengths,
-            precision, return_cell_states, recompute, chosen == "triton-stepwise",
-        )  # fmt: skip
+        # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
+        with cudnn_precision(x, precision):
+            y, h_n, c_n = torch_ops.lstm(x, hx, weights, bias, 1, 0.0, torch.is_grad_enabled(), directions == 2)
+        return y, (h_n, c_n)
+    y, h_n, c_n, c = run(
+        chosen, x, hx, weights, directions, bias, segments, return_cell_states, recompute, precision
+    )  # fmt: skip
     return (y, (h_n, c_n), c) if return_cell_states else (y, (h_n, c_n))
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    # As torch's own autocast does: float64 stays what it is.
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+class Segments(NamedTuple):
+    """Checked resets, reset states [T, D, B, H] and lengths, each on the device of the input, or None."""
+
+    resets: Tensor | None
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    lengths: Tensor | None
+
+    def of_rows(self, rows: slice) -> "Segments":
+        """Those of some of the D layers and directions."""
+        reset_h, reset_c = (None if s is None else s[:, rows] for s in (self.reset_h, self.reset_c))
+        return Segments(self.resets, reset_h, reset_c, self.lengths)
 
 
-def _torch_lstm(
-    x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], directions: int, precision: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own: cuDNN on a GPU."""
-    biases = len(weights) // directions == 4
-    # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
-    train = torch.is_grad_enabled()
-    with _cudnn_precision(precision) if precision is not None and x.is_cuda else contextlib.nullcontext():
-        return torch._VF.lstm(x, tuple(hx), list(weights), biases, 1, 0.0, train, directions == 2, False)
+def run(
+    chosen: str,
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    segments: Segments,
+    return_cells: bool,
+    recompute: bool,
+    precision: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n, c) of one layer through the kernels or the reference, from arguments that have been checked.
+
+    weights: w_ih, w_hh, with bias b_ih and b_hh, and with projection w_hr, of each direction.
+    """
+    (T, B, _), H = x.shape, weights[1].shape[0] // 4
+    if chosen == "reference" or B == 0 or H == 0:
+        n = len(weights) // directions
+        by_direction = []
+        for d in range(directions):
+            w = weights[d * n : (d + 1) * n]
+            by_direction.append((*w[:2], *(w[2:4] if bias else (None, None)), *w[4 if bias else 2 :]))
+        return reference.lstm_layer(x, *hx, by_direction, *segments)
+    if chosen == "triton-persistent":
+        _require_persistent(T, B, H, directions, x, precision)
+    stepwise = chosen == "triton-stepwise"
+    return layer_ops.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
+
+
+def autocast(
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, reset_state: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]
+) -> tuple:
+    """All of them in the dtype of the current autocast; float64 stays what it is, as in torch's own."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensors):
+        if tensors is None:
+            return None
+        return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+    return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
 
 @contextlib.contextmanager
-def _cudnn_precision(precision: str):
+def cudnn_precision(x: Tensor, precision: str | None):
+    """cuDNN's recurrent layers on float32 inside: in this precision, if one is given."""
+    if precision is None or not x.is_cuda or x.dtype != torch.float32:
+        yield
+        return
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = precision
     try:
@@ -156,20 +189,25 @@ def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], dire
             raise RuntimeError(f"Input and {name} must be on the same device, found {x.device} and {t.device}")
 
 
-def _checked_segments(
-    T: int,
-    B: int,
-    device: torch.device,
+def checked_segments(
+    x: Tensor,
+    rows: tuple[int, int, int],
+    sizes: tuple[int, int],
     resets: Tensor | None,
     reset_state: tuple[Tensor, Tensor] | None,
     lengths: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Segments:
+    """Good arguments, with reset states expanded to [T, D, B, size]; rows is (T, D, B), sizes those of h and c."""
+    T, _, B = rows
+    reset_h = reset_c = None
     if resets is not None:
         if resets.dtype != torch.bool:
             raise TypeError(f"resets must be bool, got {resets.dtype}")
         if resets.shape != (T, B):
             raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
-        resets = resets.to(device)
+        resets = resets.to(x.device)
+        if reset_state is not None:
+            reset_h, reset_c = (_broadcast(s, (*rows, size), x) for s, size in zip(reset_state, sizes))
     elif reset_state is not None:
         raise ValueError("reset_state without resets: there is no step at which it would be used")
     if lengths is not None:
@@ -180,8 +218,8 @@ def _checked_segments(
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
             if int(lengths.min()) < 0 or int(lengths.max()) > T:
                 raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
-        lengths = lengths.to(device).clamp(0, T)
-    return resets, lengths
+        lengths = lengths.to(x.device).clamp(0, T)
+    return Segments(resets, reset_h, reset_c, lengths)
 
 
 def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:

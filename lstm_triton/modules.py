@@ -6,14 +6,14 @@ from torch import Tensor
 from . import dispatch, functional
 
 
-def _check_options(precision: str | None, backend: str) -> None:
+def check_options(precision: str | None, backend: str) -> None:
     if precision not in dispatch.PRECISIONS:
         raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, dispatch.BACKENDS))}, got {backend!r}")
 
 
-def _options_repr(module: torch.nn.Module) -> str:
+def options_repr(module: torch.nn.Module) -> str:
     text = "" if module.precision is None else f", precision={module.precision!r}"
     return text + ("" if module.backend == "auto" else f", backend={module.backend!r}")
 
@@ -48,13 +48,13 @@ class LSTMCell(torch.nn.LSTMCell):
         precision: str | None = None,
         backend: str = "auto",
     ) -> None:
-        _check_options(precision, backend)
+        check_options(precision, backend)
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
         self.precision = precision
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _options_repr(self)
+        return super().extra_repr() + options_repr(self)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if hx is None:
@@ -98,13 +98,13 @@ class SoftmaxReadout(torch.nn.Linear):
         precision: str | None = None,
         backend: str = "auto",
     ) -> None:
-        _check_options(precision, backend)
+        check_options(precision, backend)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.precision = precision
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _options_repr(self)
+        return super().extra_repr() + options_repr(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.softmax_readout(input, self.weight, self.bias, precision=self.precision, backend=self.backend)

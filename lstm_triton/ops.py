@@ -6,6 +6,8 @@ something has to see the operator: while compiling, under a dispatch mode, or wi
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -15,8 +17,10 @@ library.define(
     " bool save_gates) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor gates, Tensor x, Tensor h_prev, Tensor c_prev, Tensor c, Tensor w_ih,"
-    " Tensor w_hh, bool[] needs, str? precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    # b_ih and b_hh are not read: differentiating once more needs them.
+    "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor h_prev, Tensor c_prev, Tensor w_ih, Tensor w_hh,"
+    " Tensor? b_ih, Tensor? b_hh, Tensor gates, Tensor c, bool[] needs, str? precision)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -46,7 +50,7 @@ def _(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
 
 
 @implements("lstm_cell_backward")
-def _lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
+def _lstm_cell_backward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
     from .kernels.cell_backward import lstm_cell_backward
 
     grads = lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
@@ -54,23 +58,39 @@ def _lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, 
 
 
 @torch.library.register_fake("lstm_triton::lstm_cell_backward", lib=library)
-def _(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision):
+def _(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
     shapes = (x.shape, h_prev.shape, c_prev.shape, w_ih.shape, w_hh.shape, w_ih.shape[:1])
     return tuple(x.new_empty(shape if n else (0,)) for shape, n in zip(shapes, needs))
 
 
-def sees_operators(x: Tensor) -> bool:
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def sees_operators(*tensors: Tensor | None) -> bool:
     """Whether something watches the dispatcher: a compiler, a dispatch mode (fake tensors), torch.func, a tensor subclass."""
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return True
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
     )
 
 
+def takes_formula(*gradients: Tensor | None) -> bool:
+    """Whether only the reference formula can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0 or any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in gradients):
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() != _functorch.TransformType.Grad for i in _functorch.get_interpreter_stack())
+
+
 def _forward(*args):
-    return (torch.ops.lstm_triton.lstm_cell if sees_operators(args[0]) else _lstm_cell)(*args)
+    return (torch.ops.lstm_triton.lstm_cell if sees_operators(*args[:7]) else _lstm_cell)(*args)
 
 
 class LSTMCellBackwardFunction(torch.autograd.Function):
@@ -78,8 +98,9 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
-        backward = torch.ops.lstm_triton.lstm_cell_backward if sees_operators(x) else _lstm_cell_backward
-        return backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, needs, precision)
+        sees = sees_operators(dh, dc, x, h_prev, c_prev, w_ih, w_hh)
+        backward = torch.ops.lstm_triton.lstm_cell_backward if sees else _lstm_cell_backward
+        return backward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,11 +110,14 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        inputs = list(ctx.saved_tensors)
-        zeros = torch.zeros_like(inputs[4])
-        inputs[:2] = [zeros if t is None else t for t in inputs[:2]]
+        dh, dc, *inputs = ctx.saved_tensors
+        zeros = torch.zeros_like(inputs[2])
         grads = [g if n else None for g, n in zip(grads, ctx.needs)]
-        return (*reference.lstm_cell_double_backward(grads, inputs), None, None, None, None)
+        found = reference.lstm_cell_double_backward(
+            grads, (zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
+        )
+        found[:2] = [None if t is None else g for t, g in zip((dh, dc), found)]
+        return (*found, None, None, None, None)
 
 
 class LSTMCellFunction(torch.autograd.Function):
@@ -118,11 +142,35 @@ class LSTMCellFunction(torch.autograd.Function):
             return (None,) * 8
         asked = ctx.needs_input_grad
         needs = [*asked[:5], asked[5] or asked[6]]
-        grads = LSTMCellBackwardFunction.apply(
-            dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c.detach(), needs, ctx.precision
-        )
+        inputs = x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh
+        if takes_formula(dh, dc):
+            zeros = torch.zeros_like(c)
+            grads = reference.lstm_cell_backward(zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
+        else:
+            grads = LSTMCellBackwardFunction.apply(dh, dc, *inputs, gates, c.detach(), needs, ctx.precision)
         dx, dh_prev, dc_prev, dw_ih, dw_hh, db = (g if n else None for g, n in zip(grads, needs))
         return dx, dh_prev, dc_prev, dw_ih, dw_hh, db if asked[5] else None, db if asked[6] else None, None
+
+
+def _setup_operator(ctx, inputs, output):
+    LSTMCellFunction.setup_context(ctx, inputs[:8], output)
+    ctx.has_gates = inputs[8]
+
+
+def _operator_backward(ctx, *grads):
+    if not ctx.has_gates:
+        raise RuntimeError("lstm_triton::lstm_cell was called with save_gates=False and cannot be differentiated")
+    return *LSTMCellFunction.backward(ctx, *grads), None
+
+
+# The functions above serve eager calls. Exported and some compiled programs call the operators themselves.
+torch.library.register_autograd("lstm_triton::lstm_cell", _operator_backward, setup_context=_setup_operator, lib=library)
+torch.library.register_autograd(
+    "lstm_triton::lstm_cell_backward",
+    LSTMCellBackwardFunction.backward,
+    setup_context=LSTMCellBackwardFunction.setup_context,
+    lib=library,
+)
 
 
 def lstm_cell(
@@ -136,6 +184,8 @@ def lstm_cell(
     precision: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(h, c) through the kernels; arguments as `kernels.cell.lstm_cell_forward`. Inference does not pass through autograd."""
+    if takes_formula():
+        return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if torch.is_grad_enabled() and (
         x.requires_grad or h.requires_grad or c.requires_grad or w_ih.requires_grad or w_hh.requires_grad
         or (b_ih is not None and b_ih.requires_grad) or (b_hh is not None and b_hh.requires_grad)

@@ -83,7 +83,8 @@ def lstm_layer(
 
     Args:
         x: [T, B, I]; h0, c0: [D, B, H].
-        weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
+        weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None; with a projection of h to
+            size R also w_hr [R, H], and then w_hh is [4H, R] and h0 and y have R in place of H.
         resets: [T, B] bool: a segment of row b starts at t. The result equals that of the segments run one by one, each from
             zeros, or from reset_h[t, d, b], reset_c[t, d, b] ([T, D, B, H]) of the step at which its direction enters it.
         lengths: [B] integers: steps of each row; past them outputs and cell states are 0.
@@ -105,7 +106,9 @@ def lstm_layer(
                 flags = resets[t + d] if lengths is None else resets[t + d] & (t + d < lengths)
                 h_prev = torch.where(flags[:, None], 0.0 if reset_h is None else reset_h[t, d], h_prev)
                 c_prev = torch.where(flags[:, None], 0.0 if reset_c is None else reset_c[t, d], c_prev)
-            h_t, c_t = lstm_cell(x[t], h_prev, c_prev, *direction)
+            h_t, c_t = lstm_cell(x[t], h_prev, c_prev, *direction[:4])
+            if len(direction) == 5:
+                h_t = h_t @ direction[4].t()
             if active is None:
                 h, c = ys[t], cs[t] = h_t, c_t
             else:
@@ -187,17 +190,19 @@ def back_through(
     Returns:
         The gradients of the arguments, None where there is none. Differentiable again when grad mode is on.
     """
-    with torch.enable_grad():
-        # Aliases, so that each gradient is the partial one even where one input was computed from another.
-        aliases = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        results = function(*aliases)
-        pairs = [(r, g) for r, g in zip(results, grads) if g is not None]
-        wanted = [a for a in aliases if a is not None]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=torch.is_grad_enabled(), allow_unused=True
-            )
-            if pairs
-            else [None] * len(wanted)
-        )
-    return [None if a is None else next(found) for a in aliases]
+    given = [k for k, t in enumerate(inputs) if t is not None]
+    asked = [k for k, g in enumerate(grads) if g is not None]
+    if not asked:
+        return [None] * len(inputs)
+
+    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(inputs)
+        for k, t in zip(given, tensors):
+            arguments[k] = t
+        found = function(*arguments)
+        return tuple(found[k] for k in asked)
+
+    # torch.func, so that this also works inside its transforms.
+    _, back = torch.func.vjp(results, *(inputs[k] for k in given))
+    gradients = dict(zip(given, back(tuple(grads[k] for k in asked))))
+    return [gradients.get(k) for k in range(len(inputs))]

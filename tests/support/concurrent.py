@@ -202,8 +202,8 @@ class _ConcurrentBuilder:
         self.jitter = options.jitter
         self.weak = _WeakMemory(memory) if options.weak else None
 
-    def get_cache_policy(self, cache_modifier, eviction_policy):  # Triton 3.9 asks here, once for both
-        return cache_modifier
+    def get_cache_policy(self, cache_modifier, eviction_policy):  # Triton 3.9 makes one policy of the two, by name
+        return getattr(_CACHE, cache_modifier.upper())
 
     def create_masked_load(self, ptrs, mask, other, *policy, **named_policy):
         lanes, touched = self._access(ptrs, mask)

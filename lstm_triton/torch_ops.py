@@ -1,0 +1,91 @@
+"""torch's own LSTM (cuDNN on a GPU) as an operator that torch.compile does not look into.
+
+Traced, the CPU's kernel fails under aot_eager and inductor; as one operator whose backward runs it again it compiles everywhere.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import implements, library
+
+library.define(
+    "torch_lstm(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias, int num_layers, bool train, bool bidirectional)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "torch_lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias,"
+    " int num_layers, bool bidirectional) -> Tensor[]"
+)
+
+
+@implements("torch_lstm")
+def _torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional):
+    results = torch._VF.lstm(x, (h0, c0), weights, bias, num_layers, 0.0, train, bidirectional, False)
+    return tuple(t.contiguous() for t in results)
+
+
+@torch.library.register_fake("lstm_triton::torch_lstm", lib=library)
+def _(x, h0, c0, weights, bias, num_layers, train, bidirectional):
+    y = x.new_empty((x.shape[0], x.shape[1], h0.shape[2] * (2 if bidirectional else 1)))
+    return y, h0.new_empty(h0.shape), c0.new_empty(c0.shape)
+
+
+@implements("torch_lstm_backward")
+def _torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional):
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (x, h0, c0, *weights)]
+        results = torch._VF.lstm(inputs[0], inputs[1:3], inputs[3:], bias, num_layers, 0.0, True, bidirectional, False)
+        return [g.contiguous() for g in torch.autograd.grad(results, inputs, (dy, dh_n, dc_n))]
+
+
+@torch.library.register_fake("lstm_triton::torch_lstm_backward", lib=library)
+def _(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional):
+    return [t.new_empty(t.shape) for t in (x, h0, c0, *weights)]
+
+
+class _CompiledLSTMFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, bias, num_layers, train, bidirectional, x, h0, c0, *weights):
+        ctx.save_for_backward(x, h0, c0, *weights)
+        ctx.options = bias, num_layers, bidirectional
+        return torch.ops.lstm_triton.torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        x, h0, c0, *weights = ctx.saved_tensors
+        grads = torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, *ctx.options)
+        return None, None, None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[4:]))
+
+
+def lstm(
+    x: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy."""
+    if not torch.compiler.is_compiling():
+        batch_first = x.stride(1) > x.stride(0)
+        x = x.transpose(0, 1) if batch_first else x
+        y, h_n, c_n = torch._VF.lstm(x, tuple(hx), weights, bias, num_layers, dropout, train, bidirectional, batch_first)
+        return (y.transpose(0, 1) if batch_first else y), h_n, c_n
+    # One operator for each layer, so that dropout between them is the compiler's own, with its own random numbers.
+    directions = 2 if bidirectional else 1
+    step = num_layers if dropout == 0 else 1
+    per_layer = len(weights) // num_layers
+    last = []
+    for k in range(0, num_layers, step):
+        rows = slice(k * directions, (k + step) * directions)
+        w = weights[k * per_layer : (k + step) * per_layer]
+        x, *states = _CompiledLSTMFunction.apply(bias, step, train, bidirectional, x, hx[0][rows], hx[1][rows], *w)
+        last.append(states)
+        if dropout and k + step < num_layers:
+            x = torch.nn.functional.dropout(x, dropout)
+    h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
+    return x, h_n, c_n
