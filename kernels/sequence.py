@@ -108,6 +108,8 @@ def _lstm_sequence_forward_kernel(
         if lengths_ptr is None:
             h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * H
         else:
+            # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
+            begins |= (t_prev < 0) | (t_prev >= T)
             h_rows = tl.where(begins, h0_ptr + state_rows * H, previous_ptr + output_rows * H)
         keeps = None
         if resets_ptr is not None:

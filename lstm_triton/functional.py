@@ -53,11 +53,12 @@ def lstm_cell(
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
     if x.dim() == 1:
-        h, c = lstm_cell(
-            x.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)), w_ih, w_hh, b_ih, b_hh, precision=precision, backend=backend
-        )
+        h, c = _lstm_cell(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, precision, backend)
         return h.squeeze(0), c.squeeze(0)
+    return _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, backend)
 
+
+def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, backend) -> tuple[Tensor, Tensor]:
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch":
         return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
@@ -105,7 +106,7 @@ def _raise_cell_sizes(B: int, I: int, H: int, h: Tensor, c: Tensor, w_ih: Tensor
         if state.shape[0] != B:
             raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
         if state.dim() != 2 or state.shape[1] != H:
-            size = state.shape[1] if state.dim() == 2 else 1
+            size = state.shape[1] if state.dim() > 1 else 1
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {size}, expected {H}")
     name, w = ("weight_ih", w_ih) if w_ih.shape[0] != 4 * H else ("weight_hh", w_hh)
     raise RuntimeError(f"{name} first dim must be 4 * hidden_size = {4 * H}, but got {w.shape[0]}")

@@ -117,9 +117,11 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
     """The backward kernels as a function of its own: differentiating it again goes through the reference."""
 
     @staticmethod
-    def forward(dy, dh_n, dc_n, dc, y, c, gates, needs, options, x, h0, c0, resets, reset_h, reset_c, lengths, *weights):
+    def forward(
+        dy, dh_n, dc_n, dc, y, c, gates, needs, directions, precision, stepwise,
+        x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
+    ):  # fmt: skip
         backward = torch.ops.lstm_triton.lstm_layer_backward if sees_operators(x) else _lstm_layer_backward
-        directions, precision, stepwise = options
         return tuple(
             backward(
                 dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
@@ -129,13 +131,13 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4], *inputs[9:])
+        ctx.save_for_backward(*inputs[:4], *inputs[11:])
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.options = inputs[7], inputs[8]
+        ctx.needs, ctx.directions = inputs[7], inputs[8]
 
     @staticmethod
     def backward(ctx, *grads):
-        directions = ctx.options[0]
+        directions = ctx.directions
         *tensors, resets, reset_h, reset_c, lengths = ctx.saved_tensors[:11]
         weights = ctx.saved_tensors[11:]
 
@@ -149,15 +151,16 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         grads = [g if g is None or g.numel() else None for g in grads]
         found = reference.back_through(reference_backward, grads, (*tensors, reset_h, reset_c, *weights))
         d_cotangents, d_inputs, (dreset_h, dreset_c), d_weights = found[:4], found[4:7], found[7:9], found[9:]
-        return *d_cotangents, *(None,) * 5, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
+        return *d_cotangents, *(None,) * 7, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
 
 
 class LSTMLayerFunction(torch.autograd.Function):
     """(y, h_n, c_n, c, gates) of one layer, differentiable."""
 
     @staticmethod
-    def forward(options, return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights):
-        directions, precision, stepwise = options
+    def forward(
+        directions, precision, stepwise, return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights
+    ):
         return _forward(
             x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, True, not recompute, stepwise
         )
@@ -165,33 +168,60 @@ class LSTMLayerFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         y, _, _, c, gates = output
-        ctx.save_for_backward(*inputs[3:], y, c, gates)
-        ctx.mark_non_differentiable(*([gates] if inputs[1] else [c, gates]))
+        ctx.save_for_backward(*inputs[5:], y, c, gates)
+        ctx.mark_non_differentiable(*([gates] if inputs[3] else [c, gates]))
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[0]
+        ctx.directions, ctx.precision, ctx.stepwise = inputs[:3]
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dc, _):
-        x, h0, c0, resets, reset_h, reset_c, lengths, *weights, y, c, gates = ctx.saved_tensors
-        asked = ctx.needs_input_grad
-        if all(g is None for g in (dy, dh_n, dc_n, dc)):
-            return (None,) * len(asked)
-        weights_asked = asked[10:]
-        needs = [asked[3], asked[4], asked[7] or asked[8], any(weights_asked)]
-        dx, dh0, dc0, dreset_h, dreset_c, *dweights = LSTMLayerBackwardFunction.apply(
-            dy, dh_n, dc_n, dc, y.detach(), c.detach(), gates, needs, ctx.options,
-            x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
-        )  # fmt: skip
+        saved = ctx.saved_tensors
+        inputs, (y, c, gates) = saved[:-3], saved[-3:]
+        asked = ctx.needs_input_grad[5:]  # of inputs
+        if dy is None and dh_n is None and dc_n is None and dc is None:
+            return (None,) * (5 + len(asked))
+        weights_asked = asked[7:]
+        needs = [asked[0], asked[1], asked[4] or asked[5], any(weights_asked)]
+        # A compiler that meets a Function of any number of arguments where no gradient is recorded takes it for an older kind.
+        apply = LSTMLayerBackwardFunction.forward if torch.compiler.is_compiling() else LSTMLayerBackwardFunction.apply
+        grads = apply(
+            dy, dh_n, dc_n, dc, y.detach(), c.detach(), gates, needs, ctx.directions, ctx.precision, ctx.stepwise, *inputs
+        )
+        dx, dh0, dc0, dreset_h, dreset_c = grads[:5]
+        dweights = []
         if needs[3]:
-            per_direction = len(weights) // ctx.options[0]
-            threes = [dweights[i : i + 3] for i in range(0, len(dweights), 3)]
-            dweights = [g for dw_ih, dw_hh, db in threes for g in (dw_ih, dw_hh, db, db)[:per_direction]]
-            dweights = [g if n else None for g, n in zip(dweights, weights_asked)]
+            with_bias = len(weights_asked) == 4 * ctx.directions
+            for d in range(ctx.directions):
+                dw_ih, dw_hh, db = grads[5 + 3 * d : 8 + 3 * d]
+                dweights += [dw_ih, dw_hh, db, db] if with_bias else [dw_ih, dw_hh]
         else:
-            dweights = [None] * len(weights)
-        dx, dh0, dc0 = (g if n else None for g, n in zip((dx, dh0, dc0), asked[3:6]))
-        dreset_h, dreset_c = (g if n else None for g, n in zip((dreset_h, dreset_c), asked[7:9]))
-        return None, None, None, dx, dh0, dc0, None, dreset_h, dreset_c, None, *dweights
+            dweights = [None] * len(weights_asked)
+        found = [dx, dh0, dc0, None, dreset_h, dreset_c, None, *dweights]
+        return (None,) * 5 + tuple(g if n else None for g, n in zip(found, asked))
+
+
+def _setup_operator(ctx, inputs, output):
+    x, h0, c0, weights, directions, *segments, precision, save_cells, save_gates, stepwise = inputs
+    ctx.is_saved = save_cells and save_gates
+    arguments = (directions, precision, stepwise, True, False, x, h0, c0, *segments, *weights)
+    LSTMLayerFunction.setup_context(ctx, arguments, output)
+
+
+def _operator_backward(ctx, *grads):
+    if not ctx.is_saved:
+        raise RuntimeError("lstm_triton::lstm_layer was called without saving cells and gates and cannot be differentiated")
+    ctx.needs_input_grad = (*(False,) * 5, *ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:9], *ctx.needs_input_grad[3])
+    dx, dh0, dc0, _, dreset_h, dreset_c, _, *dweights = LSTMLayerFunction.backward(ctx, *grads)[5:]
+    return dx, dh0, dc0, dweights, None, None, dreset_h, dreset_c, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("an exported or compiled LSTM layer has no second derivatives; call it outside torch.compile for those")
+
+
+# The functions above serve eager calls. Exported and some compiled programs call the operators themselves.
+torch.library.register_autograd("lstm_triton::lstm_layer", _operator_backward, setup_context=_setup_operator, lib=library)
+torch.library.register_autograd("lstm_triton::lstm_layer_backward", _no_second_derivative, lib=library)
 
 
 def lstm_layer(
@@ -216,8 +246,9 @@ def lstm_layer(
         if recompute:
             x = x.contiguous()  # rebuilding the gates of some steps needs these to be contiguous in y
         y, h_n, c_n, c, _ = LSTMLayerFunction.apply(
-            (directions, precision, stepwise), return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights
-        )
+            directions, precision, stepwise, return_cells, recompute,
+            x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
+        )  # fmt: skip
     else:
         y, h_n, c_n, c, _ = _forward(
             x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, return_cells, False, stepwise

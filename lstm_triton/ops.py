@@ -1,7 +1,8 @@
 """The kernels as PyTorch operators: torch.library definitions (which torch.compile and export see) and autograd.
 
 In eager mode the launchers are called directly; the dispatcher, several microseconds a call, is passed through only where
-something has to see the operator: while compiling, under a dispatch mode, or with tensor subclasses.
+something has to see the operator: while compiling, under a dispatch mode, or with tensor subclasses. Where no kernel can
+serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference formula does.
 """
 
 import torch
@@ -163,7 +164,7 @@ def _operator_backward(ctx, *grads):
     return *LSTMCellFunction.backward(ctx, *grads), None
 
 
-# The functions above serve eager calls. Exported and some compiled programs call the operators themselves.
+# The functions above serve eager calls. A compiler sees the operators themselves, and so does an exported program.
 torch.library.register_autograd("lstm_triton::lstm_cell", _operator_backward, setup_context=_setup_operator, lib=library)
 torch.library.register_autograd(
     "lstm_triton::lstm_cell_backward",
@@ -186,11 +187,12 @@ def lstm_cell(
     """(h, c) through the kernels; arguments as `kernels.cell.lstm_cell_forward`. Inference does not pass through autograd."""
     if takes_formula():
         return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if torch.is_grad_enabled() and (
+    differentiable = torch.is_grad_enabled() and (
         x.requires_grad or h.requires_grad or c.requires_grad or w_ih.requires_grad or w_hh.requires_grad
         or (b_ih is not None and b_ih.requires_grad) or (b_hh is not None and b_hh.requires_grad)
-    ):  # fmt: skip
+    )  # fmt: skip
+    if differentiable and not torch.compiler.is_compiling():
         h, c, _ = LSTMCellFunction.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
     else:
-        h, c, _ = _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, False)
+        h, c, _ = _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, differentiable)
     return h, c

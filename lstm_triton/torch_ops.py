@@ -45,6 +45,20 @@ def _(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional):
     return [t.new_empty(t.shape) for t in (x, h0, c0, *weights)]
 
 
+class _LSTMBackwardFunction(torch.autograd.Function):
+    """The backward as a Function of its own, so that differentiating it again is an error and not wrong."""
+
+    @staticmethod
+    def forward(ctx, dy, dh_n, dc_n, bias, num_layers, bidirectional, x, h0, c0, *weights):
+        return tuple(
+            torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("a compiled LSTM has no second derivatives; call it outside torch.compile for those")
+
+
 class _CompiledLSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bias, num_layers, train, bidirectional, x, h0, c0, *weights):
@@ -54,8 +68,7 @@ class _CompiledLSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
-        x, h0, c0, *weights = ctx.saved_tensors
-        grads = torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, *ctx.options)
+        grads = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, *ctx.options, *ctx.saved_tensors)
         return None, None, None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[4:]))
 
 

@@ -96,18 +96,16 @@ def _wide_kernel(x_ptr, y_ptr, steps, HAS_LOOP: tl.constexpr, BLOCK: tl.constexp
 
 
 def check_spills_are_found_and_placed():
-    for arch in (90, 120):
+    def compiled(has_loop, **options):
+        signature = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16", "steps": "i32"}
+        constants = {"HAS_LOOP": has_loop, "BLOCK": 8192}
+        return compile_ahead(_wide_kernel, signature, constants, arch=90, num_warps=4, num_stages=1, **options)
 
-        def compiled(has_loop, arch=arch, **options):
-            signature = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16", "steps": "i32"}
-            constants = {"HAS_LOOP": has_loop, "BLOCK": 8192}
-            return compile_ahead(_wide_kernel, signature, constants, arch=arch, num_warps=4, num_stages=1, **options)
-
-        roomy, tight, tight_without_loop = compiled(True), compiled(True, maxnreg=48), compiled(False, maxnreg=48)
-        assert roomy.spill_bytes == 0 and roomy.local_memory_in_loops() == 0, roomy
-        assert tight.registers <= 48 and tight.spill_bytes > 0 and tight.stack_bytes > 0, tight
-        assert 0 < tight.local_memory_in_loops() <= tight.counts["LDL"] + tight.counts["STL"]
-        assert tight_without_loop.spill_bytes > 0 and tight_without_loop.local_memory_in_loops() == 0
+    roomy, tight, tight_without_loop = compiled(True), compiled(True, maxnreg=48), compiled(False, maxnreg=48)
+    assert roomy.spill_bytes == 0 and roomy.local_memory_in_loops() == 0, roomy
+    assert tight.registers <= 48 and tight.spill_bytes > 0 and tight.stack_bytes > 0, tight
+    assert 0 < tight.local_memory_in_loops() <= tight.counts["LDL"] + tight.counts["STL"]
+    assert tight_without_loop.spill_bytes > 0 and tight_without_loop.local_memory_in_loops() == 0
 
 
 @triton.jit
@@ -240,9 +238,8 @@ def _faults(barrier, num_stages=1, arch=90, num_warps=4):
 
 
 def check_right_barriers_have_no_faults():
-    for arch in (80, 90, 100):
-        for num_warps in (1, 4):
-            assert _faults(_right_barrier, arch=arch, num_warps=num_warps) == []
+    for arch, num_warps in ((80, 4), (90, 1), (90, 4), (100, 4)):
+        assert _faults(_right_barrier, arch=arch, num_warps=num_warps) == []
     assert _faults(_right_barrier_in_assembly) == []
     assert _faults(_right_barrier, num_stages=3) == [], "an atomic keeps the pipeliner away"
 
