@@ -203,7 +203,7 @@ class _RepairedBuilder(_StockBuilder):
     def _check(self, access, pointers, mask):
         if not self.check_bounds:
             return
-        addresses = pointers.data[np.broadcast_to(np.asarray(mask.data), pointers.data.shape)]
+        addresses = pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
         starts, ends = np.array(self.storages, np.uint64).T
         end = ends[np.searchsorted(starts, addresses, "right") - 1]
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)

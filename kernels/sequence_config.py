@@ -99,7 +99,7 @@ def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool
 
 def _unit_blocks(H: int) -> tuple[int, ...]:
     """Units per program to try: all of them, which needs no barrier; else the most that fit, since each reads the whole state."""
-    alone = (64,) if 16 < H <= 64 else (128,) if 64 < H <= 128 else ()
+    alone = next(((n,) for n in (32, 64, 128) if n // 2 < H <= n), ())
     return (*alone, 16, 8)
 
 

@@ -2,7 +2,7 @@
 
 from . import functional
 from ._version import __version__
-from .convert import from_gate_matrices, to_gate_matrices
+from .convert import convert, from_gate_matrices, patch, to_gate_matrices, to_torch
 from .dispatch import explain
 from .environment import info
 from .lstm import LSTM
@@ -13,9 +13,12 @@ __all__ = [
     "LSTMCell",
     "SoftmaxReadout",
     "__version__",
+    "convert",
     "explain",
     "from_gate_matrices",
     "functional",
     "info",
+    "patch",
     "to_gate_matrices",
+    "to_torch",
 ]

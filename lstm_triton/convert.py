@@ -1,9 +1,70 @@
-"""Weights from and to other notations."""
+"""Models and weights from and to torch.nn and other notations."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .modules import LSTMCell
+from .lstm import LSTM, LSTMSubclass
+from .modules import LSTMCell, check_options
+
+_OPTIONS = ("precision", "backend", "recompute")
+
+
+def convert(
+    model: torch.nn.Module,
+    *,
+    precision: str | None = None,
+    backend: str = "auto",
+    recompute: bool = False,
+    subclass: bool = False,
+) -> torch.nn.Module:
+    """Turn every torch.nn.LSTM and torch.nn.LSTMCell of a model into this package's, in place.
+
+    Modules, parameters, hooks and state stay the same objects, so optimizers and references to them go on working. Classes
+    derived from torch's, parametrized modules among them, are left as they are.
+
+    Args:
+        model: the model, or a single module.
+        precision, backend, recompute: as in `LSTM` and `LSTMCell`.
+        subclass: make the LSTMs instances of torch.nn.LSTM too, for code that asks; torch.compile refuses those.
+
+    Returns:
+        The model.
+    """
+    check_options(precision, backend)
+    for module in model.modules():
+        if type(module) is torch.nn.LSTM:
+            module.__class__ = LSTMSubclass if subclass else LSTM
+            module.recompute = recompute
+        elif type(module) is torch.nn.LSTMCell:
+            module.__class__ = LSTMCell
+        else:
+            continue
+        module.precision, module.backend = precision, backend
+    return model
+
+
+def to_torch(model: torch.nn.Module) -> torch.nn.Module:
+    """The inverse of `convert`, in place: plain torch.nn modules again, for scripting, export or other libraries."""
+    for module in model.modules():
+        if type(module) in (LSTM, LSTMSubclass, LSTMCell):
+            module.__class__ = torch.nn.LSTMCell if type(module) is LSTMCell else torch.nn.LSTM
+            for name in _OPTIONS:
+                module.__dict__.pop(name, None)
+    return model
+
+
+@contextlib.contextmanager
+def patch() -> Iterator[None]:
+    """Inside, torch.nn.LSTM and torch.nn.LSTMCell are this package's: models built there use it without a change of code."""
+    before = torch.nn.LSTM, torch.nn.LSTMCell
+    torch.nn.LSTM, torch.nn.LSTMCell = LSTMSubclass, LSTMCell
+    try:
+        yield
+    finally:
+        torch.nn.LSTM, torch.nn.LSTMCell = before
 
 
 def from_gate_matrices(

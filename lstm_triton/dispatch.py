@@ -110,6 +110,7 @@ class Call:
     plain: bool  # no resets, lengths, cell states or recomputation: what cuDNN and torch's CPU kernels can do
     long: bool  # more steps than cuDNN takes
     precision: str | None
+    projected: bool = False  # proj_size, which the kernels do not have
 
 
 def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Environment, call: Call) -> Choice:
@@ -122,6 +123,8 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
     if backend == "reference":
         return Choice("reference", "asked for")
     obstacle = _why_no_kernels(device_type, dtype, env)
+    if obstacle is None and call.projected:
+        obstacle = "the kernels have no projection (proj_size)"
     no_cudnn = _why_no_cudnn(device_type, call)
     if backend == "cudnn":
         if no_cudnn is not None:
@@ -170,10 +173,16 @@ def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def layer_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, plain: bool, long: bool, precision: str | None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    plain: bool,
+    long: bool,
+    precision: str | None,
+    projected: bool = False,
 ) -> str:
     """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
-    return _remembered(choose_layer, backend, device, dtype, Call(plain, long, precision))
+    return _remembered(choose_layer, backend, device, dtype, Call(plain, long, precision, projected))
 
 
 @torch.compiler.assume_constant_result
@@ -182,23 +191,41 @@ def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return _remembered(choose_readout, backend, device, dtype)
 
 
-def explain(module: torch.nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str:
-    """What `backend="auto"` (or the module's own setting) picks for a module of this package, and why, in one sentence.
+def explain(
+    module: torch.nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    steps: int = 1,
+    segments: bool = False,
+) -> str:
+    """What the module's backend ("auto" unless you chose another) comes to on a call, and why, in one sentence.
 
     Args:
-        module: an `LSTMCell` or a `SoftmaxReadout`.
+        module: an `LSTM`, `LSTMCell` or `SoftmaxReadout`.
         device, dtype: those of the tensors; by default those of the module's parameters.
+        steps, segments: for an `LSTM`: the length of the sequence; whether the call has resets, lengths or cell states.
+
+    Raises:
+        TypeError: another kind of module. RuntimeError: a forced backend that cannot serve, with the reason.
     """
+    from .lstm import LSTMForward
     from .modules import LSTMCell, SoftmaxReadout
 
-    if isinstance(module, LSTMCell):
-        weight, sizes, choose = module.weight_hh, (module.input_size, module.hidden_size), choose_cell
-    elif isinstance(module, SoftmaxReadout):
-        weight, sizes, choose = module.weight, (module.in_features, module.out_features), choose_readout
-    else:
-        raise TypeError(f"explain() knows LSTMCell and SoftmaxReadout, got {type(module).__name__}")
+    weight = next(module.parameters(), torch.empty(0))
     device = weight.device if device is None else torch.device(device)
     dtype = weight.dtype if dtype is None else dtype
-    choice = choose(module.backend, device.type, dtype, environment(device))
+    if isinstance(module, LSTMForward):
+        call = Call(not segments and not module.recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0)
+        sizes = (module.input_size, module.hidden_size)
+        choice = choose_layer(module.backend, device.type, dtype, environment(device), call)
+    elif isinstance(module, LSTMCell):
+        sizes = (module.input_size, module.hidden_size)
+        choice = choose_cell(module.backend, device.type, dtype, environment(device))
+    elif isinstance(module, SoftmaxReadout):
+        sizes = (module.in_features, module.out_features)
+        choice = choose_readout(module.backend, device.type, dtype, environment(device))
+    else:
+        raise TypeError(f"explain() knows LSTM, LSTMCell and SoftmaxReadout, got {type(module).__name__}")
     name = type(module).__name__
     return f"{name}({sizes[0]}, {sizes[1]}) on {device}, {dtype}: {choice.backend}: {choice.reason}."

@@ -125,12 +125,15 @@ class LSTMForward:
         return self.training or torch.is_grad_enabled(), self.dropout if self.training else 0.0
 
     def _choose(self, x: Tensor, plain: bool, T: int) -> str:
-        if self.proj_size and self.backend.startswith("triton"):
-            raise RuntimeError(f"backend={self.backend!r} cannot serve: the kernels have no projection (proj_size)")
-        chosen = dispatch.layer_backend(
-            self.backend, x.device, x.dtype, plain and not self.recompute, T > dispatch.CUDNN_MAX_STEPS, self.precision
+        return dispatch.layer_backend(
+            self.backend,
+            x.device,
+            x.dtype,
+            plain and not self.recompute,
+            T > dispatch.CUDNN_MAX_STEPS,
+            self.precision,
+            self.proj_size > 0,
         )
-        return "reference" if self.proj_size and chosen.startswith("triton") else chosen
 
     def _run(self, x, hx, resets, reset_state, lengths, return_cell_states):
         """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
@@ -232,3 +235,10 @@ class LSTM(LSTMForward, torch.nn.RNNBase):
         self.precision = precision
         self.backend = backend
         self.recompute = recompute
+
+
+class LSTMSubclass(LSTMForward, torch.nn.LSTM):
+    """`LSTM` for code that asks isinstance(module, torch.nn.LSTM); torch.compile refuses every such class.
+
+    Takes the arguments of torch.nn.LSTM; precision, backend and recompute are attributes.
+    """

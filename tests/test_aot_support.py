@@ -3,6 +3,7 @@
 The checks run in one process of their own, without the interpreter.
 """
 
+import pytest
 import triton
 import triton.language as tl
 from support.aot import SHARED_MEMORY_PER_BLOCK, compile_ahead, lint_grid_barrier
@@ -11,6 +12,19 @@ from support.process import run_checks, run_without_interpreter
 
 def test_compiled_kernels():
     assert "checks passed" in run_without_interpreter(__file__)
+
+
+def test_a_failing_script_is_reported(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print('TRITON_INTERPRET' in os.environ, sys.argv[1:]); sys.exit('broken')")
+    with pytest.raises(AssertionError, match=r"False \['a', 'b'\]\s+broken"):
+        run_without_interpreter(script, "a", "b")
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_ahead(_sum_kernel, [], {}, arch=90, num_warps=4, num_stages=1)
 
 
 # ---- resources -------------------------------------------------------------------------------------------------------
@@ -40,7 +54,7 @@ def check_every_architecture_compiles():
         assert 8 <= report.registers <= 128 and report.spill_bytes == report.stack_bytes == 0, report
         assert f".target sm_{arch}" in report.ptx and "ttg.num-warps" in report.ttgir
         assert report.counts["STG"] == 1 and report.counts["EXIT"] >= 1, report.counts
-        assert 1 <= report.global_loads_in_loops() <= report.counts["LDG"], report.counts
+        assert 1 <= report.global_loads_in_loop() <= report.counts["LDG"], report.counts
         assert report.local_memory_in_loops() == report.matrix_instructions() == 0
 
 
@@ -59,7 +73,7 @@ def check_arguments_are_specialised_as_the_jit_would():
     assert "ld.global.v4" not in unaligned.ptx and "ld.global.v4" not in strided.ptx
     assert unaligned.counts["LDG"] == 4 * plain.counts["LDG"]
     assert with_bias.counts["LDG"] == plain.counts["LDG"] + 1
-    assert with_bias.global_loads_in_loops() == plain.global_loads_in_loops(), "the bias is loaded before the loop"
+    assert with_bias.global_loads_in_loop() == plain.global_loads_in_loop(), "the bias is loaded before the loop"
 
 
 def check_the_signature_may_be_in_order_of_the_parameters():
@@ -125,7 +139,7 @@ def check_matrix_instructions_and_shared_memory():
         constants = {"BLOCK": 64, "BLOCK_K": 64}
         report = compile_ahead(_matmul_kernel, signature, constants, arch=arch, num_warps=4, num_stages=3)
         assert report.matrix_instructions() == report.counts[opcode] > 0, report.counts
-        assert report.global_loads_in_loops() > 0, "a software-pipelined loop loads with LDGSTS"
+        assert report.global_loads_in_loop() > 0, "a software-pipelined loop loads with LDGSTS"
         assert report.fits() and report.fits(80) and report.fits(86)
     big = compile_ahead(_matmul_kernel, signature, {"BLOCK": 128, "BLOCK_K": 128}, arch=90, num_warps=8, num_stages=3)
     assert 163 << 10 < big.shared_memory <= 227 << 10, big

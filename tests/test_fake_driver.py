@@ -3,6 +3,7 @@
 The checks run in one process of their own, without the interpreter.
 """
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +15,12 @@ from triton.runtime.errors import OutOfResources
 
 def test_jit_without_a_gpu():
     assert "checks passed" in run_without_interpreter(__file__)
+
+
+def test_the_interpreter_takes_no_driver(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), fake_driver():
+        pass
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import re
 import subprocess
 import tempfile
@@ -82,7 +83,7 @@ class Report:
         loops = []
         for index, instruction in enumerate(self.instructions):
             target = re.search(r"`\((\.L\w+)\)", instruction.text) if instruction.opcode == "BRA" else None
-            if target and labels[target[1]] <= index:
+            if target and labels.get(target[1], math.inf) <= index:
                 loops.append(range(labels[target[1]], index + 1))
         return [instruction for i, instruction in enumerate(self.instructions) if any(i in loop for loop in loops)]
 
@@ -106,7 +107,7 @@ class Report:
         """Loads from and stores to local memory inside loops: spills that are paid for again and again."""
         return sum(instruction.opcode in _LOCAL_MEMORY for instruction in self.in_loops)
 
-    def global_loads_in_loops(self) -> int:
+    def global_loads_in_loop(self) -> int:
         return sum(instruction.opcode in _GLOBAL_LOADS for instruction in self.in_loops)
 
     def matrix_instructions(self) -> int:

@@ -248,7 +248,7 @@ class _ConcurrentBuilder:
             time.sleep(self.random.random() * self.jitter)
         elif ptrs.data.size == 1:
             time.sleep(2e-5)  # whoever polls gives the core to other programs
-        lanes = np.broadcast_to(True if mask is None else np.asarray(mask.data), ptrs.data.shape)
+        lanes = np.broadcast_to(True if mask is None else np.asarray(mask.data, bool), ptrs.data.shape)
         return lanes, ptrs.data[lanes]
 
 
