@@ -170,11 +170,11 @@ def _readout_tile_sizes(dtype: torch.dtype, precision: str) -> list[tuple[int, i
 
 def _readout_forward_tile(block_b: int, block_v: int, dtype: torch.dtype, precision: str) -> ReadoutForwardConfig:
     if uses_tensor_cores(dtype, precision):
-        # 128 bytes of each row a step; of the largest tile 64, or rows that are not aligned spill.
-        block_k = (64 if block_b < 128 else 32) if dtype.itemsize == 2 else 32
-        return ReadoutForwardConfig(4 if block_b < 128 else 8, 4, block_b, block_v, block_k, 8)
+        # 128 bytes of each row a step; of the largest tile 64, or rows that are not aligned spill. So do four warps' worth.
+        block_k = 64 if dtype.itemsize == 2 and block_b < 128 else 32
+        return ReadoutForwardConfig(8 if dtype.itemsize == 2 and block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
     # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
-    return ReadoutForwardConfig(4, 3, block_b, block_v, 16, 8)
+    return ReadoutForwardConfig(4 if block_b == 16 else 8, 3, block_b, block_v, 16, 8)
 
 
 def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -> ReadoutRescaleConfig:
@@ -200,11 +200,11 @@ def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> 
     if not uses_tensor_cores(dtype, precision):
         return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
     if precision == "tf32x3":
-        return ReadoutBackwardConfig(4, 2, 16, 64, 32, 16)
+        return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
     if block_b == 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
     if dtype.itemsize == 2:
-        return ReadoutBackwardConfig(8, 2, 64, 64, 128, 16)
+        return ReadoutBackwardConfig(8, 2, 64, 64, 64, 16)
     return ReadoutBackwardConfig(8, 2, 32, 64, 64, 16)
 
 

@@ -111,10 +111,10 @@ def run(launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, fir
     )
 
 
-def index_type(t: Tensor) -> tl.dtype:
-    """The integer type of offsets within one timestep of t [T, B, ...], in elements."""
-    extent = (t.shape[1] - 1) * t.stride(1) + t[0, 0].numel()
-    return tl.int32 if extent < 2**31 else tl.int64
+def index_type(*tensors: Tensor | None) -> tl.dtype:
+    """The integer type of offsets within one timestep of tensors [T, B, ...], in elements."""
+    last = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:])) for t in tensors if t is not None)
+    return tl.int32 if last < 2**31 else tl.int64
 
 
 def segment_strides(segments: Segments, *states: Tensor | None) -> tuple[int, ...]:

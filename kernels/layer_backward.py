@@ -94,8 +94,8 @@ def lstm_layer_backward(
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
                *weight_strides(directions), *segment_strides(segments, segments.reset_c))  # fmt: skip
-    constants = (H, D, accumulator(x.dtype), precision, index_type(dz), gates is not None, config.persistent, config.block_b,
-                 config.block_h, config.split_k, config.block_k)  # fmt: skip
+    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
+                 config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
     state_in = dc_n
     for first, last in [(0, T)] if gates is not None else _recomputed_ranges(T):

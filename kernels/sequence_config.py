@@ -58,15 +58,17 @@ def sequence_forward_config(
     row_bytes = H * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
+    if dtype.itemsize == 4:
+        blocks_b = blocks_b[:2]
     if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H):
+        for block_h in _unit_blocks(H, 256 // dtype.itemsize):
             for block_b in blocks_b:
                 block_k = _block_k(H, chunk // block_b // dtype.itemsize)
                 weights = 4 * block_h * tiles(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = tiles(H, block_h), tiles(B, block_b) * D
-                if programs * groups <= limits.multiprocessors and weights + state + _SCRATCH <= limits.shared_memory:
-                    warps = 8 if block_h > 64 else 4
+                if _can_be_launched(programs, groups, weights + state, limits):
+                    warps = 8 if block_h * dtype.itemsize >= 256 else 4
                     return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True)
     return stepwise_config(B, H, D, dtype, precision)
 
@@ -79,15 +81,15 @@ def sequence_backward_config(
     row_bytes = H * dtype.itemsize
     blocks_b = (16, 32) if row_bytes <= 2048 else (16,)
     if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H):
+        for block_h in _unit_blocks(H, 128 // dtype.itemsize):
             for block_b in blocks_b:
                 block_k = _block_k(tiles(4 * H, 8), 32)
                 weights = tiles(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
                 state = block_b * 8 * block_k * dtype.itemsize
                 programs, groups = tiles(H, block_h), tiles(B, block_b) * D
-                if programs * groups <= limits.multiprocessors and weights + state + _SCRATCH <= limits.shared_memory:
+                if _can_be_launched(programs, groups, weights + state, limits):
                     # Left alone, the assembler stops at 128 registers and spills a few.
-                    registers = 168 if block_b == 16 else 255
+                    registers = 168 if block_b * block_h <= 256 else 255
                     return SequenceConfig(8, 1, block_b, block_h, 8, block_k, programs, groups, True, registers)
     return stepwise_config(B, H, D, dtype, precision)
 
@@ -97,9 +99,18 @@ def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool
     return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and row_bytes <= 3072
 
 
-def _unit_blocks(H: int) -> tuple[int, ...]:
-    """Units per program to try: all of them, which needs no barrier; else the most that fit, since each reads the whole state."""
-    alone = next(((n,) for n in (32, 64, 128) if n // 2 < H <= n), ())
+def _can_be_launched(programs: int, groups: int, shared_memory: int, limits: DeviceLimits) -> bool:
+    """Whether the programs fit. Those that wait for each other must run at the same time; others may queue."""
+    at_once = programs == 1 or programs * groups <= limits.multiprocessors
+    return at_once and shared_memory + _SCRATCH <= limits.shared_memory
+
+
+def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
+    """Units per program to try: all of them, which needs no barrier; else the most that fit, since each reads the whole state.
+
+    most: where more at once would not fit in registers.
+    """
+    alone = next(((n,) for n in (32, 64, 128) if n // 2 < H <= n <= most), ())
     return (*alone, 16, 8)
 
 

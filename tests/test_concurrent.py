@@ -134,7 +134,7 @@ def _deadlock_kernel(counter_ptr):
 
 
 def test_deadlock_names_the_stuck_line():
-    with pytest.raises(GridDeadlock) as error, concurrent_grid(timeout=1):
+    with pytest.raises(GridDeadlock) as error, concurrent_grid(timeout=2):
         _deadlock_kernel[(4,)](torch.zeros(1, dtype=torch.int32))
     lines, start = inspect.getsourcelines(_wait_forever.fn)
     spin = next(start + i for i, line in enumerate(lines) if "while" in line)

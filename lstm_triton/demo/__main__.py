@@ -75,7 +75,7 @@ def _demo(options: argparse.Namespace) -> int:
     )
     config = training.config
     model = (
-        f"Model: LSTMCell with {config.hidden_size} units, {config.batch} texts side by side, "
+        f"Model: LSTM with {config.hidden_size} units, {config.batch} texts side by side, "
         f"gradients through {config.steps} steps, on the {'GPU' if device.type == 'cuda' else device.type.upper()}."
     )
     print(f"\n{text}\n{model}\nCharacter frequencies alone: {unigram:.2f} bits per character", flush=True)

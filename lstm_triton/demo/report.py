@@ -162,7 +162,7 @@ def _timing(report: timing.TimingReport | str) -> list[str]:
     parts = ["<h2>Time per timestep</h2>"]
     if isinstance(report, str):
         return [*parts, f"<p>{escape(report)}</p>"]
-    styles = {timing.OURS: "ours", timing.TORCH_CELL: "other", timing.TORCH_LSTM: "third"}
+    styles = {timing.OUR_LSTM: "ours", timing.OURS: "ours", timing.TORCH_CELL: "other", timing.TORCH_LSTM: "third"}
     bars = [charts.Bar(r.mode, r.provider, r.median, r.low, r.high, styles[r.provider]) for r in report.rows]
     rounds = min(row.rounds for row in report.rows)
     return [

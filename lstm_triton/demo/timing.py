@@ -1,4 +1,4 @@
-"""A short comparison on this machine: this package's cell, torch's cell and torch's LSTM over the same sequence."""
+"""A short comparison on this machine: this package's LSTM and cell and torch's, over the same sequence."""
 
 import statistics
 import time
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lstm_triton import LSTMCell
+from lstm_triton import LSTM, LSTMCell, explain
 
+OUR_LSTM = "lstm_triton.LSTM"
 OURS = "lstm_triton.LSTMCell"
 TORCH_CELL = "torch.nn.LSTMCell"
 TORCH_LSTM = "torch.nn.LSTM"
@@ -38,9 +39,9 @@ class TimingReport:
 
 
 def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 256, length: int = 32) -> TimingReport:
-    """Time a sequence of `length` steps, stepped through the cells and given whole to nn.LSTM, for about `seconds`.
+    """Time a sequence of `length` steps, stepped through the cells and given whole to the LSTMs, for about `seconds`.
 
-    All three hold the same weights and take float32 products at full precision. Rounds are interleaved, so that a drift
+    All hold the same weights and take float32 products at full precision. Rounds are interleaved, so that a drift
     of the machine touches all alike.
     """
     runs = {
@@ -114,7 +115,10 @@ def _providers(device: torch.device, B: int, H: int, T: int, training: bool) -> 
         return lambda: torch.autograd.grad(forward(module), parameters, grad)
 
     runs = {name: runner(cell, steps) for name, cell in cells.items()}
-    runs[TORCH_LSTM] = runner(lstm, lambda module: module(x)[0])
+    our_lstm = LSTM(H, H, device=device)
+    our_lstm.load_state_dict(lstm.state_dict())
+    for name, module in ((OUR_LSTM, our_lstm), (TORCH_LSTM, lstm)):
+        runs[name] = runner(module, lambda module: module(x)[0])
     return runs
 
 
@@ -146,10 +150,12 @@ def _device_name(device: torch.device) -> str:
 
 def _note(device: torch.device) -> str:
     if device.type == "cuda":
+        backend = explain(LSTM(8, 8, device=device), steps=32)
         return (
-            "torch.nn.LSTM is cuDNN and sees the whole sequence at once; the cells are called step by step from Python."
+            "torch.nn.LSTM is cuDNN. The LSTMs see the whole sequence at once; the cells are called step by step from Python.\n"
+            f"{backend}"
         )
     return (
-        "On this CPU lstm_triton.LSTMCell is torch's own cell, so the two should differ by noise alone; torch.nn.LSTM "
-        "sees the whole sequence at once.\nThese are CPU times: they say nothing about the speed of either on a GPU."
+        "On this CPU lstm_triton calls torch's own kernels, so the two should differ by noise alone; the LSTMs see the whole "
+        "sequence at once.\nThese are CPU times: they say nothing about the speed of either on a GPU."
     )

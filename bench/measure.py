@@ -1,0 +1,273 @@
+"""Measuring one task: build every provider, compare it with float64, then time those that are right, interleaved."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import accuracy, floor, memory, problem as problems, providers, timing
+from .cases import Case, Task
+from .problem import Problem
+from .providers import Model, Provider, Unavailable
+from .rows import RowMaker
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Context:
+    """What all tasks of a run share.
+
+    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. stage: told what
+    is being done, so that what hangs or crashes can be named.
+    """
+
+    device: torch.device
+    rows: RowMaker
+    clock: timing.Clock
+    seconds: float = 1.0
+    names: tuple[str, ...] | None = None
+    roofs: floor.Roofs | None = None
+    stage: Callable[[str, str, str], None] = lambda provider, execution, what: None
+
+
+@dataclass
+class Built:
+    """A provider's model of the problem, and a call that runs it and returns its results by name."""
+
+    provider: str
+    model: Model
+    call: Callable[[], dict[str, Tensor]]
+
+
+class Fatal(RuntimeError):
+    """The process can measure no more: the device reports an error that stays."""
+
+
+def measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]] = ()) -> None:
+    """Emit one row for every provider and execution of the task that is not in `skip`.
+
+    Raises Fatal, after its row, when the device is lost.
+    """
+    if task.kind in ("overhead", "cold-start", "roof"):
+        _measure_special(task, context, emit, skip)
+        return
+    with precision(task.case):
+        _measure(task, context, emit, skip)
+
+
+def _measure_special(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]]) -> None:
+    from . import coldstart, overhead, roofs
+
+    run = {"overhead": overhead.measure, "cold-start": coldstart.measure, "roof": roofs.measure}[task.kind]
+    run(task, context, emit, skip)
+
+
+def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
+    """The providers of a task, in order: those asked for, of those it knows."""
+    if task.kind in ("overhead", "cold-start", "roof"):
+        return [task.kind]  # they name their own rows
+    if names is not None:
+        return list(names)
+    if task.providers is not None:
+        return list(task.providers)
+    return providers.chosen_for(task.case, task.kind, device_type, task.interpreter)
+
+
+def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]]) -> None:
+    case, everyone = task.case, providers.all_providers()
+    names = names_of(task, context.device.type, context.names)
+    wanted = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
+    if not wanted:
+        return
+    context.stage("float64", "eager", "truth")
+    try:
+        problem = problems.make(case, context.device)
+        truth = problems.truth(problem)
+    except Exception as error:
+        reraise_fatal(error)
+        for name, execution in wanted:
+            emit(context.rows.make(task, name, execution, "failed", f"no float64 truth to compare with: {brief(error)}"))
+        return
+    judge = _Judge(problem, truth)
+    judge.ask_torch(everyone[providers.CUDNN if case.form == "layer" else providers.TORCH_CELL], context)
+    ready: dict[tuple[str, str], tuple[Built, dict, Callable[[], Any]]] = {}
+    for name in dict.fromkeys(n for n, _ in wanted):
+        executions = [e for n, e in wanted if n == name]
+        context.stage(name, executions[0], "build")
+        try:
+            built = build(everyone[name], problem)
+            context.stage(name, executions[0], "check")
+            found = judge.errors(built.call(), built.model)
+        except Unavailable as error:
+            for execution in executions:
+                emit(context.rows.make(task, name, execution, "skipped", str(error)))
+            continue
+        except Exception as error:
+            for execution in executions:
+                emit(context.rows.make(task, name, execution, "failed", brief(error)))
+            reraise_fatal(error)
+            continue
+        finally:
+            _free(context.device)
+        if reason := judge.why_wrong(found):
+            for execution in executions:
+                emit(context.rows.make(task, name, execution, "wrong", reason, built.model, errors=found))
+            continue
+        for execution in executions:
+            if task.kind == "accuracy":
+                emit(context.rows.make(task, name, execution, "ok", None, built.model, errors=found))
+            elif task.kind == "memory":
+                context.stage(name, execution, "memory")
+                held = memory.held(built, problem)
+                emit(context.rows.make(task, name, execution, "ok", None, built.model, errors=found, bytes=held))
+            elif execution == "graph":
+                context.stage(name, execution, "capture")
+                try:
+                    ready[name, execution] = built, found, _graph(built, judge)
+                except Exception as error:
+                    emit(context.rows.make(task, name, execution, "failed", f"CUDA graph: {brief(error)}", built.model))
+                    reraise_fatal(error)
+            else:
+                ready[name, execution] = built, found, built.call
+    del truth, judge
+    _time(task, context, emit, ready)
+
+
+def _graph(built: Built, judge: "_Judge") -> Callable[[], Any]:
+    replay, results = timing.graphed(built.call)
+    replay()
+    torch.cuda.synchronize()
+    if reason := judge.why_wrong(judge.errors(results, built.model)):
+        raise RuntimeError(f"replayed, {reason}")
+    return replay
+
+
+def _time(task: Task, context: Context, emit: Emit, ready: dict) -> None:
+    """Time all at once; a provider that fails gets its row, and the others start again."""
+    while ready:
+        context.stage(" and ".join(dict.fromkeys(n for n, _ in ready)), "eager", "timing")
+        try:
+            samples = timing.interleaved(
+                {key: call for key, (_, _, call) in ready.items()}, context.clock, context.seconds
+            )
+        except timing.Failed as failure:
+            name, execution = failure.key  # type: ignore[misc]
+            cause = failure.__cause__ or failure
+            emit(context.rows.make(task, name, execution, "failed", brief(cause), ready.pop((name, execution))[0].model))
+            reraise_fatal(cause)
+            continue
+        roof = floor.floor(task.case, context.roofs) if context.roofs else None
+        state = context.rows.state()
+        for (name, execution), sample in samples.items():
+            built, found, _ = ready[name, execution]
+            took = sample.to_json(task.case.length, context.clock)
+            emit(
+                context.rows.make(
+                    task, name, execution, "ok", None, built.model, errors=found, timing=took, state=state,
+                    l2=context.clock.l2, floor=roof.to_json() if roof else None,
+                    distance=took["us_per_step"] / roof.us_per_step if roof else None,
+                )
+            )  # fmt: skip
+        return
+
+
+class _Judge:
+    """Compares results with the truth, and knows torch's own errors on the problem."""
+
+    def __init__(self, problem: Problem, truth: Mapping[str, Tensor]) -> None:
+        self.problem, self.truth = problem, truth
+        self.torchs: dict[str, dict[str, float]] | None = None
+        self._from_zeros: Mapping[str, Tensor] | None = None
+
+    def ask_torch(self, torchs: Provider, context: Context) -> None:
+        context.stage(torchs.name, "eager", "check")
+        try:
+            built = build(torchs, self.problem)
+            self.torchs = self.errors(built.call(), built.model)
+        except Exception as error:  # it gets a row of its own where it was asked for
+            reraise_fatal(error)
+        finally:
+            _free(context.device)
+
+    def errors(self, results: Mapping[str, Tensor], model: Model) -> dict[str, dict[str, float]]:
+        truth = self.truth
+        if not model.takes_initial_state:
+            if self._from_zeros is None:
+                p = self.problem
+                zeros = Problem(
+                    p.case, p.device, p.x, torch.zeros_like(p.h0), torch.zeros_like(p.c0), p.weights, p.lengths, p.resets, p.dy
+                )
+                self._from_zeros = problems.truth(zeros)
+            truth = self._from_zeros
+        return accuracy.errors(results, truth)
+
+    def why_wrong(self, found: Mapping[str, Mapping[str, float]]) -> str | None:
+        return accuracy.why_wrong(self.problem.case, found, self.torchs)
+
+
+def build(provider: Provider, problem: Problem) -> Built:
+    """The provider's model, and the call that is checked and timed: forward in eval mode, or forward and backward.
+
+    Raises Unavailable where the provider cannot serve.
+    """
+    model = provider.make(problem)
+    training = problem.case.mode == "train"
+    x, h0, c0 = (t.detach().clone() for t in (problem.x, problem.h0, problem.c0))
+    if not model.takes_initial_state:
+        h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
+    x.requires_grad_(training)
+    leaves = {"x": x, **model.weights}
+    back = {f"d{name}": convert for name, convert in model.to_torch_gradient.items()}
+
+    def call() -> dict[str, Tensor]:
+        if not training:
+            with torch.no_grad():
+                return problems.results(problem, model.run(x, h0, c0), {})
+        return problems.results(problem, model.run(x, h0, c0), leaves)
+
+    def converted() -> dict[str, Tensor]:
+        return {name: back[name](t) if name in back else t for name, t in call().items()}
+
+    return Built(provider.name, model, converted if back else call)
+
+
+@contextlib.contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """torch's settings of float32 products as the case wants them, for cuDNN and for matrix products alike.
+
+    For other dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too.
+    """
+    wanted = "ieee" if case.precision in ("ieee", "tf32x3") else "tf32"
+    settings: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [s.fp32_precision for s in settings]
+    for s in settings:
+        s.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        for s, value in zip(settings, before):
+            s.fp32_precision = value
+
+
+def brief(error: BaseException) -> str:
+    """The kind and the first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def reraise_fatal(error: BaseException) -> None:
+    """Raise Fatal for errors after which a CUDA context answers nothing any more."""
+    text = str(error)
+    stays = ("CUDA error", "device-side assert", "unspecified launch failure", "illegal memory access", "illegal instruction")
+    if any(s in text for s in stays) and "out of memory" not in text:
+        raise Fatal(brief(error)) from error
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()

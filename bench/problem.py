@@ -1,0 +1,142 @@
+"""The tensors of a case, the same for every provider, and what they give in float64."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lstm_triton import reference
+
+from .cases import Case
+
+MOST_CUDNN_STEPS = 65535
+
+
+@dataclass
+class Problem:
+    """Inputs and weights, already rounded to the case's dtype, on the device.
+
+    weights: by torch.nn.LSTM's parameter names (a cell's too, as "weight_ih_l0"). x: [T, B, I]; h0 [L * D, B, R], c0 [L * D, B, H].
+    lengths: [B] on the CPU, longest first, or None. resets: [T, B] bool or None. dy: what the gradients are taken with, like y.
+    """
+
+    case: Case
+    device: torch.device
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    weights: dict[str, Tensor]
+    lengths: Tensor | None
+    resets: Tensor | None
+    dy: Tensor
+
+
+def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
+    """Draw a problem; the same for one seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return (size * torch.randn(shape, generator=generator)).to(dtype).to(device)
+
+    T, B, H, D = case.length, case.batch, case.hidden_size, case.directions
+    bound = 1 / math.sqrt(H)
+    weights = {}
+    for name, shape in weight_shapes(case).items():
+        weights[name] = ((2 * torch.rand(shape, generator=generator) - 1) * bound).to(dtype).to(device)
+    x = draw(T, B, case.input_size, size=case.scale)
+    states = [draw(case.layers * D, B, n, size=0.5) for n in (case.output_size, H)]
+    lengths = None
+    if case.rows != "padded":
+        # From half of the steps to all, as in a batch of sentences that were sorted into buckets.
+        lengths = torch.linspace(T, max(T // 2, 1), B).round().long()
+    resets = torch.rand(T, B, generator=generator).lt(case.resets).to(device) if case.resets else None
+    dy = draw(T, B, D * case.output_size)
+    if lengths is not None:  # what lies past the end of a row has no gradient
+        dy = dy * (torch.arange(T)[:, None] < lengths)[..., None].to(device)
+    return Problem(case, device, x, *states, weights, lengths, resets, dy)
+
+
+def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """The parameters of torch.nn.LSTM of this case, in its order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    H, R = case.hidden_size, case.output_size
+    for layer in range(case.layers):
+        inputs = case.input_size if layer == 0 else R * case.directions
+        for direction in ("", "_reverse")[: case.directions]:
+            end = f"_l{layer}{direction}"
+            shapes |= {f"weight_ih{end}": (4 * H, inputs), f"weight_hh{end}": (4 * H, R)}
+            shapes |= {f"bias_ih{end}": (4 * H,), f"bias_hh{end}": (4 * H,)}
+            if case.proj_size:
+                shapes[f"weight_hr{end}"] = (R, H)
+    return shapes
+
+
+def results(problem: Problem, outputs: tuple[Tensor, Tensor, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """y, h_n, c_n and in train mode the gradients of `leaves` ("x", "h0", "c0", weights by name), detached.
+
+    The gradients of the two biases are equal: only that of bias_ih is kept.
+    """
+    found = dict(zip(("y", "h_n", "c_n"), outputs))
+    if problem.case.mode == "train":
+        wanted = {name: t for name, t in leaves.items() if t.requires_grad and not name.startswith("bias_hh")}
+        gradients = torch.autograd.grad(outputs[0], list(wanted.values()), problem.dy.to(outputs[0].dtype))
+        found |= {f"d{name}": g for name, g in zip(wanted, gradients)}
+    return {name: t.detach() for name, t in found.items()}
+
+
+def truth(problem: Problem) -> dict[str, Tensor]:
+    """`results` of the same problem in float64: torch.nn.LSTM's, or where it cannot, the plain-PyTorch specification's."""
+    case = problem.case
+    # cuDNN takes no longer sequences; on a CPU torch has no such bound.
+    device = torch.device("cpu") if case.length > MOST_CUDNN_STEPS else problem.device
+    wide = Problem(
+        case, device, *(t.to(device, torch.float64) for t in (problem.x, problem.h0, problem.c0)),
+        {name: w.to(device, torch.float64) for name, w in problem.weights.items()}, problem.lengths,
+        None if problem.resets is None else problem.resets.to(device), problem.dy.to(device, torch.float64),
+    )  # fmt: skip
+    leaves = {"x": wide.x, "h0": wide.h0, "c0": wide.c0, **wide.weights}
+    if case.mode == "train":
+        for t in leaves.values():
+            t.requires_grad_()
+    with torch.enable_grad() if case.mode == "train" else torch.no_grad():
+        if case.resets or case.rows != "padded":
+            outputs = _by_specification(wide)
+        else:
+            outputs = _by_torch(wide)
+        found = results(wide, outputs, leaves)
+    return {name: t.to(problem.device) for name, t in found.items()}
+
+
+def _by_torch(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    lstm = torch_lstm(problem.case, problem.device, torch.float64)
+    y, (h_n, c_n) = torch.func.functional_call(lstm, problem.weights, (problem.x, (problem.h0, problem.c0)))
+    return y, h_n, c_n
+
+
+def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype) -> nn.LSTM:
+    """A torch.nn.LSTM of the case's shape, weights as torch draws them."""
+    return nn.LSTM(
+        case.input_size, case.hidden_size, case.layers, bidirectional=case.bidirectional, proj_size=case.proj_size,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def _by_specification(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    case, D = problem.case, problem.case.directions
+    lengths = None if problem.lengths is None else problem.lengths.to(problem.device)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *(("weight_hr",) if case.proj_size else ()))
+    x = problem.x
+    last = []
+    for layer in range(case.layers):
+        ends = [f"_l{layer}{direction}" for direction in ("", "_reverse")[:D]]
+        weights = [[problem.weights[name + end] for name in names] for end in ends]
+        rows = slice(layer * D, (layer + 1) * D)
+        x, h_n, c_n, _ = reference.lstm_layer(
+            x, problem.h0[rows], problem.c0[rows], weights, problem.resets, lengths=lengths
+        )
+        last.append((h_n, c_n))
+    h_n, c_n = (torch.cat(states) for states in zip(*last))
+    return x, h_n, c_n

@@ -1,0 +1,158 @@
+"""The rows: one JSON object a line, of a versioned schema. docs/benchmark.md explains the method behind the fields."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = 1
+
+KINDS = ("timing", "accuracy", "memory", "overhead", "cold-start", "roof", "anchor")
+STATUSES = ("ok", "wrong", "failed", "skipped")
+CPU_LABEL = "CPU, not a statement about GPU speed"
+
+
+class RowError(ValueError):
+    """A row is not of this schema; the message names the field."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field may hold, whether it may be null, and what it means (with its unit)."""
+
+    types: tuple[type, ...]
+    meaning: str
+    nullable: bool = False
+    allowed: tuple[Any, ...] | None = None
+    required_keys: tuple[str, ...] = ()
+
+
+_NUMBER = (int, float)
+
+FIELDS: dict[str, Field] = {
+    "schema": Field((int,), "version of this schema", allowed=(SCHEMA,)),
+    "kind": Field((str,), "what was measured", allowed=KINDS),
+    "status": Field((str,), "'wrong': the results were, so nothing was timed; 'skipped': not tried", allowed=STATUSES),
+    "reason": Field((str,), "why it was wrong, failed or was skipped, in words", nullable=True),
+    "suite": Field((str,), "the suite that holds the case"),
+    "case": Field(
+        (dict,),
+        "every parameter of the problem",
+        required_keys=(
+            "name", "form", "input_size", "hidden_size", "layers", "bidirectional", "proj_size", "batch", "length",
+            "dtype", "mode", "rows", "resets", "scale", "precision",
+        ),
+    ),
+    "provider": Field((str,), "who computed it"),
+    "backend": Field((str,), "which of its ways the provider took", nullable=True),
+    "backend_reason": Field((str,), "why, in the provider's own words", nullable=True),
+    "algorithm": Field((str,), "cuDNN's algorithm by torch's rules, for torch.nn.LSTM on a GPU", nullable=True),
+    "execution": Field((str,), "calls made one by one, or replayed", allowed=("eager", "graph")),
+    "precision": Field(
+        (dict,),
+        "of float32 products: torch's settings and this package's",
+        required_keys=("cudnn_rnn", "cuda_matmul", "lstm_triton"),
+    ),
+    "timing": Field(
+        (dict,),
+        "microseconds per call: percentiles over the samples, a confidence interval of the median, per time step, wall-clock",
+        nullable=True,
+        required_keys=(
+            "p20_us", "p50_us", "p80_us", "us_per_step", "wall_p50_us", "ci_low_us", "ci_high_us", "confidence",
+            "samples", "calls_per_sample", "clock",
+        ),
+    ),
+    "values": Field((dict,), "other figures; each name ends in its unit", nullable=True),
+    "bytes": Field((dict,), "bytes of memory, by what holds them", nullable=True),
+    "errors": Field(
+        (dict,), "by tensor: max and RMS error against float64, in units of the true tensor's largest value", nullable=True
+    ),
+    "floor": Field(
+        (dict,),
+        "least microseconds per step by the roofs: one exchange + max(tensor, memory)",
+        nullable=True,
+        required_keys=("us_per_step", "exchange_us", "tensor_us", "memory_us", "roofs"),
+    ),
+    "distance": Field(_NUMBER, "measured microseconds per step over the floor's", nullable=True),
+    "l2": Field((str,), "what the L2 cache holds when a call starts", nullable=True, allowed=("warm", "flushed")),
+    "device": Field((dict,), "what it ran on", required_keys=("type", "name")),
+    "state": Field((dict,), "clocks, power, temperature when the row was taken; read, never set"),
+    "versions": Field((dict,), "of everything that decides the result", required_keys=("lstm_triton", "torch", "python")),
+    "source": Field(
+        (dict,), "of this package: commit, whether files differed from it, digest of the code",
+        required_keys=("commit", "dirty", "digest"),
+    ),
+    "date": Field((str,), "UTC, ISO 8601"),
+    "run": Field((str,), "rows of one invocation share it"),
+    "command": Field((str,), "what was typed"),
+    "label": Field((str,), "a caution that must stand beside the figure", nullable=True),
+    "synthetic": Field((bool,), "made up to test the report: never a result"),
+}  # fmt: skip
+
+
+def check(row: Any) -> None:
+    """Raise RowError unless `row` is a row of this schema."""
+    if not isinstance(row, Mapping):
+        raise RowError(f"a row is a JSON object, this is {type(row).__name__}")
+    if row.get("schema") != SCHEMA:
+        raise RowError(f"schema is {row.get('schema')!r}, this version reads {SCHEMA}")
+    for name, field in FIELDS.items():
+        if name not in row:
+            raise RowError(f"field {name!r} is missing")
+        _check_field(name, field, row[name])
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise RowError(f"unknown field {unknown[0]!r}")
+    if row["status"] != "ok":
+        if not row["reason"]:
+            raise RowError(f"status is {row['status']!r} and reason is empty")
+        if row["timing"] is not None:
+            raise RowError(f"status is {row['status']!r} and there is a timing")
+    elif row["kind"] in ("timing", "anchor") and row["timing"] is None:
+        raise RowError("a good row of kind 'timing' has a timing")
+    if row["device"]["type"] == "cpu" and row["label"] is None:
+        raise RowError("a row from a CPU carries a label")
+
+
+def _check_field(name: str, field: Field, value: Any) -> None:
+    if value is None:
+        if not field.nullable:
+            raise RowError(f"field {name!r} is null")
+        return
+    # bool is an int to Python, not here
+    if not isinstance(value, field.types) or (isinstance(value, bool) and bool not in field.types):
+        raise RowError(f"field {name!r} is {type(value).__name__}, not {' or '.join(t.__name__ for t in field.types)}")
+    if field.allowed is not None and value not in field.allowed:
+        raise RowError(f"field {name!r} is {value!r}, not one of {', '.join(map(repr, field.allowed))}")
+    for key in field.required_keys:
+        if key not in value:
+            raise RowError(f"field {name!r} has no {key!r}")
+
+
+def encode(row: Mapping[str, Any]) -> str:
+    """One line of JSON, without its newline; infinities and NaN become strings, as JSON has none."""
+    check(row)
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The row of one line.
+
+    Raises:
+        RowError: not JSON, or not of this schema.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RowError(f"not JSON ({error})") from None
+    check(row)
+    return row

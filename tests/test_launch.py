@@ -1,0 +1,245 @@
+"""From a call to its launch: how many, how large, what is allocated, what recompiles, and that no wrong kernel is reused.
+
+Checks of the real JIT run in one process of their own, without the interpreter and on a driver that launches nothing.
+"""
+
+import contextlib
+import inspect
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from support.fake_driver import count_compiled, fake_driver
+from support.process import run_checks, run_without_interpreter
+
+FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
+
+
+def test_real_jit():
+    assert "checks passed" in run_without_interpreter(__file__)
+
+
+# ---- in the suite's own process ------------------------------------------------------------------------------------
+
+
+def test_one_launch_each_way(device, count_launches):
+    from support import cells
+
+    cells.by_kernels(cells.draw(3, 7, 9, device=device))
+    assert count_launches() == {FORWARD: 1, BACKWARD: 1}
+
+
+@pytest.fixture
+def without_kernels(monkeypatch, poisoned_outputs):
+    """Launches are recorded as (kernel, grid), not executed, and outputs are not poisoned."""
+    from lstm_triton.kernels import cell, cell_backward, launch
+
+    launches = []
+
+    def record(self, grid, *_, **__):
+        launches.append((self.kernel.fn.__name__, grid))
+
+    monkeypatch.setattr(launch.Launcher, "__call__", record)
+    for module in (cell, cell_backward):
+        monkeypatch.setattr(module, "torch", torch)
+    return launches
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_but_allocations_and_the_launch(training, device, without_kernels):
+    """No copy, cast or fill: each would be a launch of its own on a GPU."""
+    from lstm_triton import LSTMCell
+
+    cell = LSTMCell(7, 9, device=device, backend="triton").requires_grad_(training)
+    x, h, c, dh, dc = (torch.randn(3, n, device=device) for n in (7, 9, 9, 9, 9))
+    cell(x, (h, c))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results = cell(x, (h, c))
+        if training:
+            torch.autograd.grad(results, list(cell.parameters()), (dh, dc))
+    operators = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert operators <= {"aten::empty", "aten::new_empty", "aten::detach", "aten::view_as", "aten::alias"}, operators
+    expected = [FORWARD, FORWARD, BACKWARD] if training else [FORWARD, FORWARD]
+    assert [name for name, _ in without_kernels] == expected
+
+
+def _backward_grid(needs, device, without_kernels):
+    from lstm_triton.kernels.cell_backward import lstm_cell_backward
+    from support import cells
+
+    x, h, c, w_ih, w_hh, *_ = cells.draw(40, 50, 70, device=device).inputs
+    without_kernels.clear()
+    grads = lstm_cell_backward(h, c, torch.empty(40, 70, 4, device=device), x, h, c, c, w_ih, w_hh, needs)
+    assert [g is not None for g in grads] == list(needs), "what is not needed is not allocated"
+    return without_kernels[0][1][0] if without_kernels else 0
+
+
+def test_what_is_not_needed_is_not_launched(device, without_kernels):
+    def programs(*wanted):
+        return _backward_grid(tuple(k in wanted for k in range(6)), device, without_kernels)
+
+    alone = [programs(k) for k in range(6)]
+    assert all(alone) and programs() == 0
+    assert programs(2, 5) == alone[2] == alone[5], "dc_prev and db share their programs"
+    for wanted in itertools.combinations((0, 1, 2, 3, 4), 3):
+        assert programs(*wanted) == sum(alone[k] for k in wanted), wanted
+
+
+def test_enough_programs_for_every_multiprocessor(device, without_kernels):
+    from lstm_triton.kernels.cell import lstm_cell_forward
+    from support import cells
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, h, c, *weights = cells.draw(16, 8, 1024, dtype, device=device).inputs
+        lstm_cell_forward(x, h, c, *weights)
+        _, grid = without_kernels[-1]
+        assert grid[0] * grid[1] * grid[2] >= 132, grid
+
+
+def test_outputs_own_dense_storage(device, without_kernels):
+    from lstm_triton.kernels.cell import lstm_cell_forward
+    from support import cells
+
+    inputs = cells.draw(3, 7, 9, device=device).inputs
+    outputs = lstm_cell_forward(*inputs, save_gates=True)
+    storages = {t.untyped_storage().data_ptr() for t in (*inputs, *outputs)}
+    assert len(storages) == len(inputs) + 3
+    assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in outputs)
+    assert lstm_cell_forward(*inputs)[2] is None, "no gates unless asked for"
+
+
+def test_the_suite_poisons_every_output():
+    """conftest sees torch.empty and its kin in the kernels' modules, and no method of tensors."""
+    from conftest import KERNEL_MODULES
+
+    for module in KERNEL_MODULES:
+        assert ".new_empty" not in inspect.getsource(module), module.__name__
+
+
+# ---- in a process without the interpreter --------------------------------------------------------------------------
+
+
+def _forward(B, I, H, dtype=torch.bfloat16, save_gates=True, biases=True):
+    from lstm_triton.kernels.cell import lstm_cell_forward
+
+    t = [torch.empty(shape, dtype=dtype) for shape in ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))]
+    return lstm_cell_forward(*(t if biases else t[:5]), save_gates=save_gates)
+
+
+def _backward(B, I, H, dtype=torch.bfloat16):
+    from lstm_triton.kernels.cell_backward import lstm_cell_backward
+
+    shapes = ((B, H), (B, H), (B, H, 4), (B, I), (B, H), (B, H), (B, H), (4 * H, I), (4 * H, H))
+    return lstm_cell_backward(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+
+
+@contextlib.contextmanager
+def _fresh_cell_launchers():
+    from lstm_triton.kernels import cell, cell_backward
+
+    for launcher in (cell._forward, cell_backward._backward):
+        launcher._compiled.clear()
+    with fake_driver() as driver:
+        yield driver
+
+
+def check_sizes_recompile_only_by_divisibility():
+    from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
+    from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
+
+    for kernel, call in ((forward, _forward), (backward, _backward)):
+        with _fresh_cell_launchers() as driver:
+
+            def compiled(*shapes, call=call, kernel=kernel):
+                for shape in shapes:
+                    call(*shape)
+                return count_compiled(kernel)
+
+            assert compiled((7, 20, 36)) == 1
+            assert compiled((1, 20, 36), (2, 20, 36), (15, 20, 36), (16, 20, 36)) == 1, "the batch size recompiles"
+            assert compiled((7, 33, 36), (7, 20, 50), (7, 2, 2), (5, 999, 77)) == 1, "an odd size recompiles"
+            assert compiled((17, 20, 36)) == 2, "the tile for larger batches"
+            assert compiled((64, 20, 36), (1000, 20, 36), (1001, 50, 20)) == 2, "the batch size recompiles"
+            assert compiled((7, 32, 64)) == 3, "multiples of 16"
+            assert compiled((16, 64, 32), (1, 32, 160), (3, 1600, 64)) == 3, "multiples of 16 recompile"
+            assert len(driver.launches) == 17 and {name for name, _ in driver.launches} == {kernel.fn.__name__}
+
+
+def check_only_inference_skips_the_gates():
+    from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
+
+    with _fresh_cell_launchers():
+        _forward(7, 20, 36)
+        _forward(7, 20, 36, save_gates=False)
+        assert count_compiled(forward) == 2
+        _forward(8, 20, 36, save_gates=False)
+        assert count_compiled(forward) == 2
+
+
+@triton.jit(do_not_specialize=["n"])
+def _tiny_kernel(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i * stride, mask=i < n)
+    if y_ptr is not None:
+        x += tl.load(y_ptr + i, mask=i < n)
+    tl.store(x_ptr + i * stride, x, mask=i < n)
+
+
+class _Watched(dict):
+    """A launcher's kept kernels, noting which was found last."""
+
+    found = None
+
+    def get(self, key):
+        self.found = super().get(key)
+        return self.found
+
+
+def check_a_kept_kernel_is_the_one_triton_would_choose():
+    from lstm_triton.kernels.config import LaunchConfig
+    from lstm_triton.kernels.launch import Launcher
+
+    storage = {dtype: torch.empty(256, dtype=dtype) for dtype in (torch.float32, torch.float16)}
+    pointers = [(t.dtype, offset) for t in storage.values() for offset in (0, 8, 1)]
+    calls = itertools.product(
+        pointers, [None, *pointers], (1, 16, 17), (1, 16, 3), (32, 64), (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2))
+    )
+    calls = [call for k, call in enumerate(calls) if k % 61 == 0]
+    kept = 0
+    with fake_driver() as driver:
+        launcher = Launcher(_tiny_kernel)
+        launcher._compiled = _Watched()
+        for repeat in range(2):
+            for x, y, n, stride, block, config in calls:
+                tensors = [None if p is None else storage[p[0]][p[1] :] for p in (x, y)]
+                launcher._compiled.found = None
+                launcher((1, 1, 1), tuple(tensors), (n, stride), (block,), config)
+                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **options)
+                found = launcher._compiled.found
+                assert found is None or found is expected, (x, y, n, stride, block, config)
+                aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+                assert (found is not None) >= (repeat == 1 and aligned), "an equal call looks nothing up twice"
+                kept += found is not None
+        assert kept > len(calls) / 8, "too few calls took the short way to show anything"
+        assert len(driver.launches) == 2 * len(calls)
+
+
+def check_kept_kernels_are_bounded():
+    from lstm_triton.kernels import launch
+    from lstm_triton.kernels.config import LaunchConfig
+
+    x = torch.empty(64)
+    launch._MAX_KEPT = 8
+    with fake_driver():
+        launcher = launch.Launcher(_tiny_kernel)
+        for n in range(100):
+            launcher((1, 1, 1), (x, None), (n, 2), (32,), LaunchConfig(1, 1))
+            assert len(launcher._compiled) <= 8
+        assert count_compiled(_tiny_kernel) == 1
+
+
+if __name__ == "__main__":
+    run_checks(globals())

@@ -1,0 +1,241 @@
+"""A layer's outputs, states and every gradient against more than float64, on awkward shapes in every dtype and precision."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lstm_triton import functional
+from support import layers
+from support.layouts import LAYOUTS
+
+KINDS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+directions = pytest.mark.parametrize("D", [1, 2])
+
+# T, B, I, H. Tiles are 16, 32 or 64 rows, 8 to 128 units, and 16 to 256 of the inner dimension.
+SMALL = [(1, 1, 1, 1), (7, 3, 5, 19)]
+EDGES_OF_B = [(2, B, 3, 5) for B in (15, 16, 17, 63, 64, 65)]
+EDGES_OF_H = [(2, 3, 5, H) for H in (15, 16, 17, 31, 33, 63, 64, 65)]
+LARGE = [(3, 2, 7, 128), (2, 3, 130, 129), (2, 35, 3, 150)]
+
+
+def _check(shape, kind, device, D=1, backend="triton", **options):
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(*shape, D, dtype, precision=precision, device=device, **options)
+    layers.assert_as_accurate_as_torch(layers.by_kernels(problem, backend), problem)
+
+
+@kinds
+@pytest.mark.parametrize("D, scale", [(1, 4.0), (2, 1.0)])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_small_shapes(shape, D, scale, kind, device):
+    _check(shape, kind, device, D, scale=scale)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", EDGES_OF_B, ids=str)
+def test_tile_edges_of_the_batch(shape, kind, device):
+    _check(shape, kind, device)
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("shape", EDGES_OF_H, ids=str)
+def test_tile_edges_of_the_hidden_size(shape, kind, device):
+    _check(shape, kind, device, D=2 if shape[3] % 2 else 1)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_layers(shape, device):
+    _check(shape, "bf16", device)
+
+
+@pytest.mark.slow
+@kinds
+@directions
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("backend", ["triton", "triton-stepwise"])
+@pytest.mark.parametrize("shape", EDGES_OF_B + EDGES_OF_H + LARGE, ids=str)
+def test_full_product(shape, backend, scale, D, kind, device):
+    _check(shape, kind, device, D, backend, scale=scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 1030), (200, 3, 4, 9)], ids=str)
+def test_wide_and_long(shape, kind, device):
+    _check(shape, kind, device)
+
+
+@directions
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_without_biases(kind, D, device):
+    _check((4, 3, 5, 9), kind, device, D, bias=False)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp64"])
+def test_batch_major_input(kind, device):
+    """The outputs follow the memory order of the input: no copy where a module is batch-first."""
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(5, 4, 3, 7, 2, dtype, precision=precision, device=device, batch_major=True, cells=True)
+    results = layers.by_kernels(problem)
+    layers.assert_as_accurate_as_torch(results, problem)
+    named = dict(zip(problem.names, results))
+    for name in ("y", "c", "dx"):
+        assert named[name].transpose(0, 1).is_contiguous(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_any_strides(kind, layout, device):
+    dtype, precision = KINDS[kind]
+    dense = layers.draw(4, 3, 5, 9, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored")
+    laid_out = dense.with_tensors([LAYOUTS[layout](t) for t in (*dense.inputs, *dense.cotangents)])
+    layers.assert_as_accurate_as_torch(layers.by_kernels(laid_out), laid_out)
+
+
+def test_no_initial_state_is_zeros(device):
+    problem = layers.draw(4, 3, 5, 9, 2, device=device)
+    zeros = torch.zeros_like(problem.hx[0])
+    y, (h_n, c_n) = functional.lstm(problem.x, None, problem.weights, precision="ieee", backend="triton")
+    found = layers.by_kernels(replace(problem, hx=(zeros, zeros)))
+    assert all(map(torch.equal, (y, h_n, c_n), found))
+
+
+def test_outputs_only_without_gradients(device):
+    problem = layers.draw(4, 3, 5, 9, 2, cells=True, device=device)
+    with torch.no_grad():
+        y, (h_n, c_n), c = functional.lstm(
+            problem.x, problem.hx, problem.weights, return_cell_states=True, precision="ieee", backend="triton"
+        )
+    assert all(map(torch.equal, (y, h_n, c_n, c), layers.by_kernels(problem)))
+
+
+# ---- one launch or many ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("H", [5, 19, 64])
+def test_one_launch_where_a_program_holds_all_units(kind, H, device, count_launches):
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(5, 3, 4, H, 2, dtype, precision=precision, device=device)
+    layers.by_kernels(problem, "triton-stepwise")
+    assert count_launches() == {"_lstm_sequence_forward_kernel": 5, "_lstm_sequence_backward_kernel": 5}
+    results = layers.by_kernels(problem, "triton-persistent")
+    launches = count_launches()
+    assert launches["_lstm_sequence_forward_kernel"] == 1
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+def test_two_runs_agree_bit_for_bit(kind, device):
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(5, 17, 4, 19, 2, dtype, precision=precision, device=device, resets=True, lengths=True)
+    for name, first, second in zip(problem.names, layers.by_kernels(problem), layers.by_kernels(problem)):
+        assert torch.equal(first, second), name
+
+
+@directions
+def test_a_sequence_equals_its_parts_with_the_state_carried(D, device):
+    """Forward for one direction; the reverse one carries its state the other way."""
+    problem = layers.draw(7, 3, 5, 9, D, torch.float64, device=device)
+    leaves = [t.detach().requires_grad_() for t in problem.inputs]
+    x, h0, c0, *weights = leaves
+    n = len(weights) // D
+
+    def run(x, h, c, d):
+        y, state = functional.lstm(x, (h, c), weights[d * n : (d + 1) * n], backend="triton")
+        return y, *state
+
+    ys, states = [], []
+    for d in range(D):
+        def flip(t, d=d):
+            return t.flip(0) if d else t
+
+        first, h, c = run(flip(x)[:3], h0[d : d + 1], c0[d : d + 1], d)
+        second, h, c = run(flip(x)[3:], h, c, d)
+        ys.append(flip(torch.cat([first, second])))
+        states.append((h, c))
+    outputs = [torch.cat(ys, 2), *(torch.cat(s) for s in zip(*states))]
+    found = [*outputs, *torch.autograd.grad(outputs, leaves, problem.cotangents)]
+    layers.assert_close(found, layers.by_kernels(problem), problem, ulps=32)
+
+
+@pytest.mark.slow
+def test_more_steps_than_cudnn_takes():
+    problem = layers.draw(70_000, 1, 1, 1, 1, torch.float32, precision="tf32")
+    with torch.no_grad():
+        y, (h_n, c_n) = functional.lstm(
+            problem.x, problem.hx, problem.weights, precision="tf32", backend="triton-persistent"
+        )
+        truth = torch._VF.lstm(
+            problem.x.double(), [t.double() for t in problem.hx], [t.double() for t in problem.weights],
+            True, 1, 0.0, False, False, False,
+        )  # fmt: skip
+    for found, true in zip((y, h_n, c_n), truth):
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=4e-3)  # tf32: ten bits of mantissa
+
+
+# ---- what must not spread --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["x", "h0", "c0", "dy"])
+def test_non_finite_values_stay_in_their_row(name, value, device):
+    clean = layers.draw(4, 5, 3, 6, 2, device=device, cells=True)
+    tensors = [t.clone() for t in (*clean.inputs, *clean.cotangents)]
+    names = ["x", "h0", "c0", *("w" for _ in clean.weights), "dy"]
+    tensors[names.index(name)][1, 3, 2] = value
+    spoilt = clean.with_tensors(tensors)
+    others = [b for b in range(5) if b != 3]
+    for result, good, found in zip(clean.names, layers.by_kernels(clean), layers.by_kernels(spoilt)):
+        if result in ("y", "h_n", "c_n", "c", "dx", "dh0", "dc0"):
+            assert torch.equal(found[:, others], good[:, others]), result
+            if value is torch.nan and result == ("y" if name != "dy" else "dx"):
+                assert found[:, 3].isnan().any()
+
+
+def test_saturation_is_reached():
+    problem = layers.draw(7, 3, 5, 19, scale=4.0)
+    y, (_, c_n) = functional.lstm(problem.x, problem.hx, problem.weights, backend="reference")
+    assert c_n.abs().max() > 5 and (y.abs() > 0.999).any()
+
+
+def test_inputs_are_left_alone(device):
+    problem = layers.draw(4, 3, 5, 9, 2, device=device, resets=True, reset_state="shared", lengths=True, cells=True)
+    tensors = (*problem.inputs, *problem.cotangents, problem.resets, problem.lengths)
+    before = [t.clone() for t in tensors]
+    layers.by_kernels(problem)
+    assert all(map(torch.equal, before, tensors))
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_default_precision_is_that_of_torchs_recurrent_layers(setting, device):
+    problem = layers.draw(3, 3, 33, 9, device=device)
+
+    def run(precision):
+        return functional.lstm(problem.x, problem.hx, problem.weights, precision=precision, backend="triton")[0]
+
+    forced = {p: run(p) for p in ("ieee", "tf32")}
+    assert not torch.equal(forced["ieee"], forced["tf32"])
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = setting
+    try:
+        found = run(None)
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+    assert torch.equal(found, forced[setting])
+
+
+def test_drawn_weights_have_the_scale_of_torchs():
+    """So that the comparisons above are of typical layers."""
+    weights = layers.draw(1, 1, 40, 50).weights
+    assert weights[0].shape == (200, 40)
+    assert weights[1].std().item() == pytest.approx(1 / math.sqrt(50), rel=0.05)
