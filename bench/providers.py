@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -285,16 +286,18 @@ TORCH_CELL = "torch.nn.LSTMCell"
 
 def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = False) -> list[str]:
     """The providers of a task by default: those that could be worth comparing. Which of them can serve, they say themselves."""
-    peers = ["torchrl", "haste", "flashrnn"] if device_type == "cuda" else []
     if interpreter:
         ways = ["lstm_triton triton"] if case.form == "cell" else ["lstm_triton triton-stepwise", "lstm_triton triton"]
         return [*ways, TORCH_CELL if case.form == "cell" else CUDNN]
+    gpu = device_type == "cuda"
     if kind == "memory":
-        triton = ["lstm_triton triton", "lstm_triton triton recompute"] if device_type == "cuda" else []
+        triton = ["lstm_triton triton", "lstm_triton triton recompute"] if gpu else []
         return [OURS, *triton, "lstm_triton auto recompute", CUDNN]
+    plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
     if case.form in ("cell", "loop"):
-        return [OURS, TORCH_CELL, "torch.compile", *(["lstm_triton reference"] if device_type == "cpu" else [])]
-    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if device_type == "cuda" else []
-    loops = [TORCH_CELL, "torch.compile"] if case.resets or case.length <= 64 else []
-    plain = ["lstm_triton reference"] if kind == "accuracy" or (device_type == "cpu" and case.length <= 64) else []
-    return [OURS, *forced, CUDNN, *loops, *plain, *peers]
+        return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
+    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if gpu else []
+    one_layer = case.layers == 1 and not case.bidirectional and not case.proj_size and case.rows == "padded"
+    loop = [TORCH_CELL] if one_layer and (case.resets or case.length <= 64) else []
+    peers = (["torchrl"] if case.resets else ["torchrl", "haste", "flashrnn"]) if gpu and one_layer else []
+    return [OURS, *forced, CUDNN, *loop, *plain, *peers]

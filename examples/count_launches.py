@@ -38,7 +38,8 @@ class Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if not func.is_view and name not in NO_LAUNCH:
-            operands = {t.data_ptr(): t for t in tensors((args, tuple(kwargs.values()), result))}
+            used = (result,) if name.startswith("new_") else (args, tuple(kwargs.values()), result)
+            operands = {t.data_ptr(): t for t in tensors(used)}
             self.launches.append((name, sum(map(size, operands.values()))))
         return result
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import cell_forward_config
+from .config import cdiv, cell_forward_config
 from .equations import lstm_forward
 from .gates import gate_rows, split_gates, store_gates
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
@@ -126,7 +126,7 @@ def lstm_cell_forward(
     precision = matmul_precision(x.dtype, precision)
     config = cell_forward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
     _forward(
-        (triton.cdiv(H, config.block_h), triton.cdiv(B, config.block_b), 1),
+        (cdiv(H, config.block_h), cdiv(B, config.block_b), 1),
         (x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, h, c, gates),
         (B, I, H, *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride(),
          0 if b_ih is None else b_ih.stride(0), 0 if b_hh is None else b_hh.stride(0)),

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import cell_backward_config
+from .config import cdiv, cell_backward_config
 from .equations import lstm_backward
 from .gates import gate_rows, join_gates, load_gates
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
@@ -217,8 +217,8 @@ def lstm_cell_backward(
     grads = tuple(allocate(s, dtype=x.dtype, device=x.device) if n else None for s, n in zip(shapes, needs))
     precision = matmul_precision(x.dtype, precision)
     config = cell_backward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
-    tiles_b, tiles_h = triton.cdiv(B, config.block_b), triton.cdiv(H, config.block_h)
-    tiles_i_n, tiles_h_n = triton.cdiv(I, config.block_n), triton.cdiv(H, config.block_n)
+    tiles_b, tiles_h = cdiv(B, config.block_b), cdiv(H, config.block_h)
+    tiles_i_n, tiles_h_n = cdiv(I, config.block_n), cdiv(H, config.block_n)
     dx, dh_prev, dc_prev, dw_ih, dw_hh, db = needs
     grid = (
         dw_hh * tiles_h * tiles_h_n

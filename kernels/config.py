@@ -36,7 +36,8 @@ class CellBackwardConfig(LaunchConfig):
     block_n: int
 
 
-def _tiles(n: int, block: int) -> int:
+def cdiv(n: int, block: int) -> int:
+    """How many blocks cover n. Triton's own costs microseconds a call on the host."""
     return -(-n // block)
 
 
@@ -54,7 +55,7 @@ def cell_forward_config(
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
     block_b, small, large = (16, 4, 16) if B <= 16 else (64, 8, 16)
-    block_h = large if _tiles(H, large) * _tiles(B, block_b) >= multiprocessors else small
+    block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
     return _cell_forward_tile(block_b, block_h, dtype, precision)
 
 
@@ -153,7 +154,7 @@ def readout_forward_config(
     """
     sizes = _readout_tile_sizes(dtype, precision)
     sizes = [size for size in sizes if (size[0] == 16) == (B <= 16)] or sizes
-    full = [(b, v) for b, v in sizes if _tiles(B, b) * _tiles(V, v) >= multiprocessors]
+    full = [(b, v) for b, v in sizes if cdiv(B, b) * cdiv(V, v) >= multiprocessors]
     whole_row = [(b, v) for b, v in sizes if V <= v]
     block_b, block_v = full[-1] if full else (whole_row or sizes)[0]
     return _readout_forward_tile(block_b, block_v, dtype, precision)
@@ -179,7 +180,7 @@ def _readout_forward_tile(block_b: int, block_v: int, dtype: torch.dtype, precis
 
 def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -> ReadoutRescaleConfig:
     """Long pieces of a row where they fill the GPU, as each program reads the whole row's statistics; else short ones."""
-    return _readout_rescale_tile(4096 if B * _tiles(V, 4096) >= multiprocessors else 512, block_v)
+    return _readout_rescale_tile(4096 if B * cdiv(V, 4096) >= multiprocessors else 512, block_v)
 
 
 def _readout_rescale_tile(elements: int, block_v: int) -> ReadoutRescaleConfig:
@@ -217,8 +218,8 @@ def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4)
 
     A part has at least `least` steps, as each costs a store and a load of its sum.
     """
-    parts = min(_tiles(4 * multiprocessors, max(tiles, 1)), steps // least)
-    return _tiles(steps, parts) if parts > 1 else max(steps, 1)
+    parts = min(cdiv(4 * multiprocessors, max(tiles, 1)), steps // least)
+    return cdiv(steps, parts) if parts > 1 else max(steps, 1)
 
 
 def all_readout_forward_configs(dtype: torch.dtype, precision: str) -> set[ReadoutForwardConfig]:

@@ -92,6 +92,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+# What torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.rnn.fp32_precision read, through layers of Python
+# that cost more than the rest of a call's checks together.
+_torch_precision = torch._C._get_fp32_precision_getter
+
+
 @contextlib.contextmanager
 def torch_matmul_precision(dtype: torch.dtype, precision: str):
     """torch's own float32 products on a GPU, inside: in TF32 where the kernels' are, else in full precision."""
@@ -115,6 +120,5 @@ def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bo
     if dtype != torch.float32:
         return "ieee"
     if precision is None:
-        setting = torch.backends.cudnn.rnn if recurrent else torch.backends.cuda.matmul
-        return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+        return "tf32" if _torch_precision("cuda", "rnn" if recurrent else "matmul") == "tf32" else "ieee"
     return precision

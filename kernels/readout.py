@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .cell import _add_projection
-from .config import readout_forward_config, readout_rescale_config
+from .config import cdiv, readout_forward_config, readout_rescale_config
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
 
 
@@ -144,13 +144,13 @@ def softmax_readout_forward(
     multiprocessors = multiprocessor_count(h.device)
     config = readout_forward_config(B, V, h.dtype, precision, multiprocessors)
     acc = accumulator(h.dtype)
-    tiles = triton.cdiv(V, config.block_v)
+    tiles = cdiv(V, config.block_v)
     stats = None
     if tiles > 1:
         stats_dtype = torch.float64 if acc == tl.float64 else torch.float32
         stats = torch.empty((B, tiles, 2), dtype=stats_dtype, device=h.device)
     _forward(
-        (triton.cdiv(B, config.block_b) * tiles, 1, 1),
+        (cdiv(B, config.block_b) * tiles, 1, 1),
         (h, weight, bias, y, stats),
         (B, H, V, *h.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         (acc, precision, config.block_b, config.block_v, config.block_k, config.group),
@@ -159,7 +159,7 @@ def softmax_readout_forward(
     if stats is not None:
         rescale = readout_rescale_config(B, V, config.block_v, multiprocessors)
         _rescale(
-            (B * triton.cdiv(tiles, rescale.block_tiles), 1, 1),
+            (B * cdiv(tiles, rescale.block_tiles), 1, 1),
             (y, stats),
             (V, tiles),
             (acc, config.block_v, rescale.block_tiles, rescale.block_stats),

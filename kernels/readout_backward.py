@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .cell_backward import _load_tile
-from .config import readout_backward_config, readout_row_dots_config, readout_sum_parts_config, steps_per_part
+from .config import cdiv, readout_backward_config, readout_row_dots_config, readout_sum_parts_config, steps_per_part
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
 
 
@@ -262,13 +262,13 @@ def softmax_readout_backward(
     config = readout_backward_config(B, h.dtype, precision)
     acc = accumulator(h.dtype)
     tiles_b, tiles_v, tiles_n = (
-        triton.cdiv(size, block) for size, block in ((B, config.block_b), (V, config.block_v), (H, config.block_n))
+        cdiv(size, block) for size, block in ((B, config.block_b), (V, config.block_v), (H, config.block_n))
     )
     needs_h, needs_weight, needs_bias = needs
     part_b = config.block_b * steps_per_part(tiles_v * tiles_n if needs_weight else tiles_v, tiles_b, multiprocessors)
     part_v = config.block_v * steps_per_part(tiles_b * tiles_n, tiles_v, multiprocessors)
     # An empty sum has one part all the same: someone has to write its zeros.
-    parts_b, parts_v = max(triton.cdiv(B, part_b), 1), max(triton.cdiv(V, part_v), 1)
+    parts_b, parts_v = max(cdiv(B, part_b), 1), max(cdiv(V, part_v), 1)
     grid = (
         needs_weight * parts_b * tiles_v * tiles_n
         + needs_h * parts_v * tiles_b * tiles_n
@@ -283,8 +283,8 @@ def softmax_readout_backward(
     )
 
     dots_config = readout_row_dots_config()
-    part_dot = dots_config.block_v * steps_per_part(B, triton.cdiv(V, dots_config.block_v), multiprocessors, 1)
-    parts_dot = triton.cdiv(V, part_dot)
+    part_dot = dots_config.block_v * steps_per_part(B, cdiv(V, dots_config.block_v), multiprocessors, 1)
+    parts_dot = cdiv(V, part_dot)
     dots = torch.empty((B, parts_dot), dtype=summed, device=h.device)
     if dots.numel():
         _dots(
@@ -305,7 +305,7 @@ def softmax_readout_backward(
         divided = tuple(None if p is None else g for g, p in zip(grads, parts))
         sum_config = readout_sum_parts_config()
         _sum_parts(
-            (sum(triton.cdiv(g.numel(), sum_config.block) for g in divided if g is not None), 1, 1),
+            (sum(cdiv(g.numel(), sum_config.block) for g in divided if g is not None), 1, 1),
             (*parts, *divided),
             (B * H, V * H, V, parts_b, parts_v),
             (acc, sum_config.block_parts, sum_config.block),

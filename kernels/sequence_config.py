@@ -8,9 +8,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from triton import cdiv as tiles
 
-from .config import LaunchConfig, uses_tensor_cores
+from .config import LaunchConfig, cdiv, uses_tensor_cores
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ _SCRATCH = 12 * 1024
 def _block_k(n: int, largest: int) -> int:
     """The largest power of two that pads n by at most an eighth, or else the one that pads it least."""
     blocks = [b for b in (256, 128, 64, 32, 16) if b <= max(largest, 16)]
-    return next((b for b in blocks if tiles(n, b) * b <= n + n // 8), blocks[-1])
+    return next((b for b in blocks if cdiv(n, b) * b <= n + n // 8), blocks[-1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,9 +63,9 @@ def sequence_forward_config(
         for block_h in _unit_blocks(H, 256 // dtype.itemsize):
             for block_b in blocks_b:
                 block_k = _block_k(H, chunk // block_b // dtype.itemsize)
-                weights = 4 * block_h * tiles(H, block_k) * block_k * dtype.itemsize
+                weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
-                programs, groups = tiles(H, block_h), tiles(B, block_b) * D
+                programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
                     warps = 8 if block_h * dtype.itemsize >= 256 else 4
                     return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True)
@@ -83,10 +82,10 @@ def sequence_backward_config(
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 128 // dtype.itemsize):
             for block_b in blocks_b:
-                block_k = _block_k(tiles(4 * H, 8), 32)
-                weights = tiles(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
+                block_k = _block_k(cdiv(4 * H, 8), 32)
+                weights = cdiv(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
                 state = block_b * 8 * block_k * dtype.itemsize
-                programs, groups = tiles(H, block_h), tiles(B, block_b) * D
+                programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
                     # Left alone, the assembler stops at 128 registers and spills a few.
                     registers = 168 if block_b * block_h <= 256 else 255
@@ -119,4 +118,4 @@ def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) 
     """One launch per step, with W_hh read again in each: needs nothing of the device."""
     block_k = (64 if dtype.itemsize == 2 else 32) if uses_tensor_cores(dtype, precision) else 16
     block_b = 16 if B <= 16 else 32
-    return SequenceConfig(4, 3, block_b, 16, 1, block_k, tiles(H, 16), tiles(B, block_b) * D, False)
+    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), cdiv(B, block_b) * D, False)

@@ -110,7 +110,7 @@ class Call:
     plain: bool  # no resets, lengths, cell states or recomputation: what cuDNN and torch's CPU kernels can do
     long: bool  # more steps than cuDNN takes
     precision: str | None
-    projected: bool = False  # proj_size, which the kernels do not have
+    projected: bool = False  # proj_size
 
 
 def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Environment, call: Call) -> Choice:
@@ -123,8 +123,6 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
     if backend == "reference":
         return Choice("reference", "asked for")
     obstacle = _why_no_kernels(device_type, dtype, env)
-    if obstacle is None and call.projected:
-        obstacle = "the kernels have no projection (proj_size)"
     no_cudnn = _why_no_cudnn(device_type, call)
     if backend == "cudnn":
         if no_cudnn is not None:
@@ -135,16 +133,20 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
             raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
         return Choice(backend, "asked for")
     if device_type == "cuda" and obstacle is None:
-        if env.capability in PERSISTENT_CAPABILITIES:
+        measured = env.capability in PERSISTENT_CAPABILITIES
+        if measured and not call.projected:
             return Choice("triton", "on this GPU the kernels are measured to be right and not slower than cuDNN")
+        unmeasured = f"the persistent kernels are not yet measured {'with projection' if measured else 'on this GPU'}"
         if no_cudnn is not None:
-            return Choice("triton-stepwise", f"{no_cudnn}; the persistent kernels are not yet measured on this GPU")
-        return Choice("cudnn", "the persistent kernels are not yet measured on this GPU")
+            return Choice("triton-stepwise", f"{no_cudnn}; {unmeasured}")
+        return Choice("cudnn", unmeasured)
     if no_cudnn is None and obstacle is not None:
         return Choice("cudnn", obstacle)
-    if call.plain:
-        return Choice("torch", obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter")
-    return Choice("reference", "torch's own kernels have no resets, lengths, cell states or recomputation")
+    if not call.plain:
+        return Choice("reference", "torch's own kernels have no resets, lengths, cell states or recomputation")
+    if device_type == "cuda":
+        return Choice("reference", f"{no_cudnn}, and {obstacle}")
+    return Choice("torch", obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter")
 
 
 def _why_no_cudnn(device_type: str, call: Call) -> str | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, layer_ops, reference, torch_ops
+from . import dispatch, layer_ops, projection, reference, torch_ops
 
 
 def lstm(
@@ -124,6 +124,8 @@ def run(
     if chosen == "triton-persistent":
         _require_persistent(T, B, H, directions, x, precision)
     stepwise = chosen == "triton-stepwise"
+    if len(weights) // directions not in (2, 4):
+        return projection.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
     return layer_ops.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
 
 

@@ -5,6 +5,8 @@ something has to see the operator: while compiling, under a dispatch mode, or wi
 serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference formula does.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -36,11 +38,19 @@ def implements(name: str):
     return register
 
 
+@functools.cache
+def _launchers():
+    # Imported where a kernel first runs, since elsewhere there may be no triton; and once, since an import costs on every call.
+    from .kernels.cell import lstm_cell_forward
+    from .kernels.cell_backward import lstm_cell_backward
+
+    return lstm_cell_forward, lstm_cell_backward
+
+
 @implements("lstm_cell")
 def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
-    from .kernels.cell import lstm_cell_forward
-
-    h, c, gates = lstm_cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision=precision, save_gates=save_gates)
+    launch, _ = _launchers()
+    h, c, gates = launch(x, h, c, w_ih, w_hh, b_ih, b_hh, precision=precision, save_gates=save_gates)
     return h, c, x.new_empty(0) if gates is None else gates
 
 
@@ -52,9 +62,8 @@ def _(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
 
 @implements("lstm_cell_backward")
 def _lstm_cell_backward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
-    from .kernels.cell_backward import lstm_cell_backward
-
-    grads = lstm_cell_backward(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
+    _, launch = _launchers()
+    grads = launch(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
@@ -90,8 +99,10 @@ def takes_formula(*gradients: Tensor | None) -> bool:
     return any(i.key() != _functorch.TransformType.Grad for i in _functorch.get_interpreter_stack())
 
 
-def _forward(*args):
-    return (torch.ops.lstm_triton.lstm_cell if sees_operators(*args[:7]) else _lstm_cell)(*args)
+def _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
+    if sees_operators(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return torch.ops.lstm_triton.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates)
+    return _launchers()[0](x, h, c, w_ih, w_hh, b_ih, b_hh, precision=precision, save_gates=save_gates)
 
 
 class LSTMCellBackwardFunction(torch.autograd.Function):

@@ -248,8 +248,13 @@ def test_functional_call(problem, device):
 
 def test_inference_builds_no_graph_and_keeps_no_gates(leaves, monkeypatch, count_launches):
     saved = []
-    forward = ops._lstm_cell
-    monkeypatch.setattr(ops, "_lstm_cell", lambda *args: saved.append(args[8]) or forward(*args))
+    forward, backward = ops._launchers()
+
+    def launch(*args, save_gates, **options):
+        saved.append(save_gates)
+        return forward(*args, save_gates=save_gates, **options)
+
+    monkeypatch.setattr(ops, "_launchers", lambda: (launch, backward))
     trained = kernels(*leaves)
     with torch.no_grad():
         no_grad = kernels(*leaves)

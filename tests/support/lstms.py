@@ -44,7 +44,11 @@ def gradients(results: list[Tensor], leaves, seed: int = 0) -> list[Tensor]:
     cotangents = [
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype).to(t.device) for t in results
     ]
-    return list(torch.autograd.grad(results, list(leaves), cotangents, allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            results, list(leaves), cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def trained(module: torch.nn.RNNBase, input, hx=None, leaves=(), **options) -> list[Tensor]:

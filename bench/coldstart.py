@@ -1,0 +1,86 @@
+"""The first call of a new process: with an empty cache of compiled kernels, and with a warm one."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .cases import Case, Task
+
+if TYPE_CHECKING:
+    from .measure import Context, Emit
+
+OURS, TORCH = "lstm_triton triton", "torch"
+_TIMEOUT_S = 300
+
+
+def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple[str, str]]) -> None:
+    """Two rows, this package and torch: seconds to import, of the first call (empty and warm cache) and of the second."""
+    from . import null_driver, providers
+    from .measure import brief
+
+    names = {OURS: OURS, TORCH: providers.TORCH_CELL if task.case.form == "cell" else providers.CUDNN}
+    for key, name in names.items():
+        if (name, "eager") in skip:
+            continue
+        context.stage(name, "eager", "cold start")
+        label = null_driver.LABEL if context.device.type != "cuda" and key == OURS else None
+        try:
+            with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
+                empty = _child(task.case, name, context.device.type, cache)
+                values = {f"empty_{k}": v for k, v in empty.items()}
+                if key == OURS:
+                    warm = _child(task.case, name, context.device.type, cache)
+                    values |= {f"warm_{k}": v for k, v in warm.items()}
+            emit(context.rows.make(task, name, "eager", "ok", None, values=values, label=label))
+        except Exception as error:
+            emit(context.rows.make(task, name, "eager", "failed", brief(error)))
+
+
+def _child(case: Case, provider: str, device_type: str, cache: str) -> dict[str, float]:
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environ |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    request = json.dumps({"case": case.to_json(), "provider": provider, "device": device_type})
+    command = [sys.executable, "-m", "lstm_triton.bench.coldstart", request]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the new process failed without a word"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """In the new process: print the seconds as JSON."""
+    request: dict[str, Any] = json.loads(arguments[0])
+    begin = time.perf_counter()
+    import torch
+
+    from . import measure as measuring
+    from . import null_driver, problem, providers
+
+    imported = time.perf_counter()
+    device = torch.device(request["device"])
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # CUDA itself starts before the clock does
+        torch.cuda.synchronize()
+    without_gpu = device.type != "cuda" and request["provider"] == OURS
+    with null_driver.active() if without_gpu else contextlib.nullcontext():
+        case = Case.from_json(request["case"])
+        built = measuring.build(providers.all_providers()[request["provider"]], problem.make(case, device))
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            built.call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    print(json.dumps({"import_s": imported - begin, "first_call_s": times[0], "second_call_s": times[1]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

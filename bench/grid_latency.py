@@ -1,0 +1,39 @@
+"""A kernel that does nothing but wait for its other programs: the latency of kernels/grid_sync.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lstm_triton.kernels.grid_sync import COUNTER_STRIDE, arrive, wait
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _latency_kernel(
+    # pointers
+    counter_ptr,  # [32] zeros
+    slots_ptr,  # [steps + 1, PROGRAMS] out: what each program stored in each step, then what it loaded last
+    # sizes
+    steps,
+    # meta-parameters
+    PROGRAMS: tl.constexpr, EXCHANGE: tl.constexpr,
+):  # fmt: skip
+    """`steps` barriers between PROGRAMS programs; with EXCHANGE each hands its neighbour's last value on, one larger."""
+    pid = tl.program_id(0)
+    value = pid * 0
+    for step in tl.range(0, steps, num_stages=1):
+        if EXCHANGE:
+            tl.store(slots_ptr + step * PROGRAMS + pid, value + 1)
+        arrive(counter_ptr)
+        wait(counter_ptr, (step + 1) * PROGRAMS)
+        if EXCHANGE:
+            value = tl.load(slots_ptr + step * PROGRAMS + (pid + 1) % PROGRAMS)
+    tl.store(slots_ptr + steps * PROGRAMS + pid, value)
+
+
+def launch(programs: int, steps: int, exchange: bool, device: torch.device) -> torch.Tensor:
+    """Run it; returns the value each program ended with, [programs] int32: `steps` after exchanges."""
+    counter = torch.zeros(COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+    slots = torch.zeros(steps + 1, programs, dtype=torch.int32, device=device)
+    options = {} if triton.knobs.runtime.interpret else {"launch_cooperative_grid": True}
+    _latency_kernel[(programs,)](counter, slots, steps, programs, exchange, num_warps=4, **options)
+    return slots[steps]

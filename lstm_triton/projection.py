@@ -1,0 +1,72 @@
+"""One LSTM layer with projection (h of size R is W_hr u, where u = o * tanh(c)) through the kernels of one without.
+
+From one step to the next W_hh h = (W_hh W_hr) u, so u is the h of a layer whose W_hh is the product. Where a row starts from a
+given h there is no u: that h is part of the input of that step, with W_hh as its part of W_ih, and u before it is zero.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import layer_ops
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    lengths: Tensor | None,
+    precision: str | None,
+    return_cells: bool,
+    recompute: bool,
+    stepwise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n, c or None); arguments as `layer_ops.lstm_layer`, with w_hr [R, H] last among the weights of a direction.
+
+    h0 and reset_h have size R and w_hh is [4H, R]; y is [T, B, D * R].
+    """
+    n = len(weights) // directions
+    combined, projections = [], []
+    for d in range(directions):
+        w_ih, w_hh, *biases, w_hr = weights[d * n : (d + 1) * n]
+        # The given h of each direction has columns of its own.
+        columns = [w_hh if k == d else w_hh.new_zeros(w_hh.shape) for k in range(directions)]
+        combined += [torch.cat([w_ih, *columns], dim=1), w_hh @ w_hr, *biases]
+        projections.append(w_hr)
+    given = [_given_states(len(x), h0[d], d, resets, reset_h, lengths) for d in range(directions)]
+    zeros = x.new_zeros(c0.shape[2])
+    u, u_n, c_n, c = layer_ops.lstm_layer(
+        torch.cat([x, *given], dim=2), zeros.expand(c0.shape), c0, combined, directions,
+        resets, None if reset_c is None else zeros.expand(reset_c.shape), reset_c, lengths,
+        precision, return_cells, recompute, stepwise,
+    )  # fmt: skip
+    y = torch.cat([u_d @ w_hr.t() for u_d, w_hr in zip(u.chunk(directions, dim=2), projections)], dim=2)
+    h_n = torch.stack([u_d @ w_hr.t() for u_d, w_hr in zip(u_n, projections)])
+    if lengths is not None:
+        h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
+    return y, h_n, c_n, c
+
+
+def _given_states(
+    T: int, h0: Tensor, d: int, resets: Tensor | None, reset_h: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """[T, B, R]: the h that direction d is given before each step, zero where it comes from the step before."""
+    t = torch.arange(T, device=h0.device)[:, None]
+    if lengths is None:
+        begins = t == (0 if d == 0 else T - 1)
+    else:
+        begins = t == (lengths * 0 if d == 0 else lengths - 1)
+    h = torch.where(begins[..., None], h0, 0.0)
+    if resets is None:
+        return h
+    # The segment that direction 1 enters at t is marked at t + 1.
+    flags = resets if d == 0 else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+    if lengths is not None:
+        flags = flags & (t + d < lengths)
+    return torch.where(flags[..., None], 0.0 if reset_h is None else reset_h[:, d], h)
