@@ -72,9 +72,10 @@ def main(arguments: Sequence[str]) -> int:
         case = Case.from_json(request["case"])
         built = measuring.build(providers.all_providers()[request["provider"]], problem.make(case, device))
         times = []
+        torch.set_grad_enabled(case.mode == "train")
         for _ in range(2):
             start = time.perf_counter()
-            built.call()
+            built.timed()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

@@ -15,6 +15,7 @@ import lstm_triton
 from lstm_triton import environment
 
 ROOT = Path(lstm_triton.__file__).resolve().parent
+COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
 SMI_FIELDS = {
     "clocks.sm": "sm_clock_mhz",
     "clocks.max.sm": "max_sm_clock_mhz",
@@ -104,7 +105,10 @@ def versions() -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def source() -> dict[str, Any]:
     """Which version of this package: its commit if it is a checkout, and a digest of the code that computes."""
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": _is_dirty(), "digest": digest(ROOT)}
+    commit, dirty = _git("rev-parse", "HEAD"), _is_dirty()
+    if COMMIT_VARIABLE in os.environ:  # an export of that commit
+        commit, dirty = os.environ[COMMIT_VARIABLE], False
+    return {"commit": commit, "dirty": dirty, "digest": digest(ROOT)}
 
 
 def _is_dirty() -> bool | None:

@@ -36,11 +36,12 @@ class Context:
 
 @dataclass
 class Built:
-    """A provider's model of the problem, and a call that runs it and returns its results by name."""
+    """A provider's model of the problem; `call` gives its results by name, to be checked, `timed` is the same with nothing else."""
 
     provider: str
     model: Model
     call: Callable[[], dict[str, Tensor]]
+    timed: Callable[[], Any]
 
 
 class Fatal(RuntimeError):
@@ -132,7 +133,7 @@ def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[st
                     emit(context.rows.make(task, name, execution, "failed", f"CUDA graph: {brief(error)}", built.model))
                     reraise_fatal(error)
             else:
-                ready[name, execution] = built, found, built.call
+                ready[name, execution] = built, found, built.timed
     del truth, judge
     _time(task, context, emit, ready)
 
@@ -151,9 +152,9 @@ def _time(task: Task, context: Context, emit: Emit, ready: dict) -> None:
     while ready:
         context.stage(" and ".join(dict.fromkeys(n for n, _ in ready)), "eager", "timing")
         try:
-            samples = timing.interleaved(
-                {key: call for key, (_, _, call) in ready.items()}, context.clock, context.seconds
-            )
+            with torch.set_grad_enabled(task.case.mode == "train"):
+                calls = {key: call for key, (_, _, call) in ready.items()}
+                samples = timing.interleaved(calls, context.clock, context.seconds)
         except timing.Failed as failure:
             name, execution = failure.key  # type: ignore[misc]
             cause = failure.__cause__ or failure
@@ -221,18 +222,29 @@ def build(provider: Provider, problem: Problem) -> Built:
         h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
     x.requires_grad_(training)
     leaves = {"x": x, **model.weights}
-    back = {f"d{name}": convert for name, convert in model.to_torch_gradient.items()}
+    convert = {f"d{name}": function for name, function in model.to_torch_gradient.items()}
 
     def call() -> dict[str, Tensor]:
-        if not training:
-            with torch.no_grad():
-                return problems.results(problem, model.run(x, h0, c0), {})
-        return problems.results(problem, model.run(x, h0, c0), leaves)
+        with torch.set_grad_enabled(training):
+            found = problems.results(problem, model.run(x, h0, c0), leaves)
+        return {name: convert[name](t) if name in convert else t for name, t in found.items()}
 
-    def converted() -> dict[str, Tensor]:
-        return {name: back[name](t) if name in back else t for name, t in call().items()}
+    return Built(provider.name, model, call, _timed(problem, model, x, h0, c0))
 
-    return Built(provider.name, model, converted if back else call)
+
+def _timed(problem: Problem, model: Model, x: Tensor, h0: Tensor, c0: Tensor) -> Callable[[], Any]:
+    """What a user would write: the forward, and in train mode the gradients of the input and every weight."""
+    weights = [w for w in model.weights.values() if w.requires_grad]
+    if model.step is not None and problem.case.form == "cell":
+        step, x_t, h, c, dh = model.step, x.detach()[0], h0[0], c0[0], problem.dy[0]
+        if problem.case.mode != "train":
+            return lambda: step(x_t, (h, c))
+        x_t.requires_grad_()
+        return lambda: torch.autograd.grad(step(x_t, (h, c))[0], [x_t, *weights], dh)
+    run, dy = model.run, problem.dy
+    if problem.case.mode != "train":
+        return lambda: run(x, h0, c0)
+    return lambda: torch.autograd.grad(run(x, h0, c0)[0], [x, *weights], dy)
 
 
 @contextlib.contextmanager

@@ -39,10 +39,11 @@ def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple
             label = "no GPU: with the CPU's own arithmetic, on one row"
         driver = null_driver.active() if with_driver and name == ours else contextlib.nullcontext()
         try:
-            with precision(case), driver, _few_threads(with_driver):
+            training = torch.set_grad_enabled(case.mode == "train")
+            with precision(case), driver, _few_threads(with_driver), training:
                 problem = problems.make(case, context.device)
                 built = build(everyone[name], problem)
-                values = {"total_us": host_us(built.call, context.device)}
+                values = {"total_us": host_us(built.timed, context.device)}
                 if name == ours:
                     values |= split(built, context.device, case.form, values["total_us"])
             emit(context.rows.make(task, name, "eager", "ok", None, built.model, values=values, label=label))
@@ -91,7 +92,7 @@ def split(built: "Built", device: torch.device, form: str, total: float) -> dict
         return original(self, *arguments, **options)
 
     with mock.patch.object(Launcher, "__call__", recording):
-        built.call()
+        built.timed()
     launch = sum(host_us(lambda s=s, a=a, o=o: s(*a, **o), device) for s, a, o in launches)  # type: ignore[misc]
     dtype = next(iter(built.model.weights.values())).dtype
     if form == "cell":

@@ -110,9 +110,7 @@ class Haste:
             return y, h_n.view_as(h0), c_n.view_as(c0)
 
         weights = {"weight_ih_l0": lstm.kernel, "weight_hh_l0": lstm.recurrent_kernel, "bias_ih_l0": lstm.bias}
-        return Model(
-            run, weights, takes_initial_state=False, module=lstm, to_torch_gradient=dict.fromkeys(weights, from_haste)
-        )
+        return Model(run, weights, takes_initial_state=False, to_torch_gradient=dict.fromkeys(weights, from_haste))
 
 
 @dataclass(frozen=True)

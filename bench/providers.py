@@ -31,7 +31,7 @@ class Unavailable(RuntimeError):
 class Model:
     """A case as one provider computes it.
 
-    run: of x, h0, c0 (shaped as in Problem), returns y, h_n, c_n. weights: its parameters by torch.nn.LSTM's names; from_weights
+    run: of x, h0, c0 (shaped as in Problem), returns y, h_n, c_n. step: of x [B, I] and (h, c) [B, H], for a cell. weights: its parameters by torch.nn.LSTM's names; from_weights
     maps the gradient of one of them to torch's layout where that differs.
     """
 
@@ -42,7 +42,7 @@ class Model:
     algorithm: str | None = None
     remarks: list[str] = field(default_factory=list)
     takes_initial_state: bool = True
-    module: nn.Module | None = None
+    step: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None
     to_torch_gradient: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
@@ -120,7 +120,7 @@ class Ours:
             )
             choice = self._choose(dispatch.choose_cell, device, dtype)
             run = _cell_run(cell) if case.form == "cell" else _loop_run(cell, problem.resets)
-            return Model(run, _load(cell, problem, True), choice.backend, choice.reason, module=cell)
+            return Model(run, _load(cell, problem, True), choice.backend, choice.reason, step=cell)
         lstm = lstm_triton.LSTM(
             case.input_size, case.hidden_size, case.layers, bidirectional=case.bidirectional, proj_size=case.proj_size,
             device=device, dtype=dtype, precision=precision, backend=self.backend, recompute=self.recompute,
@@ -140,7 +140,7 @@ class Ours:
                 y, (h_n, c_n) = lstm(x, (h0, c0), resets=problem.resets, lengths=lengths)[:2]
                 return y, h_n, c_n
 
-        model = Model(run, weights, choice.backend, choice.reason, module=lstm)
+        model = Model(run, weights, choice.backend, choice.reason)
         if choice.backend == "cudnn":
             model.algorithm = _algorithm(problem)
         return model
@@ -187,7 +187,7 @@ class TorchLSTM:
         lstm = torch_lstm(case, problem.device, problem.x.dtype)
         weights = _load(lstm, problem, False)
         lstm.flatten_parameters()
-        model = Model(self._run(lstm, problem), weights, None, None, _algorithm(problem), module=lstm)
+        model = Model(self._run(lstm, problem), weights, None, None, _algorithm(problem))
         if problem.device.type == "cuda" and (remark := cudnn.remark(case)):
             model.remarks.append(remark)
         if case.resets:
@@ -240,7 +240,7 @@ class TorchCell:
         cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
         weights = _load(cell, problem, True)
         run = _cell_run(cell) if case.form == "cell" else _loop_run(cell, problem.resets)
-        return Model(run, weights, module=cell)
+        return Model(run, weights, step=cell)
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Compiled:
             return compiled(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 
         run = _cell_run(step) if case.form == "cell" else _loop_run(step, problem.resets)
-        return Model(run, weights, "inductor", "fullgraph, static shapes", module=cell)
+        return Model(run, weights, "inductor", "fullgraph, static shapes", step=step)
 
 
 def all_providers() -> dict[str, Provider]:

@@ -72,7 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--batch-first", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--projection", type=int, default=0, help="proj_size")
     parser.add_argument("--resets", action="store_true", help="the sequences restart now and then")
     parser.add_argument("--steps", type=int, default=64, help="T")
     parser.add_argument("--batch", type=int, default=16, help="B")
@@ -84,10 +86,11 @@ def main() -> None:
 
     lstm = LSTM(
         options.size, options.size, options.layers, dropout=options.dropout, bidirectional=options.bidirectional,
-        precision="tf32", backend=options.backend,
+        batch_first=options.batch_first, proj_size=options.projection, precision="tf32", backend=options.backend,
     )  # fmt: skip
-    x = torch.randn(T, B, options.size, requires_grad=True)
-    resets = torch.rand(T, B) < 0.1 if options.resets else None
+    shape = (B, T) if options.batch_first else (T, B)
+    x = torch.randn(*shape, options.size, requires_grad=True)
+    resets = torch.rand(shape) < 0.1 if options.resets else None
     print(f"{lstm}\nT = {T}, B = {B}, float32 with TF32 products; launches as planned for an H100")
 
     counter = Counter()

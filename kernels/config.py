@@ -171,7 +171,7 @@ def _readout_tile_sizes(dtype: torch.dtype, precision: str) -> list[tuple[int, i
 
 def _readout_forward_tile(block_b: int, block_v: int, dtype: torch.dtype, precision: str) -> ReadoutForwardConfig:
     if uses_tensor_cores(dtype, precision):
-        # 128 bytes of each row a step; of the largest tile 64, or rows that are not aligned spill. So do four warps' worth.
+        # 128 bytes of each row a step; of the largest tile 64, or it spills where rows are not aligned.
         block_k = 64 if dtype.itemsize == 2 and block_b < 128 else 32
         return ReadoutForwardConfig(8 if dtype.itemsize == 2 and block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
     # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
@@ -184,7 +184,7 @@ def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -
 
 
 def _readout_rescale_tile(elements: int, block_v: int) -> ReadoutRescaleConfig:
-    return ReadoutRescaleConfig(elements // 256 if elements > 1024 else 2, 1, elements // block_v, 1024)
+    return ReadoutRescaleConfig(8 if elements == 4096 else 2, 1, elements // block_v, 1024)
 
 
 def readout_row_dots_config() -> ReadoutRowDotsConfig:
@@ -198,15 +198,12 @@ def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> Reado
 
 
 def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
-    if not uses_tensor_cores(dtype, precision):
-        return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
-    if precision == "tf32x3":
+    # Wider tiles spill where rows are not aligned.
+    if not uses_tensor_cores(dtype, precision) or precision == "tf32x3":
         return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
     if block_b == 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
-    if dtype.itemsize == 2:
-        return ReadoutBackwardConfig(8, 2, 64, 64, 64, 16)
-    return ReadoutBackwardConfig(8, 2, 32, 64, 64, 16)
+    return ReadoutBackwardConfig(8, 2, 64 if dtype.itemsize == 2 else 32, 64, 64, 16)
 
 
 def readout_sum_parts_config() -> ReadoutSumPartsConfig:

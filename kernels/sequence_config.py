@@ -57,17 +57,20 @@ def sequence_forward_config(
     row_bytes = H * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
-    if dtype.itemsize == 4:
+    # Elements of unaligned rows are loaded one by one, each with its address.
+    aligned = row_bytes % 16 == 0
+    chunk = chunk if aligned else chunk // 2
+    if dtype.itemsize == 4 or not aligned:
         blocks_b = blocks_b[:2]
     if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 256 // dtype.itemsize):
+        for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64):
             for block_b in blocks_b:
                 block_k = _block_k(H, chunk // block_b // dtype.itemsize)
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
-                    warps = 8 if block_h * dtype.itemsize >= 256 else 4
+                    warps = 8 if block_h >= 64 or not aligned else 4
                     return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True)
     return stepwise_config(B, H, D, dtype, precision)
 
@@ -79,10 +82,12 @@ def sequence_backward_config(
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     row_bytes = H * dtype.itemsize
     blocks_b = (16, 32) if row_bytes <= 2048 else (16,)
+    aligned = row_bytes % 16 == 0
     if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 128 // dtype.itemsize):
+        for block_h in _unit_blocks(H, 128 // dtype.itemsize if aligned else 32):
             for block_b in blocks_b:
-                block_k = _block_k(cdiv(4 * H, 8), 32)
+                short = not aligned or (block_b == 32 and row_bytes > 1024)
+                block_k = _block_k(cdiv(4 * H, 8), 16 if short else 32)
                 weights = cdiv(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
                 state = block_b * 8 * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D

@@ -166,6 +166,11 @@ def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, 
     return choose(backend, device.type, dtype, environment(device), *call).backend
 
 
+def is_long(T: int, device: torch.device) -> bool:
+    """`Call.long`; a truth value also for the symbolic T of a compiler, which is then told no more about T than needed."""
+    return device.type == "cuda" and bool(T > CUDNN_MAX_STEPS)
+
+
 # A compiler takes the answer as a constant and does not look inside.
 @torch.compiler.assume_constant_result
 def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -60,8 +60,7 @@ def lstm(
         raise ValueError(f"LSTM: Expected input to be 3D, got {x.dim()}D instead")
     if len(weights) < 2:
         raise RuntimeError("lstm() needs w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
-    if torch.is_autocast_enabled(x.device.type):
-        x, hx, reset_state, weights = autocast(x, hx, reset_state, weights)
+    x, hx, reset_state, weights = autocast(x, hx, reset_state, weights)
     (T, B, _), H = x.shape, weights[1].shape[1]
     directions = 2 if len(weights) > 4 or (len(weights) == 4 and weights[2].dim() == 2) else 1
     if hx is None:
@@ -70,7 +69,7 @@ def lstm(
     _check(x, hx, weights, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
     plain = resets is None and lengths is None and not return_cell_states and not recompute
-    chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, T > dispatch.CUDNN_MAX_STEPS, precision)
+    chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, dispatch.is_long(T, x.device), precision)
     bias = len(weights) // directions == 4
     if chosen in ("torch", "cudnn"):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
@@ -132,8 +131,11 @@ def run(
 def autocast(
     x: Tensor, hx: tuple[Tensor, Tensor] | None, reset_state: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]
 ) -> tuple:
-    """All of them in the dtype of the current autocast; float64 stays what it is, as in torch's own."""
-    dtype = torch.get_autocast_dtype(x.device.type)
+    """All of them in the dtype of the autocast, if there is one; float64 stays what it is, as in torch's own."""
+    device_type = x.device.type
+    if not torch_ops.is_autocast(device_type):
+        return x, hx, reset_state, weights
+    dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensors):
         if tensors is None:
@@ -184,11 +186,22 @@ def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], dire
     for k, state in enumerate(hx):
         if state.shape != (directions, B, H):
             raise RuntimeError(f"Expected hidden[{k}] size {(directions, B, H)}, got {list(state.shape)}")
-    for name, t in (("hx[0]", hx[0]), ("hx[1]", hx[1]), *((f"weights[{k}]", w) for k, w in enumerate(weights))):
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"Input and {name} must have the same dtype, got {x.dtype} and {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(f"Input and {name} must be on the same device, found {x.device} and {t.device}")
+    check_alike(x, hx, weights)
+
+
+def check_alike(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]) -> None:
+    """All have the dtype and device of x, or RuntimeError."""
+    dtype, device = x.dtype, x.device
+    for k, t in enumerate((*hx, *weights)):
+        if t.dtype != dtype or t.device != device:
+            if t.device != device:
+                kind = "hidden" if k < 2 else "parameter"
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {device} and {kind} tensor"
+                    f" at {t.device}"
+                )
+            name = f"hx[{k}]" if k < 2 else f"weights[{k - 2}]"
+            raise RuntimeError(f"Input and {name} must have the same dtype, got {dtype} and {t.dtype}")
 
 
 def checked_segments(

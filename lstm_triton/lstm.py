@@ -48,6 +48,7 @@ class LSTMForward:
                 f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
         self.check_forward_args(input, hx, None)
+        _check_pair(hx)
         # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
         x = input.transpose(0, 1) if self.batch_first else input
         if self.batch_first and resets is not None:
@@ -87,14 +88,21 @@ class LSTMForward:
             raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
         T, B = len(batch_sizes), int(batch_sizes[0])
         hx = self._zero_state(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
+        _check_pair(hx)
+        weight = self._flat_weights[0]
+        if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            # Here torch has no check of its own, and fails otherwise than for a padded input.
+            raise RuntimeError(f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}")
         self.check_forward_args(data, hx, batch_sizes)
         plain = resets is None and reset_state is None and not return_cell_states
         chosen = self._choose(data, plain, T)
         if chosen in ("torch", "cudnn"):
             train, dropout = self._mode()
-            y, *hidden = torch._VF.lstm(
-                data, batch_sizes, hx, self._flat_weights, self.bias, self.num_layers, dropout, train, self.bidirectional
-            )
+            data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
+            with layers.cudnn_precision(data, self.precision), torch_ops.without_autocast(data.device.type):
+                y, *hidden = torch._VF.lstm(
+                    data, batch_sizes, tuple(hx), weights, self.bias, self.num_layers, dropout, train, self.bidirectional
+                )
         else:
             if resets is not None:
                 resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
@@ -130,20 +138,19 @@ class LSTMForward:
             x.device,
             x.dtype,
             plain and not self.recompute,
-            T > dispatch.CUDNN_MAX_STEPS,
+            dispatch.is_long(T, x.device),
             self.precision,
             self.proj_size > 0,
         )
 
     def _run(self, x, hx, resets, reset_state, lengths, return_cell_states):
         """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
+        x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, self._flat_weights)
         chosen = self._choose(x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0])
         if chosen in ("torch", "cudnn"):
-            return self._run_torch(x, hx)
+            return self._run_torch(x, hx, weights)
         directions = 2 if self.bidirectional else 1
-        weights = self._flat_weights
-        if torch.is_autocast_enabled(x.device.type):
-            x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, weights)
+        layers.check_alike(x, hx, weights)
         segments = layers.checked_segments(
             x, (x.shape[0], self.num_layers * directions, x.shape[1]), (self.proj_size or self.hidden_size, self.hidden_size),
             resets, reset_state, lengths,
@@ -166,13 +173,20 @@ class LSTMForward:
         h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
         return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
 
-    def _run_torch(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _run_torch(self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         train, dropout = self._mode()
         with layers.cudnn_precision(x, self.precision):
             y, h_n, c_n = torch_ops.lstm(
-                x, hx, self._flat_weights, self.bias, self.num_layers, dropout, train, self.bidirectional
+                x, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional
             )
         return y, (h_n, c_n)
+
+
+def _check_pair(hx) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError("LSTM: hx must be a tuple of two Tensors, not a Tensor")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:

@@ -3,6 +3,7 @@
 Traced, the CPU's kernel fails under aot_eager and inductor; as one operator whose backward runs it again it compiles everywhere.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,17 @@ class _CompiledLSTMFunction(torch.autograd.Function):
         return None, None, None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[4:]))
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether tensors on such devices are cast; a device type without autocast (meta) may be asked for too."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str):
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
+
+
 def lstm(
     x: Tensor,
     hx: Sequence[Tensor],
@@ -82,7 +94,13 @@ def lstm(
     train: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy."""
+    """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy.
+
+    Under autocast all are in its dtype already: torch's own would take float16 for bfloat16 on a GPU.
+    """
+    if is_autocast(x.device.type):
+        with without_autocast(x.device.type):
+            return lstm(x, hx, weights, bias, num_layers, dropout, train, bidirectional)
     if not torch.compiler.is_compiling():
         batch_first = x.stride(1) > x.stride(0)
         x = x.transpose(0, 1) if batch_first else x

@@ -1,0 +1,248 @@
+"""The report: everything in it comes from rows."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from . import charts, page, providers, schema, select, tables, workloads
+from .page import Part, Section, details, figure, paragraph
+from .select import Group, Row
+from .store import Rows
+
+MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
+FASTEST = "the fastest of this package's ways that is right; the table names it, and what `auto` takes"
+
+
+def write(path: Path, found: Rows) -> None:
+    """Render all rows to one HTML file; at no moment is there half a file."""
+    text = render(found.rows, found.problems)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def render(rows: Sequence[Row], problems: Sequence[str] = ()) -> str:
+    devices = select.by_device(select.latest(rows))
+    parts = [_part(f"d{k}", name, of_device) for k, (name, of_device) in enumerate(devices.items())]
+    lead = paragraph(
+        "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with float64. "
+        "Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; above 1 this "
+        "package is ahead."
+    )
+    if problems:
+        lead += paragraph(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}", "note")
+    if not parts:
+        lead += paragraph("There are no rows yet.", "note")
+    return page.html("lstm_triton beside cuDNN and others", lead, parts)
+
+
+def _part(id: str, name: str, rows: Sequence[Row]) -> Part:
+    notes = [f"{schema.CPU_LABEL}."] if rows[0]["device"]["type"] == "cpu" else []
+    notes += ["SYNTHETIC rows, made up to test this page: not results."] if any(row["synthetic"] for row in rows) else []
+    makers: Sequence[tuple[str, str, str, Callable[[Sequence[Row]], str]]] = (
+        ("hidden-sizes", "Speed-up against hidden size", "hidden-sizes", _hidden_sizes),
+        ("batch", "Hidden size by batch", "batch", _heat),
+        ("length", "Scaling in the number of steps", "length", _length),
+        ("cell", "One step: the cell", "cell", lambda r: _table(tables.cells(r))),
+        ("real", "LSTMs that people run", "real", _real),
+        ("features", "What features cost", "features", lambda r: _table(tables.features(r))),
+        ("memory", "Memory", "memory", _memory),
+        ("accuracy", "Accuracy against float64", "accuracy", _accuracy),
+        ("overhead", "Host time of a call", "overhead", lambda r: _table(tables.overhead(r), True)),
+        ("cold-start", "The first call", "cold-start", lambda r: _table(tables.cold_start(r), True)),
+        ("losses", "What loses, and why", "", _losses),
+        ("roofs", "Roofs and floors", "roofs", _roofs),
+        ("environment", "Environment and drift", "", _environment),
+    )
+    device = " --device cpu" if rows[0]["device"]["type"] == "cpu" else ""
+    sections = []
+    for key, title, suite, make in makers:
+        body = make(rows) or paragraph("No rows of this yet.", "quiet")
+        command = f"lstm-triton bench --suite {suite}{device}" if suite else ""
+        sections.append(Section(f"{id}-{key}", title, body, command))
+    return Part(id, name, " ".join(notes), sections)
+
+
+def _table(table: tables.Table, texts: bool = False) -> str:
+    if not table.rows:
+        return ""
+    html = table.html()
+    return f'<div class="texts">{html}</div>' if texts else html
+
+
+def _dtype_names(found: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(g.case.dtype_name for g in found))
+
+
+def _hidden_sizes(rows: Sequence[Row]) -> str:
+    parts = []
+    for mode, title in MODES.items():
+        found = [g for g in select.groups(rows, "hidden-sizes", lambda c, m=mode: c.mode == m) if g.execution == "eager"]  # type: ignore[misc]
+        series = []
+        for style, dtype in enumerate(_dtype_names(found)[: charts.STYLES]):
+            points = [(g.case.hidden_size, s) for g in found if g.case.dtype_name == dtype and (s := g.speedup()) is not None]
+            if points:
+                series.append(charts.Series(dtype, points, style))
+        if series:
+            case = found[0].case
+            picture = charts.lines(f"{title}: speed-up by hidden size", "hidden size", "speed-up over torch.nn.LSTM", series, 1.0)
+            parts.append(figure(picture, f"{title}; batch {case.batch}, {case.length} steps. Ours: {FASTEST}."))
+    if not parts:
+        return ""
+    return "".join(parts) + details("All figures", tables.headline(rows).html())
+
+
+def _heat(rows: Sequence[Row]) -> str:
+    parts = []
+    found = select.groups(rows, "batch")
+    for dtype in _dtype_names(found):
+        for mode, title in MODES.items():
+            hidden, batches, grid = tables.heat(rows, dtype, mode)
+            if not grid:
+                continue
+            head = "<tr><th>H \\ B</th>" + "".join(f"<th>{b}</th>" for b in batches) + "</tr>"
+            body = []
+            for h in hidden:
+                cells = [_heat_cell(grid.get((h, b))) for b in batches]
+                body.append(f"<tr><th>{h}</th>{''.join(cells)}</tr>")
+            length = next(iter(grid.values())).case.length
+            table = f'<div class="scroll"><table class="heat"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+            parts.append(figure(table, f"Speed-up, {dtype}, {length} steps. {title}. ▲ ahead, ▼ behind. Ours: {FASTEST}."))
+    if not parts:
+        return ""
+    return "".join(parts) + details("All figures", tables.headline(rows, "batch").html())
+
+
+def _heat_cell(group: Group | None) -> str:
+    speedup = group.speedup() if group else None
+    if speedup is None:
+        return "<td></td>"
+    share = min(abs(math.log2(speedup)) / 2, 1.0) * 70  # full colour at x4 and x1/4
+    hue = "--s0" if speedup >= 1 else "--s1"
+    return f'<td style="--hue:var({hue});--share:{share:.0f}%">{speedup:.2f} {"▲" if speedup >= 1 else "▼"}</td>'
+
+
+def _length(rows: Sequence[Row]) -> str:
+    parts = []
+    for mode, title in MODES.items():
+        found = [g for g in select.groups(rows, "length", lambda c, m=mode: c.mode == m) if g.execution == "eager"]  # type: ignore[misc]
+        names = [n for n in providers.all_providers() if any(g.us(n) for g in found)][: charts.STYLES]
+        series = []
+        for style, name in enumerate(names):
+            points = [(float(g.case.length), t / g.case.length) for g in found if (t := g.us(name)) is not None]
+            series.append(charts.Series(name, points, style))
+        if series:
+            case = found[0].case
+            picture = charts.lines(f"{title}: time per step by length", "steps", "microseconds per step", series)
+            parts.append(figure(picture, f"{title}; hidden size {case.hidden_size}, batch {case.batch}, {case.dtype_name}."))
+    return "".join(parts)
+
+
+def _real(rows: Sequence[Row]) -> str:
+    known = {w.id: w for w in workloads.load()}
+    found = [g for g in select.groups(rows, "real") if g.speedup() is not None]
+    if not found:
+        return ""
+    found.sort(key=lambda g: -(g.speedup() or 0))
+    bars = []
+    for g in found:
+        ours = g.ours()
+        assert ours is not None
+        project = known[g.case.name].project if g.case.name in known else g.case.name
+        graph = ", graph" if g.execution == "graph" else ""
+        text = f"{g.speedup():.2f}x"
+        bars.append(charts.Bar(f"{project}: {g.case.describe()}{graph}", g.speedup() or 1.0, text))
+    picture = charts.ratios("Speed-up of real workloads", bars, "this package ahead", "torch ahead")
+    body = figure(picture, f"Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic. Ours: {FASTEST}.")
+    listed = []
+    for g in found:
+        w = known.get(g.case.name)
+        auto = g.auto_speedup()
+        ours = g.ours()
+        listed.append([g.case.name, g.case.describe(), ours[0] if ours else "", f"{auto:.2f}" if auto else "", g.case.note,
+                       w.source if w else ""])  # fmt: skip
+    head = ("workload", "what was run", "way", "speed-up of auto", "remark", "source of the shape")
+    body += details("Each workload and its source", _table(tables.Table(head, listed), True))
+    missing = [[w.project, w.reason] for w in known.values() if w.case is None]
+    return body + details("Not run", _table(tables.Table(("workload", "why"), missing), True))
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    body = _table(tables.memory(rows))
+    return body and paragraph("What one training step holds between forward and backward, and at its peak.", "quiet") + body
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    body = _table(tables.accuracy(rows))
+    if not body:
+        return ""
+    return paragraph(
+        "The largest max and the largest RMS error over all shapes, in units of the true tensor's largest value; the truth is float64.",
+        "quiet",
+    ) + body  # fmt: skip
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    timed = select.groups(rows)
+    behind = select.losses(timed)
+    parts = []
+    compared = sum(g.speedup() is not None for g in timed)
+    if compared:
+        parts.append(paragraph(f"Of {compared} comparisons torch is ahead in {len(behind)}, beyond what the samples leave open."))
+    listed = []
+    for g in behind[:60]:
+        ours, theirs = g.ours(), g.theirs()
+        assert ours and theirs
+        mine, other = g.rows[ours[0]], g.rows[theirs[0]]
+        distance = f"{mine['distance']:.1f} times the floor" if mine["distance"] else ""
+        why = "; ".join(text for text in (mine["backend_reason"], other["algorithm"] and f"cuDNN: {other['algorithm']}", distance) if text)
+        listed.append([f"{g.case.describe()}, {g.execution}", f"{g.speedup():.2f}", ours[0], why])
+    if listed:
+        parts.append(_table(tables.Table(("case", "speed-up", "way", "what is known of the reason"), listed), True))
+    wrong = tables.not_timed(rows)
+    if wrong.rows:
+        parts.append(paragraph("Not timed: results that were wrong, failures, and what could not be tried."))
+        parts.append(_table(wrong, True))
+    return "".join(parts)
+
+
+def _roofs(rows: Sequence[Row]) -> str:
+    body = _table(tables.roofs(rows))
+    if not body:
+        return ""
+    return paragraph("The floor of a step: one exchange between programs + max(tensor, memory). Distances stand in the tables above.",
+                     "quiet") + body  # fmt: skip
+
+
+def _environment(rows: Sequence[Row]) -> str:
+    row = max(rows, key=lambda r: r["date"])
+    device, versions, source = row["device"], row["versions"], row["source"]
+    facts = [(name, str(value)) for name, value in [*device.items(), *versions.items()] if value is not None]
+    commits = sorted({f"{r['source']['commit'] or 'installed'}{' with changes' if r['source']['dirty'] else ''}" for r in rows})
+    facts += [("commits of the rows", ", ".join(commits)), ("digest of the newest code", source["digest"])]
+    facts += [("rows", f"{len(rows)}, from {min(r['date'] for r in rows)} to {row['date']}")]
+    facts += [("L2 cache", ", ".join(sorted({r["l2"] for r in rows if r["l2"]})) or "not stated")]
+    for name in ("sm_clock_mhz", "power_w", "temperature_c"):
+        seen = [r["state"][name] for r in rows if r["state"].get(name) is not None]
+        if seen:
+            facts.append((name, f"{min(seen):g} to {max(seen):g}"))
+    facts.append(("commands", "; ".join(sorted({r["command"] for r in rows})[:8])))
+    body = '<div class="texts">' + tables.Table(("what", "is"), facts).html() + "</div>"
+    return body + drift(rows)
+
+
+def drift(rows: Sequence[Row]) -> str:
+    """What the repeated anchor case says of the machine's steadiness."""
+    anchors = sorted(select.of_kind(rows, "anchor", "ok"), key=lambda r: r["date"])
+    if len(anchors) < 2:
+        return paragraph("The anchor case has run too seldom to show drift.", "quiet")
+    times = [r["timing"]["p50_us"] for r in anchors]
+    spread = (max(times) / min(times) - 1) * 100
+    note = "quiet" if spread < 5 else "note"
+    text = f"The same anchor case, measured {len(times)} times along the way, moved by {spread:.1f} %."
+    return paragraph(text + (" Smaller differences than that mean nothing here." if spread >= 5 else ""), note) + (
+        f'<p class="quiet">{escape(", ".join(f"{t:.4g}" for t in times[:40]))} us</p>'
+    )

@@ -1,0 +1,256 @@
+"""A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there."""
+
+import datetime
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cases, floor, providers, rows, schema, store
+from .cases import Case, Task
+from .measure import names_of
+from .progress import Progress, duration
+from .worker import Setup, Worker, WorkerDied
+
+ANCHOR_SECONDS = 60.0
+
+
+@dataclass
+class Options:
+    """Of a run. budget_s: stop by then; seconds: of sampling for each provider; silence_s: after which a worker is given up."""
+
+    folder: Path
+    device: str
+    command: str
+    budget_s: float | None = None
+    seconds: float = 1.0
+    silence_s: float = 180.0
+    flush_l2: bool = False
+    names: tuple[str, ...] | None = None
+    threads: int | None = None
+    again: bool = False
+    retry: bool = False
+    path: Sequence[str] | None = None  # of the workers' imports
+    environment: dict[str, str] = field(default_factory=dict)
+    anchors: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did. left: tasks that the budget did not reach; problems: lines of earlier files that are not rows."""
+
+    rows: int
+    measured: int
+    before: int
+    left: int
+    problems: list[str]
+
+
+def anchor(device_type: str) -> Task:
+    """A case that never changes, measured again and again: what moves in it is the machine."""
+    if device_type == "cuda":
+        case = Case("anchor", 512, 16, 128, dtype="float16")
+    else:
+        case = Case("anchor", 64, 4, 16, dtype="float32", precision="ieee")
+    return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
+
+
+def done_before(found: Sequence[dict[str, Any]], like: dict[str, Any], retry: bool) -> set[tuple]:
+    """Keys of rows that need not be measured again: of the same code, on the same device, with the same libraries."""
+
+    def identity(row: dict[str, Any]) -> tuple:
+        versions = tuple(row["versions"].get(name) for name in ("torch", "triton", "cudnn"))
+        return row["source"]["digest"], row["device"]["name"], row["device"].get("driver"), versions, row["synthetic"]
+
+    wanted = identity(like)
+    return {
+        cases.row_key(row)
+        for row in found
+        if identity(row) == wanted and row["kind"] != "anchor" and (not retry or row["status"] in ("ok", "wrong"))
+    }
+
+
+class Runner:
+    """Runs tasks through workers, restarts these when they die, and appends every row."""
+
+    def __init__(self, options: Options, tasks: Sequence[Task], progress: Progress, say: Callable[[str], None]) -> None:
+        self._options, self._tasks, self._progress, self._say = options, list(tasks), progress, say
+        self._workers: dict[bool, Worker] = {}
+        self._run = uuid.uuid4().hex[:12]
+        self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+        self._rows: list[dict[str, Any]] = []
+        self._known: list[dict[str, Any]] = []
+        self._template: dict[str, Any] = {}
+
+    def run(self) -> Outcome:
+        with store.one_run_at_a_time(self._options.folder):
+            try:
+                return self._run_all()
+            finally:
+                for worker in self._workers.values():
+                    worker.end()
+
+    def _run_all(self) -> Outcome:
+        found = store.read_all([self._options.folder])
+        self._known = found.rows
+        self._template = self._make_template()
+        done = set() if self._options.again else done_before(found.rows, self._template, self._options.retry)
+        before = measured = 0
+        last_anchor: float | None = None
+        for index, task in enumerate(self._tasks):
+            skip = self._skip(task, done)
+            if skip is None:
+                before += 1
+                self._progress.total -= 1
+                continue
+            if self._is_late():
+                return self._outcome(measured, before, len(self._tasks) - index, found.problems)
+            if self._options.anchors and (last_anchor is None or time.monotonic() - last_anchor > ANCHOR_SECONDS):
+                self._measure(anchor(self._template["device"]["type"]), set())
+                last_anchor = time.monotonic()
+            if not self._measure(task, skip):
+                return self._outcome(measured, before, len(self._tasks) - index, found.problems)
+            measured += 1
+            self._progress.task_done()
+        if self._options.anchors and measured:
+            self._measure(anchor(self._template["device"]["type"]), set())
+        return self._outcome(measured, before, 0, found.problems)
+
+    def _outcome(self, measured: int, before: int, left: int, problems: list[str]) -> Outcome:
+        return Outcome(len(self._rows), measured, before, left, problems)
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _make_template(self) -> dict[str, Any]:
+        """A row as this run's workers make them, to compare earlier rows with and to write of workers that died."""
+        worker = self._worker(False)
+        maker = rows.RowMaker(torch.device("cpu"), self._options.command, self._run)
+        template = maker.make(anchor("cpu"), "none", "eager", "skipped", "never written")
+        return template | worker.about
+
+    def _skip(self, task: Task, done: set[tuple]) -> set[tuple[str, str]] | None:
+        """The (provider, execution) pairs that are done, or None when all are."""
+        named = {(key[4], key[5]) for key in done if key[:4] == self._key(task)}
+        if task.kind in ("overhead", "cold-start", "roof"):
+            # These name their own rows: all were written together, or not.
+            return None if named else set()
+        device_type = self._template["device"]["type"]
+        wanted = {(n, e) for n in names_of(task, device_type, self._options.names) for e in task.executions}
+        return None if wanted <= named else wanted & named
+
+    @staticmethod
+    def _key(task: Task) -> tuple:
+        row = {"kind": task.kind, "suite": task.suite, "case": task.case.to_json(), "provider": "", "execution": ""}
+        return cases.row_key(row)[:4]
+
+    def _worker(self, interpreter: bool) -> Worker:
+        if interpreter not in self._workers:
+            o = self._options
+            setup = Setup(o.device, o.command, self._run, o.flush_l2, o.names, o.threads)
+            worker = Worker(setup, interpreter=interpreter, path=o.path, environment=o.environment)
+            self._workers[interpreter] = worker
+            try:
+                worker.ready()
+            except WorkerDied as error:
+                del self._workers[interpreter]
+                raise RuntimeError(f"the measuring process does not start on {o.device!r}: {error}") from error
+        return self._workers[interpreter]
+
+    def _measure(self, task: Task, skip: set[tuple[str, str]]) -> bool:
+        """False when the budget ended first."""
+        written: list[dict[str, Any]] = []
+        names = names_of(task, self._template["device"]["type"], self._options.names)
+        everyone = {(n, e) for n in names for e in task.executions}
+        groups = [everyone - skip]  # measured together, each of them
+        while groups:
+            group = groups.pop(0)
+            count = len(written)
+            try:
+                self._progress.stage(task.case.describe())
+                finished = self._worker(task.interpreter).run(
+                    task, everyone - group, floor.from_rows([*self._known, *self._rows], self._template["device"]["name"]),
+                    0.3 if task.kind == "anchor" else self._options.seconds,
+                    lambda row: written.append(self._write(row)),
+                    lambda what: self._progress.stage(f"{task.case.describe()} · {what}"),
+                    silence_s=self._options.silence_s, deadline=self._deadline,
+                )  # fmt: skip
+            except WorkerDied as death:
+                self._workers.pop(task.interpreter, None)
+                group -= {(row["provider"], row["execution"]) for row in written[count:]}
+                groups += self._blame(task, group, death, written)
+                continue
+            if not finished:
+                self._workers.pop(task.interpreter, None)
+                return False
+        self._say_task(task, written)
+        return True
+
+    def _blame(
+        self, task: Task, group: set[tuple[str, str]], death: WorkerDied, written: list[dict[str, Any]]
+    ) -> list[set[tuple[str, str]]]:
+        """Write the death down to who was at work; returns the groups to go on with.
+
+        Where several were being timed, each is tried once more by itself.
+        """
+        guilty = {(n, e) for n, e in group if n == death.provider}
+        names = {n for n, _ in group}
+        if not guilty and len(names) > 1 and death.stage == "timing":
+            return [{pair for pair in group if pair[0] == name} for name in sorted(names)]
+        guilty = guilty or group
+        for provider, execution in sorted(guilty):
+            reason = f"{death} (while: {death.stage} of {death.provider})"
+            written.append(self._write(self._failure(task, provider, execution, reason)))
+        return [group - guilty] if group - guilty else []
+
+    def _failure(self, task: Task, provider: str, execution: str, reason: str) -> dict[str, Any]:
+        label = schema.CPU_LABEL if self._template["device"]["type"] == "cpu" else None
+        return self._template | {
+            "kind": task.kind, "status": "failed", "reason": reason, "suite": task.suite, "case": task.case.to_json(),
+            "provider": provider, "execution": execution, "state": {}, "label": label,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }  # fmt: skip
+
+    def _write(self, row: dict[str, Any]) -> dict[str, Any]:
+        store.append(self._options.folder / f"{row['suite']}.jsonl", row)
+        self._rows.append(row)
+        return row
+
+    def _say_task(self, task: Task, written: Sequence[dict[str, Any]]) -> None:
+        if written and task.kind != "anchor":
+            self._say(summary_line(task, written))
+
+
+def summary_line(task: Task, written: Sequence[dict[str, Any]]) -> str:
+    """A task's rows in one line, for the terminal."""
+    parts = []
+    for row in written:
+        name = row["provider"] + (" graph" if row["execution"] == "graph" else "")
+        if row["timing"]:
+            t = row["timing"]
+            parts.append(f"{name} {t['us_per_step']:.3g} us/step (p20 {t['p20_us']:.4g}, p80 {t['p80_us']:.4g} us a call)")
+        elif row["status"] == "ok" and row["bytes"]:
+            parts.append(f"{name} {row['bytes']['saved'] / 2**20:.1f} MiB saved")
+        elif row["status"] == "ok" and row["errors"]:
+            parts.append(f"{name} max error {max(e['max'] for e in row['errors'].values() if e['max'] != 'inf'):.1e}")
+        elif row["status"] == "ok" and row["values"]:
+            parts.append(f"{name} " + ", ".join(f"{k} {v:.3g}" for k, v in row["values"].items()))
+        else:
+            parts.append(f"{name} {row['status'].upper()}: {row['reason']}")
+    return f"{task.suite} · {task.case.describe()}\n    " + "\n    ".join(parts)
+
+
+def finish(outcome: Outcome, folder: Path, budget_s: float | None) -> str:
+    """The last words of a run."""
+    text = f"{outcome.measured} tasks measured, {outcome.rows} rows appended to {folder}"
+    if outcome.before:
+        text += f"; {outcome.before} were measured before"
+    if outcome.left and budget_s is not None:
+        text += f"; {outcome.left} are left after {duration(budget_s)}: the same command continues"
+    for problem in outcome.problems:
+        text += f"\nnot a row, left as it is: {problem}"
+    return text

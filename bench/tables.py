@@ -1,0 +1,192 @@
+"""The tables, each as data that becomes HTML or Markdown."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from . import providers
+from .select import Group, Row, groups, number, of_kind
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells; the first column is text, the others are figures. marks: (row, column) that need a second look."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(text)}</th>" for text in self.head)
+        body = []
+        for i, row in enumerate(self.rows):
+            cells = [f"<th>{escape(row[0])}</th>"]
+            for j, text in enumerate(row[1:], 1):
+                cells.append(f'<td{" class=mark" if (i, j) in self.marks else ""}>{escape(text)}</td>')
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+    def markdown(self) -> str:
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+        rule = ["---", *["---:"] * (len(self.head) - 1)]
+        return "\n".join([line(self.head), line(rule), *(line(row) for row in self.rows)])
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def headline(rows: Sequence[Row], suite: str = "hidden-sizes") -> Table:
+    """By hidden size, dtype and mode: microseconds per step of this package and of torch, the algorithm, the floor."""
+    found = [g for g in groups(rows, suite) if g.execution == "eager"]
+    found.sort(key=lambda g: (g.case.hidden_size, g.case.batch, g.case.length, g.case.dtype_name, g.case.mode))
+    body, marks = [], set()
+    for g in found:
+        ours, theirs = g.ours(), g.theirs()
+        if ours is None and theirs is None:
+            continue
+        steps = g.case.length
+        auto = g.us(providers.OURS)
+        row = g.rows[ours[0]] if ours else {}
+        speedup = g.speedup()
+        if speedup is not None and speedup < 1:
+            marks.add((len(body), 5))
+        body.append(
+            [
+                f"H{g.case.hidden_size} B{g.case.batch} T{steps} {g.case.dtype_name} {g.case.mode}",
+                _us(ours[1] / steps) if ours else "",
+                ours[0].removeprefix("lstm_triton ") if ours else "",
+                _us(auto / steps) if auto else "",
+                _us(theirs[1] / steps) if theirs else "",
+                _ratio(speedup),
+                (g.rows[theirs[0]]["algorithm"] or "") if theirs else "",
+                _ratio(row.get("distance")),
+            ]
+        )
+    head = ("case", "ours, us/step", "way", "auto", "torch", "speed-up", "cuDNN algorithm", "times the floor")
+    return Table(head, body, frozenset(marks))
+
+
+def cells(rows: Sequence[Row]) -> Table:
+    """One step: microseconds of each provider, eager and in a graph."""
+    found = sorted(groups(rows, "cell"), key=lambda g: (g.case.dtype, g.case.mode, g.case.hidden_size, g.case.batch, g.execution))
+    names = [n for n in (providers.OURS, providers.TORCH_CELL, "torch.compile") if any(n in g.rows for g in found)]
+    body = []
+    for g in found:
+        label = f"H{g.case.hidden_size} B{g.case.batch} {g.case.dtype_name} {g.case.mode}, {g.execution}"
+        body.append([label, *(_us(g.us(n)) for n in names), _ratio(g.auto_speedup())])
+    return Table(("case", *(f"{n}, us" for n in names), "speed-up"), body)
+
+
+def features(rows: Sequence[Row]) -> Table:
+    """What a feature costs: each variant's time, and over the padded one's of the same provider."""
+    found = [g for g in groups(rows, "features") if g.execution == "eager"]
+    plain = {g.case.mode: g for g in found if g.case.name == "padded"}
+    body = []
+    for g in sorted(found, key=lambda g: g.case.mode):
+        cells: list[str] = [f"{g.case.name}, {g.case.mode}"]
+        for name in (providers.OURS, providers.CUDNN):
+            time = g.us(name)
+            base = plain[g.case.mode].us(name) if g.case.mode in plain else None
+            cells += [_us(time), f"x{time / base:.2f}" if time and base else ""]
+        body.append([*cells, _ratio(g.auto_speedup())])
+    head = ("variant", "lstm_triton auto, us", "of padded", "torch.nn.LSTM, us", "of padded", "speed-up")
+    return Table(head, body)
+
+
+def memory(rows: Sequence[Row]) -> Table:
+    """Bytes held for the backward, in MiB."""
+    body = []
+    for row in sorted(of_kind(rows, "memory", "ok"), key=lambda r: (r["case"]["name"], r["case"]["dtype"])):
+        held = row["bytes"]
+        mib = [f"{held[name] / 2**20:,.1f}" if name in held else "" for name in ("saved", "after_forward", "peak")]
+        body.append([f"{row['case']['name']} {row['case']['dtype']}", row["provider"], *mib])
+    return Table(("case", "provider", "saved by autograd, MiB", "held after forward, MiB", "peak, MiB"), body)
+
+
+# Tensors of the accuracy table: all weights' gradients in one column.
+_COLUMNS = {"y": ("y",), "h_n, c_n": ("h_n", "c_n"), "dx": ("dx",), "dh0, dc0": ("dh0", "dc0"), "dW, db": ("dweight", "dbias")}
+
+
+def accuracy(rows: Sequence[Row], kind: str = "accuracy") -> Table:
+    """Over all cases: the largest max error and the largest RMS error of each provider, by dtype and input scale."""
+    worst: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for row in of_kind(rows, kind, "ok", "wrong"):
+        if not row["errors"]:
+            continue
+        case = row["case"]
+        interpreted = " (interpreted)" if "interpreter" in (row["label"] or "") else ""
+        label = f"{case['dtype']} {case['precision']}".strip() + f", input x{case['scale']:g}"
+        entry = worst.setdefault((label, row["provider"] + interpreted), {})
+        for column, beginnings in _COLUMNS.items():
+            for name, e in row["errors"].items():
+                if name.startswith(beginnings) and (name == column or column not in ("y", "dx") or name in ("y", "dx")):
+                    old = entry.get(column, (0.0, 0.0))
+                    entry[column] = max(old[0], number(e["max"])), max(old[1], number(e["rms"]))
+    body = []
+    for (label, provider), entry in sorted(worst.items()):
+        cells = [f"{entry[c][0]:.1e} / {entry[c][1]:.1e}" if c in entry else "" for c in _COLUMNS]
+        body.append([label, provider, *cells])
+    return Table(("dtype, scale", "provider", *(f"{c}: max / RMS" for c in _COLUMNS)), body)
+
+
+def overhead(rows: Sequence[Row]) -> Table:
+    """Host microseconds per call."""
+    body = []
+    for row in of_kind(rows, "overhead", "ok"):
+        v = row["values"]
+        parts = [_us(v.get(name)) for name in ("total_us", "checks_us", "dispatch_us", "launch_us")]
+        body.append([f"{row['case']['name']}, {row['case']['mode']}", row["provider"], *parts, row["label"] or ""])
+    return Table(("call", "provider", "in all, us", "checks and the rest", "dispatch", "launches", "remark"), body)
+
+
+def cold_start(rows: Sequence[Row]) -> Table:
+    """Seconds."""
+    body = []
+    for row in of_kind(rows, "cold-start", "ok"):
+        v = row["values"]
+        names = ("empty_import_s", "empty_first_call_s", "warm_first_call_s", "empty_second_call_s")
+        body.append([row["case"]["name"], row["provider"], *(f"{v[n]:.3g}" if n in v else "" for n in names), row["label"] or ""])
+    head = ("call", "provider", "import, s", "first call, no kernels yet, s", "first call, kernels on disk, s", "second call, s", "remark")
+    return Table(head, body)
+
+
+def heat(rows: Sequence[Row], dtype_name: str, mode: str) -> tuple[list[int], list[int], dict[tuple[int, int], Group]]:
+    """Hidden sizes, batches, and the group of each (hidden size, batch) of the heat map."""
+    found = {}
+    for g in groups(rows, "batch", lambda c: c.dtype_name == dtype_name and c.mode == mode):
+        if g.execution == "eager" and g.speedup() is not None:
+            found[g.case.hidden_size, g.case.batch] = g
+    return sorted({h for h, _ in found}), sorted({b for _, b in found}), found
+
+
+def roofs(rows: Sequence[Row]) -> Table:
+    body = []
+    for row in of_kind(rows, "roof", "ok"):
+        for name, value in row["values"].items():
+            if name.endswith("bytes_per_s"):
+                body.append([name.removesuffix("_bytes_per_s"), f"{value / 1e9:,.0f} GB/s"])
+            elif name.endswith("flops_per_s"):
+                body.append([name.removesuffix("_flops_per_s").replace("_", " "), f"{value / 1e12:,.3g} TFLOP/s"])
+            else:
+                body.append([name.removesuffix("_us").replace("_", " "), f"{value:.3g} us"])
+    return Table(("roof", "measured"), body)
+
+
+def not_timed(rows: Sequence[Row]) -> Table:
+    """What was wrong, failed or was skipped, and why; equal reasons once."""
+    found: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row["status"] != "ok" and row["kind"] != "anchor":
+            key = row["status"], row["provider"], row["reason"]
+            found[key] = found.get(key, 0) + 1
+    order = {"wrong": 0, "failed": 1, "skipped": 2}
+    body = [[status, provider, reason, str(n)] for (status, provider, reason), n in
+            sorted(found.items(), key=lambda item: (order[item[0][0]], item[0]))]  # fmt: skip
+    return Table(("what", "provider", "why", "rows"), body)

@@ -1,0 +1,118 @@
+"""Dropout between the layers of LSTM, and LSTM under autocast."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from lstm_triton import LSTM
+from support.lstms import backends, flat, gradients, pair
+
+# ---- dropout -----------------------------------------------------------------------------------------------------------
+
+T, B, H = 16, 8, 16
+SMALL = 1e-3
+
+
+def _revealing(p: float, backend: str, device) -> LSTM:
+    """Two layers whose output is SMALL times what the second is given, which the first keeps at one value.
+
+    In both i = o = 1 and f = 0 to the last digit, so that h = tanh(tanh(z_g)), where z_g of the first is its bias.
+    """
+    lstm = LSTM(H, H, 2, dropout=p, dtype=torch.float64, device=device, backend=backend)
+    with torch.no_grad():
+        for parameter in lstm.parameters():
+            parameter.zero_()
+        for bias in (lstm.bias_ih_l0, lstm.bias_ih_l1):
+            for gate, value in zip(bias.chunk(4), (40.0, -800.0, 0.0, 40.0)):
+                gate.fill_(value)
+        lstm.bias_ih_l0.chunk(4)[2].fill_(0.5)
+        lstm.weight_ih_l1.chunk(4)[2].copy_(SMALL * torch.eye(H))
+    return lstm
+
+
+@backends
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_is_a_scaled_bernoulli_and_so_is_its_backward(p, backend, device):
+    lstm = _revealing(p, backend, device)
+    x = torch.zeros(T, B, H, dtype=torch.float64, device=device)
+    y, (h_n, _) = lstm(x)
+    kept = y.abs() > SMALL / 100
+    first = math.tanh(math.tanh(0.5))
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], SMALL * first / (1 - p)), rtol=1e-5, atol=0)
+    assert not y[~kept].any()
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / y.numel())
+    for dim in range(3):  # not the same mask for all steps, rows or units
+        assert (kept != kept.select(dim, 0).unsqueeze(dim)).any()
+    torch.testing.assert_close(h_n[0], torch.full_like(h_n[0], first))
+    # dy/db_g of a unit of the first layer counts the kept elements of that unit.
+    y.sum().backward()
+    slope = SMALL / (1 - p) * (1 - first**2) * (1 - math.tanh(0.5) ** 2)
+    torch.testing.assert_close(lstm.bias_ih_l0.grad.chunk(4)[2], slope * kept.double().sum((0, 1)), rtol=1e-5, atol=0)
+
+
+@backends
+def test_dropout_is_deterministic_per_seed_and_only_in_training(backend, device):
+    theirs, lstm = pair(3, 4, 3, dropout=0.5, bidirectional=True, backend=backend, device=device)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, device=device)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results = flat(lstm(x))
+        runs.append([*results, *gradients(results, lstm.parameters())])
+    assert all(map(torch.equal, runs[0], runs[1]))
+    assert not torch.equal(runs[0][0], runs[2][0])
+    assert torch.equal(runs[0][1][:2], runs[2][1][:2]), "the first layer's state is not dropped"
+    torch.testing.assert_close(flat(lstm.eval()(x)), flat(theirs.eval()(x)), rtol=0, atol=1e-12)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5]), enforce_sorted=False)
+    lstm.train()
+    torch.manual_seed(1)
+    first = flat(lstm(packed))
+    torch.manual_seed(1)
+    assert all(map(torch.equal, first, flat(lstm(packed))))
+    assert not torch.equal(first[0], flat(lstm(packed))[0])
+
+
+@backends
+def test_last_layer_is_not_dropped(backend, device):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is pointless
+        theirs, lstm = pair(3, 4, dropout=0.9, bidirectional=True, backend=backend, device=device)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, device=device)
+    torch.testing.assert_close(flat(lstm(x)), flat(theirs.eval()(x)), rtol=0, atol=1e-12)
+
+
+@backends
+def test_everything_is_dropped(backend, device):
+    _, lstm = pair(3, 4, 2, dropout=1.0, backend=backend, device=device)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    y, (h, c) = lstm(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert not gradient.any()
+    (gradient,) = torch.autograd.grad(h.sum() + c.sum(), x)
+    assert gradient.all()
+
+
+# ---- autocast ----------------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autocast(dtype, backend, device):
+    """Results in the autocast's dtype (bfloat16 stays bfloat16, float64 float64), gradients in the parameters'."""
+    lstm = LSTM(3, 4, 2, bidirectional=True, dtype=dtype, device=device, backend=backend)
+    x = torch.randn(5, 2, 3, device=device, dtype=dtype, requires_grad=True)
+    expected = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    hx = torch.randn(2, 4, 2, 4, device=device, dtype=dtype)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5]), enforce_sorted=False)
+    with torch.autocast(device.type, torch.bfloat16):
+        calls = [flat(lstm(x)), flat(lstm(x, tuple(hx))), flat(lstm(packed)), flat(lstm(x, return_cell_states=True))]
+    for results in calls:
+        assert {t.dtype for t in results} == {expected}
+        found = gradients(results, [x, *lstm.parameters()])
+        assert all(g.dtype == dtype and g.isfinite().all() and g.any() for g in found)
+    exact = LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64, device=device, backend="reference")
+    exact.load_state_dict({name: p.double() for name, p in lstm.state_dict().items()})
+    for results, truth in zip(calls, (flat(exact(x.double())), flat(exact(x.double(), tuple(hx.double()))))):
+        for a, b in zip(results, truth):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=16 * torch.finfo(expected).eps)
