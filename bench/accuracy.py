@@ -9,11 +9,17 @@ from torch import Tensor
 from .cases import Case
 
 # Half the distance between neighbouring numbers near 1: what one rounding costs, by how products take their operands.
-ROUNDING = {"float32 tf32": 2.0**-11, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
+ROUNDING = {
+    "float32 tf32": 2.0**-11,
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float64": 2.0**-53,
+}
 
-# A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings. That is far from what
-# rounding in another order can do, and close enough that a misplaced row or step cannot hide. Whether a provider is as accurate as
-# torch (twice its largest error) is another question, which the table of errors answers.
+# A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings: far from what
+# rounding in another order can do, and close enough that a misplaced row or step cannot hide. Whether a provider is as
+# accurate as torch (twice its largest error) is another question, which the table of errors answers.
 TIMES_TORCH = 8.0
 ROUNDINGS = 16.0
 ROUNDINGS_ALONE = 64.0  # where torch itself cannot compute it

@@ -21,7 +21,7 @@ def main(ref: str, options: run.Options, tasks: Sequence[Task]) -> int:
     if root is None:
         raise UsageError("--against needs a git checkout of this project")
     commit = _resolve(root, ref)
-    names = options.names or tuple(name for name in ("lstm_triton auto", "lstm_triton triton") if options.device != "cpu" or "auto" in name)
+    names = options.names or ("lstm_triton auto", *(("lstm_triton triton",) if options.device != "cpu" else ()))
     folder = options.folder / f"against-{commit[:12]}"
     with tempfile.TemporaryDirectory(prefix="lstm-triton-against-") as scratch:
         other = export(root, commit, Path(scratch))
@@ -46,7 +46,9 @@ def main(ref: str, options: run.Options, tasks: Sequence[Task]) -> int:
 
 def _resolve(root: Path, ref: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"], capture_output=True, text=True
+        ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"],
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise UsageError(f"--against {ref}: git knows no such commit")
@@ -54,7 +56,7 @@ def _resolve(root: Path, ref: str) -> str:
 
 
 def export(root: Path, commit: str, scratch: Path) -> Path:
-    """A folder to import that commit's package from, with this version's benchmark: both sides are measured by the same code."""
+    """A folder to import that commit's package from, with the benchmark of here: one code measures both."""
     tree = scratch / "tree"
     try:
         _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)

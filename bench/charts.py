@@ -59,15 +59,20 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], leve
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(_text(left - 8, py(tick) + 5, f"{tick:g}", "end"))
-    last = -math.inf
+    free = -math.inf  # labels as wide as on a narrow page, where letters are larger
     for x in xs:
-        if px(x) - last >= 46:  # leave out what would run into its neighbour
-            parts.append(_text(px(x), height - bottom + 24, f"{x:g}", "middle"))
-            last = px(x)
+        label = f"{x:g}"
+        half = 6.5 * len(label)
+        if px(x) - half >= free:
+            middle = min(px(x), WIDTH - half)
+            parts.append(_text(middle, height - bottom + 24, label, "middle"))
+            free = middle + half + 8
     parts.append(_text((left + WIDTH - right) / 2, height - 10, x_label, "middle"))
     parts.append(_text(4, 18, y_label, "start"))
     if level:
-        parts.append(f'<line class="level" x1="{left}" x2="{WIDTH - right}" y1="{py(level):.1f}" y2="{py(level):.1f}"/>')
+        parts.append(
+            f'<line class="level" x1="{left}" x2="{WIDTH - right}" y1="{py(level):.1f}" y2="{py(level):.1f}"/>'
+        )
     for s in series:
         points = sorted((px(x), py(y)) for x, y in s.points)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -82,34 +87,33 @@ def key(series: Sequence[Series]) -> str:
     entries = []
     for s in series:
         picture = f'<g class="s{s.style}"><polyline points="2,8 34,8"/>{_MARKERS[s.style](18, 8)}</g>'
-        entries.append(f'<span class="key"><svg viewBox="0 0 36 16" aria-hidden="true">{picture}</svg>{escape(s.name)}</span>')
+        entries.append(
+            f'<span class="key"><svg viewBox="0 0 36 16" aria-hidden="true">{picture}</svg>{escape(s.name)}</span>'
+        )
     return f'<p class="keys">{" ".join(entries)}</p>'
 
 
-def ratios(title: str, bars: Sequence[Bar], ahead: str, behind: str) -> str:
-    """Horizontal bars from 1 on a logarithmic scale: to the right what is ahead, to the left, hatched, what is behind."""
-    row, head = 46, 30
-    largest = max(2.0, *(max(b.value, 1 / b.value) for b in bars)) if bars else 2.0
-    middle, half = WIDTH / 2, WIDTH / 2 - 90
-    height = head + row * len(bars) + 10
-    parts = [
-        '<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect width="6" height="6" class="behind"/><line y2="6" class="stripe"/></pattern></defs>',
-        _text(middle + 8, 18, ahead, "start"),
-        _text(middle - 8, 18, behind, "end"),
-    ]
-    for k, bar in enumerate(bars):
-        y = head + row * k
-        length = max(half * abs(math.log(bar.value)) / math.log(largest), 1.5)
-        forward = bar.value >= 1
-        x = middle if forward else middle - length
-        fill = "ahead" if forward else "lags"
-        parts.append(f'<text class="name" x="4" y="{y + 15}">{escape(bar.name)}</text>')
-        parts.append(f'<rect class="{fill}" x="{x:.1f}" y="{y + 21}" width="{length:.1f}" height="16" rx="2"/>')
-        end = x + length + 6 if forward else x - 6
-        parts.append(_text(end, y + 34, bar.text, "start" if forward else "end"))
-    parts.append(f'<line class="axis" x1="{middle}" x2="{middle}" y1="{head - 4}" y2="{height - 6}"/>')
-    return _svg(title, height, parts)
+def ratios(bars: Sequence[Bar], ahead: str, behind: str) -> str:
+    """Horizontal bars from 1 on a logarithmic scale: to the right what is ahead, to the left, hatched, what is behind.
+
+    HTML rather than SVG, so that long names wrap on a narrow page.
+    """
+    largest = max([2.0, *(max(b.value, 1 / b.value) for b in bars)])
+    parts = [f'<div class="sides"><span>◂ {escape(behind)}</span><span>{escape(ahead)} ▸</span></div>']
+    for bar in bars:
+        share = max(
+            36 * abs(math.log(bar.value)) / math.log(largest), 0.4
+        )  # percent of the width; the rest is for the figure
+        text = f"<span>{escape(bar.text)}</span>"
+        if bar.value >= 1:
+            inner = (
+                f'<i class="ahead" style="left:50%;width:{share:.1f}%"></i><b style="left:{50 + share:.1f}%">{text}</b>'
+            )
+        else:
+            inner = f'<i class="behind" style="left:{50 - share:.1f}%;width:{share:.1f}%"></i>'
+            inner += f'<b class="left" style="right:{50 + share:.1f}%">{text}</b>'
+        parts.append(f'<div class="bar"><div>{escape(bar.name)}</div><div class="track">{inner}</div></div>')
+    return f'<div class="bars">{"".join(parts)}</div>'
 
 
 def _ticks(low: float, high: float) -> list[float]:

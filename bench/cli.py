@@ -25,7 +25,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 when something measured is wrong or failed to be read, 2 for unusable arguments or files, 130 after Ctrl-C."""
+    """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -52,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
+    what.add_argument(
+        "--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all"
+    )
     what.add_argument("--dtype", action="append", choices=DTYPES)
     what.add_argument("--mode", action="append", choices=MODES)
     what.add_argument("--provider", action="append", metavar="NAME", help="--list-providers shows them")
@@ -63,24 +65,38 @@ def make_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="auto", help="auto (the GPU, if any), cuda, cuda:1, cpu")
     how.add_argument("--budget", type=seconds_of, metavar="8m", help="stop in time: 45s, 8m, 1h")
-    how.add_argument("--seconds", type=positive, default=None, help="sampling per provider and case (default 1; CPU 0.5)")
-    how.add_argument("--timeout", type=positive, default=180.0, help="seconds of silence after which a kernel counts as hung")
+    how.add_argument(
+        "--seconds", type=positive, default=None, help="sampling per provider and case (default 1; CPU 0.5)"
+    )
+    how.add_argument(
+        "--timeout", type=positive, default=180.0, help="seconds of silence after which a kernel counts as hung"
+    )
     how.add_argument("--flush-l2", action="store_true", help="write over the L2 cache before each timed call")
     how.add_argument("--threads", type=int, help="of the CPU, for torch")
     how.add_argument("--scale", choices=suites.SCALES, help="sizes; default: gpu on a GPU, cpu on a CPU")
     how.add_argument("--again", action="store_true", help="measure also what has rows already")
     how.add_argument("--retry", action="store_true", help="try what failed or was skipped once more")
-    how.add_argument("--output", type=Path, help="folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>")
+    how.add_argument(
+        "--output", type=Path, help="folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>"
+    )
     show = parser.add_argument_group("what is shown")
     show.add_argument("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE",
                       help="only render rows as one HTML page (default: report.html beside them)")  # fmt: skip
     show.add_argument("--no-report", action="store_true", help="do not render the page after measuring")
-    show.add_argument("--readme", type=Path, metavar="FILE", help="only rewrite the tables between the markers of this file")
-    show.add_argument("--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output")
+    show.add_argument(
+        "--readme", type=Path, metavar="FILE", help="only rewrite the tables between the markers of this file"
+    )
+    show.add_argument(
+        "--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output"
+    )
     show.add_argument("--validate", nargs="+", type=Path, metavar="PATH", help="only check files of rows")
-    show.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two files or folders of rows")
+    show.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two files or folders of rows"
+    )
     show.add_argument("--against", metavar="REF", help="measure this version and another of its git history, in turns")
-    show.add_argument("--tune", action="store_true", help="sweep the launch configurations; prints a table, changes nothing")
+    show.add_argument(
+        "--tune", action="store_true", help="sweep the launch configurations; prints a table, changes nothing"
+    )
     return parser
 
 
@@ -131,7 +147,9 @@ def _dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
     tasks = select_tasks(options, device)
     if options.list:
         for task in tasks:
-            print(f"{task.suite:<13} {task.kind:<11} {'+'.join(task.executions):<12} {task.case.describe()}  {task.case.name}")
+            print(
+                f"{task.suite:<13} {task.kind:<11} {'+'.join(task.executions):<12} {task.case.describe()}  {task.case.name}"
+            )
         return 0
     run_options = make_options(options, device, command_line(arguments))
     if options.against:

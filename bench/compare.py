@@ -59,7 +59,8 @@ def name_of(rows: Sequence[Row], fallback: str) -> str:
 
 
 def table(found: Comparison) -> Table:
-    body, marks = [], set()
+    body: list[list[str]] = []
+    marks: set[tuple[int, int]] = set()
     for pair in found.pairs:
         ratio = pair.a_us / pair.b_us
         if pair.clear and ratio < 1:
@@ -85,7 +86,9 @@ def write(path: Path, found: Comparison, a: str, b: str) -> None:
     """The same as a page."""
     lead = page.paragraph(f"A: {a}") + page.paragraph(f"B: {b}") + page.paragraph("A / B above 1: B is faster.")
     lead += page.paragraph(f"{found.only_a} measurements only in A, {found.only_b} only in B.", "quiet")
-    section = page.Section("pairs", "Both sides", table(found).html() if found.pairs else page.paragraph("Nothing in common."))
+    section = page.Section(
+        "pairs", "Both sides", table(found).html() if found.pairs else page.paragraph("Nothing in common.")
+    )
     html = page.html("lstm_triton: two sets of rows", lead, [page.Part("compared", "Side by side", "", [section])])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")

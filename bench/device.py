@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "multiprocessors": p.multi_processor_count,
         "memory_bytes": p.total_memory,
         "l2_bytes": getattr(p, "L2_cache_size", None),
-        "driver": (_smi(device, ["driver_version"]) or [None])[0],
+        "driver": next(iter(_smi(device, ["driver_version"]) or ()), None),
     }
 
 
@@ -134,7 +134,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def digest(package: Path) -> str:
-    """Twelve hexadecimal digits over the sources of the kernels and of what calls them; not of the command line or the benchmark."""
+    """Twelve hexadecimal digits over the sources of the kernels and their callers; not of command line or benchmark."""
     left_out = {"cli.py", "check.py", "_version.py"}
     total = hashlib.sha256()
     files = [p for p in package.glob("*.py") if p.name not in left_out] + list((package / "kernels").glob("*.py"))

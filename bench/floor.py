@@ -1,9 +1,9 @@
 """The least time of one step that the roofs of a device allow: one exchange + max(tensor, memory).
 
-Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load. Besides it
-the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory, whichever takes
-longer. Not counted: the product with the input (which can run beside the exchange), launches, and what is saved for backward
-(which can be recomputed). A row's distance is its time over this floor; 1 is unreachable, and the floor is a model.
+Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load.
+Besides it the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory,
+whichever takes longer. Not counted: the product with the input (which can run beside the exchange), launches, and what is
+saved for backward (which can be recomputed). A row's distance is its time over this floor; the floor is a model.
 """
 
 from collections.abc import Mapping

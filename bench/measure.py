@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import accuracy, floor, memory, problem as problems, providers, timing
+from . import accuracy, floor, memory, providers, timing
+from . import problem as problems
 from .cases import Case, Task
 from .problem import Problem
 from .providers import Model, Provider, Unavailable
@@ -36,7 +37,7 @@ class Context:
 
 @dataclass
 class Built:
-    """A provider's model of the problem; `call` gives its results by name, to be checked, `timed` is the same with nothing else."""
+    """A provider's model of the problem; `call` gives its results by name, to be checked, `timed` is that and nothing else."""
 
     provider: str
     model: Model
@@ -91,7 +92,9 @@ def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[st
     except Exception as error:
         reraise_fatal(error)
         for name, execution in wanted:
-            emit(context.rows.make(task, name, execution, "failed", f"no float64 truth to compare with: {brief(error)}"))
+            emit(
+                context.rows.make(task, name, execution, "failed", f"no float64 truth to compare with: {brief(error)}")
+            )
         return
     judge = _Judge(problem, truth)
     judge.ask_torch(everyone[providers.CUDNN if case.form == "layer" else providers.TORCH_CELL], context)
@@ -100,7 +103,7 @@ def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[st
         executions = [e for n, e in wanted if n == name]
         context.stage(name, executions[0], "build")
         try:
-            built = build(everyone[name], problem)
+            built = build(everyone[name], problem, task.kind == "accuracy")
             context.stage(name, executions[0], "check")
             found = judge.errors(built.call(), built.model)
         except Unavailable as error:
@@ -147,7 +150,7 @@ def _graph(built: Built, judge: "_Judge") -> Callable[[], Any]:
     return replay
 
 
-def _time(task: Task, context: Context, emit: Emit, ready: dict) -> None:
+def _time(task: Task, context: Context, emit: Emit, ready: dict[tuple[str, str], Any]) -> None:
     """Time all at once; a provider that fails gets its row, and the others start again."""
     while ready:
         context.stage(" and ".join(dict.fromkeys(n for n, _ in ready)), "eager", "timing")
@@ -156,9 +159,9 @@ def _time(task: Task, context: Context, emit: Emit, ready: dict) -> None:
                 calls = {key: call for key, (_, _, call) in ready.items()}
                 samples = timing.interleaved(calls, context.clock, context.seconds)
         except timing.Failed as failure:
-            name, execution = failure.key  # type: ignore[misc]
+            culprit: tuple[str, str] = failure.key  # type: ignore[assignment]
             cause = failure.__cause__ or failure
-            emit(context.rows.make(task, name, execution, "failed", brief(cause), ready.pop((name, execution))[0].model))
+            emit(context.rows.make(task, *culprit, "failed", brief(cause), ready.pop(culprit)[0].model))
             reraise_fatal(cause)
             continue
         roof = floor.floor(task.case, context.roofs) if context.roofs else None
@@ -187,7 +190,7 @@ class _Judge:
     def ask_torch(self, torchs: Provider, context: Context) -> None:
         context.stage(torchs.name, "eager", "check")
         try:
-            built = build(torchs, self.problem)
+            built = build(torchs, self.problem, states=True)
             self.torchs = self.errors(built.call(), built.model)
         except Exception as error:  # it gets a row of its own where it was asked for
             reraise_fatal(error)
@@ -200,7 +203,15 @@ class _Judge:
             if self._from_zeros is None:
                 p = self.problem
                 zeros = Problem(
-                    p.case, p.device, p.x, torch.zeros_like(p.h0), torch.zeros_like(p.c0), p.weights, p.lengths, p.resets, p.dy
+                    p.case,
+                    p.device,
+                    p.x,
+                    torch.zeros_like(p.h0),
+                    torch.zeros_like(p.c0),
+                    p.weights,
+                    p.lengths,
+                    p.resets,
+                    p.dy,
                 )
                 self._from_zeros = problems.truth(zeros)
             truth = self._from_zeros
@@ -210,10 +221,10 @@ class _Judge:
         return accuracy.why_wrong(self.problem.case, found, self.torchs)
 
 
-def build(provider: Provider, problem: Problem) -> Built:
+def build(provider: Provider, problem: Problem, states: bool = False) -> Built:
     """The provider's model, and the call that is checked and timed: forward in eval mode, or forward and backward.
 
-    Raises Unavailable where the provider cannot serve.
+    states: the call that is checked also gives the gradients of h0 and c0. Raises Unavailable where the provider cannot serve.
     """
     model = provider.make(problem)
     training = problem.case.mode == "train"
@@ -222,6 +233,8 @@ def build(provider: Provider, problem: Problem) -> Built:
         h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
     x.requires_grad_(training)
     leaves = {"x": x, **model.weights}
+    if states and training and model.takes_initial_state:
+        leaves |= {"h0": h0.requires_grad_(), "c0": c0.requires_grad_()}
     convert = {f"d{name}": function for name, function in model.to_torch_gradient.items()}
 
     def call() -> dict[str, Tensor]:
@@ -274,7 +287,13 @@ def brief(error: BaseException) -> str:
 def reraise_fatal(error: BaseException) -> None:
     """Raise Fatal for errors after which a CUDA context answers nothing any more."""
     text = str(error)
-    stays = ("CUDA error", "device-side assert", "unspecified launch failure", "illegal memory access", "illegal instruction")
+    stays = (
+        "CUDA error",
+        "device-side assert",
+        "unspecified launch failure",
+        "illegal memory access",
+        "illegal instruction",
+    )
     if any(s in text for s in stays) and "out of memory" not in text:
         raise Fatal(brief(error)) from error
 

@@ -15,14 +15,14 @@ from .cases import Task
 if TYPE_CHECKING:
     from .measure import Built, Context, Emit
 
-BATCHES, CALLS = 25, 100
+BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for haste
 
 
 def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple[str, str]]) -> None:
     """Rows of the fused kernels, of what torch has instead, and of torch's other form.
 
-    values: total_us, of it launch_us (all kernel launches), dispatch_us (the choice of backend) and checks_us (the rest: module,
-    checks, autograd, allocation), launches.
+    values: total_us, of it launch_us (all kernel launches), dispatch_us (the choice of backend) and checks_us (the rest:
+    module, checks, autograd, allocation), launches.
     """
     from .measure import brief, build, precision, reraise_fatal
 
@@ -43,9 +43,10 @@ def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple
             with precision(case), driver, _few_threads(with_driver), training:
                 problem = problems.make(case, context.device)
                 built = build(everyone[name], problem)
-                values = {"total_us": host_us(built.timed, context.device)}
+                calls = CALLS if context.seconds >= 0.3 else CALLS // 10
+                values = {"total_us": host_us(built.timed, context.device, calls)}
                 if name == ours:
-                    values |= split(built, context.device, case.form, values["total_us"])
+                    values |= split(built, context.device, case.form, values["total_us"], calls)
             emit(context.rows.make(task, name, "eager", "ok", None, built.model, values=values, label=label))
         except providers.Unavailable as error:
             emit(context.rows.make(task, name, "eager", "skipped", str(error)))
@@ -65,21 +66,21 @@ def _few_threads(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def host_us(call: Callable[[], Any], device: torch.device) -> float:
-    """Median host microseconds of a call, the device left to catch up between batches of CALLS."""
+def host_us(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Median host microseconds of a call, the device left to catch up between batches of `calls`."""
     times = []
     for batch in range(BATCHES + 2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         if batch >= 2:  # the first ones compile
-            times.append((time.perf_counter() - begin) * 1e6 / CALLS)
+            times.append((time.perf_counter() - begin) * 1e6 / calls)
     return stats.percentile(times, 50)
 
 
-def split(built: "Built", device: torch.device, form: str, total: float) -> dict[str, float]:
+def split(built: "Built", device: torch.device, form: str, total: float, calls: int) -> dict[str, float]:
     """Of one call: each of its launches timed again by itself, and the choice of the backend."""
     from lstm_triton import dispatch
     from lstm_triton.kernels.launch import Launcher
@@ -93,12 +94,12 @@ def split(built: "Built", device: torch.device, form: str, total: float) -> dict
 
     with mock.patch.object(Launcher, "__call__", recording):
         built.timed()
-    launch = sum(host_us(lambda s=s, a=a, o=o: s(*a, **o), device) for s, a, o in launches)  # type: ignore[misc]
+    launch = sum(host_us(lambda s=s, a=a, o=o: s(*a, **o), device, calls) for s, a, o in launches)  # type: ignore[misc]
     dtype = next(iter(built.model.weights.values())).dtype
     if form == "cell":
-        choice = host_us(lambda: dispatch.cell_backend("triton", device, dtype), device)
+        choice = host_us(lambda: dispatch.cell_backend("triton", device, dtype), device, calls)
     else:
-        choice = host_us(lambda: dispatch.layer_backend("triton", device, dtype, True, False, None), device)
+        choice = host_us(lambda: dispatch.layer_backend("triton", device, dtype, True, False, None), device, calls)
     return {
         "launch_us": launch,
         "dispatch_us": choice,

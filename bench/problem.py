@@ -18,8 +18,8 @@ MOST_CUDNN_STEPS = 65535
 class Problem:
     """Inputs and weights, already rounded to the case's dtype, on the device.
 
-    weights: by torch.nn.LSTM's parameter names (a cell's too, as "weight_ih_l0"). x: [T, B, I]; h0 [L * D, B, R], c0 [L * D, B, H].
-    lengths: [B] on the CPU, longest first, or None. resets: [T, B] bool or None. dy: what the gradients are taken with, like y.
+    weights: by torch.nn.LSTM's parameter names (a cell's too, as "weight_ih_l0"). x: [T, B, I]; h0 [L * D, B, R],
+    c0 [L * D, B, H]. lengths: [B] on the CPU, longest first, or None. resets: [T, B] bool or None. dy: the cotangent of y.
     """
 
     case: Case
@@ -47,7 +47,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     for name, shape in weight_shapes(case).items():
         weights[name] = ((2 * torch.rand(shape, generator=generator) - 1) * bound).to(dtype).to(device)
     x = draw(T, B, case.input_size, size=case.scale)
-    states = [draw(case.layers * D, B, n, size=0.5) for n in (case.output_size, H)]
+    h0, c0 = (draw(case.layers * D, B, n, size=0.5) for n in (case.output_size, H))
     lengths = None
     if case.rows != "padded":
         # From half of the steps to all, as in a batch of sentences that were sorted into buckets.
@@ -56,7 +56,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     dy = draw(T, B, D * case.output_size)
     if lengths is not None:  # what lies past the end of a row has no gradient
         dy = dy * (torch.arange(T)[:, None] < lengths)[..., None].to(device)
-    return Problem(case, device, x, *states, weights, lengths, resets, dy)
+    return Problem(case, device, x, h0, c0, weights, lengths, resets, dy)
 
 
 def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -74,7 +74,9 @@ def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def results(problem: Problem, outputs: tuple[Tensor, Tensor, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def results(
+    problem: Problem, outputs: tuple[Tensor, Tensor, Tensor], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """y, h_n, c_n and in train mode the gradients of `leaves` ("x", "h0", "c0", weights by name), detached.
 
     The gradients of the two biases are equal: only that of bias_ih is kept.
@@ -92,11 +94,14 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     case = problem.case
     # cuDNN takes no longer sequences; on a CPU torch has no such bound.
     device = torch.device("cpu") if case.length > MOST_CUDNN_STEPS else problem.device
-    wide = Problem(
-        case, device, *(t.to(device, torch.float64) for t in (problem.x, problem.h0, problem.c0)),
-        {name: w.to(device, torch.float64) for name, w in problem.weights.items()}, problem.lengths,
-        None if problem.resets is None else problem.resets.to(device), problem.dy.to(device, torch.float64),
-    )  # fmt: skip
+
+    def widened(t: Tensor) -> Tensor:
+        return t.detach().to(device, torch.float64, copy=True)
+
+    resets = None if problem.resets is None else problem.resets.to(device)
+    weights = {name: widened(w) for name, w in problem.weights.items()}
+    x, h0, c0, dy = (widened(t) for t in (problem.x, problem.h0, problem.c0, problem.dy))
+    wide = Problem(case, device, x, h0, c0, weights, problem.lengths, resets, dy)
     leaves = {"x": wide.x, "h0": wide.h0, "c0": wide.c0, **wide.weights}
     if case.mode == "train":
         for t in leaves.values():

@@ -1,7 +1,7 @@
 """Who computes a case: this package in each of its ways, torch's own modules, torch.compile; others' kernels are in `peers`.
 
-A provider says why it cannot serve a case, or makes a function of the problem's leaves. Everything else (modes, gradients, graphs,
-checks, timing) is the same code for all.
+A provider says why it cannot serve a case, or makes a function of the problem's leaves. Everything else (modes, gradients,
+graphs, checks, timing) is the same code for all.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class Unavailable(RuntimeError):
 class Model:
     """A case as one provider computes it.
 
-    run: of x, h0, c0 (shaped as in Problem), returns y, h_n, c_n. step: of x [B, I] and (h, c) [B, H], for a cell. weights: its parameters by torch.nn.LSTM's names; from_weights
-    maps the gradient of one of them to torch's layout where that differs.
+    run: of x, h0, c0 (shaped as in Problem), returns y, h_n, c_n. step: of x [B, I] and (h, c) [B, H], for a cell.
+    weights: its parameters by torch.nn.LSTM's names; to_torch_gradient: maps a gradient to torch's layout where that differs.
     """
 
     run: Callable[[Tensor, Tensor, Tensor], Outputs]
@@ -47,7 +47,8 @@ class Model:
 
 
 class Provider(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def make(self, problem: Problem) -> Model:
         """The model with the problem's weights; raises Unavailable (or whatever goes wrong) where it cannot."""
@@ -129,7 +130,7 @@ class Ours:
             raise Unavailable("plain PyTorch step by step: run up to 256 steps")
         weights = _load(lstm, problem, False)
         plain = problem.resets is None and case.rows != "lengths" and not self.recompute
-        call = dispatch.Call(plain, case.length > dispatch.CUDNN_MAX_STEPS, precision)
+        call = dispatch.Call(plain, case.length > dispatch.CUDNN_MAX_STEPS, precision, case.proj_size > 0)
         choice = self._choose(dispatch.choose_layer, device, dtype, call)
         lengths = problem.lengths.to(device) if case.rows == "lengths" and problem.lengths is not None else None
         if case.rows == "packed":

@@ -40,8 +40,12 @@ def markdown(rows: Sequence[Row]) -> str:
         parts.append(f"### {device}" + (f" ({schema.CPU_LABEL})" if is_cpu else ""))
         newest = max(of_device, key=lambda r: r["date"])
         versions = newest["versions"]
-        commit = (newest["source"]["commit"] or "installed")[:12] + (" with changes" if newest["source"]["dirty"] else "")
-        parts.append(f"torch {versions['torch']}, triton {versions.get('triton')}, {newest['date'][:10]}, commit {commit}")
+        commit = (newest["source"]["commit"] or "installed")[:12] + (
+            " with changes" if newest["source"]["dirty"] else ""
+        )
+        parts.append(
+            f"torch {versions['torch']}, triton {versions.get('triton')}, {newest['date'][:10]}, commit {commit}"
+        )
         for title, table in (
             ("Speed against hidden size; speed-up above 1: this package is ahead", tables.headline(of_device)),
             ("Memory of a training step", tables.memory(of_device)),

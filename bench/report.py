@@ -12,7 +12,9 @@ from .select import Group, Row
 from .store import Rows
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
-FASTEST = "the fastest of this package's ways that is right; the table names it, and what `auto` takes"
+FASTEST = (
+    "the fastest of this package's ways that is right; the table names it, and what is taken when nothing is asked for"
+)
 
 
 def write(path: Path, found: Rows) -> None:
@@ -28,12 +30,14 @@ def render(rows: Sequence[Row], problems: Sequence[str] = ()) -> str:
     devices = select.by_device(select.latest(rows))
     parts = [_part(f"d{k}", name, of_device) for k, (name, of_device) in enumerate(devices.items())]
     lead = paragraph(
-        "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with float64. "
-        "Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; above 1 this "
-        "package is ahead."
+        "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with "
+        "float64. Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; "
+        "above 1 this package is ahead."
     )
     if problems:
-        lead += paragraph(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}", "note")
+        lead += paragraph(
+            f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}", "note"
+        )
     if not parts:
         lead += paragraph("There are no rows yet.", "note")
     return page.html("lstm_triton beside cuDNN and others", lead, parts)
@@ -41,12 +45,14 @@ def render(rows: Sequence[Row], problems: Sequence[str] = ()) -> str:
 
 def _part(id: str, name: str, rows: Sequence[Row]) -> Part:
     notes = [f"{schema.CPU_LABEL}."] if rows[0]["device"]["type"] == "cpu" else []
-    notes += ["SYNTHETIC rows, made up to test this page: not results."] if any(row["synthetic"] for row in rows) else []
+    notes += (
+        ["SYNTHETIC rows, made up to test this page: not results."] if any(row["synthetic"] for row in rows) else []
+    )
     makers: Sequence[tuple[str, str, str, Callable[[Sequence[Row]], str]]] = (
         ("hidden-sizes", "Speed-up against hidden size", "hidden-sizes", _hidden_sizes),
         ("batch", "Hidden size by batch", "batch", _heat),
         ("length", "Scaling in the number of steps", "length", _length),
-        ("cell", "One step: the cell", "cell", lambda r: _table(tables.cells(r))),
+        ("cell", "One step: the cell", "cell", _cell),
         ("real", "LSTMs that people run", "real", _real),
         ("features", "What features cost", "features", lambda r: _table(tables.features(r))),
         ("memory", "Memory", "memory", _memory),
@@ -80,15 +86,19 @@ def _dtype_names(found: Sequence[Group]) -> list[str]:
 def _hidden_sizes(rows: Sequence[Row]) -> str:
     parts = []
     for mode, title in MODES.items():
-        found = [g for g in select.groups(rows, "hidden-sizes", lambda c, m=mode: c.mode == m) if g.execution == "eager"]  # type: ignore[misc]
+        found = [g for g in select.groups(rows, "hidden-sizes", mode) if g.execution == "eager"]
         series = []
         for style, dtype in enumerate(_dtype_names(found)[: charts.STYLES]):
-            points = [(g.case.hidden_size, s) for g in found if g.case.dtype_name == dtype and (s := g.speedup()) is not None]
+            points = [
+                (g.case.hidden_size, s) for g in found if g.case.dtype_name == dtype and (s := g.speedup()) is not None
+            ]
             if points:
                 series.append(charts.Series(dtype, points, style))
         if series:
             case = found[0].case
-            picture = charts.lines(f"{title}: speed-up by hidden size", "hidden size", "speed-up over torch.nn.LSTM", series, 1.0)
+            picture = charts.lines(
+                f"{title}: speed-up by hidden size", "hidden size", "speed-up over torch.nn.LSTM", series, 1.0
+            )
             parts.append(figure(picture, f"{title}; batch {case.batch}, {case.length} steps. Ours: {FASTEST}."))
     if not parts:
         return ""
@@ -110,7 +120,9 @@ def _heat(rows: Sequence[Row]) -> str:
                 body.append(f"<tr><th>{h}</th>{''.join(cells)}</tr>")
             length = next(iter(grid.values())).case.length
             table = f'<div class="scroll"><table class="heat"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
-            parts.append(figure(table, f"Speed-up, {dtype}, {length} steps. {title}. ▲ ahead, ▼ behind. Ours: {FASTEST}."))
+            parts.append(
+                figure(table, f"Speed-up, {dtype}, {length} steps. {title}. ▲ ahead, ▼ behind. Ours: {FASTEST}.")
+            )
     if not parts:
         return ""
     return "".join(parts) + details("All figures", tables.headline(rows, "batch").html())
@@ -128,7 +140,7 @@ def _heat_cell(group: Group | None) -> str:
 def _length(rows: Sequence[Row]) -> str:
     parts = []
     for mode, title in MODES.items():
-        found = [g for g in select.groups(rows, "length", lambda c, m=mode: c.mode == m) if g.execution == "eager"]  # type: ignore[misc]
+        found = [g for g in select.groups(rows, "length", mode) if g.execution == "eager"]
         names = [n for n in providers.all_providers() if any(g.us(n) for g in found)][: charts.STYLES]
         series = []
         for style, name in enumerate(names):
@@ -137,8 +149,36 @@ def _length(rows: Sequence[Row]) -> str:
         if series:
             case = found[0].case
             picture = charts.lines(f"{title}: time per step by length", "steps", "microseconds per step", series)
-            parts.append(figure(picture, f"{title}; hidden size {case.hidden_size}, batch {case.batch}, {case.dtype_name}."))
+            parts.append(
+                figure(picture, f"{title}; hidden size {case.hidden_size}, batch {case.batch}, {case.dtype_name}.")
+            )
     return "".join(parts)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    parts = []
+    for mode, title in MODES.items():
+        found = select.groups(rows, "cell", mode)
+        dtype = "float32 ieee" if "float32 ieee" in _dtype_names(found) else next(iter(_dtype_names(found)), "")
+        found = [g for g in found if g.case.dtype_name == dtype]
+        batches = sorted({g.case.batch for g in found})
+        series: list[charts.Series] = []
+        for batch in (batches[:1] + batches[len(batches) // 2 :][:1]) if len(batches) > 1 else batches:
+            for execution in ("eager", "graph"):
+                chosen = [g for g in found if g.case.batch == batch and g.execution == execution]
+                points = [(float(g.case.hidden_size), s) for g in chosen if (s := g.speedup()) is not None]
+                if points:
+                    series.append(charts.Series(f"batch {batch}, {execution}", points, len(series)))
+        if series:
+            picture = charts.lines(
+                f"{title}: speed-up by hidden size", "hidden size", "speed-up over nn.LSTMCell", series, 1.0
+            )
+            parts.append(
+                figure(picture, f"One step of a cell, {dtype}. {title}. Eager calls, and replays of a CUDA graph.")
+            )
+    if not parts:
+        return ""
+    return "".join(parts) + details("All figures", tables.cells(rows).html())
 
 
 def _real(rows: Sequence[Row]) -> str:
@@ -155,7 +195,7 @@ def _real(rows: Sequence[Row]) -> str:
         graph = ", graph" if g.execution == "graph" else ""
         text = f"{g.speedup():.2f}x"
         bars.append(charts.Bar(f"{project}: {g.case.describe()}{graph}", g.speedup() or 1.0, text))
-    picture = charts.ratios("Speed-up of real workloads", bars, "this package ahead", "torch ahead")
+    picture = charts.ratios(bars, "this package ahead", "torch ahead")
     body = figure(picture, f"Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic. Ours: {FASTEST}.")
     listed = []
     for g in found:
@@ -172,7 +212,10 @@ def _real(rows: Sequence[Row]) -> str:
 
 def _memory(rows: Sequence[Row]) -> str:
     body = _table(tables.memory(rows))
-    return body and paragraph("What one training step holds between forward and backward, and at its peak.", "quiet") + body
+    return (
+        body
+        and paragraph("What one training step holds between forward and backward, and at its peak.", "quiet") + body
+    )
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
@@ -180,7 +223,8 @@ def _accuracy(rows: Sequence[Row]) -> str:
     if not body:
         return ""
     return paragraph(
-        "The largest max and the largest RMS error over all shapes, in units of the true tensor's largest value; the truth is float64.",
+        "The largest max and the largest RMS error over all shapes, in units of the true tensor's largest value; "
+        "the truth is float64.",
         "quiet",
     ) + body  # fmt: skip
 
@@ -191,14 +235,20 @@ def _losses(rows: Sequence[Row]) -> str:
     parts = []
     compared = sum(g.speedup() is not None for g in timed)
     if compared:
-        parts.append(paragraph(f"Of {compared} comparisons torch is ahead in {len(behind)}, beyond what the samples leave open."))
+        parts.append(
+            paragraph(f"Of {compared} comparisons torch is ahead in {len(behind)}, beyond what the samples leave open.")
+        )
     listed = []
     for g in behind[:60]:
         ours, theirs = g.ours(), g.theirs()
         assert ours and theirs
         mine, other = g.rows[ours[0]], g.rows[theirs[0]]
         distance = f"{mine['distance']:.1f} times the floor" if mine["distance"] else ""
-        why = "; ".join(text for text in (mine["backend_reason"], other["algorithm"] and f"cuDNN: {other['algorithm']}", distance) if text)
+        why = "; ".join(
+            text
+            for text in (mine["backend_reason"], other["algorithm"] and f"cuDNN: {other['algorithm']}", distance)
+            if text
+        )
         listed.append([f"{g.case.describe()}, {g.execution}", f"{g.speedup():.2f}", ours[0], why])
     if listed:
         parts.append(_table(tables.Table(("case", "speed-up", "way", "what is known of the reason"), listed), True))
@@ -213,15 +263,19 @@ def _roofs(rows: Sequence[Row]) -> str:
     body = _table(tables.roofs(rows))
     if not body:
         return ""
-    return paragraph("The floor of a step: one exchange between programs + max(tensor, memory). Distances stand in the tables above.",
-                     "quiet") + body  # fmt: skip
+    text = (
+        "The floor of a step: one exchange between programs + max(tensor, memory). Distances stand in the tables above."
+    )
+    return paragraph(text, "quiet") + body
 
 
 def _environment(rows: Sequence[Row]) -> str:
     row = max(rows, key=lambda r: r["date"])
     device, versions, source = row["device"], row["versions"], row["source"]
     facts = [(name, str(value)) for name, value in [*device.items(), *versions.items()] if value is not None]
-    commits = sorted({f"{r['source']['commit'] or 'installed'}{' with changes' if r['source']['dirty'] else ''}" for r in rows})
+    commits = sorted(
+        {f"{r['source']['commit'] or 'installed'}{' with changes' if r['source']['dirty'] else ''}" for r in rows}
+    )
     facts += [("commits of the rows", ", ".join(commits)), ("digest of the newest code", source["digest"])]
     facts += [("rows", f"{len(rows)}, from {min(r['date'] for r in rows)} to {row['date']}")]
     facts += [("L2 cache", ", ".join(sorted({r["l2"] for r in rows if r["l2"]})) or "not stated")]

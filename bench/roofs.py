@@ -61,7 +61,11 @@ def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
     """Floating-point operations per second of torch's own square matrix products, by dtype."""
     found = {}
     on_gpu = device.type == "cuda"
-    kinds = [("bfloat16", ""), ("float16", ""), ("float32", "tf32"), ("float32", "ieee")] if on_gpu else [("float32", "ieee")]
+    kinds = (
+        [("bfloat16", ""), ("float16", ""), ("float32", "tf32"), ("float32", "ieee")]
+        if on_gpu
+        else [("float32", "ieee")]
+    )
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for dtype, precision in kinds:
@@ -81,8 +85,8 @@ def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
 def barrier_times(device: torch.device) -> dict[str, float]:
     """Microseconds of one barrier between P programs of one launch, and of one exchange between two.
 
-    The barrier is the package's own (kernels/grid_sync.py). In an exchange each program stores a value that depends on the one it
-    loaded before; that the last one is right is checked.
+    The barrier is the package's own (kernels/grid_sync.py). In an exchange each program stores a value that depends on the one
+    it loaded before; that the last one is right is checked.
     """
     from .grid_latency import launch
 

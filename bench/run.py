@@ -3,7 +3,7 @@
 import datetime
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,23 @@ class Runner:
         self._rows: list[dict[str, Any]] = []
         self._known: list[dict[str, Any]] = []
         self._template: dict[str, Any] = {}
+        self.outcome = Outcome(0, 0, 0, len(self._tasks), [])
 
     def run(self) -> Outcome:
+        for _ in self.steps():
+            pass
+        return self.outcome
+
+    def steps(self) -> Generator[None, None, None]:
+        """Run, with a pause after every task; `outcome` is there at the end."""
         with store.one_run_at_a_time(self._options.folder):
             try:
-                return self._run_all()
+                yield from self._steps()
             finally:
                 for worker in self._workers.values():
                     worker.end()
 
-    def _run_all(self) -> Outcome:
+    def _steps(self) -> Generator[None, None, None]:
         found = store.read_all([self._options.folder])
         self._known = found.rows
         self._template = self._make_template()
@@ -102,23 +109,26 @@ class Runner:
         before = measured = 0
         last_anchor: float | None = None
         for index, task in enumerate(self._tasks):
+            self.outcome = self._outcome(measured, before, len(self._tasks) - index, found.problems)
             skip = self._skip(task, done)
             if skip is None:
                 before += 1
                 self._progress.total -= 1
                 continue
             if self._is_late():
-                return self._outcome(measured, before, len(self._tasks) - index, found.problems)
+                return
             if self._options.anchors and (last_anchor is None or time.monotonic() - last_anchor > ANCHOR_SECONDS):
-                self._measure(anchor(self._template["device"]["type"]), set())
+                if not self._measure(anchor(self._template["device"]["type"]), set()):
+                    return
                 last_anchor = time.monotonic()
             if not self._measure(task, skip):
-                return self._outcome(measured, before, len(self._tasks) - index, found.problems)
+                return
             measured += 1
             self._progress.task_done()
+            yield
         if self._options.anchors and measured:
             self._measure(anchor(self._template["device"]["type"]), set())
-        return self._outcome(measured, before, 0, found.problems)
+        self.outcome = self._outcome(measured, before, 0, found.problems)
 
     def _outcome(self, measured: int, before: int, left: int, problems: list[str]) -> Outcome:
         return Outcome(len(self._rows), measured, before, left, problems)
@@ -225,6 +235,19 @@ class Runner:
             self._say(summary_line(task, written))
 
 
+def run_in_turns(options: Sequence[Options], tasks: Sequence[Task], progress: Progress) -> list[Outcome]:
+    """Several runs of the same tasks, task by task in turns, so that a drift of the machine touches all alike."""
+    runners = [Runner(o, tasks, progress, progress.say) for o in options]
+    waiting = [runner.steps() for runner in runners]
+    try:
+        while waiting:
+            waiting = [steps for steps in waiting if next(steps, waiting) is not waiting]
+    finally:
+        for steps in waiting:
+            steps.close()
+    return [runner.outcome for runner in runners]
+
+
 def summary_line(task: Task, written: Sequence[dict[str, Any]]) -> str:
     """A task's rows in one line, for the terminal."""
     parts = []
@@ -232,7 +255,9 @@ def summary_line(task: Task, written: Sequence[dict[str, Any]]) -> str:
         name = row["provider"] + (" graph" if row["execution"] == "graph" else "")
         if row["timing"]:
             t = row["timing"]
-            parts.append(f"{name} {t['us_per_step']:.3g} us/step (p20 {t['p20_us']:.4g}, p80 {t['p80_us']:.4g} us a call)")
+            parts.append(
+                f"{name} {t['us_per_step']:.3g} us/step (p20 {t['p20_us']:.4g}, p80 {t['p80_us']:.4g} us a call)"
+            )
         elif row["status"] == "ok" and row["bytes"]:
             parts.append(f"{name} {row['bytes']['saved'] / 2**20:.1f} MiB saved")
         elif row["status"] == "ok" and row["errors"]:

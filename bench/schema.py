@@ -118,8 +118,8 @@ def _check_field(name: str, field: Field, value: Any) -> None:
         if not field.nullable:
             raise RowError(f"field {name!r} is null")
         return
-    # bool is an int to Python, not here
-    if not isinstance(value, field.types) or (isinstance(value, bool) and bool not in field.types):
+    is_bool = isinstance(value, bool)  # which Python counts among the ints
+    if not isinstance(value, field.types) or (is_bool and bool not in field.types):
         raise RowError(f"field {name!r} is {type(value).__name__}, not {' or '.join(t.__name__ for t in field.types)}")
     if field.allowed is not None and value not in field.allowed:
         raise RowError(f"field {name!r} is {value!r}, not one of {', '.join(map(repr, field.allowed))}")
@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return str(value)
     return value
 

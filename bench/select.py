@@ -1,6 +1,6 @@
 """From rows to what is shown: the newest good row of each measurement, pairs with cuDNN, who is ahead."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,14 @@ class Group:
         return theirs[1] / time if time and theirs else None
 
 
-def groups(rows: Iterable[Row], suite: str | None = None, keep: Callable[[Case], bool] = lambda case: True) -> list[Group]:
-    """The timing rows of a suite (None: of all), by case and execution."""
+def groups(rows: Iterable[Row], suite: str | None = None, mode: str | None = None) -> list[Group]:
+    """The timing rows of a suite and a mode (None: of all), by case and execution."""
     found: dict[tuple, Group] = {}
     for row in rows:
-        if row["kind"] != "timing" or (suite is not None and row["suite"] != suite):
+        if row["kind"] != "timing" or suite not in (None, row["suite"]):
             continue
         case = Case.from_json(row["case"])
-        if keep(case):
+        if mode in (None, case.mode):
             key = row["suite"], row["execution"], case
             found.setdefault(key, Group(row["suite"], case, row["execution"], {})).rows[row["provider"]] = row
     return list(found.values())

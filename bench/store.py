@@ -9,10 +9,11 @@ from typing import Any
 
 from . import schema
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 
 class StoreError(RuntimeError):
@@ -124,7 +125,9 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise StoreError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
+                raise StoreError(
+                    f"another benchmark run is writing to {folder}: wait for it, or give --output"
+                ) from None
         yield
     finally:
         os.close(handle)  # which also unlocks

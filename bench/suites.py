@@ -118,7 +118,9 @@ def cell(sizes: Sizes, suite: str) -> Ordered:
         for j, B in enumerate(sizes.cell_batch):
             for dtype in reversed(sizes.dtypes):  # float32 first: what most cells run in
                 for mode in ("forward", "train"):
-                    priority = 1.5 if i == j == 0 and dtype == "float32" else 3 + 0.15 * (i + j) + _dtype_rank(sizes, dtype)
+                    priority = (
+                        1.5 if i == j == 0 and dtype == "float32" else 3 + 0.15 * (i + j) + _dtype_rank(sizes, dtype)
+                    )
                     case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
                     # Compiling takes seconds for each shape: a few will do.
                     names = (*CELL_PROVIDERS, "torch.compile") if i < 2 and j < 2 else None
@@ -152,7 +154,7 @@ def _shrink(case: Case, most: float) -> Case:
             smaller = replace(smaller, length=smaller.length // 2)
         else:
             half = {name: max(getattr(smaller, name) // 2, 1) for name in ("hidden_size", "input_size")}
-            smaller = replace(smaller, **half, proj_size=min(smaller.proj_size, half["hidden_size"] // 2))  # type: ignore[arg-type]
+            smaller = replace(smaller, **half, proj_size=min(smaller.proj_size, half["hidden_size"] // 2))
     note = f"; {smaller.note}" if smaller.note else ""
     return replace(smaller, note=f"made smaller than the real one, to end in time{note}")
 
@@ -228,7 +230,12 @@ def overhead(sizes: Sizes, suite: str) -> Ordered:
 def cold_start(sizes: Sizes, suite: str) -> Ordered:
     """Seconds to the first result in a new process, with an empty and with a warm cache of kernels."""
     return [
-        (3.5, Task(suite, Case("first call, cell", 512, 16, 1, form="cell", dtype="bfloat16", mode="train"), "cold-start")),
+        (
+            3.5,
+            Task(
+                suite, Case("first call, cell", 512, 16, 1, form="cell", dtype="bfloat16", mode="train"), "cold-start"
+            ),
+        ),
         (3.6, Task(suite, Case("first call, layer", 512, 16, 16, dtype="bfloat16", mode="train"), "cold-start")),
     ]
 

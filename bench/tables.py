@@ -22,7 +22,7 @@ class Table:
         for i, row in enumerate(self.rows):
             cells = [f"<th>{escape(row[0])}</th>"]
             for j, text in enumerate(row[1:], 1):
-                cells.append(f'<td{" class=mark" if (i, j) in self.marks else ""}>{escape(text)}</td>')
+                cells.append(f"<td{' class=mark' if (i, j) in self.marks else ''}>{escape(text)}</td>")
             body.append(f"<tr>{''.join(cells)}</tr>")
         return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
@@ -46,7 +46,8 @@ def headline(rows: Sequence[Row], suite: str = "hidden-sizes") -> Table:
     """By hidden size, dtype and mode: microseconds per step of this package and of torch, the algorithm, the floor."""
     found = [g for g in groups(rows, suite) if g.execution == "eager"]
     found.sort(key=lambda g: (g.case.hidden_size, g.case.batch, g.case.length, g.case.dtype_name, g.case.mode))
-    body, marks = [], set()
+    body: list[list[str]] = []
+    marks: set[tuple[int, int]] = set()
     for g in found:
         ours, theirs = g.ours(), g.theirs()
         if ours is None and theirs is None:
@@ -75,7 +76,9 @@ def headline(rows: Sequence[Row], suite: str = "hidden-sizes") -> Table:
 
 def cells(rows: Sequence[Row]) -> Table:
     """One step: microseconds of each provider, eager and in a graph."""
-    found = sorted(groups(rows, "cell"), key=lambda g: (g.case.dtype, g.case.mode, g.case.hidden_size, g.case.batch, g.execution))
+    found = sorted(
+        groups(rows, "cell"), key=lambda g: (g.case.dtype, g.case.mode, g.case.hidden_size, g.case.batch, g.execution)
+    )
     names = [n for n in (providers.OURS, providers.TORCH_CELL, "torch.compile") if any(n in g.rows for g in found)]
     body = []
     for g in found:
@@ -110,8 +113,14 @@ def memory(rows: Sequence[Row]) -> Table:
     return Table(("case", "provider", "saved by autograd, MiB", "held after forward, MiB", "peak, MiB"), body)
 
 
-# Tensors of the accuracy table: all weights' gradients in one column.
-_COLUMNS = {"y": ("y",), "h_n, c_n": ("h_n", "c_n"), "dx": ("dx",), "dh0, dc0": ("dh0", "dc0"), "dW, db": ("dweight", "dbias")}
+def _column(name: str) -> str:
+    """The column of the accuracy table that a tensor's errors go into: all weights' gradients into one."""
+    return {"h_n": "h_n, c_n", "c_n": "h_n, c_n", "dh0": "dh0, dc0", "dc0": "dh0, dc0"}.get(
+        name, "dW, db" if name.startswith(("dweight", "dbias")) else name
+    )
+
+
+_COLUMNS = ("y", "h_n, c_n", "dx", "dh0, dc0", "dW, db")
 
 
 def accuracy(rows: Sequence[Row], kind: str = "accuracy") -> Table:
@@ -124,11 +133,9 @@ def accuracy(rows: Sequence[Row], kind: str = "accuracy") -> Table:
         interpreted = " (interpreted)" if "interpreter" in (row["label"] or "") else ""
         label = f"{case['dtype']} {case['precision']}".strip() + f", input x{case['scale']:g}"
         entry = worst.setdefault((label, row["provider"] + interpreted), {})
-        for column, beginnings in _COLUMNS.items():
-            for name, e in row["errors"].items():
-                if name.startswith(beginnings) and (name == column or column not in ("y", "dx") or name in ("y", "dx")):
-                    old = entry.get(column, (0.0, 0.0))
-                    entry[column] = max(old[0], number(e["max"])), max(old[1], number(e["rms"]))
+        for name, e in row["errors"].items():
+            old = entry.get(_column(name), (0.0, 0.0))
+            entry[_column(name)] = max(old[0], number(e["max"])), max(old[1], number(e["rms"]))
     body = []
     for (label, provider), entry in sorted(worst.items()):
         cells = [f"{entry[c][0]:.1e} / {entry[c][1]:.1e}" if c in entry else "" for c in _COLUMNS]
@@ -152,16 +159,31 @@ def cold_start(rows: Sequence[Row]) -> Table:
     for row in of_kind(rows, "cold-start", "ok"):
         v = row["values"]
         names = ("empty_import_s", "empty_first_call_s", "warm_first_call_s", "empty_second_call_s")
-        body.append([row["case"]["name"], row["provider"], *(f"{v[n]:.3g}" if n in v else "" for n in names), row["label"] or ""])
-    head = ("call", "provider", "import, s", "first call, no kernels yet, s", "first call, kernels on disk, s", "second call, s", "remark")
+        body.append(
+            [
+                row["case"]["name"],
+                row["provider"],
+                *(f"{v[n]:.3g}" if n in v else "" for n in names),
+                row["label"] or "",
+            ]
+        )
+    head = (
+        "call",
+        "provider",
+        "import, s",
+        "first call, no kernels yet, s",
+        "first call, kernels on disk, s",
+        "second call, s",
+        "remark",
+    )
     return Table(head, body)
 
 
 def heat(rows: Sequence[Row], dtype_name: str, mode: str) -> tuple[list[int], list[int], dict[tuple[int, int], Group]]:
     """Hidden sizes, batches, and the group of each (hidden size, batch) of the heat map."""
     found = {}
-    for g in groups(rows, "batch", lambda c: c.dtype_name == dtype_name and c.mode == mode):
-        if g.execution == "eager" and g.speedup() is not None:
+    for g in groups(rows, "batch", mode):
+        if g.case.dtype_name == dtype_name and g.execution == "eager" and g.speedup() is not None:
             found[g.case.hidden_size, g.case.batch] = g
     return sorted({h for h, _ in found}), sorted({b for _, b in found}), found
 

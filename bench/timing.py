@@ -22,9 +22,14 @@ MOST_CALLS = 2000  # in one sample
 class Clock(Protocol):
     """Times n calls. name goes into the rows; sample_seconds is how long a sample should last."""
 
-    name: str
-    l2: str | None
-    sample_seconds: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def l2(self) -> str | None: ...
+
+    @property
+    def sample_seconds(self) -> float: ...
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
         """(microseconds per call on the device, microseconds per call by the host until the device is done)."""
@@ -96,7 +101,7 @@ class CudaClock:
         return total / n, wall / n
 
 
-def clock(device: torch.device, flush: bool) -> Clock:
+def clock(device: torch.device, flush: bool) -> "CudaClock | HostClock":
     return CudaClock(device, flush) if device.type == "cuda" else HostClock()
 
 

@@ -1,10 +1,10 @@
 """The process that measures, and the handle its parent has on it.
 
-A kernel that hangs or corrupts the device takes its process along. So the tasks run in a process of their own, which tells what it is
-about to do; when it falls silent or dies, the parent knows whom to blame, and goes on with a new one.
+A kernel that hangs or corrupts the device takes its process along. So the tasks run in a process of their own, which tells
+what it is about to do; when it falls silent or dies, the parent knows whom to blame, and goes on with a new one.
 
-Both speak JSON lines: the parent sends {"task", "skip", "roofs", "seconds"}; the worker answers with events "ready", "stage", "row",
-"error" (the device is lost) and "done".
+Both speak JSON lines: the parent sends {"task", "skip", "roofs", "seconds"}; the worker answers with events "ready", "stage",
+"row", "error" (the device is lost) and "done".
 """
 
 import json
@@ -89,7 +89,12 @@ class Worker:
 
         Raises WorkerDied; rows emitted before that are good.
         """
-        request = {"task": task.to_json(), "skip": list(skip), "roofs": asdict(roofs) if roofs else None, "seconds": seconds}
+        request = {
+            "task": task.to_json(),
+            "skip": list(skip),
+            "roofs": asdict(roofs) if roofs else None,
+            "seconds": seconds,
+        }
         self._doing = ("the worker process", "eager", "task")
         assert self._process.stdin is not None
         try:

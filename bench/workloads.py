@@ -51,6 +51,7 @@ CHOICES: dict[str, dict[str, int]] = {
 CHANGES: dict[str, dict[str, Any]] = {
     "rl_rsl": {"rows": "lengths", "resets": 0.0},
     "rl_torchrl_bench": {"resets": 0.03},
+    "ts_tft": {"mode": "train"},
     "nlp_awd": {"note": "all three layers with 1150 units, where the model's last has 400; without weight drop"},
     "nlp_awd_enwik8": {"note": "all three layers with 1840 units; without weight drop"},
     "tts_tacotron2_dec": {"form": "loop", "note": "the second of its two cells; without the attention between them"},
@@ -101,13 +102,13 @@ def _case(row: Mapping[str, str]) -> Case:
     packed = kind.startswith("packed fwd")
     # A loop over single steps only to clear states is what a layer with resets replaces.
     resets = RESETS if form == "layer" and ("reset" in extras or "done" in extras) and number(row, "T") > 1 else 0.0
-    options: dict[str, Any] = dict(
-        form=form,
-        mode="train" if "bwd" in kind else "forward",
-        rows="packed" if packed else "padded",
-        resets=resets,
-        dtype=next(_DTYPES[word] for word in re.findall(r"fp32|fp16|bf16|AMP", row["dtype"])),
-    )
+    options: dict[str, Any] = {
+        "form": form,
+        "mode": "train" if "bwd" in kind else "forward",
+        "rows": "packed" if packed else "padded",
+        "resets": resets,
+        "dtype": next(_DTYPES[word] for word in re.findall(r"fp32|fp16|bf16|AMP", row["dtype"])),
+    }
     options |= CHANGES.get(name, {})
     return Case(
         name, number(row, "hidden_size"), number(row, "B"), number(row, "T"), input_size=number(row, "input_size"),

@@ -1,7 +1,6 @@
-"""Keep what the documentation quotes true: run each ```console block that starts with `$ python examples/...` and put its output.
+"""Renew the outputs that README.md and docs/*.md quote: of each ```console block that starts with `$ python examples/...`.
 
-    python docs/quote.py            rewrite README.md and docs/*.md
-    python docs/quote.py --check    exit code 1 where a quoted output is not what the command prints
+`python docs/quote.py` rewrites the pages; with --check it prints what differs and exits with code 1 if anything does.
 """
 
 import difflib
@@ -43,8 +42,8 @@ def main() -> int:
             continue
         stale += 1
         if "--check" in sys.argv[1:]:
-            diff = difflib.unified_diff(before.splitlines(), after.splitlines(), path.name, "what it prints", lineterm="")
-            print("\n".join(diff))
+            lines = before.splitlines(), after.splitlines()
+            print("\n".join(difflib.unified_diff(*lines, path.name, "what it prints", lineterm="")))
         else:
             path.write_text(after, encoding="utf-8")
             print(f"{path.relative_to(ROOT)} rewritten")

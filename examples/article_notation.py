@@ -6,7 +6,7 @@
     H_t = r * tanh(C_t)
     Y_t = softmax(H_t W + b)
 
-    python examples/article_notation.py
+Run it: python examples/article_notation.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Step an LSTMCell through a sequence, and get what torch.nn.LSTM gives for the whole, gradients included.
 
-    python examples/cell_loop.py
+Run it: python examples/cell_loop.py
 """
 
 import torch

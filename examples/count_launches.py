@@ -3,7 +3,7 @@
 Runs on any machine in seconds. This package's kernels are noted, not run: what is launched does not depend on their results.
 Every other operation is seen through a dispatch mode of torch. Views and allocations launch nothing and are not counted.
 
-    python examples/count_launches.py --layers 3 --bidirectional --dropout 0.1
+Run it: python examples/count_launches.py --layers 3 --bidirectional --dropout 0.1
 """
 
 import argparse
@@ -112,7 +112,9 @@ def report(title: str, launches: list[tuple[str, int]], names: bool) -> None:
     print(f"\n{title:<30}{'launches':>10}{'MB':>10}")
     kinds = {"LSTM kernels": [], "GEMMs": [], "other": []}
     for name, moved in launches:
-        kinds["LSTM kernels" if name.startswith("_lstm") else "GEMMs" if name in GEMMS else "other"].append((name, moved))
+        kinds["LSTM kernels" if name.startswith("_lstm") else "GEMMs" if name in GEMMS else "other"].append(
+            (name, moved)
+        )
     for kind, found in kinds.items():
         print_line(f"  {kind}", [moved for _, moved in found])
         for name in dict.fromkeys(name for name, _ in found) if names else ():

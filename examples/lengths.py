@@ -1,6 +1,6 @@
 """A ragged batch by `lengths`, with no sorting and no packing, beside torch's packed sequences.
 
-    python examples/lengths.py
+Run it: python examples/lengths.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Which layers run a whole sequence in one launch, by GPU, batch and dtype: asked of the launch configuration, on any machine.
 
-    python examples/one_launch.py
+Run it: python examples/one_launch.py
 """
 
 import torch

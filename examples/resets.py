@@ -4,7 +4,7 @@ At the first step of an episode the policy sees a cue, afterwards nothing; each 
 remember, and at an episode's end it has to forget. A rollout of B environments over T steps cuts through episodes, and every
 row resets at steps of its own.
 
-    python examples/resets.py
+Run it: python examples/resets.py
 """
 
 import torch

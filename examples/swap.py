@@ -1,6 +1,6 @@
 """Swap a model's LSTMs for this package's, train it, and give plain torch back.
 
-    python examples/swap.py
+Run it: python examples/swap.py
 """
 
 import torch

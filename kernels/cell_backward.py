@@ -148,7 +148,7 @@ def _lstm_cell_backward_kernel(
     # meta-parameters
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one timestep. The grid holds, in this order, the tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
+    """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
     step = (gates_ptr, c_prev_ptr, c_ptr, dh_ptr, dc_ptr, B, H,
             stride_c_b, stride_c_h, stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h)  # fmt: skip
     tile = tl.program_id(0)

@@ -54,7 +54,8 @@ def cell_forward_config(
     Few units per program read h more often (from L2) but are what gives every multiprocessor a share of the weights, and at
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
-    block_b, small, large = (16, 4, 16) if B <= 16 else (64, 8, 16)
+    # Of tf32x3, three products' operands at once, 64 rows spill on sm_80 and sm_86.
+    block_b, small, large = (16, 4, 16) if B <= 16 else (32 if precision == "tf32x3" else 64, 8, 16)
     block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
     return _cell_forward_tile(block_b, block_h, dtype, precision)
 
@@ -87,7 +88,8 @@ def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> Cel
 
 def all_cell_forward_configs(dtype: torch.dtype, precision: str) -> set[CellForwardConfig]:
     """Every configuration that `cell_forward_config` can return for this dtype and precision."""
-    pairs = ((16, 4), (16, 16), (64, 8), (64, 16))
+    rows = 32 if precision == "tf32x3" else 64
+    pairs = ((16, 4), (16, 16), (rows, 8), (rows, 16))
     return {_cell_forward_tile(b, h, dtype, precision) for b, h in pairs}
 
 
@@ -203,7 +205,7 @@ def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> 
         return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
     if block_b == 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
-    return ReadoutBackwardConfig(8, 2, 64 if dtype.itemsize == 2 else 32, 64, 64, 16)
+    return ReadoutBackwardConfig(8, 2, 32, 32, 128, 16)
 
 
 def readout_sum_parts_config() -> ReadoutSumPartsConfig:

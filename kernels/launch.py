@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -21,7 +22,7 @@ class Launcher:
 
     def __init__(self, kernel) -> None:
         self.kernel = kernel
-        self._compiled: dict[tuple, object] = {}
+        self._compiled: dict[tuple, Any] = {}
 
     def __call__(
         self,
@@ -48,7 +49,7 @@ class Launcher:
 
     def _launch(self, device, grid, tensors, integers, constants, config, options) -> None:
         alignment = 0
-        dtypes = []
+        dtypes: list[torch.dtype | None] = []
         for t in tensors:
             if t is None:
                 dtypes.append(None)
@@ -71,9 +72,9 @@ class Launcher:
             self._compiled[key] = compiled
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_limits(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 

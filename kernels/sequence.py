@@ -79,7 +79,7 @@ def _lstm_sequence_forward_kernel(
         stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
         stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
-    weights = ()
+    weights = ()  # type: ignore[var-annotated]
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (

@@ -82,7 +82,7 @@ def _lstm_sequence_backward_kernel(
     mask = mask_b[:, None] & mask_h[None, :]
 
     CHUNKS: tl.constexpr = (4 * H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
-    weights = ()
+    weights = ()  # type: ignore[var-annotated]
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
         stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)

@@ -58,7 +58,7 @@ def sequence_forward_config(
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
     # Elements of unaligned rows are loaded one by one, each with its address.
-    aligned = row_bytes % 16 == 0
+    aligned = H % 16 == 0
     chunk = chunk if aligned else chunk // 2
     if dtype.itemsize == 4 or not aligned:
         blocks_b = blocks_b[:2]
@@ -81,20 +81,21 @@ def sequence_backward_config(
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     row_bytes = H * dtype.itemsize
-    blocks_b = (16, 32) if row_bytes <= 2048 else (16,)
-    aligned = row_bytes % 16 == 0
+    aligned = H % 16 == 0
+    blocks_b = (16, 32) if row_bytes <= 2048 and aligned else (16,)
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 128 // dtype.itemsize if aligned else 32):
             for block_b in blocks_b:
-                short = not aligned or (block_b == 32 and row_bytes > 1024)
-                block_k = _block_k(cdiv(4 * H, 8), 16 if short else 32)
-                weights = cdiv(4 * H, 8 * block_k) * 8 * block_k * block_h * dtype.itemsize
-                state = block_b * 8 * block_k * dtype.itemsize
+                split_k = 4 if block_b == 32 and row_bytes > 1024 else 8
+                block_k = _block_k(cdiv(4 * H, split_k), 16 if not aligned else 256 // split_k)
+                depth = split_k * block_k
+                weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
+                state = block_b * depth * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
                     # Left alone, the assembler stops at 128 registers and spills a few.
-                    registers = 168 if block_b * block_h <= 256 else 255
-                    return SequenceConfig(8, 1, block_b, block_h, 8, block_k, programs, groups, True, registers)
+                    registers = 168 if block_b * block_h <= 256 and aligned else 255
+                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, registers)
     return stepwise_config(B, H, D, dtype, precision)
 
 

@@ -47,12 +47,9 @@ def _bench(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    import runpy
+    from lstm_triton.bench.cli import main as bench
 
-    print("The benchmark harness is python -m lstm_triton.bench", file=sys.stderr)
-    sys.argv = ["python -m lstm_triton.bench", *arguments]
-    runpy.run_module("lstm_triton.bench", run_name="__main__", alter_sys=True)
-    return 0
+    return bench(arguments)
 
 
 if __name__ == "__main__":

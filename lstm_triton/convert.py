@@ -10,6 +10,7 @@ from .lstm import LSTM, LSTMSubclass
 from .modules import LSTMCell, check_options
 
 _OPTIONS = ("precision", "backend", "recompute")
+_TORCH_LSTM, _TORCH_CELL = torch.nn.LSTM, torch.nn.LSTMCell  # also inside `patch`
 
 
 def convert(
@@ -35,10 +36,10 @@ def convert(
     """
     check_options(precision, backend)
     for module in model.modules():
-        if type(module) is torch.nn.LSTM:
+        if type(module) is _TORCH_LSTM:
             module.__class__ = LSTMSubclass if subclass else LSTM
             module.recompute = recompute
-        elif type(module) is torch.nn.LSTMCell:
+        elif type(module) is _TORCH_CELL:
             module.__class__ = LSTMCell
         else:
             continue
@@ -50,7 +51,7 @@ def to_torch(model: torch.nn.Module) -> torch.nn.Module:
     """The inverse of `convert`, in place: plain torch.nn modules again, for scripting, export or other libraries."""
     for module in model.modules():
         if type(module) in (LSTM, LSTMSubclass, LSTMCell):
-            module.__class__ = torch.nn.LSTMCell if type(module) is LSTMCell else torch.nn.LSTM
+            module.__class__ = _TORCH_CELL if type(module) is LSTMCell else _TORCH_LSTM
             for name in _OPTIONS:
                 module.__dict__.pop(name, None)
     return model

@@ -34,7 +34,7 @@ class Environment:
     capability: tuple[int, int] | None  # of the GPU that holds the tensors; None on a CPU
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def environment(device: torch.device) -> Environment:
     """The environment of calls on this device."""
     capability = None
@@ -161,7 +161,7 @@ def _why_no_cudnn(device_type: str, call: Call) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, *call: Call) -> str:
     return choose(backend, device.type, dtype, environment(device), *call).backend
 
@@ -171,14 +171,19 @@ def is_long(T: int, device: torch.device) -> bool:
     return device.type == "cuda" and bool(T > CUDNN_MAX_STEPS)
 
 
-# A compiler takes the answer as a constant and does not look inside.
-@torch.compiler.assume_constant_result
+def _constant_to_compilers(function):
+    """torch.compiler.assume_constant_result, which would import the compiler: seconds for those who need none."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_to_compilers
 def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_cell` for tensors of this device and dtype, remembered."""
     return _remembered(choose_cell, backend, device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def layer_backend(
     backend: str,
     device: torch.device,
@@ -189,10 +194,10 @@ def layer_backend(
     projected: bool = False,
 ) -> str:
     """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
-    return _remembered(choose_layer, backend, device, dtype, Call(plain, long, precision, projected))
+    return _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected)
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_readout` for tensors of this device and dtype, remembered."""
     return _remembered(choose_readout, backend, device, dtype)

@@ -1,7 +1,7 @@
 """One LSTM layer over a sequence, in one or two directions: checks, choice of backend, call."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,12 +145,15 @@ def autocast(
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
 
-@contextlib.contextmanager
-def cudnn_precision(x: Tensor, precision: str | None):
+def cudnn_precision(x: Tensor, precision: str | None) -> contextlib.AbstractContextManager:
     """cuDNN's recurrent layers on float32 inside: in this precision, if one is given."""
     if precision is None or not x.is_cuda or x.dtype != torch.float32:
-        yield
-        return
+        return contextlib.nullcontext()
+    return _cudnn_precision(precision)
+
+
+@contextlib.contextmanager
+def _cudnn_precision(precision: str) -> Iterator[None]:
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = precision
     try:

@@ -1,5 +1,7 @@
 """`LSTM`: torch.nn.LSTM, and what it cannot do."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -8,7 +10,7 @@ from . import dispatch, layers, torch_ops
 from .modules import check_options, options_repr
 
 
-class LSTMForward:
+class LSTMForward(torch.nn.RNNBase):
     """The forward of `LSTM`, for a class that otherwise is a torch.nn.RNNBase with mode "LSTM"."""
 
     precision: str | None = None
@@ -18,9 +20,9 @@ class LSTMForward:
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self) + (", recompute=True" if self.recompute else "")
 
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
 
     def forward(
         self,
@@ -195,7 +197,7 @@ def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
     return padded[torch.arange(B) < batch_sizes[:, None]]
 
 
-class LSTM(LSTMForward, torch.nn.RNNBase):
+class LSTM(LSTMForward):
     """torch.nn.LSTM, with the whole sequence of a layer in one kernel launch on NVIDIA GPUs, and what cuDNN cannot do.
 
     Same constructor, parameters, initial values for one seed, state_dict and errors as torch.nn.LSTM.
@@ -251,7 +253,7 @@ class LSTM(LSTMForward, torch.nn.RNNBase):
         self.recompute = recompute
 
 
-class LSTMSubclass(LSTMForward, torch.nn.LSTM):
+class LSTMSubclass(LSTMForward, torch.nn.LSTM):  # type: ignore[misc]
     """`LSTM` for code that asks isinstance(module, torch.nn.LSTM); torch.compile refuses every such class.
 
     Takes the arguments of torch.nn.LSTM; precision, backend and recompute are attributes.

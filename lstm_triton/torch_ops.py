@@ -60,17 +60,19 @@ class _LSTMBackwardFunction(torch.autograd.Function):
         raise RuntimeError("a compiled LSTM has no second derivatives; call it outside torch.compile for those")
 
 
-class _CompiledLSTMFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, bias, num_layers, train, bidirectional, x, h0, c0, *weights):
-        ctx.save_for_backward(x, h0, c0, *weights)
-        ctx.options = bias, num_layers, bidirectional
-        return torch.ops.lstm_triton.torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional)
+def _save(ctx, inputs, output):
+    x, h0, c0, weights, bias, num_layers, _, bidirectional = inputs
+    ctx.save_for_backward(x, h0, c0, *weights)
+    ctx.options = bias, num_layers, bidirectional
 
-    @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):
-        grads = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, *ctx.options, *ctx.saved_tensors)
-        return None, None, None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[4:]))
+
+def _backward(ctx, dy, dh_n, dc_n):
+    dx, dh0, dc0, *dweights = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, *ctx.options, *ctx.saved_tensors)
+    return dx, dh0, dc0, dweights, None, None, None, None
+
+
+# The backward operator has no autograd of its own: it would not let torch's LSTM record one inside.
+torch.library.register_autograd("lstm_triton::torch_lstm", _backward, setup_context=_save, lib=library)
 
 
 def is_autocast(device_type: str) -> bool:
@@ -114,7 +116,7 @@ def lstm(
     for k in range(0, num_layers, step):
         rows = slice(k * directions, (k + step) * directions)
         w = weights[k * per_layer : (k + step) * per_layer]
-        x, *states = _CompiledLSTMFunction.apply(bias, step, train, bidirectional, x, hx[0][rows], hx[1][rows], *w)
+        x, *states = torch.ops.lstm_triton.torch_lstm(x, hx[0][rows], hx[1][rows], w, bias, step, train, bidirectional)
         last.append(states)
         if dropout and k + step < num_layers:
             x = torch.nn.functional.dropout(x, dropout)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lstm_triton.functional import lstm_cell
 from support import cells
 
 KINDS = {

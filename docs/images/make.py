@@ -1,7 +1,6 @@
 """Draw docs/images/launches.svg: what one program of the fused step owns, and how a sequence is one launch.
 
-    python docs/images/make.py
-
+Run it: python docs/images/make.py
 The colours are mid-tones, readable on a light and on a dark page; the background is transparent.
 """
 
@@ -48,7 +47,11 @@ def step() -> list[str]:
     # The weights, columns by gate
     for k, (gate, colour) in enumerate(GATES.items()):
         x = 220 + 66 * k
-        parts += [box(x, top, 60, 120), box(x + 22, top, 15, 120, fill=colour, stroke=colour), text(x + 30, top - 10, gate)]
+        parts += [
+            box(x, top, 60, 120),
+            box(x + 22, top, 15, 120, fill=colour, stroke=colour),
+            text(x + 30, top - 10, gate),
+        ]
     parts += [text(349, top + 140, "BLOCK_H units of each gate, from W_ih and W_hh", size=12)]
     parts += [text(502, top + 66, "=", size=20)]
     # The tile
@@ -89,12 +92,17 @@ def sequence() -> list[str]:
             parts += [text(x + 42, middle + 5, f"its h{sub(t)}, c{sub(t)}", fill="#ffffff", size=13)]
             if x_next and t != "3":
                 parts += [line(x + 84, middle, x_next - 4, middle, arrow=True)]
-        parts += [line(704, middle, 726, middle), text(743, middle + 4, "…"), line(760, middle, 790, middle, arrow=True)]
+        parts += [
+            line(704, middle, 726, middle),
+            text(743, middle + 4, "…"),
+            line(760, middle, 790, middle, arrow=True),
+        ]
     for x in (452, 592, 716):
         parts += [line(x, top - 10, x, bottom + 6, width=3)]
         parts += [text(x, top - 16, "barrier", size=12)]
     parts += [line(98, bottom + 22, 878, bottom + 22, arrow=True), text(194, bottom + 40, "read once", size=12)]
-    parts += [text(586, bottom + 40, f"h{sub('t')} goes to the other programs through the L2 cache, c{sub('t')} stays in registers", size=12)]
+    exchange = f"h{sub('t')} goes to the other programs through the L2 cache, c{sub('t')} stays in registers"
+    parts += [text(586, bottom + 40, exchange, size=12)]
     return parts
 
 

@@ -1,0 +1,85 @@
+"""The documentation is true: links lead somewhere, quoted outputs are what the commands print, equations are the code's."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def _script(name: str):
+    """A script of docs/, imported."""
+    path = ROOT / "docs" / name
+    spec = importlib.util.spec_from_file_location(path.stem + "_of_docs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+quote = _script("quote.py")
+
+
+def _anchors(page: str) -> set[str]:
+    """The anchors that headings get: lower case, words joined by hyphens, other signs left out."""
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(file.read_text(encoding="utf-8")), f"{page.name} links to {target}"
+
+
+@pages
+def test_pages_know_no_particular_machine(page):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"(?:(?<=[\s`'\"(=:])|^)/(?:home|root|tmp|work|usr|opt|mnt|Users)\b[^\s`]*", text, re.MULTILINE)
+    assert not found, found
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("command", sorted({c for p in PAGES for c in quote.commands(p.read_text(encoding="utf-8"))}))
+def test_quoted_outputs_are_what_the_commands_print(command):
+    printed = quote.output(command)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if f"$ python {command}\n" in text:
+            expected = f"```console\n$ python {command}\n{printed}```"
+            assert expected in text, f"{page.name}: `python docs/quote.py` renews what it quotes of\n{printed}"
+
+
+def test_the_picture_is_the_scripts():
+    assert (ROOT / "docs/images/launches.svg").read_text(encoding="utf-8") == _script("images/make.py").picture()
+
+
+@pytest.mark.parametrize("function", ["gate_activations", "lstm_forward", "lstm_backward"])
+def test_the_derivation_has_every_line_of_the_equations(function):
+    source = (ROOT / "kernels/equations.py").read_text(encoding="utf-8")
+    body = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function).body
+    text = {line.strip() for line in (ROOT / "docs/derivation.md").read_text(encoding="utf-8").splitlines()}
+    for statement in body:
+        line = ast.unparse(statement)
+        if not isinstance(statement, (ast.Return, ast.Expr)) and "gate_activations" not in line:
+            assert line in text, f"docs/derivation.md lacks `{line}`"
+
+
+def test_every_example_is_named_in_the_documentation():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"examples/{example.name}" in text, example.name

@@ -1,0 +1,42 @@
+"""Every example runs and finds its own claims true, and so do the Python blocks of the README, in order, as one program."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+QUOTED = {
+    name for page in PAGES for name in re.findall(r"^\$ python examples/(\S+)", page.read_text("utf-8"), re.MULTILINE)
+}
+# Those whose output the documentation quotes run in test_docs.
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name not in QUOTED]
+# As a user runs them: kernels on the GPU, if there is one, and torch's own on a CPU.
+ENVIRON = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def _run(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=ENVIRON, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example(example, tmp_path):
+    assert _run(str(example), folder=tmp_path), "it prints what it shows"
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+def test_python_of_the_readme(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join(blocks), encoding="utf-8")
+    _run(str(program), folder=tmp_path)

@@ -1,0 +1,172 @@
+"""A layer under autograd: derivatives by differences and of second order, partial ones, held bytes, autocast."""
+
+import pytest
+import torch
+from lstm_triton import functional, layer_ops
+from support import layers
+from torch.autograd import gradcheck, gradgradcheck
+
+SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
+
+
+def function_of(problem, **options):
+    """(function, arguments): the layer as a function of problem.inputs."""
+    n = len(problem.weights)
+
+    def layer(x, h0, c0, *rest):
+        result = functional.lstm(
+            x, (h0, c0), rest[:n], resets=problem.resets, reset_state=rest[n:] or None, lengths=problem.lengths,
+            return_cell_states=problem.with_cells, backend="triton", **options,
+        )  # fmt: skip
+        return (result[0], *result[1], *result[2:])
+
+    return layer, [t.detach().requires_grad_() for t in problem.inputs]
+
+
+@pytest.fixture
+def tiny(device):
+    return layers.draw(3, 2, 2, 2, 2, torch.float64, device=device, **SEGMENTS)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_by_differences(recompute, tiny):
+    assert gradcheck(*function_of(tiny, recompute=recompute), fast_mode=True)
+
+
+def test_second_derivatives_by_differences(tiny):
+    assert gradgradcheck(*function_of(tiny), fast_mode=True)
+
+
+@pytest.mark.slow
+def test_every_derivative_by_differences(tiny):
+    assert gradcheck(*function_of(tiny))
+    assert gradgradcheck(*function_of(tiny))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_second_derivatives_equal_torchs(bias, device):
+    problem = layers.draw(3, 2, 3, 4, 2, torch.float64, bias=bias, device=device)
+    layer, leaves = function_of(problem)
+
+    def torchs(x, h0, c0, *weights):
+        return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, True, True, False)
+
+    def derivatives(layer):
+        first = torch.autograd.grad(layer(*leaves), leaves, problem.cotangents, create_graph=True)
+        return *first, *torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+
+    torch.testing.assert_close(derivatives(layer), derivatives(torchs))
+
+
+INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "reset_h", "reset_c")
+
+
+@pytest.mark.parametrize("asked", [*INPUTS, "x h0", "w_ih b_hh"])
+def test_only_what_needs_a_gradient_is_computed(asked, device, monkeypatch):
+    problem = layers.draw(3, 2, 3, 4, 1, torch.float64, device=device, resets=True, reset_state="stored")
+    layer, leaves = function_of(problem)
+    expected = dict(zip(INPUTS, torch.autograd.grad(layer(*leaves), leaves, problem.cotangents)))
+    needs = []
+    backward = layer_ops._lstm_layer_backward
+    monkeypatch.setattr(layer_ops, "_lstm_layer_backward", lambda *args: needs.append(args[16]) or backward(*args))
+    inputs = [t.detach().requires_grad_(name in asked.split()) for name, t in zip(INPUTS, leaves)]
+    wanted = [t for t in inputs if t.requires_grad]
+    found = torch.autograd.grad(layer(*inputs), wanted, problem.cotangents)
+    assert all(torch.equal(g, expected[name]) for g, name in zip(found, asked.split(), strict=True))
+    states, weights = {"h0", "c0"}, set(INPUTS[3:7])
+    groups = ({"x"}, states, {"reset_h", "reset_c"}, weights)
+    reached = [bool(group & set(asked.split())) for group in groups]
+    assert needs[0][0] == reached[0] and needs[0][2:] == reached[2:]
+
+
+@pytest.mark.parametrize("used", ["y", "h_n", "c_n", "c"])
+def test_a_gradient_of_one_output_alone(used, device):
+    problem = layers.draw(3, 2, 3, 4, 2, torch.float64, device=device, cells=True)
+    layer, leaves = function_of(problem)
+    index = layers.OUTPUTS.index(used)
+    zeros = [g if k == index else torch.zeros_like(g) for k, g in enumerate(problem.cotangents)]
+    expected = torch.autograd.grad(layer(*leaves), leaves, zeros)
+    found = torch.autograd.grad(layer(*leaves)[index], leaves, problem.cotangents[index])
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_expanded_gradient_of_the_output(device):
+    """What y.sum() sends back has strides 0."""
+    layer, leaves = function_of(layers.draw(3, 2, 3, 4, 2, device=device, batch_major=True))
+    y = layer(*leaves)[0]
+    found = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    expected = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_results_do_not_share_memory(device):
+    layer, leaves = function_of(layers.draw(1, 2, 3, 4, 1, device=device, cells=True))
+    results = layer(*leaves)
+    addresses = {t.untyped_storage().data_ptr() for t in (*results, *leaves)}
+    assert len(addresses) == len(results) + len(leaves)
+
+
+# ---- memory between forward and backward -----------------------------------------------------------------------------
+
+
+def _held(problem, **options):
+    """Bytes that autograd keeps besides inputs, gradients that come of them, launches of the forward."""
+    layer, leaves = function_of(problem, **options)
+    held = {t.untyped_storage().data_ptr(): 0 for t in (*leaves, problem.resets, problem.lengths) if t is not None}
+
+    def pack(t):
+        held.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = layer(*leaves)
+    return sum(held.values()), torch.autograd.grad(outputs, leaves, problem.cotangents)
+
+
+@pytest.mark.parametrize("segments", [{}, SEGMENTS], ids=["plain", "segments"])
+@pytest.mark.parametrize("T", [6, 70])
+def test_recomputing_holds_at_most_half(T, segments, device):
+    problem = layers.draw(T, 3, 4, 5, 2, torch.float64, device=device, **segments)
+    default, expected = _held(problem)
+    recomputing, found = _held(problem, recompute=True)
+    states = T * 3 * 2 * 5 * 8
+    assert default >= 6 * states and 2 * states <= recomputing <= default / 2
+    names = problem.names[len(problem.cotangents) :]
+    for name, ours, wanted in zip(names, found, expected):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=64 * 2**-52 * wanted.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "tf32"), (torch.bfloat16, "ieee")])
+def test_recomputing_is_as_accurate(dtype, precision, device):
+    problem = layers.draw(5, 3, 4, 19, 2, dtype, precision=precision, device=device)
+    layers.assert_as_accurate_as_torch(layers.by_kernels(problem, recompute=True), problem)
+
+
+def test_recomputing_is_deterministic(device):
+    problem = layers.draw(40, 3, 4, 5, 2, device=device, **SEGMENTS)
+    first, second = (layers.by_kernels(problem, recompute=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+# ---- autocast --------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_casts_before_the_layer(device):
+    problem = layers.draw(3, 2, 3, 4, 2, device=device, resets=True, reset_state="shared")
+    layer, leaves = function_of(problem)
+    low, low_leaves = function_of(problem.with_tensors([t.bfloat16() for t in (*problem.inputs, *problem.cotangents)]))
+    with torch.autocast(device.type, torch.bfloat16):
+        found = layer(*leaves)
+    expected = low(*low_leaves)
+    assert all(t.dtype == torch.bfloat16 for t in found) and all(map(torch.equal, found, expected))
+    cotangents = [g.bfloat16() for g in problem.cotangents]
+    gradients = torch.autograd.grad(found, leaves, cotangents)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, low_leaves, cotangents)):
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
+
+
+def test_autocast_leaves_float64_alone(device):
+    layer, leaves = function_of(layers.draw(2, 2, 3, 4, 1, torch.float64, device=device))
+    with torch.autocast(device.type, torch.bfloat16):
+        found = layer(*leaves)
+    assert all(map(torch.equal, found, layer(*leaves)))

@@ -1,0 +1,148 @@
+"""Rows that start, stop and restart inside a sequence: `resets`, `reset_state` and `lengths`, in both directions.
+
+The truth of `support.layers` runs every segment of every row by itself.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lstm_triton import functional
+from support import layers
+
+SEGMENTS = {
+    "resets": dict(resets=True),
+    "resets to a stored state": dict(resets=True, reset_state="stored"),
+    "resets to one state": dict(resets=True, reset_state="shared"),
+    "lengths": dict(lengths=True),
+    "resets and lengths": dict(resets=True, lengths=True),
+    "everything": dict(resets=True, reset_state="stored", lengths=True, cells=True),
+}
+KINDS = {"fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
+segments = pytest.mark.parametrize("segments", SEGMENTS)
+directions = pytest.mark.parametrize("D", [1, 2])
+
+
+def _check(problem, **options):
+    layers.assert_as_accurate_as_torch(layers.by_kernels(problem, **options), problem)
+
+
+@segments
+@directions
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_every_segment_by_itself(kind, D, segments, device):
+    dtype, precision = KINDS[kind]
+    _check(layers.draw(6, 5, 3, 7, D, dtype, precision=precision, device=device, **SEGMENTS[segments]))
+
+
+@segments
+def test_float64(segments, device):
+    _check(layers.draw(6, 5, 3, 7, 2, torch.float64, device=device, **SEGMENTS[segments]))
+
+
+@pytest.mark.slow
+@segments
+@directions
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"backend": "triton-stepwise"}], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_full_product(seed, options, D, segments, device):
+    problem = layers.draw(
+        9, 18, 3, 33, D, torch.bfloat16, seed=seed, device=device, batch_major=seed % 2 == 1, **SEGMENTS[segments]
+    )
+    _check(problem, **options)
+
+
+@pytest.mark.parametrize("T", [1, 3, 40])
+def test_gates_rebuilt_for_the_backward(T, device):
+    """40 steps are rebuilt in two pieces."""
+    _check(layers.draw(T, 4, 3, 5, 2, device=device, **SEGMENTS["everything"]), recompute=True)
+
+
+@directions
+@pytest.mark.parametrize("with_state", [False, True])
+def test_equals_calls_of_the_layer_on_the_segments(with_state, D, device):
+    """The same through the public function, one call for each segment of each row."""
+    options = dict(resets=True, reset_state="stored" if with_state else None)
+    problem = layers.draw(7, 3, 3, 5, D, torch.float64, device=device, **options)
+    y, (h_n, c_n) = functional.lstm(
+        problem.x, problem.hx, problem.weights, resets=problem.resets, reset_state=problem.reset_state, backend="triton"
+    )
+    n = len(problem.weights) // D
+    for d in range(D):
+        weights = problem.weights[d * n : (d + 1) * n]
+        for rows, steps, (source, t), is_last in layers.runs(problem, d):
+            state = problem.hx if source == "hx" else [s[t] for s in problem.reset_state or ()]
+            state = [s[d : d + 1, rows].contiguous() for s in state] or None
+            part, (h, c) = functional.lstm(problem.x[steps, rows], state, weights, backend="triton")
+            torch.testing.assert_close(y[steps, rows, d * 5 : (d + 1) * 5], part)
+            if is_last:
+                torch.testing.assert_close((h_n[d, rows], c_n[d, rows]), (h[0], c[0]))
+
+
+@directions
+def test_lengths_equal_torchs_packed_sequence(D, device):
+    T, B, I, H = 6, 5, 3, 7
+    lengths = torch.tensor([4, 6, 1, 3, 6])
+    torchs = torch.nn.LSTM(I, H, bidirectional=D == 2, dtype=torch.float64, device=device)
+    problem = layers.draw(T, B, I, H, D, torch.float64, device=device)
+    problem = replace(problem, weights=tuple(torchs.parameters()), lengths=lengths.to(device))
+
+    def packed(x, h0, c0, weights, _):
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, states = torch.func.functional_call(torchs, dict(zip(dict(torchs.named_parameters()), weights)), (x, (h0, c0)))
+        return torch.nn.utils.rnn.pad_packed_sequence(y)[0], *states
+
+    expected = layers.with_gradients(packed, problem)
+    layers.assert_close(layers.by_kernels(problem), expected, problem, ulps=32)
+
+
+def test_rows_without_steps_keep_their_state(device):
+    problem = layers.draw(4, 3, 3, 5, 2, device=device, cells=True, resets=True)
+    problem = replace(problem, lengths=torch.tensor([0, 4, 0], device=device))
+    found = dict(zip(problem.names, layers.by_kernels(problem)))
+    idle = [0, 2]
+    for name, kept in (("h_n", problem.hx[0]), ("c_n", problem.hx[1])):
+        assert torch.equal(found[name][:, idle], kept[:, idle]), name
+    for name, passed in (("dh0", problem.cotangents[1]), ("dc0", problem.cotangents[2])):
+        assert torch.equal(found[name][:, idle], passed[:, idle]), name
+    assert not any(found[name][:, idle].any() for name in ("y", "c", "dx"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_lengths_of_any_integer_type(dtype, device):
+    problem = layers.draw(4, 3, 3, 5, 2, device=device, lengths=True)
+    other = replace(problem, lengths=problem.lengths.to(dtype))
+    assert all(map(torch.equal, layers.by_kernels(other), layers.by_kernels(problem)))
+
+
+def test_nothing_past_the_end_of_a_row_matters(device):
+    problem = layers.draw(6, 4, 3, 5, 2, device=device, **SEGMENTS["everything"])
+    past = (torch.arange(6, device=device)[:, None] >= problem.lengths)[..., None]
+    spoilt = [*problem.inputs, *problem.cotangents]
+    spoilt[0] = torch.where(past, torch.nan, problem.x)
+    for k in (len(problem.inputs), -1):  # the cotangents of y and c
+        spoilt[k] = torch.where(past, torch.nan, spoilt[k])
+    reset_state = tuple(torch.where(past[:, None], torch.nan, s) for s in problem.reset_state)
+    found = layers.by_kernels(replace(problem.with_tensors(spoilt), reset_state=reset_state))
+    weights_from = problem.names.index("dw_ih")
+    for name, result, expected in list(zip(problem.names, found, layers.by_kernels(problem)))[:weights_from]:
+        assert torch.equal(result, expected), name
+
+
+def test_no_resets_is_no_reset_argument(device):
+    problem = layers.draw(5, 3, 3, 5, 2, torch.float64, device=device, cells=True)
+    never = replace(problem, resets=torch.zeros(5, 3, dtype=torch.bool, device=device))
+    full = replace(problem, lengths=torch.full((3,), 5, device=device))
+    expected = layers.by_kernels(problem)
+    for other in (never, full):
+        layers.assert_close(layers.by_kernels(other), expected, problem, ulps=32)
+
+
+def test_resets_at_every_step_forget_the_state(device):
+    """Each step then is a cell of its own, from zeros."""
+    problem = layers.draw(5, 3, 3, 5, 2, torch.float64, device=device)
+    problem = replace(problem, resets=torch.ones(5, 3, dtype=torch.bool, device=device))
+    found = dict(zip(problem.names, layers.by_kernels(problem)))
+    assert not any(found[name].any() for name in ("dw_hh", "dw_hh_reverse"))
+    assert not found["dh0"][0].any() and found["dh0"][1].any()  # backwards, the last segment starts from hx
+    assert not found["dc0"][0].any()
