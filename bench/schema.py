@@ -123,9 +123,9 @@ def _check_field(name: str, field: Field, value: Any) -> None:
         raise RowError(f"field {name!r} is {type(value).__name__}, not {' or '.join(t.__name__ for t in field.types)}")
     if field.allowed is not None and value not in field.allowed:
         raise RowError(f"field {name!r} is {value!r}, not one of {', '.join(map(repr, field.allowed))}")
-    for key in field.required_keys:
-        if key not in value:
-            raise RowError(f"field {name!r} has no {key!r}")
+    keys: Any = value  # of an object
+    if missing := [key for key in field.required_keys if key not in keys]:
+        raise RowError(f"field {name!r} has no {missing[0]!r}")
 
 
 def encode(row: Mapping[str, Any]) -> str:

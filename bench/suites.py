@@ -172,7 +172,7 @@ def features(sizes: Sizes, suite: str) -> Ordered:
         "projection": {"proj_size": H // 2},
     }
     return [
-        (2.8 + 0.1 * rank, Task(suite, Case(name, H, B, T, dtype="float32", mode=mode, **options)))
+        (2.2 + 0.1 * rank, Task(suite, Case(name, H, B, T, dtype="float32", mode=mode, **options)))
         for rank, (name, options) in enumerate(variants.items())
         for mode in ("train", "forward")
     ]
@@ -221,7 +221,7 @@ def overhead(sizes: Sizes, suite: str) -> Ordered:
     cell_case = Case("host time, cell", 64, 1, 1, form="cell", dtype="float32")
     layer_case = Case("host time, layer", 64, 1, 1, dtype="float32")
     return [
-        (2.6, Task(suite, replace(case, mode=mode), "overhead"))
+        (2.15, Task(suite, replace(case, mode=mode), "overhead"))
         for case in (cell_case, layer_case)
         for mode in ("forward", "train")
     ]

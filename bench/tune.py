@@ -215,7 +215,7 @@ def sweep_in_processes(kernel: str, case: Case, device: str, deadline: float | N
 
 def _listen(child: Any, results: list[Result], deadline: float | None) -> tuple[int | None, bool]:
     """(what was being tried at the end, whether all were); at the deadline the process is ended, and that is all."""
-    trying: int | None = None
+    trying = None
     late = threading.Event()
 
     def end() -> None:
@@ -264,9 +264,7 @@ def table(best: Sequence[tuple[str, Case, Result]], gpu: str, date: str) -> str:
 
 def _child(argument: str) -> int:
     request = json.loads(argument)
-    device = torch.device(request["device"])
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=request["device"]).device  # with its index
 
     def tell(k: int, result: Result | None) -> None:
         print(json.dumps({"trying": k} if result is None else {"result": dataclasses.asdict(result)}), flush=True)

@@ -121,7 +121,7 @@ def lstm_layer_backward(
             dw_ih = [_gate_major(w) for w in (rows.t() @ as_rows(x, time_major)).chunk(D)]
             db = [_gate_major(b) for b in rows.sum(0).chunk(D)]
             dw_hh = [_recurrent_weight_gradient(dz, h0, y, d, segments, time_major) for d in range(D)]
-        if needs_resets:
+        if dreset_c is not None:
             dreset_h = torch.stack([_gradient_at_resets(dz, directions[d].w_hh, d, segments) for d in range(D)], dim=1)
             dreset_c = dreset_c.permute(0, 2, 1, 3)
         if needs_h0:
@@ -151,13 +151,14 @@ def _rebuilt_pre_activations(
 
 def _reset_flags(segments: Segments, d: int, start: int, n: int) -> Tensor:
     """[n, B] whether direction d clears its state before steps t = start ... start + n - 1: `segments.resets_at` for all."""
-    T = segments.resets.shape[0]
-    flags = segments.resets[start + d : start + n + d]
+    resets = segments.resets
+    assert resets is not None
+    flags = resets[start + d : start + n + d]
     if len(flags) < n:
-        flags = torch.cat([flags, torch.zeros_like(segments.resets[:1])])
+        flags = torch.cat([flags, torch.zeros_like(resets[:1])])
     if segments.lengths is not None:
         t = torch.arange(start + d, start + n + d, device=flags.device)
-        flags = flags & (t[:, None] < segments.lengths.clamp(max=T))
+        flags = flags & (t[:, None] < segments.lengths.clamp(max=len(resets)))
     return flags
 
 

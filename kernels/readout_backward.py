@@ -241,7 +241,7 @@ def softmax_readout_backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
     *,
     precision: str | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, ...]:
     """Launch the backward kernels: two, and a third where sums are divided into parts.
 
     Args:

@@ -79,10 +79,10 @@ def _lstm_sequence_forward_kernel(
         stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
         stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
-    weights = ()  # type: ignore[var-annotated]
+    weights = ()
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
-            weights = weights + (
+            weights = weights + (  # type: ignore[assignment]
                 _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, stride_w_row, stride_w_k, BLOCK_K),
             )
 

@@ -82,14 +82,14 @@ def _lstm_sequence_backward_kernel(
     mask = mask_b[:, None] & mask_h[None, :]
 
     CHUNKS: tl.constexpr = (4 * H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
-    weights = ()  # type: ignore[var-annotated]
+    weights = ()
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
         stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
         stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
-            weights = weights + (
+            weights = weights + (  # type: ignore[assignment]
                 _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K),
             )
 

@@ -56,12 +56,13 @@ def sequence_forward_config(
     """How to run the recurrence of B rows, H units and D directions forward."""
     row_bytes = H * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
+    blocks_b: tuple[int, ...]
     blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
     chunk = chunk if aligned else chunk // 2
-    if dtype.itemsize == 4 or not aligned:
-        blocks_b = blocks_b[:2]
+    for harder in (dtype.itemsize == 4, not aligned):
+        blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64):
             for block_b in blocks_b:
@@ -94,8 +95,7 @@ def sequence_backward_config(
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
                     # Left alone, the assembler stops at 128 registers and spills a few.
-                    registers = 168 if block_b * block_h <= 256 and aligned else 255
-                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, registers)
+                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, 255)
     return stepwise_config(B, H, D, dtype, precision)
 
 

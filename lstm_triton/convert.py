@@ -37,7 +37,7 @@ def convert(
     check_options(precision, backend)
     for module in model.modules():
         if type(module) is _TORCH_LSTM:
-            module.__class__ = LSTMSubclass if subclass else LSTM
+            module.__class__ = LSTMSubclass if subclass else LSTM  # type: ignore[assignment]
             module.recompute = recompute
         elif type(module) is _TORCH_CELL:
             module.__class__ = LSTMCell
@@ -61,11 +61,11 @@ def to_torch(model: torch.nn.Module) -> torch.nn.Module:
 def patch() -> Iterator[None]:
     """Inside, torch.nn.LSTM and torch.nn.LSTMCell are this package's: models built there use it without a change of code."""
     before = torch.nn.LSTM, torch.nn.LSTMCell
-    torch.nn.LSTM, torch.nn.LSTMCell = LSTMSubclass, LSTMCell
+    torch.nn.LSTM, torch.nn.LSTMCell = LSTMSubclass, LSTMCell  # type: ignore[misc]
     try:
         yield
     finally:
-        torch.nn.LSTM, torch.nn.LSTMCell = before
+        torch.nn.LSTM, torch.nn.LSTMCell = before  # type: ignore[misc]
 
 
 def from_gate_matrices(

@@ -56,7 +56,9 @@ def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> s
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels know no {dtype}"
     if device_type == "cpu":
-        return None if env.interpreting else "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return (
+            None if env.interpreting else "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+        )
     if device_type != "cuda" or env.capability is None:
         return f"the kernels run on NVIDIA GPUs, not on '{device_type}'"
     if env.interpreting:
@@ -162,8 +164,8 @@ def _why_no_cudnn(device_type: str, call: Call) -> str | None:
 
 
 @functools.cache
-def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, *call: Call) -> str:
-    return choose(backend, device.type, dtype, environment(device), *call).backend
+def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, *call) -> str:
+    return choose(backend, device.type, dtype, environment(device), *([Call(*call)] if call else [])).backend
 
 
 def is_long(T: int, device: torch.device) -> bool:
@@ -228,7 +230,9 @@ def explain(
     device = weight.device if device is None else torch.device(device)
     dtype = weight.dtype if dtype is None else dtype
     if isinstance(module, LSTMForward):
-        call = Call(not segments and not module.recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0)
+        call = Call(
+            not segments and not module.recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0
+        )
         sizes = (module.input_size, module.hidden_size)
         choice = choose_layer(module.backend, device.type, dtype, environment(device), call)
     elif isinstance(module, LSTMCell):

@@ -149,7 +149,7 @@ def softmax_readout(
     device_type = h.device.type
     if torch.is_autocast_enabled(device_type):
         autocast_dtype = torch.get_autocast_dtype(device_type)
-        h, weight, bias = (_autocast(t, autocast_dtype) for t in (h, weight, bias))
+        h, weight, bias = (_autocast(t, autocast_dtype) for t in (h, weight, bias))  # type: ignore[assignment]
         dtype = torch.float32 if device_type == "cuda" and h.dtype != torch.float64 else h.dtype
     _check_readout(h, weight, bias)
     if chosen == "reference":

@@ -1,6 +1,7 @@
 """One LSTM layer as PyTorch operators, and its autograd; built as `ops` is for the cell."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ library.define(
 )
 
 
-def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor | None, ...]]:
+def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Any, ...]]:
     """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] of each direction, one after the other -> four of each."""
     n = len(weights) // directions
     return [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
@@ -55,7 +56,7 @@ def _lstm_layer(
 
 @torch.library.register_fake("lstm_triton::lstm_layer", lib=library)
 def _(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, save_cells, save_gates, stepwise):
-    (T, B, _), H = x.shape, h0.shape[2]
+    H = h0.shape[2]
     states = [_new_like_input(x, directions * H) if n else x.new_empty(0) for n in (True, save_cells)]
     gates = _new_like_input(x, directions * H * 4).unflatten(2, (directions, H, 4)) if save_gates else x.new_empty(0)
     return states[0], h0.new_empty(h0.shape), c0.new_empty(c0.shape), states[1], gates
@@ -86,10 +87,10 @@ def _lstm_layer_backward(
         precision=precision,
         stepwise=stepwise,
     )
-    results = [grads.dx, grads.dh0, grads.dc0, grads.dreset_h, grads.dreset_c]
-    if needs_weights:
-        for d in range(directions):
-            results += [grads.dw_ih[d], grads.dw_hh[d], grads.db[d]]
+    results: list[Tensor | None] = [grads.dx, grads.dh0, grads.dc0, grads.dreset_h, grads.dreset_c]
+    if grads.dw_ih is not None and grads.dw_hh is not None and grads.db is not None:
+        for of_direction in zip(grads.dw_ih, grads.dw_hh, grads.db):
+            results += of_direction
     return [x.new_empty(0) if t is None else t for t in results]
 
 
@@ -148,8 +149,8 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
             )
 
         # What was not needed came back empty, and has no gradient.
-        grads = [g if g is None or g.numel() else None for g in grads]
-        found = reference.back_through(reference_backward, grads, (*tensors, reset_h, reset_c, *weights))
+        wanted = [g if g is None or g.numel() else None for g in grads]
+        found = reference.back_through(reference_backward, wanted, (*tensors, reset_h, reset_c, *weights))
         d_cotangents, d_inputs, (dreset_h, dreset_c), d_weights = found[:4], found[4:7], found[7:9], found[9:]
         return *d_cotangents, *(None,) * 7, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def lstm(
     y, h_n, c_n, c = run(
         chosen, x, hx, weights, directions, bias, segments, return_cell_states, recompute, precision
     )  # fmt: skip
-    return (y, (h_n, c_n), c) if return_cell_states else (y, (h_n, c_n))
+    return (y, (h_n, c_n)) if c is None or not return_cell_states else (y, (h_n, c_n), c)
 
 
 class Segments(NamedTuple):
@@ -124,7 +124,9 @@ def run(
         _require_persistent(T, B, H, directions, x, precision)
     stepwise = chosen == "triton-stepwise"
     if len(weights) // directions not in (2, 4):
-        return projection.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
+        return projection.lstm_layer(
+            x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise
+        )
     return layer_ops.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
 
 
@@ -154,12 +156,12 @@ def cudnn_precision(x: Tensor, precision: str | None) -> contextlib.AbstractCont
 
 @contextlib.contextmanager
 def _cudnn_precision(precision: str) -> Iterator[None]:
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
+    rnn: Any = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, precision
     try:
         yield
     finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
+        rnn.fp32_precision = before
 
 
 def _require_persistent(T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None) -> None:
@@ -236,7 +238,7 @@ def checked_segments(
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
             if int(lengths.min()) < 0 or int(lengths.max()) > T:
                 raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
-        lengths = lengths.to(x.device).clamp(0, T)
+        lengths = lengths.to(x.device, torch.int64).clamp(0, T)
     return Segments(resets, reset_h, reset_c, lengths)
 
 

@@ -16,6 +16,7 @@ class LSTMForward(torch.nn.RNNBase):
     precision: str | None = None
     backend: str = "auto"
     recompute: bool = False
+    _flat_weights: list[Any]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self) + (", recompute=True" if self.recompute else "")
@@ -43,14 +44,16 @@ class LSTMForward(torch.nn.RNNBase):
         if input.dim() == 2:
             return self._forward_unbatched(input, hx, resets, reset_state, lengths, return_cell_states)
         if hx is None:
+            self.check_input(input, None)
             hx = self._zero_state(input, input.shape[0 if self.batch_first else 1])
-        elif hx[0].dim() != 3 or hx[1].dim() != 3:
-            raise RuntimeError(
-                "For batched 3-D input, hx and cx should "
-                f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-        self.check_forward_args(input, hx, None)
-        _check_pair(hx)
+        else:
+            if hx[0].dim() != 3 or hx[1].dim() != 3:
+                raise RuntimeError(
+                    "For batched 3-D input, hx and cx should "
+                    f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            self.check_forward_args(input, hx, None)
+            _check_pair(hx)
         # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
         x = input.transpose(0, 1) if self.batch_first else input
         if self.batch_first and resets is not None:
@@ -94,7 +97,9 @@ class LSTMForward(torch.nn.RNNBase):
         weight = self._flat_weights[0]
         if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             # Here torch has no check of its own, and fails otherwise than for a padded input.
-            raise RuntimeError(f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}")
+            raise RuntimeError(
+                f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}"
+            )
         self.check_forward_args(data, hx, batch_sizes)
         plain = resets is None and reset_state is None and not return_cell_states
         chosen = self._choose(data, plain, T)
@@ -103,7 +108,15 @@ class LSTMForward(torch.nn.RNNBase):
             data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
             with layers.cudnn_precision(data, self.precision), torch_ops.without_autocast(data.device.type):
                 y, *hidden = torch._VF.lstm(
-                    data, batch_sizes, tuple(hx), weights, self.bias, self.num_layers, dropout, train, self.bidirectional
+                    data,
+                    batch_sizes,
+                    tuple(hx),
+                    weights,
+                    self.bias,
+                    self.num_layers,
+                    dropout,
+                    train,
+                    self.bidirectional,
                 )
         else:
             if resets is not None:
@@ -120,15 +133,15 @@ class LSTMForward(torch.nn.RNNBase):
             y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths.to(data.device), return_cell_states)
             y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
             if return_cell_states:
-                cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)
-        y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+                packed_cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)
+        packed_y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         hidden = self.permute_hidden(tuple(hidden), unsorted_indices)
-        return (y, hidden, cells) if return_cell_states else (y, hidden)
+        return (packed_y, hidden, packed_cells) if return_cell_states else (packed_y, hidden)
 
     def _zero_state(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        h, c = (input.new_zeros(rows, batch, size) for size in (self.proj_size or self.hidden_size, self.hidden_size))
-        return h, c
+        c = input.new_zeros(rows, batch, self.hidden_size)
+        return (input.new_zeros(rows, batch, self.proj_size) if self.proj_size else c), c
 
     def _mode(self) -> tuple[bool, float]:
         """(train, dropout) for torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise."""
@@ -148,7 +161,9 @@ class LSTMForward(torch.nn.RNNBase):
     def _run(self, x, hx, resets, reset_state, lengths, return_cell_states):
         """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
         x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, self._flat_weights)
-        chosen = self._choose(x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0])
+        chosen = self._choose(
+            x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0]
+        )
         if chosen in ("torch", "cudnn"):
             return self._run_torch(x, hx, weights)
         directions = 2 if self.bidirectional else 1
@@ -175,12 +190,12 @@ class LSTMForward(torch.nn.RNNBase):
         h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
         return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
 
-    def _run_torch(self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _run_torch(
+        self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         train, dropout = self._mode()
         with layers.cudnn_precision(x, self.precision):
-            y, h_n, c_n = torch_ops.lstm(
-                x, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional
-            )
+            y, h_n, c_n = torch_ops.lstm(x, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional)
         return y, (h_n, c_n)
 
 
@@ -246,14 +261,24 @@ class LSTM(LSTMForward):
     ) -> None:
         check_options(precision, backend)
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
         )
         self.precision = precision
         self.backend = backend
         self.recompute = recompute
 
 
-class LSTMSubclass(LSTMForward, torch.nn.LSTM):  # type: ignore[misc]
+class LSTMSubclass(LSTMForward, torch.nn.LSTM):
     """`LSTM` for code that asks isinstance(module, torch.nn.LSTM); torch.compile refuses every such class.
 
     Takes the arguments of torch.nn.LSTM; precision, backend and recompute are attributes.

@@ -124,9 +124,9 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         dh, dc, *inputs = ctx.saved_tensors
         zeros = torch.zeros_like(inputs[2])
-        grads = [g if n else None for g, n in zip(grads, ctx.needs)]
+        wanted = [g if n else None for g, n in zip(grads, ctx.needs)]
         found = reference.lstm_cell_double_backward(
-            grads, (zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
+            wanted, (zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
         )
         found[:2] = [None if t is None else g for t, g in zip((dh, dc), found)]
         return (*found, None, None, None, None)

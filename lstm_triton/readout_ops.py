@@ -45,8 +45,9 @@ def _forward(h, *args):
 
 def _reference_backward(dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     # Under autocast y and dy are float32 and the others are not.
-    wide = [None if t is None else t.to(dy.dtype) for t in (h, weight, bias)]
-    return [g.to(h.dtype) for g in reference.softmax_readout_backward(dy, *wide)]
+    wide = None if bias is None else bias.to(dy.dtype)
+    grads = reference.softmax_readout_backward(dy, h.to(dy.dtype), weight.to(dy.dtype), wide)
+    return [g.to(h.dtype) for g in grads]
 
 
 class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
@@ -65,8 +66,8 @@ class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        grads = [g if n else None for g, n in zip(grads, ctx.needs)]
-        return (*reference.back_through(_reference_backward, grads, ctx.saved_tensors), None, None, None)
+        wanted = [g if n else None for g, n in zip(grads, ctx.needs)]
+        return (*reference.back_through(_reference_backward, wanted, ctx.saved_tensors), None, None, None)
 
 
 class SoftmaxReadoutFunction(torch.autograd.Function):

@@ -5,6 +5,7 @@ Clear rather than fast. Everything is made of differentiable torch operations, o
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def lstm_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Sequence[Sequence[Tensor | None]],
+    weights: Sequence[Sequence[Any]],
     resets: Tensor | None = None,
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
@@ -203,6 +204,6 @@ def back_through(
         return tuple(found[k] for k in asked)
 
     # torch.func, so that this also works inside its transforms.
-    _, back = torch.func.vjp(results, *(inputs[k] for k in given))
+    _, back, *_ = torch.func.vjp(results, *(inputs[k] for k in given))
     gradients = dict(zip(given, back(tuple(grads[k] for k in asked))))
     return [gradients.get(k) for k in range(len(inputs))]

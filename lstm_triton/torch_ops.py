@@ -52,7 +52,9 @@ class _LSTMBackwardFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, dh_n, dc_n, bias, num_layers, bidirectional, x, h0, c0, *weights):
         return tuple(
-            torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional)
+            torch.ops.lstm_triton.torch_lstm_backward(
+                dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional
+            )
         )
 
     @staticmethod
@@ -106,7 +108,9 @@ def lstm(
     if not torch.compiler.is_compiling():
         batch_first = x.stride(1) > x.stride(0)
         x = x.transpose(0, 1) if batch_first else x
-        y, h_n, c_n = torch._VF.lstm(x, tuple(hx), weights, bias, num_layers, dropout, train, bidirectional, batch_first)
+        y, h_n, c_n = torch._VF.lstm(
+            x, tuple(hx), list(weights), bias, num_layers, dropout, train, bidirectional, batch_first
+        )
         return (y.transpose(0, 1) if batch_first else y), h_n, c_n
     # One operator for each layer, so that dropout between them is the compiler's own, with its own random numbers.
     directions = 2 if bidirectional else 1

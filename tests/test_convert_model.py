@@ -217,7 +217,9 @@ def test_automatic_choice_where_the_kernels_are_measured(monkeypatch):
         assert choose(call).backend == "triton" and MEASURED in choose(call).reason
     with_projection = "the persistent kernels are not yet measured with projection"
     assert choose(Call(True, False, None, projected=True)) == Choice("cudnn", with_projection)
-    assert choose(Call(False, False, None, projected=True)) == Choice("triton-stepwise", f"{NO_CUDNN}; {with_projection}")
+    assert choose(Call(False, False, None, projected=True)) == Choice(
+        "triton-stepwise", f"{NO_CUDNN}; {with_projection}"
+    )
     assert choose(PLAIN, Environment(True, False, (8, 9))).backend == "cudnn"
     assert choose(PLAIN, CPU, "cpu").backend == "torch"
 

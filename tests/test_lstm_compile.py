@@ -132,7 +132,9 @@ class _Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        devices = {t.device.type for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor)}
+        devices = {
+            t.device.type for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor)
+        }
         assert devices <= {"meta"}, f"{function} on {devices}"
         return result
 
@@ -176,7 +178,9 @@ def test_distributed_data_parallel(tmp_path, device):
         expected = gradients(flat(lstm(x)), lstm.parameters())
         results = flat(parallel(x))
         generator = torch.Generator().manual_seed(0)
-        torch.autograd.backward(results, [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in results])
+        torch.autograd.backward(
+            results, [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in results]
+        )
         torch.testing.assert_close([p.grad for p in lstm.parameters()], expected)
     finally:
         torch.distributed.destroy_process_group()

@@ -143,6 +143,12 @@ def test_resets_at_every_step_forget_the_state(device):
     problem = layers.draw(5, 3, 3, 5, 2, torch.float64, device=device)
     problem = replace(problem, resets=torch.ones(5, 3, dtype=torch.bool, device=device))
     found = dict(zip(problem.names, layers.by_kernels(problem)))
-    assert not any(found[name].any() for name in ("dw_hh", "dw_hh_reverse"))
-    assert not found["dh0"][0].any() and found["dh0"][1].any()  # backwards, the last segment starts from hx
-    assert not found["dc0"][0].any()
+    assert not found["dw_hh"].any() and not found["dh0"][0].any() and not found["dc0"][0].any()
+    # Backwards, the last segment starts from hx.
+    last = problem.cotangents[0].clone()
+    last[:-1] = 0
+    others = problem.with_tensors([*problem.inputs, last, *(torch.zeros_like(g) for g in problem.cotangents[1:])])
+    only_last = dict(zip(problem.names, layers.by_kernels(others)))
+    for name in ("dw_hh_reverse", "dh0", "dc0"):
+        torch.testing.assert_close(found[name], only_last[name])
+        assert found[name].any(), name

@@ -40,7 +40,9 @@ def _run(device: str) -> None:
             results = []
             for module in (ours, theirs):
                 y, (h, c) = module(*args)
-                gradients = torch.autograd.grad(y.sum() + h.pow(2).sum() + c.pow(2).sum(), [*leaves, *module.parameters()])
+                gradients = torch.autograd.grad(
+                    y.sum() + h.pow(2).sum() + c.pow(2).sum(), [*leaves, *module.parameters()]
+                )
                 results.append([y, h, c, *gradients])
             torch.testing.assert_close(*results)
             y, (h, c) = sample.reference_fn(ours, *args)
