@@ -143,7 +143,7 @@ def _dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.tune:
         from . import tune
 
-        return tune.main(device, options.hidden, options.batch, options.dtype, options.budget)
+        return tune.run(device, options.hidden, options.batch, options.dtype, options.budget)
     tasks = select_tasks(options, device)
     if options.list:
         for task in tasks:
@@ -164,7 +164,9 @@ def command_line(arguments: Sequence[str]) -> str:
     kept = []
     hide = False
     for argument in arguments:
-        kept.append("..." if hide else argument)
+        option, is_joined, _ = argument.partition("=")
+        joined = is_joined and option in ("--output", "--rows")
+        kept.append("..." if hide else f"{option}=..." if joined else argument)
         hide = argument in ("--output", "--rows")
     return " ".join(["lstm-triton bench", *kept])
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import child
 from .cases import Case, Task
 
 if TYPE_CHECKING:
@@ -43,10 +42,9 @@ def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple
 
 
 def _child(case: Case, provider: str, device_type: str, cache: str) -> dict[str, float]:
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environ |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environ = child.environment(more={"TRITON_CACHE_DIR": cache})
     request = json.dumps({"case": case.to_json(), "provider": provider, "device": device_type})
-    command = [sys.executable, "-m", "lstm_triton.bench.coldstart", request]
+    command = child.command("coldstart", request)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or ["the new process failed without a word"])[-1])
@@ -81,7 +79,3 @@ def main(arguments: Sequence[str]) -> int:
             times.append(time.perf_counter() - start)
     print(json.dumps({"import_s": imported - begin, "first_call_s": times[0], "second_call_s": times[1]}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

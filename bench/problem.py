@@ -12,6 +12,7 @@ from lstm_triton import reference
 from .cases import Case
 
 MOST_CUDNN_STEPS = 65535
+PIECE = 32768  # steps of the float64 truth at a time
 
 
 @dataclass
@@ -92,8 +93,9 @@ def results(
 def truth(problem: Problem) -> dict[str, Tensor]:
     """`results` of the same problem in float64: torch.nn.LSTM's, or where it cannot, the plain-PyTorch specification's."""
     case = problem.case
-    # cuDNN takes no longer sequences; on a CPU torch has no such bound.
-    device = torch.device("cpu") if case.length > MOST_CUDNN_STEPS else problem.device
+    # cuDNN takes no longer sequences, and both directions do not run in pieces; on a CPU torch has no such bound.
+    in_one_piece = case.bidirectional and case.length > MOST_CUDNN_STEPS
+    device = torch.device("cpu") if in_one_piece else problem.device
 
     def widened(t: Tensor) -> Tensor:
         return t.detach().to(device, torch.float64, copy=True)
@@ -117,8 +119,13 @@ def truth(problem: Problem) -> dict[str, Tensor]:
 
 def _by_torch(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     lstm = torch_lstm(problem.case, problem.device, torch.float64)
-    y, (h_n, c_n) = torch.func.functional_call(lstm, problem.weights, (problem.x, (problem.h0, problem.c0)))
-    return y, h_n, c_n
+    steps = problem.case.length if problem.case.bidirectional else PIECE
+    states = problem.h0, problem.c0
+    pieces = []
+    for x in problem.x.split(steps):
+        y, states = torch.func.functional_call(lstm, problem.weights, (x, states))
+        pieces.append(y)
+    return torch.cat(pieces), *states
 
 
 def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype) -> nn.LSTM:

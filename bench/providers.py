@@ -4,12 +4,12 @@ A provider says why it cannot serve a case, or makes a function of the problem's
 graphs, checks, timing) is the same code for all.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -259,7 +259,7 @@ class Compiled:
             raise Unavailable("torch has no tf32x3")
         cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
         weights = _load(cell, problem, True)
-        torch._dynamo.reset()  # or the cases of a long run exhaust its count of recompilations
+        torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
         compiled = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
 
         def step(x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -283,6 +283,7 @@ def all_providers() -> dict[str, Provider]:
 OURS = "lstm_triton auto"
 CUDNN = "torch.nn.LSTM"
 TORCH_CELL = "torch.nn.LSTMCell"
+PEER_PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn"}
 
 
 def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = False) -> list[str]:
@@ -300,5 +301,7 @@ def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = Fals
     forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if gpu else []
     one_layer = case.layers == 1 and not case.bidirectional and not case.proj_size and case.rows == "padded"
     loop = [TORCH_CELL] if one_layer and (case.resets or case.length <= 64) else []
-    peers = (["torchrl"] if case.resets else ["torchrl", "haste", "flashrnn"]) if gpu and one_layer else []
+    others = (["torchrl"] if case.resets else list(PEER_PACKAGES)) if gpu and one_layer else []
+    # One that is not installed is named at the first hidden size of the headline, not in every case.
+    peers = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(PEER_PACKAGES[name])]
     return [OURS, *forced, CUDNN, *loop, *plain, *peers]

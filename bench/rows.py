@@ -1,6 +1,7 @@
 """Making rows: what is common to all rows of a run, and what a measurement adds."""
 
 import datetime
+import time
 import uuid
 from typing import Any
 
@@ -21,9 +22,15 @@ class RowMaker:
         self._run = run or uuid.uuid4().hex[:12]
         self._command = command
         self._synthetic = synthetic
+        self._state: dict[str, Any] = {}
+        self._state_at = float("-inf")
 
     def state(self) -> dict[str, Any]:
-        return devices.state(self._device)
+        """Clocks, power, temperature, read at most every two seconds: asking takes a while."""
+        now = time.monotonic()
+        if now - self._state_at > 2.0:
+            self._state, self._state_at = devices.state(self._device), now
+        return self._state
 
     def make(
         self,
@@ -60,7 +67,7 @@ class RowMaker:
             "execution": execution,
             "precision": precisions(task.case),
             "device": self._described,
-            "state": self.state() if state is None else state,
+            "state": state if state is not None else self.state() if status == "ok" else {},
             "versions": devices.versions(),
             "source": devices.source(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

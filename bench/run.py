@@ -77,7 +77,15 @@ def done_before(found: Sequence[dict[str, Any]], like: dict[str, Any], retry: bo
 class Runner:
     """Runs tasks through workers, restarts these when they die, and appends every row."""
 
-    def __init__(self, options: Options, tasks: Sequence[Task], progress: Progress, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        tasks: Sequence[Task],
+        progress: Progress,
+        say: Callable[[str], None],
+        new_worker: Callable[..., Any] = Worker,
+    ) -> None:
+        self._new_worker = new_worker
         self._options, self._tasks, self._progress, self._say = options, list(tasks), progress, say
         self._workers: dict[bool, Worker] = {}
         self._run = uuid.uuid4().hex[:12]
@@ -162,7 +170,7 @@ class Runner:
         if interpreter not in self._workers:
             o = self._options
             setup = Setup(o.device, o.command, self._run, o.flush_l2, o.names, o.threads)
-            worker = Worker(setup, interpreter=interpreter, path=o.path, environment=o.environment)
+            worker = self._new_worker(setup, interpreter=interpreter, path=o.path, environment=o.environment)
             self._workers[interpreter] = worker
             try:
                 worker.ready()
@@ -192,7 +200,8 @@ class Runner:
             except WorkerDied as death:
                 self._workers.pop(task.interpreter, None)
                 group -= {(row["provider"], row["execution"]) for row in written[count:]}
-                groups += self._blame(task, group, death, written)
+                failed = any(row["status"] == "failed" for row in written[count:])
+                groups += self._blame(task, group, death, failed, written)
                 continue
             if not finished:
                 self._workers.pop(task.interpreter, None)
@@ -201,14 +210,16 @@ class Runner:
         return True
 
     def _blame(
-        self, task: Task, group: set[tuple[str, str]], death: WorkerDied, written: list[dict[str, Any]]
+        self, task: Task, group: set[tuple[str, str]], death: WorkerDied, failed: bool, written: list[dict[str, Any]]
     ) -> list[set[tuple[str, str]]]:
         """Write the death down to who was at work; returns the groups to go on with.
 
-        Where several were being timed, each is tried once more by itself.
+        Where several were being timed, each is tried once more by itself. failed: the worker has named the culprit itself.
         """
         guilty = {(n, e) for n, e in group if n == death.provider}
         names = {n for n, _ in group}
+        if not guilty and failed:  # it has its row already
+            return [group] if group else []
         if not guilty and len(names) > 1 and death.stage == "timing":
             return [{pair for pair in group if pair[0] == name} for name in sorted(names)]
         guilty = guilty or group

@@ -181,7 +181,7 @@ def features(sizes: Sizes, suite: str) -> Ordered:
 def memory(sizes: Sizes, suite: str) -> Ordered:
     """Bytes held for the backward and at the peak, with and without recomputation."""
     return [
-        (2.5 + 0.5 * rank, Task(suite, Case(f"H{H} B{B} T{T}", H, B, T, dtype=dtype, mode="train"), "memory"))
+        (2.2 + 0.5 * rank, Task(suite, Case(f"H{H} B{B} T{T}", H, B, T, dtype=dtype, mode="train"), "memory"))
         for rank, (H, B, T) in enumerate(sizes.memory)
         for dtype in sizes.dtypes
     ]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, measure, problem, providers, timing
+from . import accuracy, child, measure, problem, providers, timing
 from .cases import Case
 
 KERNELS = ("cell forward", "cell backward", "sequence forward", "sequence backward")
@@ -40,7 +40,7 @@ class Result:
         return self.shipped_us / self.us - 1 if self.us and self.shipped_us else 0.0
 
 
-def main(device: str, hidden: Any, batch: Any, dtypes: Sequence[str] | None, budget_s: float | None) -> int:
+def run(device: str, hidden: Any, batch: Any, dtypes: Sequence[str] | None, budget_s: float | None) -> int:
     """Sweep; exit code 2 without a GPU."""
     if device == "cpu":
         print(
@@ -203,35 +203,34 @@ def sweep_in_processes(kernel: str, case: Case, device: str, deadline: float | N
     first = 0
     while True:
         request = json.dumps({"kernel": kernel, "case": case.to_json(), "device": device, "first": first})
-        child = subprocess.Popen(
-            [sys.executable, "-m", "lstm_triton.bench.tune", request], stdout=subprocess.PIPE, text=True
-        )
-        trying, finished = _listen(child, results, deadline)
+        command = child.command("tune", request)
+        process = subprocess.Popen(command, env=child.environment(), stdout=subprocess.PIPE, text=True)
+        trying, finished = _listen(process, results, deadline)
         if finished or trying is None:
             return results
         results.append(Result({}, f"candidate {trying}: the process died or hung"))
         first = trying + 1
 
 
-def _listen(child: Any, results: list[Result], deadline: float | None) -> tuple[int | None, bool]:
+def _listen(process: Any, results: list[Result], deadline: float | None) -> tuple[int | None, bool]:
     """(what was being tried at the end, whether all were); at the deadline the process is ended, and that is all."""
     trying = None
     late = threading.Event()
 
     def end() -> None:
         late.set()
-        child.kill()
+        process.kill()
 
     left = None if deadline is None else max(deadline - time.monotonic(), 0.1)
     budget = threading.Timer(left, end) if left is not None else None
     if budget:
         budget.start()
-    silence = threading.Timer(_SILENCE_S, child.kill)
+    silence = threading.Timer(_SILENCE_S, process.kill)
     silence.start()
     finished = False
-    for line in child.stdout:
+    for line in process.stdout:
         silence.cancel()
-        silence = threading.Timer(_SILENCE_S, child.kill)
+        silence = threading.Timer(_SILENCE_S, process.kill)
         silence.start()
         event = json.loads(line)
         finished = event.get("finished", False)
@@ -243,7 +242,7 @@ def _listen(child: Any, results: list[Result], deadline: float | None) -> tuple[
     silence.cancel()
     if budget:
         budget.cancel()
-    child.wait()
+    process.wait()
     return (None, True) if late.is_set() else (trying, finished)
 
 
@@ -262,8 +261,9 @@ def table(best: Sequence[tuple[str, Case, Result]], gpu: str, date: str) -> str:
     return "\n".join(lines)
 
 
-def _child(argument: str) -> int:
-    request = json.loads(argument)
+def main(arguments: Sequence[str]) -> int:
+    """In a process of its own: one sweep, told as JSON lines."""
+    request = json.loads(arguments[0])
     device = torch.empty(0, device=request["device"]).device  # with its index
 
     def tell(k: int, result: Result | None) -> None:
@@ -273,7 +273,3 @@ def _child(argument: str) -> int:
     sweep(request["kernel"], case, device, timing.clock(device, False), tell, request["first"])
     print(json.dumps({"finished": True}), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1]))

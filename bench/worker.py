@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from . import child
 from .cases import Task
 from .floor import Roofs
 
@@ -48,11 +49,8 @@ class Worker:
 
     def __init__(self, setup: Setup, *, interpreter: bool = False, path: Sequence[str] | None = None,
                  environment: Mapping[str, str] | None = None) -> None:  # fmt: skip
-        environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environ["PYTHONPATH"] = os.pathsep.join(sys.path if path is None else path)
-        environ |= {"TRITON_INTERPRET": "1"} if interpreter else {}
-        environ |= environment or {}
-        command = [sys.executable, "-m", "lstm_triton.bench.worker", json.dumps(asdict(setup))]
+        environ = child.environment(path, {**({"TRITON_INTERPRET": "1"} if interpreter else {}), **(environment or {})})
+        command = child.command("worker", json.dumps(asdict(setup)))
         self._process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -210,7 +208,3 @@ def make_context(setup: Setup, stage: Callable[[str, str, str], None]) -> Any:
     maker = rows.RowMaker(device, setup.command, setup.run)
     clock = timing.clock(device, setup.flush_l2)
     return measuring.Context(device, maker, clock, names=setup.names, stage=stage)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -61,6 +61,8 @@ def _weight_gradient_tile(
         dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         offs_b = first_row + tl.arange(0, BLOCK_B)
+        # This changes nothing. For sm_100, Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly.
+        dz = tl.where((offs_b < B)[:, None], dz, 0.0)
         a = _load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
         acc = tl.dot(tl.trans(dz).to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)

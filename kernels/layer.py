@@ -91,7 +91,9 @@ def is_persistent(
     return plan(sequence_forward_config, T, B, H, D, dtype, precision, device, False).persistent
 
 
-def run(launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants) -> None:
+def run(
+    launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants
+) -> None:
     waits = config.persistent and config.programs > 1
     options = {"maxnreg": config.max_registers} if config.max_registers else {}
     if waits:

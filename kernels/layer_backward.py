@@ -136,7 +136,14 @@ def _recomputed_ranges(T: int) -> list[tuple[int, int]]:
 
 
 def _rebuilt_pre_activations(
-    x: Tensor, h0: Tensor, y: Tensor, directions: list[Direction], segments: Segments, starts: tuple[int, int], n: int, precision: str
+    x: Tensor,
+    h0: Tensor,
+    y: Tensor,
+    directions: list[Direction],
+    segments: Segments,
+    starts: tuple[int, int],
+    n: int,
+    precision: str,
 ) -> Tensor:
     """[n, B, D, H, 4]: of direction d, n steps from t = starts[d] on."""
     pieces = []
@@ -181,7 +188,9 @@ def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: i
     return h_prev
 
 
-def _recurrent_weight_gradient(dz: Tensor, h0: Tensor, y: Tensor, d: int, segments: Segments, time_major: bool) -> Tensor:
+def _recurrent_weight_gradient(
+    dz: Tensor, h0: Tensor, y: Tensor, d: int, segments: Segments, time_major: bool
+) -> Tensor:
     """dW_hh [4H, H] of direction d: the sum over steps of dz_t^T h_{t-1}."""
     T, H = y.shape[0], h0.shape[2]
     dz = dz[:, :, d].flatten(2)

@@ -40,7 +40,9 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b"])
+@triton.jit(
+    do_not_specialize=["T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b"]
+)
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None

@@ -57,7 +57,9 @@ def sequence_forward_config(
     row_bytes = H * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b: tuple[int, ...]
-    blocks_b, chunk = ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
+    blocks_b, chunk = (
+        ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
+    )
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
     chunk = chunk if aligned else chunk // 2
@@ -66,7 +68,8 @@ def sequence_forward_config(
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64):
             for block_b in blocks_b:
-                block_k = _block_k(H, chunk // block_b // dtype.itemsize)
+                # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
+                block_k = _block_k(H, chunk // block_b // dtype.itemsize) if block_h < 128 else 32
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
@@ -76,6 +79,10 @@ def sequence_forward_config(
     return stepwise_config(B, H, D, dtype, precision)
 
 
+# Bytes of a row of W_hh up to which the time loop backward needs no local memory, by rows and by whether more than 8 units.
+_LONGEST_ROWS_BACKWARD = {(16, True): 3072, (32, True): 2048, (16, False): 1792, (32, False): 1280}
+
+
 @functools.lru_cache(maxsize=4096)
 def sequence_backward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
@@ -83,12 +90,13 @@ def sequence_backward_config(
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     row_bytes = H * dtype.itemsize
     aligned = H % 16 == 0
-    blocks_b = (16, 32) if row_bytes <= 2048 and aligned else (16,)
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 128 // dtype.itemsize if aligned else 32):
-            for block_b in blocks_b:
-                split_k = 4 if block_b == 32 and row_bytes > 1024 else 8
-                block_k = _block_k(cdiv(4 * H, split_k), 16 if not aligned else 256 // split_k)
+            for block_b in (16, 32) if aligned else (16,):
+                if row_bytes > _LONGEST_ROWS_BACKWARD[block_b, block_h > 8]:
+                    continue
+                split_k = 4 if block_b == 32 and block_h > 8 and row_bytes > 1024 else 8
+                block_k = _block_k(cdiv(4 * H, split_k), 256 // split_k if aligned else 16)
                 depth = split_k * block_k
                 weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
                 state = block_b * depth * dtype.itemsize
@@ -100,8 +108,10 @@ def sequence_backward_config(
 
 
 def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
-    # Ordinary cores want W_hh in registers, tf32x3 three copies of it; longer rows than 3 KB spill or do not fit.
-    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and row_bytes <= 3072
+    # Ordinary cores want W_hh in registers, tf32x3 three copies of it. Longer rows spill or do not fit: H up to 1536 in
+    # 16 bits, 1024 in TF32.
+    longest = 4096 if dtype.itemsize == 4 and row_bytes % 64 == 0 else 3072
+    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and row_bytes <= longest
 
 
 def _can_be_launched(programs: int, groups: int, shared_memory: int, limits: DeviceLimits) -> bool:

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: pure functions of what is known before the call, so they can be read and tested anywhere."""
+"""Which backend runs a call, and why: pure functions of what is known before the call, to be read and tested anywhere."""
 
 import functools
 import importlib.util

@@ -76,7 +76,9 @@ def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def _check_cell(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
+def _check_cell(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> None:
     """One pass over good arguments; the first fault raises with torch's own words."""
     B, I = x.shape
     H = w_hh.shape[-1]
@@ -153,7 +155,7 @@ def softmax_readout(
         dtype = torch.float32 if device_type == "cuda" and h.dtype != torch.float64 else h.dtype
     _check_readout(h, weight, bias)
     if chosen == "reference":
-        return reference.softmax_readout(h, weight, bias).to(dtype)
+        return readout_ops.formula(h, weight, bias, dtype)
     V, H = weight.shape
     y = readout_ops.softmax_readout(h.reshape(math.prod(h.shape[:-1]), H), weight, bias, precision, dtype)
     return y.view(*h.shape[:-1], V)

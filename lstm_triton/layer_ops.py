@@ -64,7 +64,25 @@ def _(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precisi
 
 @implements("lstm_layer_backward")
 def _lstm_layer_backward(
-    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths, needs, precision, stepwise
+    dy,
+    dh_n,
+    dc_n,
+    dc,
+    x,
+    h0,
+    c0,
+    weights,
+    directions,
+    y,
+    c,
+    gates,
+    resets,
+    reset_h,
+    reset_c,
+    lengths,
+    needs,
+    precision,
+    stepwise,
 ):
     from .kernels import layer, layer_backward
 
@@ -96,15 +114,38 @@ def _lstm_layer_backward(
 
 @torch.library.register_fake("lstm_triton::lstm_layer_backward", lib=library)
 def _(
-    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths, needs, precision, stepwise
+    dy,
+    dh_n,
+    dc_n,
+    dc,
+    x,
+    h0,
+    c0,
+    weights,
+    directions,
+    y,
+    c,
+    gates,
+    resets,
+    reset_h,
+    reset_c,
+    lengths,
+    needs,
+    precision,
+    stepwise,
 ):
     needs_dx, needs_states, needs_resets, needs_weights = needs
     (T, B, I), (D, _, H) = x.shape, h0.shape
     none = (0,)
     reset = (T, D, B, H)
-    results = [_new_like_input(x, I) if needs_dx else x.new_empty(none), x.new_empty(h0.shape if needs_states else none)]
+    results = [
+        _new_like_input(x, I) if needs_dx else x.new_empty(none),
+        x.new_empty(h0.shape if needs_states else none),
+    ]
     results += [x.new_empty(c0.shape), x.new_empty(reset if needs_resets else none)]
-    results += [_new_like_input(x, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3) if needs_resets else x.new_empty(none)]
+    results += [
+        _new_like_input(x, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3) if needs_resets else x.new_empty(none)
+    ]
     if needs_weights:
         results += [x.new_empty(shape) for _ in range(D) for shape in ((4 * H, I), (4 * H, H), (4 * H,))]
     return results
@@ -125,8 +166,25 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         backward = torch.ops.lstm_triton.lstm_layer_backward if sees_operators(x) else _lstm_layer_backward
         return tuple(
             backward(
-                dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
-                needs, precision, stepwise,
+                dy,
+                dh_n,
+                dc_n,
+                dc,
+                x,
+                h0,
+                c0,
+                weights,
+                directions,
+                y,
+                c,
+                gates,
+                resets,
+                reset_h,
+                reset_c,
+                lengths,
+                needs,
+                precision,
+                stepwise,
             )  # fmt: skip
         )
 
@@ -186,7 +244,18 @@ class LSTMLayerFunction(torch.autograd.Function):
         # A compiler that meets a Function of any number of arguments where no gradient is recorded takes it for an older kind.
         apply = LSTMLayerBackwardFunction.forward if torch.compiler.is_compiling() else LSTMLayerBackwardFunction.apply
         grads = apply(
-            dy, dh_n, dc_n, dc, y.detach(), c.detach(), gates, needs, ctx.directions, ctx.precision, ctx.stepwise, *inputs
+            dy,
+            dh_n,
+            dc_n,
+            dc,
+            y.detach(),
+            c.detach(),
+            gates,
+            needs,
+            ctx.directions,
+            ctx.precision,
+            ctx.stepwise,
+            *inputs,
         )
         dx, dh0, dc0, dreset_h, dreset_c = grads[:5]
         dweights = []
@@ -210,18 +279,29 @@ def _setup_operator(ctx, inputs, output):
 
 def _operator_backward(ctx, *grads):
     if not ctx.is_saved:
-        raise RuntimeError("lstm_triton::lstm_layer was called without saving cells and gates and cannot be differentiated")
-    ctx.needs_input_grad = (*(False,) * 5, *ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:9], *ctx.needs_input_grad[3])
+        raise RuntimeError(
+            "lstm_triton::lstm_layer was called without saving cells and gates and cannot be differentiated"
+        )
+    ctx.needs_input_grad = (
+        *(False,) * 5,
+        *ctx.needs_input_grad[:3],
+        *ctx.needs_input_grad[5:9],
+        *ctx.needs_input_grad[3],
+    )
     dx, dh0, dc0, _, dreset_h, dreset_c, _, *dweights = LSTMLayerFunction.backward(ctx, *grads)[5:]
     return dx, dh0, dc0, dweights, None, None, dreset_h, dreset_c, None, None, None, None, None
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("an exported or compiled LSTM layer has no second derivatives; call it outside torch.compile for those")
+    raise RuntimeError(
+        "an exported or compiled LSTM layer has no second derivatives; call it outside torch.compile for those"
+    )
 
 
 # The functions above serve eager calls. Exported and some compiled programs call the operators themselves.
-torch.library.register_autograd("lstm_triton::lstm_layer", _operator_backward, setup_context=_setup_operator, lib=library)
+torch.library.register_autograd(
+    "lstm_triton::lstm_layer", _operator_backward, setup_context=_setup_operator, lib=library
+)
 torch.library.register_autograd("lstm_triton::lstm_layer_backward", _no_second_derivative, lib=library)
 
 

@@ -165,8 +165,15 @@ def _cudnn_precision(precision: str) -> Iterator[None]:
 
 
 def _require_persistent(T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None) -> None:
-    from .kernels import layer
+    from .kernels import interpreter, layer
 
+    if not interpreter.programs_can_wait() and not layer.is_persistent(
+        T, B, H, directions, x.dtype, precision, x.device
+    ):
+        raise RuntimeError(
+            "backend='triton-persistent' cannot serve: Triton's interpreter runs programs one after the other, and here one"
+            " would have to wait for another"
+        )
     if not layer.is_persistent(T, B, H, directions, x.dtype, precision, x.device):
         raise RuntimeError(
             f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {directions} direction(s) in {x.dtype} the"
@@ -220,6 +227,11 @@ def checked_segments(
     """Good arguments, with reset states expanded to [T, D, B, size]; rows is (T, D, B), sizes those of h and c."""
     T, _, B = rows
     reset_h = reset_c = None
+    for name, t in (("resets", resets), ("lengths", lengths)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if reset_state is not None and (isinstance(reset_state, Tensor) or len(reset_state) != 2):
+        raise TypeError("reset_state must be a pair of tensors (h, c)")
     if resets is not None:
         if resets.dtype != torch.bool:
             raise TypeError(f"resets must be bool, got {resets.dtype}")

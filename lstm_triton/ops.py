@@ -92,7 +92,9 @@ def takes_formula(*gradients: Tensor | None) -> bool:
     """Whether only the reference formula can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients."""
     if torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level >= 0 or any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in gradients):
+    if forward_ad._current_level >= 0 or any(
+        g is not None and _functorch.is_legacy_batchedtensor(g) for g in gradients
+    ):
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -176,7 +178,9 @@ def _operator_backward(ctx, *grads):
 
 
 # The functions above serve eager calls. A compiler sees the operators themselves, and so does an exported program.
-torch.library.register_autograd("lstm_triton::lstm_cell", _operator_backward, setup_context=_setup_operator, lib=library)
+torch.library.register_autograd(
+    "lstm_triton::lstm_cell", _operator_backward, setup_context=_setup_operator, lib=library
+)
 torch.library.register_autograd(
     "lstm_triton::lstm_cell_backward",
     LSTMCellBackwardFunction.backward,

@@ -1,23 +1,33 @@
 """The readout's kernels as PyTorch operators, and their autograd; built as `ops` is for the cell."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .ops import implements, library, sees_operators
+from .ops import implements, library, sees_operators, takes_formula
 
 library.define("softmax_readout(Tensor h, Tensor weight, Tensor? bias, str? precision, ScalarType dtype) -> Tensor")
 library.define(
-    "softmax_readout_backward(Tensor dy, Tensor y, Tensor h, Tensor weight, bool[] needs, str? precision)"
+    # bias is not read: differentiating once more needs it.
+    "softmax_readout_backward(Tensor dy, Tensor h, Tensor weight, Tensor? bias, Tensor y, bool[] needs, str? precision)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
 
+@functools.cache
+def _launchers():
+    from .kernels.readout import softmax_readout_forward
+    from .kernels.readout_backward import softmax_readout_backward
+
+    return softmax_readout_forward, softmax_readout_backward
+
+
 @implements("softmax_readout")
 def _softmax_readout(h, weight, bias, precision, dtype):
-    from .kernels.readout import softmax_readout_forward
-
-    return softmax_readout_forward(h, weight, bias, precision=precision, dtype=dtype)
+    launch, _ = _launchers()
+    return launch(h, weight, bias, precision=precision, dtype=dtype)
 
 
 @torch.library.register_fake("lstm_triton::softmax_readout", lib=library)
@@ -26,25 +36,30 @@ def _(h, weight, bias, precision, dtype):
 
 
 @implements("softmax_readout_backward")
-def _softmax_readout_backward(dy, y, h, weight, needs, precision):
-    from .kernels.readout_backward import softmax_readout_backward
-
-    grads = softmax_readout_backward(dy, y, h, weight, tuple(needs), precision=precision)
+def _softmax_readout_backward(dy, h, weight, bias, y, needs, precision):
+    _, launch = _launchers()
+    grads = launch(dy, y, h, weight, tuple(needs), precision=precision)
     return tuple(h.new_empty(0) if g is None else g for g in grads)
 
 
 @torch.library.register_fake("lstm_triton::softmax_readout_backward", lib=library)
-def _(dy, y, h, weight, needs, precision):
+def _(dy, h, weight, bias, y, needs, precision):
     shapes = (h.shape, weight.shape, weight.shape[:1])
     return tuple(h.new_empty(shape if n else (0,)) for shape, n in zip(shapes, needs))
 
 
-def _forward(h, *args):
-    return (torch.ops.lstm_triton.softmax_readout if sees_operators(h) else _softmax_readout)(h, *args)
+def _forward(h, weight, bias, precision, dtype):
+    sees = sees_operators(h, weight, bias)
+    forward = torch.ops.lstm_triton.softmax_readout if sees else _softmax_readout
+    return forward(h, weight, bias, precision, dtype)
 
 
-def _reference_backward(dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    # Under autocast y and dy are float32 and the others are not.
+def formula(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The reference formula, computed in `dtype`: under autocast that of the result, wider than the arguments'."""
+    return reference.softmax_readout(h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _backward_formula(dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     wide = None if bias is None else bias.to(dy.dtype)
     grads = reference.softmax_readout_backward(dy, h.to(dy.dtype), weight.to(dy.dtype), wide)
     return [g.to(h.dtype) for g in grads]
@@ -55,8 +70,9 @@ class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, h, weight, bias, y, needs, precision):
-        backward = torch.ops.lstm_triton.softmax_readout_backward if sees_operators(h) else _softmax_readout_backward
-        return backward(dy, y, h, weight, needs, precision)
+        sees = sees_operators(dy, h, weight, bias)
+        backward = torch.ops.lstm_triton.softmax_readout_backward if sees else _softmax_readout_backward
+        return backward(dy, h, weight, bias, y, needs, precision)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -67,7 +83,7 @@ class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         wanted = [g if n else None for g, n in zip(grads, ctx.needs)]
-        return (*reference.back_through(_reference_backward, wanted, ctx.saved_tensors), None, None, None)
+        return (*reference.back_through(_backward_formula, wanted, ctx.saved_tensors), None, None, None)
 
 
 class SoftmaxReadoutFunction(torch.autograd.Function):
@@ -85,12 +101,30 @@ class SoftmaxReadoutFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        h, weight, bias, y = ctx.saved_tensors
         if dy is None:
             return (None,) * 5
-        h, weight, bias, y = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        grads = SoftmaxReadoutBackwardFunction.apply(dy, h, weight, bias, y.detach(), needs, ctx.precision)
+        if takes_formula(dy):
+            grads = _backward_formula(dy, h, weight, bias)
+        else:
+            grads = SoftmaxReadoutBackwardFunction.apply(dy, h, weight, bias, y.detach(), needs, ctx.precision)
         return (*(g if n else None for g, n in zip(grads, needs)), None, None)
+
+
+# The functions above serve eager calls. A compiler sees the operators themselves, and so does an exported program.
+torch.library.register_autograd(
+    "lstm_triton::softmax_readout",
+    SoftmaxReadoutFunction.backward,
+    setup_context=SoftmaxReadoutFunction.setup_context,
+    lib=library,
+)
+torch.library.register_autograd(
+    "lstm_triton::softmax_readout_backward",
+    SoftmaxReadoutBackwardFunction.backward,
+    setup_context=SoftmaxReadoutBackwardFunction.setup_context,
+    lib=library,
+)
 
 
 def softmax_readout(
@@ -100,8 +134,11 @@ def softmax_readout(
 
     Inference does not pass through autograd.
     """
-    if torch.is_grad_enabled() and (
+    if takes_formula():
+        return formula(h, weight, bias, dtype)
+    differentiable = torch.is_grad_enabled() and (
         h.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    )
+    if differentiable and not torch.compiler.is_compiling():
         return SoftmaxReadoutFunction.apply(h, weight, bias, precision, dtype)
     return _forward(h, weight, bias, precision, dtype)

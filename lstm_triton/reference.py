@@ -152,7 +152,12 @@ def lstm_layer_backward(
     wanted = [t for t in inputs if t is not None]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True, materialize_grads=True
+            [o for o, _ in given],
+            wanted,
+            [g for _, g in given],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
     )
     return [x.new_zeros(()) if t is None else next(found) for t in inputs]

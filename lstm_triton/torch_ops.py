@@ -1,6 +1,7 @@
 """torch's own LSTM (cuDNN on a GPU) as an operator that torch.compile does not look into.
 
-Traced, the CPU's kernel fails under aot_eager and inductor; as one operator whose backward runs it again it compiles everywhere.
+Traced, the CPU's kernel fails under aot_eager and inductor; as one operator whose backward runs it again it compiles
+everywhere.
 """
 
 import contextlib

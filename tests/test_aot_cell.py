@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from support.process import run_without_interpreter
+
 from lstm_triton.kernels.config import (
     all_cell_backward_configs,
     all_cell_forward_configs,
     cell_backward_config,
     cell_forward_config,
 )
-from support.process import run_without_interpreter
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 

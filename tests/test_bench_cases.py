@@ -31,7 +31,10 @@ H100 = cudnn.Gpu((9, 0), 132)
         ({"hidden_size": 192, "dtype": "bfloat16"}, "PERSIST_STATIC_SMALL_H"),
         ({"hidden_size": 193, "dtype": "bfloat16"}, "STANDARD"),
         ({"hidden_size": 128, "dtype": "float32", "mode": "train"}, "PERSIST_STATIC_SMALL_H"),
-        ({"hidden_size": 192, "dtype": "float32", "mode": "train"}, "PERSIST_STATIC_SMALL_H forward, STANDARD backward"),
+        (
+            {"hidden_size": 192, "dtype": "float32", "mode": "train"},
+            "PERSIST_STATIC_SMALL_H forward, STANDARD backward",
+        ),
         ({"hidden_size": 64, "dtype": "float64"}, "STANDARD"),
         ({"hidden_size": 64, "rows": "packed"}, "STANDARD"),
     ],
@@ -73,7 +76,12 @@ def test_floor_exchanges():
 
 
 def test_roofs_from_rows():
-    values = {"copy_bytes_per_s": 1e12, "gemm_float32_ieee_flops_per_s": 1e13, "gemm_bfloat16_flops_per_s": 1e15, "exchange_us": 0.5}
+    values = {
+        "copy_bytes_per_s": 1e12,
+        "gemm_float32_ieee_flops_per_s": 1e13,
+        "gemm_bfloat16_flops_per_s": 1e15,
+        "exchange_us": 0.5,
+    }
     row = make_row(kind="roof", suite="roofs", values=values)
     assert floor.from_rows([row], row["device"]["name"]) == ROOFS
     assert floor.from_rows([row], "another") is None
@@ -121,7 +129,15 @@ def test_a_short_run_tells_the_story():
     assert {(c.dtype, c.mode) for c in headline} == {
         (d, m) for d in ("bfloat16", "float16", "float32") for m in ("forward", "train")
     }
-    assert {t.suite for t in order[:60]} >= {"hidden-sizes", "cell", "accuracy", "real", "memory", "overhead", "features"}
+    assert {t.suite for t in order[:60]} >= {
+        "hidden-sizes",
+        "cell",
+        "accuracy",
+        "real",
+        "memory",
+        "overhead",
+        "features",
+    }
     sizes = {t.case.hidden_size for t in order if t.suite == "hidden-sizes"}
     assert min(sizes) == 32 and max(sizes) == 4096
     cells = {(t.case.hidden_size, t.case.batch) for t in order if t.suite == "cell"}

@@ -7,7 +7,19 @@ import torch
 from support.process import run_checks, run_without_interpreter
 
 from lstm_triton import reference
-from lstm_triton.bench import accuracy, device, grid_latency, measure, memory, problem, providers, rows, schema, timing, tune
+from lstm_triton.bench import (
+    accuracy,
+    device,
+    grid_latency,
+    measure,
+    memory,
+    problem,
+    providers,
+    rows,
+    schema,
+    timing,
+    tune,
+)
 from lstm_triton.bench.cases import Case, Task
 
 CPU = torch.device("cpu")
@@ -42,7 +54,14 @@ def run(task, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layers": 2, "bidirectional": True}, {"proj_size": 3}, {"resets": 0.3}, {"rows": "lengths"}, {"rows": "packed"}],
+    [
+        {},
+        {"layers": 2, "bidirectional": True},
+        {"proj_size": 3},
+        {"resets": 0.3},
+        {"rows": "lengths"},
+        {"rows": "packed"},
+    ],
     ids=str,
 )
 def test_providers_agree_with_the_truth(options):
@@ -70,6 +89,14 @@ def test_the_truth_of_plain_cases_is_the_specification():
     truth = problem.truth(given)
     for name, t in (("y", y), ("h_n", h_n), ("c_n", c_n)):
         torch.testing.assert_close(truth[name], t)
+
+
+def test_the_truth_of_long_sequences_is_put_together(monkeypatch):
+    given = problem.make(Case("a", 5, 3, 7, layers=2, dtype="float32", precision="ieee", mode="train"), CPU)
+    whole = problem.truth(given)
+    monkeypatch.setattr(problem, "PIECE", 3)
+    for name, t in problem.truth(given).items():
+        torch.testing.assert_close(t, whole[name])
 
 
 def test_the_truth_leaves_a_float64_problem_alone():
@@ -134,6 +161,16 @@ def test_missing_providers_are_skipped_with_the_reason():
         assert found[name]["status"] == "skipped" and "not installed" in found[name]["reason"]
 
 
+def test_a_way_that_cannot_serve_is_skipped_not_failed():
+    case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3", mode="forward")
+    names = ("torch.nn.LSTM", "lstm_triton cudnn", "lstm_triton triton-persistent")
+    everyone = providers.all_providers() | {"lstm_triton cudnn": providers.Ours("cudnn")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(providers, "all_providers", lambda: everyone)
+        found = run(Task("s", case), names=names)
+    assert [found[name]["status"] for name in names[:2]] == ["skipped", "skipped"]
+
+
 def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
     calls = []
 
@@ -178,7 +215,7 @@ def test_precision_is_set_alike_on_both_sides_and_put_back():
 def test_rounds_are_interleaved_and_shuffled():
     clock, seen = FakeClock(), []
     calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
-    samples = timing.interleaved(calls, clock, 0.0)
+    samples = timing.interleaved(calls, clock, 1.0)
     timed = seen[-3 * timing.LEAST_SAMPLES :]
     turns = [timed[k : k + 3] for k in range(0, len(timed), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len({tuple(turn) for turn in turns}) > 1
@@ -262,19 +299,38 @@ def test_the_exchange_in_the_interpreter_with_one_program():
     assert grid_latency.launch(1, 5, True, CPU).tolist() == [5]
 
 
+class Idle(FakeClock):
+    """Calls nothing: the interpreter is for results, not for times."""
+
+    def sample(self, call, n):
+        return 2.0, 3.0
+
+
 @pytest.mark.parametrize("kernel", tune.KERNELS)
-def test_tuning_candidates_are_legal_and_right_results_are_told_from_wrong(kernel):
+def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
+    shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
+    for H, B, dtype in ((768, 16, "bfloat16"), (128, 1, "float32"), (2048, 256, "float16")):
+        case = Case("tune", H, B, dtype=dtype, precision="tf32", **shape)
+        found = tune.candidates(kernel, case, (132, 232448))
+        assert len(found) > 2 and len(set(found)) == len(found)
+        if kernel.startswith("sequence"):
+            assert all(c.persistent == found[0].persistent for c in found)
+            assert all(
+                c.programs * c.block_h >= H and (not c.persistent or c.programs * c.groups <= 132) for c in found
+            )
+
+
+@pytest.mark.parametrize("kernel", ["cell forward", "sequence forward"])
+def test_tuning_checks_every_candidate(kernel):
     mode = "train" if kernel.endswith("backward") else "forward"
     shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
     case = Case("tune", 16, 2, mode=mode, dtype="float32", precision="tf32", **shape)
-    found = tune.candidates(kernel, case, (132, 232448))
-    assert len(found) > 2 and len(set(found)) == len(found)
     told = []
     keep = slice(0, 2)
     original = tune.candidates
     tune.candidates = lambda *arguments: original(*arguments)[keep]
     try:
-        tune.sweep(kernel, case, CPU, FakeClock(), lambda k, result: told.append((k, result)), seconds=0.0)
+        tune.sweep(kernel, case, CPU, Idle(), lambda k, result: told.append((k, result)), seconds=0.0)
     finally:
         tune.candidates = original
     assert [k for k, _ in told] == [0, 0, 1, 1] and told[1][1].us == 2.0, told
@@ -286,7 +342,7 @@ def test_the_tuning_table_names_gpu_date_and_gain():
     text = tune.table([("cell forward", Case("tune", 512, 16, 1, form="cell"), result)], "GPU X", "2030-01-02")
     assert "GPU X, 2030-01-02, +25.0%" in text and "num_warps=4, block_b=16" in text
     assert "No candidate" in tune.table([], "GPU X", "2030-01-02")
-    assert tune.main("cpu", None, None, None, None) == 2
+    assert tune.run("cpu", None, None, None, None) == 2
 
 
 def test_host_times_and_first_calls_without_a_gpu():

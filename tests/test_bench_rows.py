@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 maker = rows.RowMaker(torch.device("cpu"), "a test", "run", synthetic=True)
 
 
-def make_row(case=None, provider=OURS, us=10.0, suite="hidden-sizes", kind="timing", status="ok", execution="eager", **changes):
+def make_row(
+    case=None, provider=OURS, us=10.0, suite="hidden-sizes", kind="timing", status="ok", execution="eager", **changes
+):
     """A synthetic row: a timing of `us` microseconds a call."""
     case = case or Case("H64", 64, 8, 16, dtype="float32", precision="ieee")
     task = Task(suite, case, kind)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support import cells
 
 from lstm_triton.functional import lstm_cell
-from support import cells
 
 KINDS = {
     "fp32": (torch.float32, "ieee"),

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lstm_triton import LSTMCell, functional
 from support import cells
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lstm_triton import LSTMCell, functional
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lstm_triton import LSTMCell, from_gate_matrices, to_gate_matrices
 
 P, N, B = 3, 5, 4  # features, units, rows

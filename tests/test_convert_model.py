@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
+from support.lstms import assert_close, flat, gradients
+
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, dispatch, explain, patch, to_torch
 from lstm_triton.dispatch import Call, Choice, Environment, choose_layer
 from lstm_triton.lstm import LSTMSubclass
-from support.lstms import assert_close, flat, gradients
 
 OPTIONS = {"backend": "triton", "precision": "ieee"}
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from lstm_triton import LSTMCell, explain, functional
 from lstm_triton.dispatch import BACKENDS, Environment, cell_backend, choose_cell, environment
 

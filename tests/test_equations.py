@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from lstm_triton import reference
 from lstm_triton.kernels import equations
 
@@ -61,7 +62,9 @@ def _range(dtype, device):
     magnitudes = [
         torch.logspace(-307 if dtype == torch.float64 else -37, 2, 1000, dtype=torch.float64),
         torch.linspace(0, 100, 4001, dtype=torch.float64),
-        torch.tensor([info.tiny, info.tiny / 2, info.smallest_normal, info.max, info.max / 2, 1e5], dtype=torch.float64),
+        torch.tensor(
+            [info.tiny, info.tiny / 2, info.smallest_normal, info.max, info.max / 2, 1e5], dtype=torch.float64
+        ),
     ]
     if dtype == torch.float32:
         magnitudes.append(torch.tensor([2.0**-149, 2.0**-148, 3 * 2.0**-140], dtype=torch.float64))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from lstm_triton.kernels.gates import gate_rows, join_gates, load_gates, split_gates, store_gates
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lstm_triton.kernels import grid_sync, interpreter, layer, sequence, sequence_backward, sequence_config
-from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 from support import layers
 from support.concurrent import GridDeadlock, concurrent_grid
 from triton.runtime.errors import InterpreterError
+
+from lstm_triton.kernels import grid_sync, interpreter, layer, sequence, sequence_backward, sequence_config
+from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 
 pytestmark = pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
 

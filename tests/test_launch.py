@@ -66,8 +66,9 @@ def test_nothing_but_allocations_and_the_launch(training, device, without_kernel
 
 
 def _backward_grid(needs, device, without_kernels):
-    from lstm_triton.kernels.cell_backward import lstm_cell_backward
     from support import cells
+
+    from lstm_triton.kernels.cell_backward import lstm_cell_backward
 
     x, h, c, w_ih, w_hh, *_ = cells.draw(40, 50, 70, device=device).inputs
     without_kernels.clear()
@@ -88,8 +89,9 @@ def test_what_is_not_needed_is_not_launched(device, without_kernels):
 
 
 def test_enough_programs_for_every_multiprocessor(device, without_kernels):
-    from lstm_triton.kernels.cell import lstm_cell_forward
     from support import cells
+
+    from lstm_triton.kernels.cell import lstm_cell_forward
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x, h, c, *weights = cells.draw(16, 8, 1024, dtype, device=device).inputs
@@ -99,8 +101,9 @@ def test_enough_programs_for_every_multiprocessor(device, without_kernels):
 
 
 def test_outputs_own_dense_storage(device, without_kernels):
-    from lstm_triton.kernels.cell import lstm_cell_forward
     from support import cells
+
+    from lstm_triton.kernels.cell import lstm_cell_forward
 
     inputs = cells.draw(3, 7, 9, device=device).inputs
     outputs = lstm_cell_forward(*inputs, save_gates=True)
@@ -124,7 +127,10 @@ def test_the_suite_poisons_every_output():
 def _forward(B, I, H, dtype=torch.bfloat16, save_gates=True, biases=True):
     from lstm_triton.kernels.cell import lstm_cell_forward
 
-    t = [torch.empty(shape, dtype=dtype) for shape in ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))]
+    t = [
+        torch.empty(shape, dtype=dtype)
+        for shape in ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    ]
     return lstm_cell_forward(*(t if biases else t[:5]), save_gates=save_gates)
 
 
@@ -204,7 +210,12 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
     storage = {dtype: torch.empty(256, dtype=dtype) for dtype in (torch.float32, torch.float16)}
     pointers = [(t.dtype, offset) for t in storage.values() for offset in (0, 8, 1)]
     calls = itertools.product(
-        pointers, [None, *pointers], (1, 16, 17), (1, 16, 3), (32, 64), (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2))
+        pointers,
+        [None, *pointers],
+        (1, 16, 17),
+        (1, 16, 3),
+        (32, 64),
+        (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2)),
     )
     calls = [call for k, call in enumerate(calls) if k % 61 == 0]
     kept = 0

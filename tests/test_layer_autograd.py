@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lstm_triton import functional, layer_ops
 from support import layers
 from torch.autograd import gradcheck, gradgradcheck
+
+from lstm_triton import functional, layer_ops
 
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lstm_triton import LSTM, dispatch
 from support.lstms import flat, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lstm_triton import LSTM, dispatch
 
 T, B, I, H = 3, 2, 2, 3
 both = pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -47,16 +48,14 @@ def test_training_in_one_graph(compiler, backend, device):
     lstm = _lstm(backend, device)
     compiled = torch.compile(lstm, backend=compiler, fullgraph=True)
     _assert_trains_alike(compiled, lstm, _input(device))
-    with torch.no_grad():
-        torch.testing.assert_close(flat(compiled(_input(device).zero_())), flat(lstm(_input(device).zero_())))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_segments_in_one_graph(compiler, device):
-    lstm = _lstm("triton", device)
+    lstm = _lstm("triton", device, num_layers=1)
     compiled = torch.compile(lstm, backend=compiler, fullgraph=True)
-    hx = torch.randn(2, 4, B, H, device=device)
-    reset_state = torch.randn(2, 4, 1, H, device=device, requires_grad=True)
+    hx = torch.randn(2, 2, B, H, device=device)
+    reset_state = torch.randn(2, 2, 1, H, device=device, requires_grad=True)
     _assert_trains_alike(
         compiled, lstm, _input(device), tuple(hx), reset_state=reset_state.unbind(), **_segments(device)
     )

@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-from lstm_triton import LSTM
 from support.lstms import backends, flat, gradients, pair
+
+from lstm_triton import LSTM
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
 

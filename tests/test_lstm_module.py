@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 import torch
-from lstm_triton import LSTM
-from support.lstms import assert_close, backends, flat, gradients, pair, states
+from support.lstms import backends, flat, pair
 from torch.nn.utils.rnn import pack_padded_sequence
+
+from lstm_triton import LSTM
 
 # ---- construction and parameters -------------------------------------------------------------------------------------
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from lstm_triton import LSTM, dispatch, layer_ops
 from support import segmented
 from support.lstms import assert_close, flat, gradients, pair, states, trained
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lstm_triton import LSTM, dispatch, layer_ops
 
 both = pytest.mark.parametrize("backend", ["triton", "reference"])
 I, H = 2, 3
@@ -44,7 +45,7 @@ def test_features_together(examples, device):
     @settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(CASES)
     @example(segmented.Case(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True))
-    @example(segmented.Case(T=40, B=2, H=1, resets="zero", bidirectional=True, recompute=True))
+    @example(segmented.Case(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True))
     def check(case):
         segmented.judge(case, device)
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+
 from lstm_triton import LSTMCell
 
 BACKENDS = ["auto", "triton", "reference"]
@@ -116,7 +117,15 @@ def test_every_form_of_a_call(backend, device):
     theirs, ours = _pair(3, 5, device=device, backend=backend)
     x = torch.randn(2, 3, device=device)
     h, c = torch.randn(2, 2, 5, device=device)
-    for args in ((x,), (x, None), (x, (h, c)), (x, [h, c]), (x[0],), (x[0], (h[0], c[0])), (x, torch.stack((h, c)).unbind())):
+    for args in (
+        (x,),
+        (x, None),
+        (x, (h, c)),
+        (x, [h, c]),
+        (x[0],),
+        (x[0], (h[0], c[0])),
+        (x, torch.stack((h, c)).unbind()),
+    ):
         found, expected = ours(*args), theirs(*args)
         assert isinstance(found, tuple) and [t.shape for t in found] == [t.shape for t in expected]
         _close(found, expected)
@@ -257,4 +266,3 @@ def test_errors_are_of_torchs_type(mistake, backend, device):
     assert found[0] is expected[0]
     for text in (found[1], expected[1]):
         assert any(word in text for word in words.split("|")), text
-

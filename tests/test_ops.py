@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
-from lstm_triton import LSTMCell, functional, ops, reference
 from support import cells
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
+
+from lstm_triton import LSTMCell, functional, ops, reference
 
 NAMES = cells.INPUTS
 

@@ -170,7 +170,7 @@ def test_nan_gradients_stay_in_their_row(device):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_any_strides(kind, layout, device):
     change = LAYOUTS[layout]
-    dense = _draw((3, 7, 70), kind, device)
+    dense = _draw((3, 7, 40), kind, device)
     laid_out = readouts.Problem(tuple(map(change, dense.inputs)), change(dense.cotangent), dense.precision)
     results = readouts.by_kernels(laid_out)
     readouts.assert_as_accurate_as_torch(results, laid_out)
@@ -250,8 +250,7 @@ def test_launches(shape, forward, backward, device, count_launches):
 
 @pytest.mark.parametrize(
     "shape, needs",
-    [((3, 5, 40), n) for n in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]]
-    + [(LONG_SUMS_FP32[0], (1, 0, 1)), (LONG_SUMS_FP32[1], (0, 0, 1))],
+    [((3, 5, 40), n) for n in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]] + [(LONG_SUMS_FP32[0], (1, 0, 1))],
     ids=str,
 )
 def test_only_the_gradients_asked_for_are_computed(shape, needs, device, monkeypatch):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from support import readouts
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lstm_triton
 from lstm_triton import SoftmaxReadout, dispatch, functional, readout_ops
@@ -33,12 +34,15 @@ def _leaves(*shape, device, **options):
     return [None if t is None else t.requires_grad_() for t in inputs]
 
 
-@pytest.mark.parametrize("shape, bias", [((3, 4, 5), True), ((2, 3, 40), False)], ids=str)
-def test_gradcheck(shape, bias, device):
-    h, weight, b = _leaves(*shape, dtype=torch.float64, bias=bias, device=device)
-    inputs = (h, weight, b) if bias else (h, weight)
-    assert torch.autograd.gradcheck(_fused, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(_fused, inputs, fast_mode=True)
+def test_gradients_by_differences(device):
+    h, weight, _ = _leaves(2, 3, 40, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(_fused, (h, weight), fast_mode=True)
+
+
+def test_second_derivatives_by_differences(device):
+    leaves = _leaves(2, 3, 4, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(_fused, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(_fused, leaves, fast_mode=True)
 
 
 def test_second_derivatives_equal_torchs(device):
@@ -52,16 +56,63 @@ def test_second_derivatives_equal_torchs(device):
         torch.testing.assert_close(found, expected)
 
 
-def test_operators_are_well_formed(device):
-    h, weight, bias = _leaves(2, 4, 5, device=device)
-    dy = torch.randn(2, 5, device=device)
-    y = _fused(h, weight, bias).detach()
-    checks = ("test_schema", "test_faketensor")
-    forward, backward = torch.ops.lstm_triton.softmax_readout, torch.ops.lstm_triton.softmax_readout_backward
-    for dtype in (torch.float32, torch.float16):
-        torch.library.opcheck(forward.default, (h, weight, bias, None, dtype), test_utils=checks)
-    for needs in ([True] * 3, [False, True, False]):
-        torch.library.opcheck(backward.default, (dy, y, h, weight, needs, None), test_utils=checks)
+def _loss(y):
+    return (y**2).sum() + (y**3).sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, h: torch.func.grad(lambda h: _loss(f(h)))(h),
+    "jvp": lambda f, h: torch.func.jvp(f, (h,), (h,)),
+    "hessian": lambda f, h: torch.func.hessian(lambda h: _loss(f(h)))(h),
+    "vmap": lambda f, h: torch.func.vmap(f)(torch.stack((h, 2 * h))),
+    "vmap of grad": lambda f, h: torch.func.vmap(torch.func.grad(lambda h: _loss(f(h))))(torch.stack((h, 2 * h))),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(transform, device):
+    h, weight, bias = readouts.draw(3, 4, 5, torch.float64, device=device).inputs
+    found = TRANSFORMS[transform](lambda h: _fused(h, weight, bias), h)
+    torch.testing.assert_close(found, TRANSFORMS[transform](lambda h: _by_torch(h, weight, bias), h))
+
+
+def test_batched_gradients(device):
+    leaves = _leaves(3, 4, 5, dtype=torch.float64, device=device)
+    batch = torch.randn(2, 3, 5, dtype=torch.float64, device=device)
+    found = torch.autograd.grad(_fused(*leaves), leaves, batch, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.autograd.grad(_by_torch(*leaves), leaves, batch, is_grads_batched=True))
+
+
+def test_a_tensor_subclass_anywhere_passes_through_the_dispatcher(device):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    inputs = readouts.draw(3, 4, 5, device=device).inputs
+    for position in range(3):
+        args = list(inputs)
+        args[position] = TwoTensor(args[position], args[position])
+        y = _fused(*args)
+        assert isinstance(y, TwoTensor) and torch.equal(y.a, _fused(*inputs))
+
+
+@pytest.mark.parametrize("needs", [[True] * 3, [False, True, False]], ids=["all", "some"])
+def test_operators_pass_opcheck(needs, device):
+    inputs = readouts.draw(2, 4, 5, bias=needs[2], device=device).inputs
+    dy, y = torch.randn(2, 5, device=device), _fused(*inputs)
+    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout_backward, (dy, *inputs, y, needs, None))
+    leaves = [None if t is None else t.requires_grad_(n) for t, n in zip(inputs, needs)]
+    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout, (*leaves, None, torch.float32))
+
+
+def test_export(device):
+    readout = SoftmaxReadout(4, 5, device=device, backend="triton")
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(readout, (torch.randn(3, 4, device=device),), dynamic_shapes=({0: batch},))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.lstm_triton.softmax_readout.default) == 1
+    exported, h = program.module(), torch.randn(9, 4, device=device)
+    assert torch.equal(exported(h), readout(h))
+    found = torch.autograd.grad(_loss(exported(h)), list(exported.parameters()))
+    torch.testing.assert_close(found, torch.autograd.grad(_loss(readout(h)), list(readout.parameters())))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -81,11 +132,11 @@ def test_compiled_equals_eager(backend, device):
 def test_compiled_inference_and_fake_tensors(device):
     h, weight, bias = readouts.draw(2, 4, 5, device=device).inputs
     assert torch.equal(torch.compile(_fused, backend="eager", fullgraph=True)(h, weight, bias), _fused(h, weight, bias))
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        y = _fused(h, weight, bias)
-    assert y.shape == (2, 5) and type(y) is not torch.Tensor
+    with FakeTensorMode() as mode:
+        leaves = [mode.from_tensor(t).requires_grad_() for t in (h, weight, bias)]
+        y = _fused(*leaves)
+        gradients = torch.autograd.grad(_loss(y), leaves)
+    assert y.shape == (2, 5) and [g.shape for g in gradients] == [t.shape for t in (h, weight, bias)]
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 3)], ids=str)

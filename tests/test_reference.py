@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lstm_triton import reference
 from support import cells
 from support.extended import Extended
 from torch.autograd import gradcheck, gradgradcheck
+
+from lstm_triton import reference
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (4, 1, 6), (2, 0, 3), (0, 3, 2)]
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lstm_triton import functional
 from support import layers
+
+from lstm_triton import functional
 
 SEGMENTS = {
     "resets": dict(resets=True),
@@ -71,7 +72,8 @@ def test_equals_calls_of_the_layer_on_the_segments(with_state, D, device):
     for d in range(D):
         weights = problem.weights[d * n : (d + 1) * n]
         for rows, steps, (source, t), is_last in layers.runs(problem, d):
-            state = problem.hx if source == "hx" else [s[t] for s in problem.reset_state or ()]
+            reset_state = [s.expand(7, D, 3, 5)[t] for s in problem.reset_state or ()]
+            state = problem.hx if source == "hx" else reset_state
             state = [s[d : d + 1, rows].contiguous() for s in state] or None
             part, (h, c) = functional.lstm(problem.x[steps, rows], state, weights, backend="triton")
             torch.testing.assert_close(y[steps, rows, d * 5 : (d + 1) * 5], part)
@@ -89,7 +91,9 @@ def test_lengths_equal_torchs_packed_sequence(D, device):
 
     def packed(x, h0, c0, weights, _):
         x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-        y, states = torch.func.functional_call(torchs, dict(zip(dict(torchs.named_parameters()), weights)), (x, (h0, c0)))
+        y, states = torch.func.functional_call(
+            torchs, dict(zip(dict(torchs.named_parameters()), weights)), (x, (h0, c0))
+        )
         return torch.nn.utils.rnn.pad_packed_sequence(y)[0], *states
 
     expected = layers.with_gradients(packed, problem)

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lstm_triton import functional
 from support import layers
 from support.layouts import LAYOUTS
+
+from lstm_triton import functional
 
 KINDS = {
     "fp32": (torch.float32, "ieee"),
@@ -96,7 +97,9 @@ def test_batch_major_input(kind, device):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_any_strides(kind, layout, device):
     dtype, precision = KINDS[kind]
-    dense = layers.draw(4, 3, 5, 9, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored")
+    dense = layers.draw(
+        4, 3, 5, 9, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored"
+    )
     laid_out = dense.with_tensors([LAYOUTS[layout](t) for t in (*dense.inputs, *dense.cotangents)])
     layers.assert_as_accurate_as_torch(layers.by_kernels(laid_out), laid_out)
 
@@ -156,6 +159,7 @@ def test_a_sequence_equals_its_parts_with_the_state_carried(D, device):
 
     ys, states = [], []
     for d in range(D):
+
         def flip(t, d=d):
             return t.flip(0) if d else t
 

@@ -24,14 +24,17 @@ def _run(device: str) -> None:
     sys.modules.setdefault("expecttest", expecttest)
 
     import torch
-    from lstm_triton import LSTMCell
     from torch.testing._internal import common_modules
+
+    from lstm_triton import LSTMCell
 
     options = {"device": device, "dtype": torch.float32, "requires_grad": True, "training": True}
     passed = 0
     for backend in ("auto", "triton"):
         for sample in common_modules.module_inputs_torch_nn_LSTMCell(None, **options):
-            cell = LSTMCell(*sample.constructor_input.args, **sample.constructor_input.kwargs, device=device, backend=backend)
+            cell = LSTMCell(
+                *sample.constructor_input.args, **sample.constructor_input.kwargs, device=device, backend=backend
+            )
             args = sample.forward_input.args
             found = cell(*args)
             torch.testing.assert_close(found, sample.reference_fn(cell, *args))

@@ -23,8 +23,9 @@ def _run(device: str) -> None:
     sys.modules.setdefault("expecttest", expecttest)
 
     import torch
-    from lstm_triton import LSTM
     from torch.testing._internal import common_modules
+
+    from lstm_triton import LSTM
 
     torch.set_num_threads(1)
     (info,) = (info for info in common_modules.module_db if info.module_cls is torch.nn.LSTM)

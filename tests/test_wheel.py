@@ -50,7 +50,9 @@ def test_every_module_is_in_the_wheel_once_and_in_its_place(wheel):
     expected += [f"lstm_triton/kernels/{name}" for name in _modules(ROOT / "kernels")]
     expected += [f"lstm_triton/bench/{name}" for name in _modules(ROOT / "bench")]
     assert sorted(code) == sorted(expected)
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lstm_triton"}, "one top-level package"
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lstm_triton"}, (
+        "one top-level package"
+    )
     assert "lstm_triton/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

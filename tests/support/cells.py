@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from lstm_triton import functional, reference
 from torch import Tensor
+
+from lstm_triton import functional, reference
 
 from . import tolerance
 from .extended import Extended
@@ -93,7 +94,9 @@ def truth(problem: Problem) -> list[Tensor | Extended | None]:
     return [h, c, *gradients, *(db if has else None for has in has_bias)]
 
 
-def assert_as_accurate_as_torch(results: list[Tensor | None], problem: Problem, names: tuple[str, ...] = RESULTS) -> None:
+def assert_as_accurate_as_torch(
+    results: list[Tensor | None], problem: Problem, names: tuple[str, ...] = RESULTS
+) -> None:
     """Judge results in the order of RESULTS (those in `names`) by the rule of `tolerance`."""
     torchs: dict[str, list[tolerance.Errors]] = {name: [] for name in names}
     tensors = (*problem.inputs, *problem.cotangents)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from lstm_triton import functional, reference
 from torch import Tensor
+
+from lstm_triton import functional, reference
 
 from . import tolerance
 from .cells import Tf32Products
@@ -136,7 +137,15 @@ def by_torch(problem: Problem) -> list[Tensor]:
     def layer(x, h0, c0, weights, reset_state):
         if own:
             return torch._VF.lstm(
-                x, (h0, c0), weights, len(weights) // problem.directions == 4, 1, 0.0, True, problem.directions == 2, False
+                x,
+                (h0, c0),
+                weights,
+                len(weights) // problem.directions == 4,
+                1,
+                0.0,
+                True,
+                problem.directions == 2,
+                False,
             )
         n = len(weights) // problem.directions
         shape = (*x.shape[:1], *h0.shape)
@@ -188,7 +197,12 @@ def runs(problem: Problem, d: int) -> Iterator[tuple[slice, list[int], tuple[str
             yield slice(b, b + 1), [], ("hx", 0), True
         for start, stop in zip(cuts, cuts[1:]):
             if d == 0:
-                yield slice(b, b + 1), list(range(start, stop)), ("reset" if start in starts else "hx", start), stop == length
+                yield (
+                    slice(b, b + 1),
+                    list(range(start, stop)),
+                    ("reset" if start in starts else "hx", start),
+                    stop == length,
+                )
             else:
                 # Backwards, a segment is entered at its end; at t = 0 a mark starts what is the first segment anyway.
                 source = ("hx", 0) if stop == length else ("reset", stop - 1)
@@ -217,7 +231,9 @@ def truth(problem: Problem) -> list[Extended]:
             if source == "hx":
                 h, c = Extended(h0[d, rows]), Extended(c0[d, rows])
             else:
-                h, c = (Extended(s[t0, d, rows]) for s in reset_state) if reset_state else (Extended(0 * h0[d, rows]),) * 2
+                h, c = (
+                    (Extended(s[t0, d, rows]) for s in reset_state) if reset_state else (Extended(0 * h0[d, rows]),) * 2
+                )
             states = []
             for t in steps:
                 states.append((h, c))

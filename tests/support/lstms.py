@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lstm_triton import LSTM
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from lstm_triton import LSTM
 
 BACKENDS = ["auto", "triton", "reference"]
 backends = pytest.mark.parametrize("backend", BACKENDS)

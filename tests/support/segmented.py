@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lstm_triton import LSTM
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
+
+from lstm_triton import LSTM
 
 from . import tolerance
 from .lstms import assert_close, flat

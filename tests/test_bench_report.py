@@ -1,0 +1,196 @@
+"""What is made of rows: the page, the tables of the README, two sets side by side. All rows here are made up."""
+
+import html.parser
+import re
+
+import pytest
+from test_bench_rows import make_row
+
+from lstm_triton.bench import charts, cli, compare, readme, report, schema, select, store
+from lstm_triton.bench.cases import Case
+from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
+
+GPU = {"type": "cuda", "name": "A GPU that does not exist", "driver": "0"}
+PERSISTENT = "lstm_triton triton-persistent"
+
+
+def sample_rows():
+    """Rows of every suite, of a GPU that does not exist."""
+    found = []
+
+    def add(case, times, suite, **changes):
+        for provider, us in times.items():
+            found.append(make_row(case, provider, us, suite, device=GPU, **changes))
+
+    for mode in ("forward", "train"):
+        for H, ours in ((64, 5.0), (512, 20.0), (1024, 90.0)):
+            add(Case(f"H{H}", H, 16, 128, mode=mode), {OURS: ours, PERSISTENT: ours * 0.9, CUDNN: 40.0}, "hidden-sizes")
+            for B in (1, 64):
+                add(Case("b", H, B, 128, mode=mode), {OURS: ours, CUDNN: 30.0}, "batch")
+            cell = Case("c", H, 16, 1, form="cell", dtype="float32", mode=mode)
+            add(cell, {OURS: 4.0, TORCH_CELL: 9.0}, "cell")
+            add(cell, {OURS: 2.0, TORCH_CELL: 3.0}, "cell", execution="graph")
+        for T in (1, 64, 1024):
+            add(Case("t", 512, 16, T, mode=mode), {OURS: 3.0 * T, CUDNN: 5.0 * T}, "length")
+        for name, rows in (("padded", "padded"), ("packed", "packed")):
+            add(Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=rows), {OURS: 10.0, CUDNN: 50.0}, "features")
+    add(Case("rl_puffer_train", 128, 256, 64, dtype="float32", mode="train"), {OURS: 10.0, CUDNN: 20.0}, "real")
+    add(Case("nlp_awd", 1150, 80, 70, dtype="float32", mode="train", layers=3), {OURS: 30.0, CUDNN: 20.0}, "real")
+    errors = {name: {"max": 2e-3, "rms": 3e-4} for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_hh_l0")}
+    found.append(make_row(kind="accuracy", suite="accuracy", device=GPU, errors=errors))
+    found.append(
+        make_row(kind="memory", suite="memory", device=GPU, bytes={"saved": 2**20, "outputs": 5, "peak": 2**21})
+    )
+    found.append(make_row(kind="overhead", suite="overhead", device=GPU, values={"total_us": 9.0, "launch_us": 3.0}))
+    found.append(make_row(kind="cold-start", suite="cold-start", device=GPU, values={"empty_first_call_s": 2.0}))
+    found.append(
+        make_row(kind="roof", suite="roofs", device=GPU, values={"copy_bytes_per_s": 3e12, "exchange_us": 0.6})
+    )
+    found.append(make_row(provider="haste", status="skipped", device=GPU))
+    found.append(make_row(provider="torchrl", status="wrong", device=GPU))
+    for k in range(3):
+        found.append(
+            make_row(kind="anchor", suite="anchor", us=100.0 + 4 * k, device=GPU, date=f"2030-01-01T00:0{k}:00+00:00")
+        )
+    return found
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close, and gathers what a browser would fetch."""
+
+    VOID = {"meta", "link", "br", "circle", "rect", "path", "line", "polyline"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.ids, self.links = [], [], set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data"):
+                if value.startswith("#"):
+                    self.links.add(value[1:])
+                else:
+                    self.fetched.append(value)
+            if name == "id":
+                assert value not in self.ids, f"two elements are called {value}"
+                self.ids.add(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_has_every_section_and_fetches_nothing():
+    text = report.render(sample_rows())
+    page = Page(text)
+    assert page.open == [] and page.links <= page.ids
+    assert all(value == "data:," for value in page.fetched)
+    assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert "http" not in re.sub(r"<td>[^<]*</td>", "", text)
+    for title in (
+        "Speed-up against hidden size", "Hidden size by batch", "Scaling in the number of steps", "One step: the cell",
+        "LSTMs that people run", "What features cost", "Memory", "Accuracy against float64", "Host time of a call",
+        "The first call", "What loses, and why", "Roofs and floors", "Environment and drift",
+    ):  # fmt: skip
+        assert f"<h3>{title}</h3>" in text, title
+    assert "No rows of this yet" not in text
+    assert "SYNTHETIC" in text and "lstm-triton bench --suite hidden-sizes" in text
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert "moved by 8.0 %" in text
+
+
+def test_losses_are_shown_with_what_is_known():
+    found = select.losses(select.groups(sample_rows()))
+    assert found and all(g.speedup() < 1 for g in found)
+    text = report.render(sample_rows())
+    assert f"torch is ahead in {len(found)}" in text
+    assert "wrong" in text and "a reason" in text
+
+
+def test_an_empty_or_partial_set_of_rows_is_no_error():
+    assert "There are no rows yet" in report.render([])
+    text = report.render([make_row()], ["a.jsonl:3: not JSON"])
+    Page(text)
+    assert "No rows of this yet" in text and "a.jsonl:3: not JSON" in text and schema.CPU_LABEL in text
+
+
+def test_text_of_rows_cannot_become_markup():
+    rows = [make_row(provider="<script>alert(1)</script>", status="failed", device=GPU, reason="a <b> & c")]
+    text = report.render(rows)
+    assert "<script>" not in text and "a &lt;b&gt; &amp; c" in text
+
+
+def test_the_newest_row_counts():
+    old, new = make_row(us=10.0, date="2030-01-01T00:00:00+00:00"), make_row(us=20.0, date="2030-01-02T00:00:00+00:00")
+    assert select.latest([new, old]) == [new]
+    assert len(select.latest([new, make_row(device=GPU)])) == 2
+
+
+def test_speedup_of_the_fastest_way_and_of_auto():
+    case = Case("a", 64, 8, 16)
+    (group,) = select.groups([make_row(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
+    assert group.speedup() == pytest.approx(2.0) and group.auto_speedup() == pytest.approx(0.5)
+    assert group.ours()[0] == PERSISTENT and group.theirs()[0] == CUDNN
+    (alone,) = select.groups([make_row(case, CUDNN)])
+    assert alone.speedup() is None and alone.ours() is None
+
+
+def test_charts_bear_one_point_and_large_ranges():
+    one = charts.lines("a", "x", "y", [charts.Series("s", [(4.0, 2.0)], 0)], 1.0)
+    assert "<circle" in one and "nan" not in one
+    wide = charts.lines("a", "x", "y", [charts.Series("s", [(1.0, 1e-3), (1e6, 1e7)], 5)])
+    assert wide.count('class="grid"') <= 12 and "nan" not in wide
+    assert "behind" in charts.ratios([charts.Bar("b", 0.5, "0.50x")], "ahead", "behind")
+
+
+def test_readme_tables_between_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    rows = [row | {"synthetic": False} for row in sample_rows()]
+    readme.update(path, rows)
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| H512 B16 T128 bfloat16 forward |" in text and GPU["name"] in text
+    once = text
+    readme.update(path, rows)
+    assert path.read_text() == once
+    with pytest.raises(store.StoreError, match="synthetic rows are no results"):
+        readme.update(path, sample_rows())
+    path.write_text("no markers")
+    with pytest.raises(store.StoreError, match="needs one line"):
+        readme.update(path, rows)
+
+
+def test_two_sets_side_by_side(tmp_path, capsys):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    case = Case("a", 64, 8, 16)
+    for path, factor in ((a, 1.0), (b, 0.5)):
+        for provider in (OURS, CUDNN):
+            store.append(path, make_row(case, provider, 10.0 * (factor if provider == OURS else 1.0)))
+    store.append(a, make_row(case, TORCH_CELL))
+    assert cli.main(["--compare", str(a), str(b), "--report", str(tmp_path / "c.html")]) == 0
+    out = capsys.readouterr().out
+    assert "2.000" in out and "within the noise" in out and "1 only in A" in out
+    Page((tmp_path / "c.html").read_text())
+    pairs = {p.provider: p for p in compare.compare(store.read(a).rows, store.read(b).rows).pairs}
+    assert pairs[OURS].clear and not pairs[CUDNN].clear
+
+
+def test_report_and_validation_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    for row in sample_rows():
+        store.append(path, row)
+    assert cli.main(["--report", "--rows", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert cli.main(["--validate", str(path)]) == 0
+    with path.open("a") as file:
+        file.write('{"schema":1,')
+    assert cli.main(["--validate", str(path)]) == 1
+    assert cli.main(["--report", str(tmp_path / "other.html"), "--rows", str(path)]) == 1
+    assert "cut off" in capsys.readouterr().err and (tmp_path / "other.html").is_file()

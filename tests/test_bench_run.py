@@ -1,0 +1,307 @@
+"""Runs from the command line on the CPU, at sizes that only test the harness: everything but the speed of GPUs."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lstm_triton import cli as package_cli
+from lstm_triton.bench import against, cli, device, progress, run, schema, store, suites, worker
+from lstm_triton.bench import measure as measuring
+from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench.providers import CUDNN, OURS
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--device", "cpu", "--scale", "tiny", "--seconds", "0.001", "--threads", "1"]
+
+
+def options(folder, **changes):
+    given = {
+        "device": "cpu",
+        "command": "a test",
+        "seconds": 0.001,
+        "threads": 1,
+        "names": (OURS, CUDNN),
+        "anchors": False,
+    }
+    return run.Options(folder, **(given | changes))
+
+
+class Here:
+    """A worker in this process: for what does not depend on its being another."""
+
+    def __init__(self, setup, **options):
+        self._context = worker.make_context(setup, lambda *stage: None)
+        maker = self._context.rows
+        row = maker.make(run.anchor("cpu"), "", "eager", "skipped", "a template")
+        self.about = {name: row[name] for name in ("device", "versions", "source")}
+
+    def ready(self):
+        return self.about
+
+    def run(self, task, skip, roofs, seconds, emit, stage, *, silence_s, deadline):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        self._context.roofs, self._context.seconds = roofs, seconds
+        measuring.measure(task, self._context, emit, skip)
+        return True
+
+    def end(self):
+        pass
+
+
+def measure(folder, tasks, new_worker=Here, **changes):
+    with open(os.devnull, "w") as nowhere:
+        bar = progress.Progress(len(tasks), None, stream=nowhere)
+        return run.Runner(options(folder, **changes), tasks, bar, lambda text: None, new_worker).run()
+
+
+def rows_of(folder):
+    found = store.read_all([folder])
+    assert not found.problems
+    return found.rows
+
+
+def small(*sizes, **changes):
+    return [Task("batch", Case("a", H, 2, 3, dtype="float32", precision="ieee", **changes)) for H in sizes]
+
+
+def test_every_suite_from_end_to_end(tmp_path, capsys):
+    chosen = [
+        name for name in suites.SUITES if name not in ("cell", "cold-start", "real")
+    ]  # which compile, or are many
+    arguments = [*TINY, "--output", str(tmp_path), *(a for name in chosen for a in ("--suite", name))]
+    assert package_cli.main(["bench", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{schema.CPU_LABEL}.") and "rows appended" in out
+    found = rows_of(tmp_path)
+    assert {row["suite"] for row in found} == {*chosen, "anchor"}
+    assert all(row["label"].startswith(schema.CPU_LABEL) for row in found)
+    assert not [row["reason"] for row in found if row["status"] in ("wrong", "failed")]
+    interpreted = [row for row in found if "interpreter" in row["label"]]
+    assert {row["kind"] for row in interpreted} == {"accuracy"} and any(
+        "triton" in row["provider"] for row in interpreted
+    )
+    for row in found:
+        if row["kind"] == "timing" and row["status"] == "ok":
+            assert row["timing"]["p20_us"] <= row["timing"]["p50_us"] <= row["timing"]["p80_us"]
+            assert row["errors"] and row["floor"]["us_per_step"] > 0 and row["l2"] is None
+    assert str(tmp_path) not in found[0]["command"]
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert schema.CPU_LABEL in report
+
+    # the same command again: nothing is left to do
+    assert package_cli.main(["bench", *arguments, "--no-report"]) == 0
+    assert "0 tasks measured" in capsys.readouterr().out
+    assert len(rows_of(tmp_path)) == len(found)
+
+
+def test_real_workloads_and_cells_run(tmp_path):
+    chosen = [
+        t for t in suites.tasks(["real", "cell"], "tiny", "cpu") if t.case.hidden_size <= 32 and t.case.mode == "train"
+    ]
+    assert {t.suite for t in chosen} == {"real", "cell"}
+    measure(tmp_path, chosen)
+    found = rows_of(tmp_path)
+    assert any("made smaller" in row["label"] for row in found)
+    assert not [row["reason"] for row in found if row["status"] in ("wrong", "failed")]
+
+
+def test_a_run_continues_where_it_stopped(tmp_path):
+    first = measure(tmp_path, small(4))
+    assert (first.measured, first.before, first.rows) == (1, 0, 2)
+    second = measure(tmp_path, small(4, 5))
+    assert (second.measured, second.before) == (1, 1)
+    third = measure(tmp_path, small(4, 5), names=(OURS, CUDNN, "torch.nn.LSTMCell"))
+    assert third.measured == 2 and third.rows == 2, "only what is new of a task"
+    assert measure(tmp_path, small(4), again=True).measured == 1
+    other = [row | {"source": row["source"] | {"digest": "0" * 12}} for row in rows_of(tmp_path)]
+    assert not run.done_before(other, rows_of(tmp_path)[0], False), "rows of other code do not count"
+
+
+def test_the_budget_is_kept(tmp_path):
+    outcome = measure(tmp_path, small(*range(4, 400)), budget_s=1.0)
+    assert outcome.left > 0 and outcome.measured + outcome.left == 396
+    assert "the same command continues" in run.finish(outcome, tmp_path, 1.0)
+    before = len(rows_of(tmp_path))
+    measure(tmp_path, small(*range(4, 400)), budget_s=0.5)
+    assert len(rows_of(tmp_path)) > before, "it goes on"
+
+
+FAULTS = """
+import os, time
+import lstm_triton.bench.providers as providers
+
+class Fault(providers.TorchLSTM):
+    def make(self, problem):
+        if self.name == "crash":
+            os._exit(9)
+        if self.name == "hang":
+            time.sleep(600)
+        model = super().make(problem)
+        if self.name == "crash while timed":
+            right, calls = model.run, []
+            def run(*a):
+                calls.append(1)
+                if len(calls) > 1:
+                    os._exit(9)
+                return right(*a)
+            model.run = run
+        return model
+
+original = providers.all_providers
+providers.all_providers = lambda: {**original(), **{n: Fault(n) for n in ("crash", "hang", "crash while timed")}}
+"""
+
+
+def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    names = ("crash", "hang", CUDNN, "crash while timed")
+    folder = tmp_path / "rows"
+    path = [str(tmp_path), *sys.path]
+    outcome = measure(folder, small(4), worker.Worker, names=names, silence_s=6.0, path=path)
+    found = {row["provider"]: row for row in rows_of(folder)}
+    assert set(found) == set(names) and outcome.rows == len(names)
+    assert found["crash"]["status"] == "failed" and "exit code 9" in found["crash"]["reason"]
+    assert found["hang"]["status"] == "failed" and "no sign of life for 6 s" in found["hang"]["reason"]
+    assert found["crash while timed"]["status"] == "failed" and "exit code 9" in found["crash while timed"]["reason"]
+    assert found[CUDNN]["status"] == "ok"
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path, capsys):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    with pytest.raises(RuntimeError, match="does not start"):
+        measure(tmp_path / "rows", small(4), worker.Worker, path=[str(tmp_path), *sys.path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--suite", "nonsense"], 2, "invalid choice"),
+        (["--budget", "soon"], 2, "not a time such as"),
+        (["--hidden", "a..b"], 2, "neither a number nor a range"),
+        (["--device", "cuda:99"], 2, "no such NVIDIA GPU"),
+        (["--device", "mps"], 2, "only NVIDIA GPUs and the CPU"),
+        (["--device", "cpu", "--provider", "nobody"], 2, "known are"),
+        (["--device", "cpu", "--hidden", "77777"], 2, "no case passes"),
+        (["--device", "cpu", "--tune"], 2, "needs an NVIDIA GPU"),
+        (["--compare", "absent.jsonl", "absent.jsonl"], 2, "no such file"),
+        (["--report", "--rows", "absent"], 2, "no such file"),
+        (["--validate", "absent"], 2, "no such file"),
+    ],
+)
+def test_unusable_arguments(arguments, code, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert cli.main(arguments) == code
+    except SystemExit as stopped:
+        assert stopped.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_lists_and_filters(capsys):
+    assert (
+        cli.main(["--device", "cpu", "--list", "--suite", "hidden-sizes", "--hidden", "32..64", "--mode", "train"]) == 0
+    )
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 2 and all("train" in line for line in listed)
+    assert cli.main(["--list-providers"]) == 0
+    assert {"lstm_triton auto", "torch.nn.LSTM", "torchrl", "haste", "flashrnn"} <= set(
+        capsys.readouterr().out.splitlines()
+    )
+
+
+def test_times_and_their_words():
+    assert [cli.seconds_of(t) for t in ("45s", "8m", "1h", "2.5")] == [45, 480, 3600, 2.5]
+    assert [progress.duration(s) for s in (5, 60, 190, 3900)] == ["5 s", "1 min", "3 min 10 s", "1 h 5 min"]
+    bar = progress.Progress(10, None)
+    assert bar.left() is None
+    bar.task_done()
+    assert bar.left() >= 0
+    assert progress.Progress(10, time.monotonic() + 5).left() <= 5
+
+
+def test_default_folders(monkeypatch, tmp_path):
+    assert device.results_folder() == ROOT / "bench" / "results"
+    monkeypatch.setattr(device, "checkout", lambda: None)
+    assert device.results_folder() == Path("lstm-triton-bench")
+
+
+def test_two_versions_in_turns(tmp_path, monkeypatch, capsys):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("lstm_triton", "kernels"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(repository / name)], check=True)
+    for link in ("kernels", "bench"):
+        (repository / "lstm_triton" / link).unlink(missing_ok=True)
+    with (repository / "lstm_triton" / "reference.py").open("a") as file:
+        file.write("# an older version\n")
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(device, "checkout", lambda: repository)
+    folder = tmp_path / "rows"
+    assert against.main("HEAD", options(folder, names=None), small(4)) == 0
+    out = capsys.readouterr().out
+    assert "1 measurements on both sides" in out
+    found = rows_of(folder)
+    sources = {row["source"]["digest"]: row["source"] for row in found}
+    assert len(sources) == 2
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert commit in {source["commit"] for source in sources.values()}
+    worktrees = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True).stdout
+    assert len(worktrees.splitlines()) == 1, "the work tree is taken away again"
+    with pytest.raises(cli.UsageError, match="git knows no such commit"):
+        against.main("nonsense", options(folder), small(4))
+
+
+def test_it_runs_as_a_module_and_where_it_is_installed(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    ignored = ("__pycache__", "results")
+    shutil.copytree(
+        ROOT / "lstm_triton", site / "lstm_triton", ignore=shutil.ignore_patterns(*ignored, "kernels", "bench")
+    )
+    for name in ("kernels", "bench"):
+        shutil.copytree(ROOT / name, site / "lstm_triton" / name, ignore=shutil.ignore_patterns(*ignored))
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(site), *(p for p in sys.path if p and Path(p).resolve() != ROOT)])
+    command = [
+        sys.executable,
+        "-m",
+        "lstm_triton.bench",
+        *TINY,
+        "--suite",
+        "hidden-sizes",
+        "--hidden",
+        "8",
+        "--mode",
+        "forward",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "lstm-triton-bench").iterdir()
+    found = rows_of(folder)
+    assert found and all(row["source"]["commit"] is None for row in found)
+    assert (folder / "report.html").is_file()
+
+
+def test_the_wheel_carries_the_table_of_workloads():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"lstm_triton.bench" = ["real_workloads.csv"]' in text
+
+
+def test_a_worker_answers_in_json(tmp_path):
+    setup = worker.Setup("cpu", "a test", "run", names=(OURS,), threads=1)
+    request = {"task": small(4)[0].to_json(), "skip": [], "roofs": None, "seconds": 0.001}
+    answers = io.StringIO()
+    assert worker.serve(setup, io.StringIO(json.dumps(request) + "\n"), answers) == 0
+    events = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert [e["event"] for e in events if e["event"] != "stage"] == ["ready", "row", "done"]
+    assert [e["what"] for e in events if e["event"] == "stage"] == ["truth", "check", "build", "check", "timing"]
