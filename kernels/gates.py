@@ -3,8 +3,8 @@
 Two orders of the 4 * BLOCK_H entries n of a tile are in use; nothing outside this file knows them.
 
 *Fragment order*, for operands and results of matrix products: n = 16 * block + 8 * hi + 2 * lane + lo stands for unit
-4 * block + lane, gate 2 * hi + lo. In a tensor-core accumulator one thread holds columns 2 * lane, 2 * lane + 1 of each group of
-eight, hence all four gates of a unit, and `split_gates` moves no data between threads.
+4 * block + lane, gate 2 * hi + lo. In a tensor-core accumulator one thread holds columns 2 * lane, 2 * lane + 1 of each group
+of eight, hence all four gates of a unit, and `split_gates` moves no data between threads.
 
 *Memory order*, for pre-activations and saved gates, [..., H, 4] in memory: n = 4 * unit + gate. All four gates of a unit are
 one 8- or 16-byte access.

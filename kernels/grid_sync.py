@@ -16,8 +16,8 @@ Why B sees A's slice (PTX memory model, the same order in four links):
 4. The CTA barrier after the wait orders the polling thread's acquire before the loads of all of B's threads.
 
 Why it ends: the count only grows; step s waits for s * P arrivals, which needs every program of the group to have finished step
-s - 1 and nothing else, so by induction over s all arrive, provided all P run at the same time. The launch is cooperative: a grid
-whose programs cannot all be resident is refused by the driver. Groups never wait for one another.
+s - 1 and nothing else, so by induction over s all arrive, provided all P run at the same time. The launch is cooperative: a
+grid whose programs cannot all be resident is refused by the driver. Groups never wait for one another.
 
 Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused.
 

@@ -1,6 +1,6 @@
 """Where a row's recurrence starts, stops and restarts inside a sequence: `lengths` and `resets`.
 
-The recurrence of direction 0 runs through t = 0 ... T - 1, that of direction 1 through t = T - 1 ... 0. For each step and batch row:
+The recurrence of direction 0 runs through t = 0 ... T - 1, that of direction 1 through t = T - 1 ... 0. For each step and row:
 
     active    t < lengths[b]: past its end a row has outputs 0 and keeps its state
     begins    the state before this step is the initial one: the first step, or, backwards in time, the row's own end

@@ -1,9 +1,9 @@
 """A whole sequence forward in one launch: the recurrence, given the pre-activations x W_ih^T + b of all steps.
 
-A program owns BLOCK_H hidden units with all four gates, for BLOCK_B batch rows of one direction. Its slice of W_hh stays on chip
-for the whole launch (RESIDENT); c stays in registers. The programs that own the units of the same rows exchange h through y
-itself, which has a fresh address for every step, and wait for one another once a step (grid_sync). Rows and directions never
-wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs once per step.
+A program owns BLOCK_H hidden units with all four gates, for BLOCK_B batch rows of one direction. Its slice of W_hh stays on
+chip for the whole launch (RESIDENT); c stays in registers. The programs that own the units of the same rows exchange h
+through y itself, which has a fresh address for every step, and wait for one another once a step (grid_sync). Rows and
+directions never wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs once per step.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""One suite for CPU and GPU: without a GPU, or with TRITON_INTERPRET=1, the kernels run in Triton's interpreter on CPU tensors."""
+"""One suite for CPU and GPU: without a GPU, or with TRITON_INTERPRET=1, kernels run in Triton's interpreter on CPU tensors."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The barrier between programs: the real sequence kernels with every program a process of its own, and mutants of the barrier."""
+"""The barrier between programs: the real sequence kernels with each program a process of its own, and mutants of it."""
 
 import inspect
 import math
