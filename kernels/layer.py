@@ -119,8 +119,8 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
     return tl.int32 if last < 2**31 else tl.int64
 
 
-def segment_strides(segments: Segments, *states: Tensor | None) -> tuple[int, ...]:
-    resets = (0, 0) if segments.resets is None else segments.resets.stride()
+def segment_strides(flags: Tensor | None, *states: Tensor | None) -> tuple[int, ...]:
+    resets = (0, 0) if flags is None else flags.stride()
     return (*resets, *(s for t in states for s in ((0, 0, 0) if t is None else t.stride()[:3])))
 
 
@@ -129,8 +129,12 @@ def weight_strides(directions: list[Direction]) -> tuple[int, ...]:
     return (*first.stride(), *last.stride())
 
 
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.view(torch.uint8)
+def reset_flags(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Resets as integers that a kernel can load."""
+    if resets is None or dtype != torch.float64:
+        return None if resets is None else resets.view(torch.uint8)
+    # Where bytes are loaded on the way to a product of float64, Triton 3.6 ... 3.7 lays it out for bytes, and fails.
+    return resets.to(torch.int32)
 
 
 def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> Tensor:
@@ -188,12 +192,13 @@ def lstm_layer_forward(
     c_n = torch.empty_like(c0)
     constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
                  config.block_k)  # fmt: skip
+    flags = reset_flags(segments.resets, x.dtype)
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *weight_strides(directions),
-               *segment_strides(segments, segments.reset_h, segments.reset_c))  # fmt: skip
+               *segment_strides(flags, segments.reset_h, segments.reset_c))  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
-        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, as_bytes(segments.resets), segments.reset_h, segments.reset_c,
-                   segments.lengths, y, h_n, c_out, c, gates)  # fmt: skip
+        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, flags, segments.reset_h, segments.reset_c, segments.lengths,
+                   y, h_n, c_out, c, gates)  # fmt: skip
         run(_forward, config, tensors, T, B, first, last, strides, constants)
     return Forward(y, h_n, c_n, c, gates)
 

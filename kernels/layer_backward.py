@@ -15,7 +15,6 @@ from .layer import (
     Forward,
     Segments,
     accumulator_dtype,
-    as_bytes,
     as_rows,
     index_type,
     is_time_major,
@@ -23,6 +22,7 @@ from .layer import (
     new_states,
     plan,
     pre_activations,
+    reset_flags,
     run,
     segment_strides,
     unit_major,
@@ -92,8 +92,9 @@ def lstm_layer_backward(
     if dc_states is not None and dc_states.stride() != y.stride():
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
+    flags = reset_flags(segments.resets, x.dtype)
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
-               *weight_strides(directions), *segment_strides(segments, segments.reset_c))  # fmt: skip
+               *weight_strides(directions), *segment_strides(flags, segments.reset_c))  # fmt: skip
     constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
                  config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
@@ -106,7 +107,7 @@ def lstm_layer_backward(
             pieces = _rebuilt_pre_activations(x, h0, y, directions, segments, starts, last - first, precision)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
-            tensors = (dy, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, as_bytes(segments.resets),
+            tensors = (dy, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, flags,
                        segments.reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
             run(_backward, config, tensors, T, B, step, stop, (*starts, *strides), constants)
         state_in = state_out

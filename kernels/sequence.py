@@ -3,7 +3,8 @@
 A program owns BLOCK_H hidden units with all four gates, for BLOCK_B batch rows of one direction. Its slice of W_hh stays on
 chip for the whole launch (RESIDENT); c stays in registers. The programs that own the units of the same rows exchange h
 through y itself, which has a fresh address for every step, and wait for one another once a step (grid_sync). Rows and
-directions never wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs once per step.
+directions never wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs
+once per step.
 """
 
 import triton
@@ -43,7 +44,7 @@ def _lstm_sequence_forward_kernel(
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     h0_ptr,  # [D, B, H]
     c_in_ptr,  # [D, B, H] c before first_step
-    resets_ptr,  # [T, B] bytes, or None
+    resets_ptr,  # [T, B] integers, or None
     reset_h_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
     reset_c_ptr,  # likewise
     lengths_ptr,  # [B] or None

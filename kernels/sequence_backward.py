@@ -54,7 +54,7 @@ def _lstm_sequence_backward_kernel(
     c0_ptr,  # [D, B, H]
     w_ptr,  # [4H, H] W_hh of direction 0
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
-    resets_ptr,  # [T, B] bytes, or None
+    resets_ptr,  # [T, B] integers, or None
     reset_c_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
     lengths_ptr,  # [B] or None
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz

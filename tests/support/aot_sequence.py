@@ -83,7 +83,7 @@ def _type(name: str, case: Case, waits: bool) -> str | None:
     if name == "lengths_ptr":
         return "*i64" + hint
     if name == "resets_ptr":
-        return "*u8" + hint
+        return ("*i32" if case.dtype == torch.float64 else "*u8") + hint
     if name.endswith("_ptr"):
         return f"*{_POINTEES[case.dtype]}{hint}"
     if name in ("stride_w_k", "stride_w_reverse_k", "stride_dy_h"):
