@@ -156,6 +156,8 @@ def _dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
         from . import against
 
         return against.main(options.against, run_options, tasks)
+    if device != "cpu" and not any(task.kind == "roof" for task in tasks):
+        tasks = [*suites.tasks(["roofs"], "gpu", "cuda"), *tasks]  # for the floors; measured once
     return _measure(run_options, tasks, options.no_report)
 
 

@@ -54,10 +54,14 @@ def cell_forward_config(
     Few units per program read h more often (from L2) but are what gives every multiprocessor a share of the weights, and at
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
-    # Of tf32x3, three products' operands at once, 64 rows spill on sm_80 and sm_86.
-    block_b, small, large = (16, 4, 16) if B <= 16 else (32 if precision == "tf32x3" else 64, 8, 16)
+    block_b, small, large = (16, 4, 16) if B <= 16 else (_cell_forward_rows(dtype, precision), 8, 16)
     block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
     return _cell_forward_tile(block_b, block_h, dtype, precision)
+
+
+def _cell_forward_rows(dtype: torch.dtype, precision: str) -> int:
+    """Rows of a tile for large batches: what tf32x3 (three products' operands at once) and float64 hold without spilling."""
+    return 32 if precision == "tf32x3" or dtype == torch.float64 else 64
 
 
 def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:
@@ -88,7 +92,7 @@ def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> Cel
 
 def all_cell_forward_configs(dtype: torch.dtype, precision: str) -> set[CellForwardConfig]:
     """Every configuration that `cell_forward_config` can return for this dtype and precision."""
-    rows = 32 if precision == "tf32x3" else 64
+    rows = _cell_forward_rows(dtype, precision)
     pairs = ((16, 4), (16, 16), (rows, 8), (rows, 16))
     return {_cell_forward_tile(b, h, dtype, precision) for b, h in pairs}
 

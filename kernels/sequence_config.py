@@ -133,5 +133,7 @@ def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
 def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) -> SequenceConfig:
     """One launch per step, with W_hh read again in each: needs nothing of the device."""
     block_k = (64 if dtype.itemsize == 2 else 32) if uses_tensor_cores(dtype, precision) else 16
-    block_b = 16 if B <= 16 or dtype == torch.float64 or precision == "tf32x3" else 32  # two or three times the registers
+    block_b = (
+        16 if B <= 16 or dtype == torch.float64 or precision == "tf32x3" else 32
+    )  # two or three times the registers
     return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), cdiv(B, block_b) * D, False)

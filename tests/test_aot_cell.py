@@ -89,7 +89,7 @@ def _is_in_the_main_selection(arch, kind, aligned, config, configs):
 
 
 def _compilations(arch, everything):
-    """(kernel, configuration, constants, kind, aligned) of what is launched."""
+    """(kernel, configuration, constants, kind, aligned, whether it is in the main selection) of what is launched."""
     from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
     from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
     from lstm_triton.kernels.launch import accumulator
@@ -101,15 +101,16 @@ def _compilations(arch, everything):
             (backward, all_cell_backward_configs(dtype, precision), "block_n"),
         ):
             for config, aligned in itertools.product(sorted(configs, key=repr), (True, False)):
-                if everything or _is_in_the_main_selection(arch, kind, aligned, config, configs):
+                is_main = _is_in_the_main_selection(arch, kind, aligned, config, configs)
+                if everything or is_main:
                     tile = {name.upper(): getattr(config, name) for name in ("block_b", "block_h", block)}
-                    yield kernel, config, {**shared, **tile}, kind, aligned
+                    yield kernel, config, {**shared, **tile}, kind, aligned, is_main
 
 
-def _faults(report, tensor_cores):
-    if report.spill_bytes:
+def _faults(report, tensor_cores, may_spill):
+    if report.spill_bytes > may_spill:
         yield f"{report.spill_bytes} bytes spilled"
-    if report.stack_bytes and report.local_memory_in_loops():
+    if not may_spill and report.stack_bytes and report.local_memory_in_loops():
         yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
     if not report.fits():
         yield f"{report.shared_memory} bytes of shared memory"
@@ -122,12 +123,14 @@ def _compile_all(arch, everything):
     from support.aot import compile_ahead
 
     count, failures = 0, []
-    for kernel, config, constants, kind, aligned in _compilations(arch, everything):
+    for kernel, config, constants, kind, aligned, is_main in _compilations(arch, everything):
         signature = _signature(kernel, constants, POINTERS[kind], aligned)
         options = {"arch": arch, "num_warps": config.num_warps, "num_stages": config.num_stages}
         report = compile_ahead(kernel, signature, constants, **options)
         what = f"{report.name} sm_{arch} {kind} {'aligned' if aligned else 'unaligned'} {config}"
-        failures += [f"{what}: {fault}" for fault in _faults(report, KINDS[kind][2])]
+        # Outside the main selection: with unaligned tensors ptxas sometimes stops at 96 registers and spills the last six.
+        may_spill = 0 if is_main or aligned else 32
+        failures += [f"{what}: {fault}" for fault in _faults(report, KINDS[kind][2], may_spill)]
         count += 1
     if failures:
         sys.exit("\n".join(failures))
