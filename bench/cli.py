@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,9 +27,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 130 after Ctrl-C."""
+    begin = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    options.begin = begin
     try:
         return _dispatch(options, arguments)
     except (store.StoreError, UsageError) as error:
@@ -226,15 +228,15 @@ def make_options(options: argparse.Namespace, device: str, command: str) -> run.
         described = devices.describe(torch.device(device))
         folder = devices.results_folder() / devices.folder_name(described)
     seconds = options.seconds or (0.5 if device == "cpu" else 1.0)
+    # What starting took is spent already, and the report wants a moment at the end.
+    budget = None if options.budget is None else max(options.budget - (time.monotonic() - options.begin) - 2.0, 1.0)
     return run.Options(
-        folder, device, command, options.budget, seconds, options.timeout, options.flush_l2,
+        folder, device, command, budget, seconds, options.timeout, options.flush_l2,
         tuple(options.provider) if options.provider else None, options.threads, options.again, options.retry,
     )  # fmt: skip
 
 
 def _measure(options: run.Options, tasks: list[Task], no_report: bool) -> int:
-    import time
-
     if options.device == "cpu":
         print(f"{schema.CPU_LABEL}.", flush=True)
     progress = Progress(len(tasks), None if options.budget_s is None else time.monotonic() + options.budget_s)

@@ -34,6 +34,5 @@ def launch(programs: int, steps: int, exchange: bool, device: torch.device) -> t
     """Run it; returns the value each program ended with, [programs] int32: `steps` after exchanges."""
     counter = torch.zeros(COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     slots = torch.zeros(steps + 1, programs, dtype=torch.int32, device=device)
-    options = {} if triton.knobs.runtime.interpret else {"launch_cooperative_grid": True}
-    _latency_kernel[(programs,)](counter, slots, steps, programs, exchange, num_warps=4, **options)
+    _latency_kernel[(programs,)](counter, slots, steps, programs, exchange, num_warps=4, launch_cooperative_grid=True)
     return slots[steps]

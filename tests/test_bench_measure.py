@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.concurrent import concurrent_grid
 from support.process import run_checks, run_without_interpreter
 
 from lstm_triton import reference
@@ -21,6 +22,7 @@ from lstm_triton.bench import (
     tune,
 )
 from lstm_triton.bench.cases import Case, Task
+from lstm_triton.kernels import interpreter
 
 CPU = torch.device("cpu")
 
@@ -294,9 +296,12 @@ def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
     assert device.folder_name({"name": "NVIDIA H200", "type": "cuda"}) == "nvidia-h200"
 
 
-def test_the_exchange_in_the_interpreter_with_one_program():
-    # More than one program at a time is beyond the stock interpreter.
-    assert grid_latency.launch(1, 5, True, CPU).tolist() == [5]
+@pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
+@pytest.mark.parametrize("programs", [2, 3])
+def test_every_exchange_arrives(programs):
+    with concurrent_grid(only_cooperative=True, weak=True, jitter=1e-3):
+        assert grid_latency.launch(programs, 6, True, CPU).tolist() == [6] * programs
+        assert grid_latency.launch(programs, 6, False, CPU).tolist() == [0] * programs
 
 
 class Idle(FakeClock):

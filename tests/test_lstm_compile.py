@@ -73,7 +73,7 @@ def test_lengths_and_batches_are_dynamic(backend, device):
     lstm = _lstm(backend, device)
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for sizes in ((7, 5), (6, 11), (13, 8)):  # unlike each other and all that is fixed, or they are taken for equal
+        for sizes in ((7, 5), (6, 8)):  # unlike each other and all that is fixed, or they are taken for equal
             x = _input(device, *sizes)
             torch.testing.assert_close(flat(compiled(x)), flat(lstm(x)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -46,8 +46,9 @@ def _run(device: str) -> None:
                 )
                 results.append([y, h, c, *gradients])
             torch.testing.assert_close(*results)
-            y, (h, c) = sample.reference_fn(ours, *args)
-            torch.testing.assert_close([y, h, c], results[0][:3])
+            if backend == "auto":  # the same samples as a batch of one
+                y, (h, c) = sample.reference_fn(ours, *args)
+                torch.testing.assert_close([y, h, c], results[0][:3])
             passed += 1
     assert passed >= 2 * 32, passed
     options["dtype"] = torch.float32

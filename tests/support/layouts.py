@@ -29,4 +29,8 @@ def expanded(t):
     return t[:1].expand(t.shape)
 
 
+def expanded_columns(t):
+    return t[:, :1].expand(t.shape)
+
+
 LAYOUTS = {f.__name__: f for f in (every_second, transposed, inside_nan, unaligned, expanded)}
