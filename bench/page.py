@@ -29,6 +29,7 @@ tbody th, thead th:first-child { text-align: left; font-weight: 400; position: s
   min-width: 8rem; }
 thead th { font-weight: 600; } .mark { color: var(--mark); font-weight: 600; } .mark::before { content: "\\25bc "; }
 td { white-space: nowrap; } .texts td { text-align: left; white-space: normal; min-width: 4rem; }
+.texts thead th { text-align: left; }
 .heat td, .heat thead th, .heat tbody th { text-align: center; min-width: 3.3rem; border: 2px solid var(--page);
   white-space: nowrap; padding: .25rem .3rem; }
 .heat td { color: var(--text); background: color-mix(in srgb, var(--hue) var(--share), var(--page)); }

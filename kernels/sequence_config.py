@@ -91,7 +91,7 @@ def sequence_backward_config(
     row_bytes = H * dtype.itemsize
     aligned = H % 16 == 0
     if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 128 // dtype.itemsize if aligned else 32):
+        for block_h in _unit_blocks(H, 64 // dtype.itemsize if aligned else 32):
             for block_b in (16, 32) if aligned else (16,):
                 if row_bytes > _LONGEST_ROWS_BACKWARD[block_b, block_h > 8]:
                     continue

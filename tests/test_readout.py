@@ -7,8 +7,8 @@ from support.cells import matmul_precision
 from support.layouts import LAYOUTS, expanded_columns
 
 from lstm_triton import functional, reference
-from lstm_triton.kernels import readout_backward
-from lstm_triton.kernels.config import readout_forward_config
+from lstm_triton.kernels import config as configs
+from lstm_triton.kernels import readout, readout_backward
 
 KINDS = {
     "fp32": (torch.float32, "ieee"),
@@ -64,7 +64,7 @@ def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocesso
 def test_more_rows_of_tiles_than_one_group(device, multiprocessors):
     multiprocessors(1)
     h, weight, bias = readouts.draw(130, 2, 70, device=device).inputs
-    assert readout_forward_config(130, 70, h.dtype, "tf32x3", 1).group * 16 < 130
+    assert configs.readout_forward_config(130, 70, h.dtype, "tf32x3", 1).group * 16 < 130
     y = functional.softmax_readout(h, weight, bias, precision="tf32x3", backend="triton")
     torch.testing.assert_close(y, reference.softmax_readout(h, weight, bias))
 
@@ -75,6 +75,18 @@ def test_more_rows_of_tiles_than_one_group(device, multiprocessors):
 def test_sums_divided_among_programs(shape, kind, device, count_launches):
     _check(shape, kind, device)
     assert count_launches()["_readout_sum_parts_kernel"] == 1
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_rows_longer_than_one_step(processors, device, multiprocessors, monkeypatch):
+    """Statistics, dots and parts of sums that take several steps: with small steps, or V would have to be large."""
+    multiprocessors(processors)
+    monkeypatch.setattr(readout, "readout_rescale_config", lambda *_: configs.ReadoutRescaleConfig(1, 1, 2, 2))
+    monkeypatch.setattr(readout_backward, "readout_row_dots_config", lambda: configs.ReadoutRowDotsConfig(1, 1, 16))
+    monkeypatch.setattr(
+        readout_backward, "readout_sum_parts_config", lambda: configs.ReadoutSumPartsConfig(1, 1, 16, 1)
+    )
+    _check((2, 3, 300), "fp32", device)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
@@ -180,8 +192,9 @@ def test_any_strides(kind, layout, device):
     assert all(t.is_contiguous() for t in results)
 
 
-def test_64_bit_offsets(device, tmp_path):
-    """Rows 2^30 elements apart: the offset of row 3 does not fit in 32 bits."""
+@pytest.mark.parametrize("far", ["rows", "columns"])
+def test_64_bit_offsets(far, device, tmp_path):
+    """Rows or columns 2^30 elements apart: the offset of the third does not fit in 32 bits."""
     row = 2**30
     if device.type == "cuda":
         storage = torch.empty(3 * row + 64, dtype=torch.float16, device=device)
@@ -189,11 +202,11 @@ def test_64_bit_offsets(device, tmp_path):
         storage = torch.from_file(str(tmp_path / "far"), shared=True, size=3 * row + 64, dtype=torch.float16)
     near = readouts.draw(4, 3, 4, torch.float16, device=device)
     h, weight, cotangent = (
-        storage.as_strided(t.shape, (row, 1), 4 * i).copy_(t)
+        storage.as_strided(t.shape, (row, 1) if far == "rows" else (1, row), 4 * i).copy_(t)
         for i, t in enumerate((near.inputs[0], near.inputs[1], near.cotangent))
     )
-    far = readouts.Problem((h, weight, near.inputs[2]), cotangent)
-    for expected, found in zip(readouts.by_kernels(near), readouts.by_kernels(far)):
+    distant = readouts.Problem((h, weight, near.inputs[2]), cotangent)
+    for expected, found in zip(readouts.by_kernels(near), readouts.by_kernels(distant)):
         assert torch.equal(found, expected)
 
 
