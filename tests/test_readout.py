@@ -87,6 +87,8 @@ def test_rows_longer_than_one_step(processors, device, multiprocessors, monkeypa
         readout_backward, "readout_sum_parts_config", lambda: configs.ReadoutSumPartsConfig(1, 1, 16, 1)
     )
     _check((2, 3, 300), "fp32", device)
+    rising = 10.0 * torch.arange(300, device=device)
+    torch.testing.assert_close(_of_logits(rising), torch.softmax(rising, -1))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
