@@ -95,10 +95,7 @@ def sequence_backward_config(
             for block_b in (16, 32) if aligned else (16,):
                 if row_bytes > _LONGEST_ROWS_BACKWARD[block_b, block_h > 8]:
                     continue
-                wide = (block_b == 32 and block_h > 8 and row_bytes > 1024) or (
-                    dtype.itemsize == 2 and row_bytes > 2560
-                )
-                split_k = 4 if wide else 8
+                split_k = 4 if block_b == 32 and block_h > 8 and row_bytes > 1024 else 8
                 long = row_bytes > 2048 and dtype.itemsize == 2
                 block_k = _block_k(cdiv(4 * H, split_k), 16 if long or not aligned else 256 // split_k)
                 depth = split_k * block_k

@@ -36,6 +36,13 @@ def test_small_shapes(shape, scale, kind, device):
     _check(shape, kind, device, scale=scale)
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.01])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp64"])
+def test_values_near_zero(kind, scale, device):
+    """States that begin at zero: a tanh with no more than absolute accuracy shows here."""
+    _check((3, 7, 19), kind, device, scale=scale)
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", EDGES_16 + EDGES_64, ids=str)
 def test_tile_edges(shape, kind, device):

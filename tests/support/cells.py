@@ -42,7 +42,7 @@ def draw(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """A random problem; with scale 4 most gates are saturated and c reaches beyond 45."""
+    """A random problem; with scale 4 most gates are saturated and c reaches beyond 45, with a small one all values are."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
@@ -54,7 +54,7 @@ def draw(
         c.view(-1)[:: max(1, c.numel() // 5)] *= 45
     inputs = [normal(B, I, size=scale), normal(B, H, size=scale), c]
     inputs += [normal(4 * H, I, size=w), normal(4 * H, H, size=w)]
-    inputs += [normal(4 * H, size=w) if wanted else None for wanted in biases]
+    inputs += [normal(4 * H, size=w * min(scale, 1)) if wanted else None for wanted in biases]
     return Problem(tuple(inputs), (normal(B, H), normal(B, H)), precision)
 
 
