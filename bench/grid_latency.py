@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lstm_triton.kernels import stall
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE, arrive, wait
 
 
@@ -11,6 +12,7 @@ from lstm_triton.kernels.grid_sync import COUNTER_STRIDE, arrive, wait
 def _latency_kernel(
     # pointers
     counter_ptr,  # [32] zeros
+    stall_ptr,  # [1] the word of `stall.word`
     slots_ptr,  # [steps + 1, PROGRAMS] out: what each program stored in each step, then what it loaded last
     # sizes
     steps,
@@ -24,7 +26,7 @@ def _latency_kernel(
         if EXCHANGE:
             tl.store(slots_ptr + step * PROGRAMS + pid, value + 1)
         arrive(counter_ptr)
-        wait(counter_ptr, (step + 1) * PROGRAMS)
+        wait(counter_ptr, (step + 1) * PROGRAMS, stall_ptr)
         if EXCHANGE:
             value = tl.load(slots_ptr + step * PROGRAMS + (pid + 1) % PROGRAMS)
     tl.store(slots_ptr + steps * PROGRAMS + pid, value)
@@ -34,5 +36,7 @@ def launch(programs: int, steps: int, exchange: bool, device: torch.device) -> t
     """Run it; returns the value each program ended with, [programs] int32: `steps` after exchanges."""
     counter = torch.zeros(COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     slots = torch.zeros(steps + 1, programs, dtype=torch.int32, device=device)
-    _latency_kernel[(programs,)](counter, slots, steps, programs, exchange, num_warps=4, launch_cooperative_grid=True)
+    stalled = stall.word("_latency_kernel", device.type == "cuda")
+    grid = (programs,)
+    _latency_kernel[grid](counter, stalled, slots, steps, programs, exchange, num_warps=4, launch_cooperative_grid=True)
     return slots[steps]

@@ -54,14 +54,15 @@ def cell_forward_config(
     Few units per program read h more often (from L2) but are what gives every multiprocessor a share of the weights, and at
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
-    block_b, small, large = (16, 4, 16) if B <= 16 else (_cell_forward_rows(dtype, precision), 8, 16)
+    rows, large = _largest_cell_forward_tile(dtype, precision)
+    block_b, small = (16, 4) if B <= 16 else (rows, 8)
     block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
     return _cell_forward_tile(block_b, block_h, dtype, precision)
 
 
-def _cell_forward_rows(dtype: torch.dtype, precision: str) -> int:
-    """Rows of a tile for large batches: what tf32x3 (three products' operands at once) and float64 hold without spilling."""
-    return 32 if precision == "tf32x3" or dtype == torch.float64 else 64
+def _largest_cell_forward_tile(dtype: torch.dtype, precision: str) -> tuple[int, int]:
+    """Rows and units: what tf32x3 (three products' operands at once) and float64 hold without spilling is less."""
+    return (32, 8) if precision == "tf32x3" or dtype == torch.float64 else (64, 16)
 
 
 def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:
@@ -69,7 +70,8 @@ def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision
         # 128 bytes of each weight row a step. The narrow tile keeps more steps in flight: together about 3 MB over the device,
         # what latency times memory bandwidth asks for.
         stages = 6 if block_h == 4 else 4
-        return CellForwardConfig(4, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32)
+        warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
+        return CellForwardConfig(warps, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32)
     # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
     return CellForwardConfig(4, 3, block_b, block_h, 16)
 
@@ -84,16 +86,18 @@ def cell_backward_config(
 
 def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
     if not uses_tensor_cores(dtype, precision):
-        return CellBackwardConfig(4, 2, 16, 4, 32)
+        return CellBackwardConfig(4, 2, 16, 4, 32 if dtype == torch.float32 else 16)
     if precision == "tf32x3":  # three products' operands at once: wider tiles spill
         return CellBackwardConfig(4, 2, 16, 16, 32)
-    return CellBackwardConfig(4, 3, block_b, 16, 32 if block_b == 16 or dtype.itemsize == 4 else 64)
+    if dtype == torch.float32:
+        return CellBackwardConfig(4, 2, block_b, 16, 32)
+    return CellBackwardConfig(4, 3, block_b, 16, 32 if block_b == 16 else 64)
 
 
 def all_cell_forward_configs(dtype: torch.dtype, precision: str) -> set[CellForwardConfig]:
     """Every configuration that `cell_forward_config` can return for this dtype and precision."""
-    rows = _cell_forward_rows(dtype, precision)
-    pairs = ((16, 4), (16, 16), (rows, 8), (rows, 16))
+    rows, large = _largest_cell_forward_tile(dtype, precision)
+    pairs = ((16, 4), (16, large), (rows, 8), (rows, large))
     return {_cell_forward_tile(b, h, dtype, precision) for b, h in pairs}
 
 

@@ -41,8 +41,11 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait(counter_ptr, target):
-    """Wait until `target` arrivals are counted; what they published may be loaded afterwards."""
+def wait(counter_ptr, target, stall_ptr):
+    """Wait until `target` arrivals are counted; what they published may be loaded afterwards.
+
+    A wait that does not end in seconds stops the device, after it has written to stall_ptr, a word of host memory.
+    """
     arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     polls = 0
     while arrived < target:
@@ -50,5 +53,8 @@ def wait(counter_ptr, target):
         polls += 1
         if polls == _MAX_POLLS:
             # Not tl.device_assert: the function call in it, never made, still serializes every wgmma of the kernel.
-            tl.inline_asm_elementwise("trap; mov.u32 $0, $1;", "=r,r", [polls], dtype=tl.int32, is_pure=False, pack=1)
+            tl.inline_asm_elementwise(
+                "st.volatile.u32 [$2], $1; membar.sys; trap; mov.u32 $0, $1;", "=r,r,l",
+                [polls, stall_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     tl.debug_barrier()

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import interpreter
+from . import interpreter, stall
 from .grid_sync import COUNTER_STRIDE
 from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
 from .sequence import _lstm_sequence_forward_kernel
@@ -99,13 +99,15 @@ def run(
     if waits:
         # A grid that cannot all be resident is refused, not hung.
         options["launch_cooperative_grid"] = True
-    counters = None
+    counters = stalled = None
     if waits:
+        stall.check()
         device = next(t for t in tensors if t is not None).device
+        stalled = stall.word(launcher.kernel.__name__, device.type == "cuda")
         counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     launcher(
         (config.programs * config.groups, 1, 1),
-        (*tensors, counters),
+        (*tensors, counters, stalled),
         (T, B, first, last, *strides),
         constants,
         config,

@@ -54,6 +54,7 @@ def _lstm_sequence_forward_kernel(
     c_ptr,  # [T, B, D, H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
     counters_ptr,  # [groups, 32] zeros, or None when no program waits for another
+    stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes
     T, B, first_step, last_step,
     # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
@@ -134,7 +135,7 @@ def _lstm_sequence_forward_kernel(
                 pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
             )
         if counters_ptr is not None:
-            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS)
+            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
         z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
         if RESIDENT:

@@ -61,6 +61,7 @@ def _lstm_sequence_backward_kernel(
     dc_out_ptr,  # [D, B, H] out: the gradient of c before the first step of this launch
     dreset_c_ptr,  # [T, B, D, H] out, zeros before, or None
     counters_ptr,  # [groups, 32] zeros, or None when one step is computed
+    stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step, gates_t, gates_reverse_t,
     # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
@@ -158,7 +159,7 @@ def _lstm_sequence_backward_kernel(
             resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             gathers = (gathers & (resets_next == 0))[None, :, None]
         if counters_ptr is not None:
-            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS)
+            wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
         next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
         parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)

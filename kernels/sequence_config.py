@@ -39,6 +39,8 @@ class SequenceConfig(LaunchConfig):
     max_registers: int | None = None
 
 
+# Of a thread of a resident kernel: left alone, the assembler stops earlier, for more programs at once, and spills a few.
+_MAX_REGISTERS = 255
 # Shared memory that a resident kernel needs besides W_hh and one chunk of state: layout conversions and reductions.
 _SCRATCH = 12 * 1024
 
@@ -75,7 +77,7 @@ def sequence_forward_config(
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
                     warps = 8 if block_h >= 64 or not aligned else 4
-                    return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True)
+                    return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True, _MAX_REGISTERS)
     return stepwise_config(B, H, D, dtype, precision)
 
 
@@ -103,8 +105,7 @@ def sequence_backward_config(
                 state = block_b * depth * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
-                    # Left alone, the assembler stops at 128 registers and spills a few.
-                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, 255)
+                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, _MAX_REGISTERS)
     return stepwise_config(B, H, D, dtype, precision)
 
 

@@ -175,13 +175,13 @@ def _find_mutants():
         tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
 
     @triton.jit
-    def wait_relaxed(counter_ptr, target):
+    def wait_relaxed(counter_ptr, target, stall_ptr):
         while tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < target:
             pass
         tl.debug_barrier()
 
     @triton.jit
-    def no_wait(counter_ptr, target):
+    def no_wait(counter_ptr, target, stall_ptr):
         pass
 
     mutants = [

@@ -113,26 +113,26 @@ def _all_but_one_arrive(counter_ptr):
 
 
 @triton.jit
-def _no_wait(counter_ptr, target):
+def _no_wait(counter_ptr, target, stall_ptr):
     pass
 
 
 @triton.jit
-def _relaxed_wait(counter_ptr, target):
+def _relaxed_wait(counter_ptr, target, stall_ptr):
     while tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < target:
         pass
     tl.debug_barrier()
 
 
 @triton.jit
-def _wait_for_one_less(counter_ptr, target):
+def _wait_for_one_less(counter_ptr, target, stall_ptr):
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target - 1:
         pass
     tl.debug_barrier()
 
 
 @triton.jit
-def _wait_for_one_more(counter_ptr, target):
+def _wait_for_one_more(counter_ptr, target, stall_ptr):
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target + 1:
         pass
     tl.debug_barrier()
@@ -184,11 +184,11 @@ def test_a_wait_without_end_is_reported_with_its_line(mutant, barrier):
 
 
 def test_a_wait_without_end_traps_on_a_gpu(monkeypatch):
-    """In the kernels' own wait the polls are counted, and the last one allowed executes `trap`."""
+    """In the kernels' own wait the polls are counted, and the last one allowed stores the word of `stall.word`, then traps."""
     monkeypatch.setattr(grid_sync, "_MAX_POLLS", tl.constexpr(20))
     monkeypatch.setattr(sequence, "arrive", _no_arrive)
     problem = layers.draw(T=3, B=2, I=3, H=16, **TF32)
-    with pytest.raises(InterpreterError, match="'trap;' has no function in INLINE_ASM"):
+    with pytest.raises(InterpreterError, match="'st.volatile.u32' has no function in INLINE_ASM"):
         _concurrently(problem, timeout=20)
 
 
@@ -198,12 +198,14 @@ def test_a_wait_without_end_traps_on_a_gpu(monkeypatch):
 class _LaunchesRecorded:
     """Stands for a launcher: keeps the counters of each launch, and launches nothing."""
 
+    kernel = layer._forward.kernel
+
     def __init__(self):
         self.counters = []
 
     def __call__(self, grid, tensors, *_, **options):
         assert options.get("launch_cooperative_grid") is True
-        self.counters.append((math.prod(grid), tensors[-1]))
+        self.counters.append((math.prod(grid), tensors[-2]))
 
 
 def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):

@@ -206,10 +206,18 @@ def test_non_finite_values_stay_in_their_row(name, value, device):
                 assert found[:, 3].isnan().any()
 
 
-def test_saturation_is_reached():
-    problem = layers.draw(7, 3, 5, 19, scale=4.0)
-    y, (_, c_n) = functional.lstm(problem.x, problem.hx, problem.weights, backend="reference")
-    assert c_n.abs().max() > 5 and (y.abs() > 0.999).any()
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_cells_beyond_the_overflow_of_a_naive_tanh(kind, device):
+    """With i = f = g = 1 the cells grow by one a step: beyond 45, exp(-2c) and exp(2c) leave float32 on either side."""
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(50, 2, 3, 5, dtype=dtype, precision=precision, device=device)
+    problem.weights[1][:15] = 0
+    problem.weights[2][:15] = 30
+    problem.weights[2][10:12] = -30.0  # and two of the units downwards
+    results = layers.by_kernels(problem)
+    layers.assert_as_accurate_as_torch(results, problem)
+    c_n = results[2]
+    assert c_n.max() > 45 and c_n.min() < -45
 
 
 def test_inputs_are_left_alone(device):

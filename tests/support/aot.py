@@ -246,6 +246,8 @@ def _parse_ptx(ptx: str) -> tuple[list[tuple[bool, str]], dict[str, int]]:
         if instruction.endswith(":"):
             labels[instruction[:-1]] = len(code)
         elif instruction and not instruction.startswith("."):
+            if instruction == "trap" and code[-1][1] == "membar.sys":
+                code.pop()  # what a kernel says before it stops the device is for the host: no part of any barrier
             code.append((predicate is not None, instruction))
     return code, labels
 

@@ -73,12 +73,12 @@ def _type(name: str, case: Case, waits: bool) -> str | None:
     """The type and hint that the JIT would find for an argument of this name."""
     hint = ":16" if case.aligned else ""
     if (
-        (name == "counters_ptr" and not waits)
+        (name in ("counters_ptr", "stall_ptr") and not waits)
         or (name == "w_reverse_ptr" and case.D == 1)
         or (name in _OF_SEGMENTS and not case.segments)
     ):
         return None
-    if name == "counters_ptr":
+    if name in ("counters_ptr", "stall_ptr"):
         return "*i32:16"
     if name == "lengths_ptr":
         return "*i64" + hint
