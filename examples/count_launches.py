@@ -98,6 +98,10 @@ def main() -> None:
     interpreter.programs_are_concurrent = True  # plan as on a GPU, where programs of one launch may wait for each other
     # What torch does on a GPU: dropout is one launch.
     torch.nn.functional.dropout = lambda x, p: torch.native_dropout(x, p, True)[0]
+    lstm(x, resets=resets)[0].sum().backward()  # what is done once in the life of a process is done
+    x.grad = None
+    lstm.zero_grad()
+    counter.launches.clear()
     with counter:
         y, _ = lstm(x, resets=resets)
     report("forward", counter.launches, options.names)

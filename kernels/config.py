@@ -86,7 +86,7 @@ def cell_backward_config(
 
 def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
     if not uses_tensor_cores(dtype, precision):
-        return CellBackwardConfig(4, 2, 16, 4, 32 if dtype == torch.float32 else 16)
+        return CellBackwardConfig(4 if dtype == torch.float32 else 8, 2, 16, 4, 32 if dtype == torch.float32 else 16)
     if precision == "tf32x3":  # three products' operands at once: wider tiles spill
         return CellBackwardConfig(4, 2, 16, 16, 32)
     if dtype == torch.float32:

@@ -10,6 +10,8 @@ Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bi
 * inline assembly of one instruction runs if INLINE_ASM has that instruction;
 * `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
 * numpy does not warn of overflow and NaN inside a kernel, where they are no accident;
+* a sum, difference or product that does not fit in its signed integer type raises OverflowError;
+* a kernel's inner functions find triton.language as the launch has patched it, instead of searching it at each call;
 * on request every load, store and atomic is checked against the memory of the launch's tensors.
 
 float8 stays as Triton has it, and `libdevice` still does not run.
@@ -24,6 +26,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -77,6 +80,8 @@ def install(*, check_bounds: bool = False) -> None:
         _replace(stock.InterpretedFunction, "run", _with_fresh_bounds_and_quiet_numpy)
         _replace(stock, "_implicit_cvt", _noting_storages)
         _replace(stock, "_patch_lang_tensor", _with_index_of_one_element)
+        _replace(stock, "_patch_lang", _once_a_launch)
+        _replace(stock.interpreter_builder, "options", lambda options: replace(options, sanitize_overflow=False))
 
 
 def uninstall() -> None:
@@ -134,6 +139,9 @@ INLINE_ASM: dict[str, Callable[..., Any]] = {
 }
 
 
+_MAY_OVERFLOW = () if _StockBuilder is object else (np.add, np.subtract, np.multiply)
+
+
 class _RepairedBuilder(_StockBuilder):
     check_bounds = False
     # (first byte, byte past the end) of every storage of the launch, sorted; the first entry lies below all addresses.
@@ -155,9 +163,18 @@ class _RepairedBuilder(_StockBuilder):
 
     def binary_op(self, lhs, rhs, op):
         if not _is_bfloat16(lhs):
+            if op in _MAY_OVERFLOW and lhs.dtype.scalar.is_int_signed():
+                self._check_overflow(lhs.data, rhs.data, op)
             return super().binary_op(lhs, rhs, op)
         result = op(_decode(lhs), _decode(rhs))
         return _encode(result, tl.int1 if result.dtype == np.bool_ else tl.bfloat16)
+
+    def _check_overflow(self, lhs, rhs, op):
+        # Triton's own check works out every operation three times and then asserts nothing but in debug mode.
+        if lhs.dtype.itemsize < 8:
+            wide, limits = op(lhs, rhs, dtype=np.int64), np.iinfo(lhs.dtype)
+            if wide.min(initial=0) < limits.min or wide.max(initial=0) > limits.max:
+                raise OverflowError(f"{lhs.dtype} overflow at {_kernel_line()}, program {self.grid_idx}")
 
     def unary_op(self, arg, op):
         return _encode(op(_decode(arg)), tl.bfloat16) if _is_bfloat16(arg) else super().unary_op(arg, op)
@@ -266,6 +283,16 @@ def _noting_storages(implicit_cvt):
             extent = (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
             stock.interpreter_builder.storages = sorted({extent, *stock.interpreter_builder.storages})
         return implicit_cvt(arg)
+
+    return repaired
+
+
+def _once_a_launch(patch_lang):
+    def repaired(fn):
+        languages = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return stock._LangPatchScope()
+        return patch_lang(fn)
 
     return repaired
 

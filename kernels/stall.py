@@ -6,26 +6,29 @@ device's context: the next launch of a waiting kernel, or else the end of the pr
 """
 
 import atexit
+import ctypes
 import functools
 import sys
 
 import torch
 
-_words: dict[str, torch.Tensor] = {}
+# The values of the words, read where they lie: torch's way to a tensor's value is an operator, on every launch.
+_values: dict[str, ctypes.c_int32] = {}
 
 
 @functools.cache
 def word(kernel: str, pinned: bool) -> torch.Tensor:
-    """The word [1] int32 of the kernel of this name: zero until it gives up waiting."""
-    if not _words:
+    """The word [1] int32 of the kernel of this name: zero, or how often it polled before it gave up waiting."""
+    if not _values:
         atexit.register(_report)
-    _words[kernel] = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
-    return _words[kernel]
+    memory = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+    _values[kernel] = ctypes.c_int32.from_address(memory.data_ptr())
+    return memory  # the cache keeps it, and so its address
 
 
 def message() -> str | None:
     """What to tell about the kernels that gave up; None if none did."""
-    kernels = " and ".join(name for name, stalled in _words.items() if stalled.item())
+    kernels = " and ".join(name for name, polls in _values.items() if polls.value)
     if not kernels:
         return None
     return (

@@ -328,6 +328,23 @@ def test_numpy_is_silent_inside_kernels_only():
         np.exp(np.full(1, 1000, np.float32))
 
 
+@triton.jit
+def _product_kernel(x_ptr, factor, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(x_ptr + i, (i + 1) * factor)
+
+
+def test_integer_overflow_is_an_error():
+    """A GPU wraps around silently: an offset that needs 64 bits would read from somewhere else."""
+    x = torch.zeros(4, dtype=torch.int64)
+    _product_kernel[(1,)](x, 2**29 - 1, 4)
+    assert x.tolist() == [n * (2**29 - 1) for n in (1, 2, 3, 4)]
+    _product_kernel[(1,)](x, 2**40, 4)  # that product is of 64 bits
+    assert x[3] == 2**42
+    with pytest.raises(InterpreterError, match=r"int32 overflow at .*test_interpreter\.py:\d+ in _product_kernel"):
+        _product_kernel[(1,)](x, 2**29, 4)
+
+
 # ---- bounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -411,13 +428,15 @@ def test_a_view_may_reach_the_rest_of_its_storage():
 def test_uninstall_gives_the_interpreter_back():
     def current():
         functions = [stock.ReduceOps.apply_impl, stock.ScanOps.apply_impl, stock.InterpretedFunction.run]
-        return [*functions, stock._implicit_cvt, stock._patch_lang_tensor, type(stock.interpreter_builder)]
+        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor]
+        return [*functions, type(stock.interpreter_builder)]
 
     repaired = current()
     interpreter.install()
     assert current() == repaired  # a second call does not wrap what the first has wrapped
     interpreter.uninstall()
     originals = current()
+    assert stock.interpreter_builder.options.sanitize_overflow
     interpreter.install(check_bounds=True)
     assert not set(repaired) & set(originals)
     assert {original.__module__ for original in originals} == {"triton.runtime.interpreter"}

@@ -1,5 +1,6 @@
 """A kernel that gave up waiting is named: by the next launch, and at the end of the process."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from lstm_triton.kernels import stall
 
 @pytest.fixture
 def stalled(monkeypatch):
-    monkeypatch.setattr(stall, "_words", {"_some_kernel": torch.ones(1, dtype=torch.int32), "_other": torch.zeros(1)})
+    monkeypatch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(4194304), "_other": ctypes.c_int32(0)})
 
 
 def test_nothing_is_told_of_kernels_that_ended():
