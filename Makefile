@@ -1,7 +1,8 @@
-# make demo    the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
-# make test    the test suite (in Triton's interpreter where there is no GPU)
-# make check   ruff, formatting, types
-# make gpu     the test suite; stops where there is no NVIDIA GPU
+# make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
+# make test      the test suite (in Triton's interpreter where there is no GPU)
+# make check     ruff, formatting, types
+# make gpu       on an NVIDIA GPU: the test suite, then the most telling benchmarks (BUDGET=5m) and their report
+# make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
 # uses that Python as it is, with nothing installed and no network. ARGS is passed on: make test ARGS="-k cell -m slow".
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= auto
+BUDGET ?= 5m
 
 .DEFAULT_GOAL := help
 
@@ -60,11 +62,14 @@ demo: ready-demo
 test: ready-test
 	@$(PYTEST) $(ARGS)
 
-# Compiling fills the CPUs, and the persistent kernels want the GPU to themselves: a few workers, not one per core.
-gpu: JOBS = 4
+# Speed is measured only of what passes.
 gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
 	@export TRITON_INTERPRET=0; $(PYTEST) $(ARGS)
+	@TRITON_INTERPRET=0 $(PY) -m lstm_triton.bench --device cuda --budget $(BUDGET)
+
+sanitize: ready-test
+	@$(PY) tests/sanitize.py $(ARGS)
 
 # mypy does not follow the mapping of folders to sub-packages: it reads a copy laid out as an install would be.
 check: ready-dev
@@ -75,7 +80,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test check gpu clean
+.PHONY: help demo test check gpu sanitize clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

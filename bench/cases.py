@@ -50,10 +50,22 @@ class Case:
             object.__setattr__(self, "precision", "tf32" if self.form == "layer" else "ieee")
         elif self.dtype != "float32":
             object.__setattr__(self, "precision", "")
-        for value, allowed in ((self.form, FORMS), (self.mode, MODES), (self.dtype, DTYPES), (self.rows, ROWS),
-                               (self.precision, PRECISIONS)):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
+        words = {"form": FORMS, "mode": MODES, "dtype": DTYPES, "rows": ROWS, "precision": PRECISIONS}
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name, least in (
+            ("hidden_size", 1),
+            ("batch", 1),
+            ("length", 1),
+            ("input_size", 1),
+            ("layers", 1),
+            ("proj_size", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, less than {least}")
+        if not 0 <= self.resets <= 1 or not self.scale > 0:
+            raise ValueError("resets is a share, from 0 to 1, and scale is above 0")
         if self.form == "cell" and (self.length != 1 or self.layers != 1 or self.bidirectional or self.proj_size):
             raise ValueError("a cell is one step of one layer in one direction")
 
@@ -111,9 +123,19 @@ def case_key(case: Mapping[str, Any]) -> tuple:
 
 
 def row_key(row: Mapping[str, Any]) -> tuple:
-    """What makes two rows measurements of the same thing."""
-    name = row["case"]["name"] if row["kind"] in ("roof", "overhead", "cold-start", "anchor") else ""
-    return row["kind"], row["suite"], name, case_key(row["case"]), row["provider"], row["execution"]
+    """What makes two rows measurements of the same thing: kind, suite, name, case, provider, execution, settings."""
+    return *task_key(row["kind"], row["suite"], row["case"]), row["provider"], row["execution"], settings(row)
+
+
+def task_key(kind: str, suite: str, case: Mapping[str, Any]) -> tuple:
+    """The part of `row_key` that all rows of a task share."""
+    name = case["name"] if kind in ("roof", "overhead", "cold-start", "anchor") else ""
+    return kind, suite, name, case_key(case)
+
+
+def settings(row: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """What a run may set that changes its times: the state of the L2 cache, and on a CPU the number of threads."""
+    return row["l2"], row["device"].get("threads")
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,15 @@ examples:
 """
 
 
+_LONGEST_START_S = 60.0  # a process older than this when a run begins was not started for it
+_END_S, _END_S_PER_BYTE = 2.0, 5e-7
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 130 after Ctrl-C."""
     begin = time.monotonic()
+    if (age := devices.process_age()) < _LONGEST_START_S:
+        begin -= age  # a budget counts from the user's Enter, not from here, where torch is imported
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     options.begin = begin
@@ -228,8 +234,12 @@ def make_options(options: argparse.Namespace, device: str, command: str) -> run.
         described = devices.describe(torch.device(device))
         folder = devices.results_folder() / devices.folder_name(described)
     seconds = options.seconds or (0.5 if device == "cpu" else 1.0)
-    # What starting took is spent already, and the report wants a moment at the end.
-    budget = None if options.budget is None else max(options.budget - (time.monotonic() - options.begin) - 2.0, 1.0)
+    # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
+    budget = None
+    if options.budget is not None:
+        earlier = sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
+        at_the_end = _END_S + earlier * _END_S_PER_BYTE
+        budget = max(options.budget - (time.monotonic() - options.begin) - at_the_end, 1.0)
     return run.Options(
         folder, device, command, budget, seconds, options.timeout, options.flush_l2,
         tuple(options.provider) if options.provider else None, options.threads, options.again, options.retry,

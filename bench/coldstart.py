@@ -14,26 +14,26 @@ from .cases import Case, Task
 if TYPE_CHECKING:
     from .measure import Context, Emit
 
-OURS, TORCH = "lstm_triton triton", "torch"
 _TIMEOUT_S = 300
 
 
 def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple[str, str]]) -> None:
-    """Two rows, this package and torch: seconds to import, of the first call (empty and warm cache) and of the second."""
-    from . import null_driver, providers
-    from .measure import brief
+    """A row for each provider: seconds to import, of the first call (for this package with an empty and with a warm
+    cache of kernels) and of the second.
+    """
+    from . import null_driver
+    from .measure import brief, names_of
 
-    names = {OURS: OURS, TORCH: providers.TORCH_CELL if task.case.form == "cell" else providers.CUDNN}
-    for key, name in names.items():
+    for name in names_of(task, context.device.type, context.names):
         if (name, "eager") in skip:
             continue
         context.stage(name, "eager", "cold start")
-        label = null_driver.LABEL if context.device.type != "cuda" and key == OURS else None
+        label = null_driver.LABEL if context.device.type != "cuda" and null_driver.serves(name) else None
         try:
             with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
                 empty = _child(task.case, name, context.device.type, cache)
                 values = {f"empty_{k}": v for k, v in empty.items()}
-                if key == OURS:
+                if name.startswith("lstm_triton"):
                     warm = _child(task.case, name, context.device.type, cache)
                     values |= {f"warm_{k}": v for k, v in warm.items()}
             emit(context.rows.make(task, name, "eager", "ok", None, values=values, label=label))
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     if device.type == "cuda":
         torch.zeros(1, device=device)  # CUDA itself starts before the clock does
         torch.cuda.synchronize()
-    without_gpu = device.type != "cuda" and request["provider"] == OURS
-    with null_driver.active() if without_gpu else contextlib.nullcontext():
+    with_driver = device.type != "cuda" and null_driver.serves(request["provider"])
+    with null_driver.active() if with_driver else contextlib.nullcontext():
         case = Case.from_json(request["case"])
         built = measuring.build(providers.all_providers()[request["provider"]], problem.make(case, device))
         times = []

@@ -30,7 +30,7 @@ def algorithm(case: Case, gpu: Gpu) -> str:
 
 
 def _algorithm(case: Case, gpu: Gpu, small: int) -> str:
-    if case.proj_size or case.rows == "packed":
+    if case.proj_size or case.rows != "padded":  # rows with lengths are packed for torch.nn.LSTM
         return STANDARD
     if case.hidden_size <= small and case.dtype != "float64":
         return PERSIST_STATIC_SMALL_H

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,15 @@ def digest(package: Path) -> str:
     for path in sorted(files, key=lambda p: (p.parent.name, p.name)):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]
+
+
+def process_age() -> float:
+    """Seconds since this process began, imports included; infinite where the system does not tell."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return float("inf")
 
 
 def folder_name(described: dict[str, Any]) -> str:

@@ -1,16 +1,17 @@
 """Measuring one task: build every provider, compare it with float64, then time those that are right, interleaved."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import accuracy, floor, memory, providers, timing
+from . import accuracy, floor, memory, providers, roofs, timing
 from . import problem as problems
-from .cases import Case, Task
+from .built import Built, build, precision
+from .cases import Task
 from .problem import Problem
 from .providers import Model, Provider, Unavailable
 from .rows import RowMaker
@@ -35,16 +36,6 @@ class Context:
     stage: Callable[[str, str, str], None] = lambda provider, execution, what: None
 
 
-@dataclass
-class Built:
-    """A provider's model of the problem; `call` gives its results by name, to be checked, `timed` is that and nothing else."""
-
-    provider: str
-    model: Model
-    call: Callable[[], dict[str, Tensor]]
-    timed: Callable[[], Any]
-
-
 class Fatal(RuntimeError):
     """The process can measure no more: the device reports an error that stays."""
 
@@ -62,17 +53,17 @@ def measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str
 
 
 def _measure_special(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]]) -> None:
-    from . import coldstart, overhead, roofs
+    from . import coldstart, overhead
 
     run = {"overhead": overhead.measure, "cold-start": coldstart.measure, "roof": roofs.measure}[task.kind]
     run(task, context, emit, skip)
 
 
 def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
-    """The providers of a task, in order: those asked for, of those it knows."""
-    if task.kind in ("overhead", "cold-start", "roof"):
-        return [task.kind]  # they name their own rows
-    if names is not None:
+    """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
+    if task.kind == "roof":
+        return [roofs.NAME]
+    if names is not None and task.kind != "anchor":
         return list(names)
     if task.providers is not None:
         return list(task.providers)
@@ -144,10 +135,12 @@ def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[st
 
 
 def _graph(built: Built, judge: "_Judge") -> Callable[[], Any]:
-    replay, results = timing.graphed(built.call)
+    """The replay of a graph of what eager rows time, its results checked."""
+    with torch.set_grad_enabled(judge.problem.case.mode == "train"):
+        replay, returned = timing.graphed(built.timed)
     replay()
     torch.cuda.synchronize()
-    if reason := judge.why_wrong(judge.errors(results, built.model)):
+    if reason := judge.why_wrong(judge.errors(built.named(returned), built.model)):
         raise RuntimeError(f"replayed, {reason}")
     return replay
 
@@ -174,7 +167,7 @@ def _time(task: Task, context: Context, emit: Emit, ready: dict[tuple[str, str],
             emit(
                 context.rows.make(
                     task, name, execution, "ok", None, built.model, errors=found, timing=took, state=state,
-                    l2=context.clock.l2, floor=roof.to_json() if roof else None,
+                    floor=roof.to_json() if roof else None,
                     distance=took["us_per_step"] / roof.us_per_step if roof else None,
                 )
             )  # fmt: skip
@@ -221,63 +214,6 @@ class _Judge:
 
     def why_wrong(self, found: Mapping[str, Mapping[str, float]]) -> str | None:
         return accuracy.why_wrong(self.problem.case, found, self.torchs)
-
-
-def build(provider: Provider, problem: Problem, states: bool = False) -> Built:
-    """The provider's model, and the call that is checked and timed: forward in eval mode, or forward and backward.
-
-    states: the call that is checked also gives the gradients of h0 and c0. Raises Unavailable where the provider cannot serve.
-    """
-    model = provider.make(problem)
-    training = problem.case.mode == "train"
-    x, h0, c0 = (t.detach().clone() for t in (problem.x, problem.h0, problem.c0))
-    if not model.takes_initial_state:
-        h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
-    x.requires_grad_(training)
-    leaves = {"x": x, **model.weights}
-    if states and training and model.takes_initial_state:
-        leaves |= {"h0": h0.requires_grad_(), "c0": c0.requires_grad_()}
-    convert = {f"d{name}": function for name, function in model.to_torch_gradient.items()}
-
-    def call() -> dict[str, Tensor]:
-        with torch.set_grad_enabled(training):
-            found = problems.results(problem, model.run(x, h0, c0), leaves)
-        return {name: convert[name](t) if name in convert else t for name, t in found.items()}
-
-    return Built(provider.name, model, call, _timed(problem, model, x, h0, c0))
-
-
-def _timed(problem: Problem, model: Model, x: Tensor, h0: Tensor, c0: Tensor) -> Callable[[], Any]:
-    """What a user would write: the forward, and in train mode the gradients of the input and every weight."""
-    weights = [w for w in model.weights.values() if w.requires_grad]
-    if model.step is not None and problem.case.form == "cell":
-        step, x_t, h, c, dh = model.step, x.detach()[0], h0[0], c0[0], problem.dy[0]
-        if problem.case.mode != "train":
-            return lambda: step(x_t, (h, c))
-        x_t.requires_grad_()
-        return lambda: torch.autograd.grad(step(x_t, (h, c))[0], [x_t, *weights], dh)
-    run, dy = model.run, problem.dy
-    if problem.case.mode != "train":
-        return lambda: run(x, h0, c0)
-    return lambda: torch.autograd.grad(run(x, h0, c0)[0], [x, *weights], dy)
-
-
-@contextlib.contextmanager
-def precision(case: Case) -> Iterator[None]:
-    """torch's settings of float32 products as the case wants them, for cuDNN and for matrix products alike.
-
-    For other dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too.
-    """
-    wanted = "ieee" if case.precision in ("ieee", "tf32x3") else "tf32"
-    settings: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [s.fp32_precision for s in settings]
-    for s in settings:
-        s.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        for s, value in zip(settings, before):
-            s.fp32_precision = value
 
 
 def brief(error: BaseException) -> str:

@@ -13,6 +13,11 @@ import torch
 LABEL = "no GPU: kernels compiled for sm_90, launched by a driver that launches nothing"
 
 
+def serves(provider: str) -> bool:
+    """Whether a provider's time without a GPU is taken with this driver: its kernels are asked for by name."""
+    return provider.startswith("lstm_triton triton")
+
+
 class _NullDriver:
     """What Triton asks of a driver."""
 

@@ -19,34 +19,34 @@ BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for hast
 
 
 def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple[str, str]]) -> None:
-    """Rows of the fused kernels, of what torch has instead, and of torch's other form.
+    """A row for each provider.
 
     values: total_us, of it launch_us (all kernel launches), dispatch_us (the choice of backend) and checks_us (the rest:
     module, checks, autograd, allocation), launches.
     """
-    from .measure import brief, build, precision, reraise_fatal
+    from .measure import brief, build, names_of, precision, reraise_fatal
 
     case, everyone = task.case, providers.all_providers()
-    with_driver = context.device.type != "cuda"
-    ours = "lstm_triton triton"
-    names = [ours, *([providers.TORCH_CELL] if case.form == "cell" else [providers.CUDNN])]
-    for name in names:
+    without_gpu = context.device.type != "cuda"
+    for name in names_of(task, context.device.type, context.names):
         if (name, "eager") in skip:
             continue
         context.stage(name, "eager", "host time")
-        label = null_driver.LABEL if with_driver and name == ours else None
-        if with_driver and name != ours:
+        with_driver = without_gpu and null_driver.serves(name)
+        label = null_driver.LABEL if with_driver else None
+        if without_gpu and not with_driver:
             label = "no GPU: with the CPU's own arithmetic, on one row"
-        driver = null_driver.active() if with_driver and name == ours else contextlib.nullcontext()
+        driver = null_driver.active() if with_driver else contextlib.nullcontext()
         try:
             training = torch.set_grad_enabled(case.mode == "train")
-            with precision(case), driver, _few_threads(with_driver), training:
+            with precision(case), driver, _few_threads(without_gpu), training:
                 problem = problems.make(case, context.device)
                 built = build(everyone[name], problem)
                 calls = CALLS if context.seconds >= 0.3 else CALLS // 10
                 values = {"total_us": host_us(built.timed, context.device, calls)}
-                if name == ours:
-                    values |= split(built, context.device, case.form, values["total_us"], calls)
+                provider = everyone[name]
+                if isinstance(provider, providers.Ours):
+                    values |= split(built, context.device, case.form, provider.backend, values["total_us"], calls)
             emit(context.rows.make(task, name, "eager", "ok", None, built.model, values=values, label=label))
         except providers.Unavailable as error:
             emit(context.rows.make(task, name, "eager", "skipped", str(error)))
@@ -80,7 +80,7 @@ def host_us(call: Callable[[], Any], device: torch.device, calls: int) -> float:
     return stats.percentile(times, 50)
 
 
-def split(built: "Built", device: torch.device, form: str, total: float, calls: int) -> dict[str, float]:
+def split(built: "Built", device: torch.device, form: str, backend: str, total: float, calls: int) -> dict[str, float]:
     """Of one call: each of its launches timed again by itself, and the choice of the backend."""
     from lstm_triton import dispatch
     from lstm_triton.kernels.launch import Launcher
@@ -97,9 +97,9 @@ def split(built: "Built", device: torch.device, form: str, total: float, calls: 
     launch = sum(host_us(lambda s=s, a=a, o=o: s(*a, **o), device, calls) for s, a, o in launches)  # type: ignore[misc]
     dtype = next(iter(built.model.weights.values())).dtype
     if form == "cell":
-        choice = host_us(lambda: dispatch.cell_backend("triton", device, dtype), device, calls)
+        choice = host_us(lambda: dispatch.cell_backend(backend, device, dtype), device, calls)
     else:
-        choice = host_us(lambda: dispatch.layer_backend("triton", device, dtype, True, False, None), device, calls)
+        choice = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None), device, calls)
     return {
         "launch_us": launch,
         "dispatch_us": choice,

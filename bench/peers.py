@@ -5,6 +5,7 @@ float64 before anything is timed, as everyone's are.
 """
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,11 @@ class TorchRL:
         is_init = torch.zeros_like(problem.x[..., 0], dtype=torch.bool) if problem.resets is None else problem.resets
         is_init = is_init.t().contiguous()
         w = [weights[name] for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]
+        options, remarks = {}, []
+        if "input_precision" in inspect.signature(module.lstm_triton).parameters:
+            options["input_precision"] = problem.case.precision or "ieee"
+        else:  # older ones leave it to Triton
+            remarks.append("this torchrl lets no one choose the precision of its recurrent products")
 
         def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
             states = []
@@ -69,10 +75,11 @@ class TorchRL:
                 at_steps = s.new_zeros(x.shape[1], x.shape[0], s.shape[-1])
                 start = torch.where(is_init[:, :1], 0.0, s)
                 states.append(torch.cat((start[:, None], at_steps[:, 1:]), dim=1))
-            h, _, h_n, c_n = module.lstm_triton(x.transpose(0, 1).contiguous(), *states, *w, is_init, x.dtype)
+            x = x.transpose(0, 1).contiguous()
+            h, _, h_n, c_n = module.lstm_triton(x, *states, *w, is_init, x.dtype, **options)
             return h.transpose(0, 1), h_n[None], c_n[None]
 
-        return Model(run, weights)
+        return Model(run, weights, remarks=remarks)
 
 
 @dataclass(frozen=True)

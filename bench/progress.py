@@ -15,6 +15,26 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
+class Pace:
+    """How long tasks took, and so how long the next one will: what does not fit into a budget is not begun."""
+
+    _RECENT = 8
+
+    def __init__(self, first: float) -> None:
+        """first: seconds per row that are expected of the first task."""
+        self._first = first
+        self._seconds: dict[str, list[float]] = {}  # per row, by suite
+
+    def took(self, suite: str, rows: int, seconds: float) -> None:
+        for key in (suite, ""):
+            self._seconds.setdefault(key, []).append(seconds / max(rows, 1))
+
+    def predict(self, suite: str, rows: int) -> float:
+        """Seconds, rather too many: the upper quartile of the last tasks of the suite, or of all."""
+        recent = sorted(self._seconds.get(suite, self._seconds.get("", [self._first]))[-self._RECENT :])
+        return rows * recent[3 * len(recent) // 4]
+
+
 class Progress:
     """Counts tasks; knows how long they took, and so about how long the rest will."""
 

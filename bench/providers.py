@@ -154,7 +154,7 @@ class Ours:
 
 
 def _packed_run(lstm: nn.Module, problem: Problem) -> Callable[..., Outputs]:
-    """With a PackedSequence made once, as a data loader would, and its result padded again, as its users do."""
+    """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
     lengths, T = problem.lengths, problem.case.length
     assert lengths is not None
 
@@ -274,7 +274,7 @@ def all_providers() -> dict[str, Provider]:
     from . import peers
 
     providers: list[Provider] = [
-        Ours(), Ours("triton-persistent"), Ours("triton-stepwise"), Ours("triton"), Ours("reference"),
+        Ours(), Ours("triton-persistent"), Ours("triton-stepwise"), Ours("triton"), Ours("cudnn"), Ours("reference"),
         Ours("auto", recompute=True), Ours("triton", recompute=True), TorchLSTM(), TorchCell(), Compiled(), *peers.PEERS,
     ]  # fmt: skip
     return {provider.name: provider for provider in providers}
@@ -288,9 +288,12 @@ PEER_PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "fl
 
 def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = False) -> list[str]:
     """The providers of a task by default: those that could be worth comparing. Which of them can serve, they say themselves."""
+    torchs = CUDNN if case.form == "layer" else TORCH_CELL
+    if kind in ("overhead", "cold-start"):
+        return ["lstm_triton triton", torchs]
     if interpreter:
         ways = ["lstm_triton triton"] if case.form == "cell" else ["lstm_triton triton-stepwise", "lstm_triton triton"]
-        return [*ways, TORCH_CELL if case.form == "cell" else CUDNN]
+        return [*ways, torchs]
     gpu = device_type == "cuda"
     if kind == "memory":
         triton = ["lstm_triton triton", "lstm_triton triton recompute"] if gpu else []
@@ -298,7 +301,10 @@ def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = Fals
     plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
     if case.form in ("cell", "loop"):
         return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
+    # Not "lstm_triton triton", which takes one of the first two.
     forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if gpu else []
+    if gpu and not case.resets and case.rows != "lengths":
+        forced.append("lstm_triton cudnn")
     one_layer = case.layers == 1 and not case.bidirectional and not case.proj_size and case.rows == "padded"
     loop = [TORCH_CELL] if one_layer and (case.resets or case.length <= 64) else []
     others = (["torchrl"] if case.resets else list(PEER_PACKAGES)) if gpu and one_layer else []

@@ -1,20 +1,23 @@
 """The report: everything in it comes from rows."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from . import charts, page, providers, schema, select, tables, workloads
+from . import cases, charts, page, providers, schema, select, tables, workloads
 from .page import Part, Section, details, figure, paragraph
 from .select import Group, Row
 from .store import Rows
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
-FASTEST = (
-    "the fastest of this package's ways that is right; the table names it, and what is taken when nothing is asked for"
-)
+# What the two series are, by select.WAYS.
+MEANINGS = {
+    "kernels": "Kernels: the fastest of this package's Triton backends that is right, each forced",
+    "auto": "Auto: what is taken when no backend is asked for, which may be cuDNN itself",
+}
 
 
 def write(path: Path, found: Rows) -> None:
@@ -54,7 +57,7 @@ def _part(id: str, name: str, rows: Sequence[Row]) -> Part:
         ("length", "Scaling in the number of steps", "length", _length),
         ("cell", "One step: the cell", "cell", _cell),
         ("real", "LSTMs that people run", "real", _real),
-        ("features", "What features cost", "features", lambda r: _table(tables.features(r))),
+        ("features", "What features cost", "features", _features),
         ("memory", "Memory", "memory", _memory),
         ("accuracy", "Accuracy against float64", "accuracy", _accuracy),
         ("overhead", "Host time of a call", "overhead", lambda r: _table(tables.overhead(r), True)),
@@ -63,7 +66,9 @@ def _part(id: str, name: str, rows: Sequence[Row]) -> Part:
         ("roofs", "Roofs and floors", "roofs", _roofs),
         ("environment", "Environment and drift", "", _environment),
     )
-    device = " --device cpu" if rows[0]["device"]["type"] == "cpu" else ""
+    l2, threads = cases.settings(rows[0])
+    device = f" --device cpu --threads {threads}" if rows[0]["device"]["type"] == "cpu" else ""
+    device += " --flush-l2" if l2 == "flushed" else ""
     sections = []
     for key, title, suite, make in makers:
         body = make(rows) or paragraph("No rows of this yet.", "quiet")
@@ -87,19 +92,19 @@ def _hidden_sizes(rows: Sequence[Row]) -> str:
     parts = []
     for mode, title in MODES.items():
         found = [g for g in select.groups(rows, "hidden-sizes", mode) if g.execution == "eager"]
-        series = []
-        for style, dtype in enumerate(_dtype_names(found)[: charts.STYLES]):
-            points = [
-                (g.case.hidden_size, s) for g in found if g.case.dtype_name == dtype and (s := g.speedup()) is not None
-            ]
-            if points:
-                series.append(charts.Series(dtype, points, style))
+        series: list[charts.Series] = []
+        for way, dtype in itertools.product(select.WAYS, _dtype_names(found)):
+            chosen = [(g.case.hidden_size, select.SPEEDUPS[way](g)) for g in found if g.case.dtype_name == dtype]
+            points = [(H, s) for H, s in chosen if s is not None]
+            if points and len(series) < charts.STYLES:
+                series.append(charts.Series(f"{dtype}, {way}", points, len(series)))
         if series:
             case = found[0].case
             picture = charts.lines(
                 f"{title}: speed-up by hidden size", "hidden size", "speed-up over torch.nn.LSTM", series, 1.0
             )
-            parts.append(figure(picture, f"{title}; batch {case.batch}, {case.length} steps. Ours: {FASTEST}."))
+            meanings = ". ".join(MEANINGS.values())
+            parts.append(figure(picture, f"{title}; batch {case.batch}, {case.length} steps. {meanings}."))
     if not parts:
         return ""
     return "".join(parts) + details("All figures", tables.headline(rows).html())
@@ -108,28 +113,25 @@ def _hidden_sizes(rows: Sequence[Row]) -> str:
 def _heat(rows: Sequence[Row]) -> str:
     parts = []
     found = select.groups(rows, "batch")
-    for dtype in _dtype_names(found):
-        for mode, title in MODES.items():
-            hidden, batches, grid = tables.heat(rows, dtype, mode)
-            if not grid:
-                continue
+    for dtype, (mode, title), way in itertools.product(_dtype_names(found), MODES.items(), select.WAYS):
+        hidden, batches, grid = tables.heat(rows, dtype, mode, way)
+        if grid:
             head = "<tr><th>H \\ B</th>" + "".join(f"<th>{b}</th>" for b in batches) + "</tr>"
             body = []
             for h in hidden:
-                cells = [_heat_cell(grid.get((h, b))) for b in batches]
+                cells = [_heat_cell(select.SPEEDUPS[way](grid[h, b]) if (h, b) in grid else None) for b in batches]
                 body.append(f"<tr><th>{h}</th>{''.join(cells)}</tr>")
             length = next(iter(grid.values())).case.length
             table = f'<div class="scroll"><table class="heat"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
             parts.append(
-                figure(table, f"Speed-up, {dtype}, {length} steps. {title}. ▲ ahead, ▼ behind. Ours: {FASTEST}.")
+                figure(table, f"Speed-up, {dtype}, {length} steps. {title}. ▲ ahead, ▼ behind. {MEANINGS[way]}.")
             )
     if not parts:
         return ""
     return "".join(parts) + details("All figures", tables.headline(rows, "batch").html())
 
 
-def _heat_cell(group: Group | None) -> str:
-    speedup = group.speedup() if group else None
+def _heat_cell(speedup: float | None) -> str:
     if speedup is None:
         return "<td></td>"
     share = min(abs(math.log2(speedup)) / 2, 1.0) * 70  # full colour at x4 and x1/4
@@ -166,16 +168,15 @@ def _cell(rows: Sequence[Row]) -> str:
         for batch in (batches[:1] + batches[len(batches) // 2 :][:1]) if len(batches) > 1 else batches:
             for execution in ("eager", "graph"):
                 chosen = [g for g in found if g.case.batch == batch and g.execution == execution]
-                points = [(float(g.case.hidden_size), s) for g in chosen if (s := g.speedup()) is not None]
+                points = [(float(g.case.hidden_size), s) for g in chosen if (s := g.auto_speedup()) is not None]
                 if points:
                     series.append(charts.Series(f"batch {batch}, {execution}", points, len(series)))
         if series:
             picture = charts.lines(
                 f"{title}: speed-up by hidden size", "hidden size", "speed-up over nn.LSTMCell", series, 1.0
             )
-            parts.append(
-                figure(picture, f"One step of a cell, {dtype}. {title}. Eager calls, and replays of a CUDA graph.")
-            )
+            text = f"One step of a cell, {dtype}, as backend auto takes it. {title}. Eager calls, and replays of a CUDA graph."
+            parts.append(figure(picture, text))
     if not parts:
         return ""
     return "".join(parts) + details("All figures", tables.cells(rows).html())
@@ -183,31 +184,45 @@ def _cell(rows: Sequence[Row]) -> str:
 
 def _real(rows: Sequence[Row]) -> str:
     known = {w.id: w for w in workloads.load()}
-    found = [g for g in select.groups(rows, "real") if g.speedup() is not None]
+    found = [g for g in select.groups(rows, "real") if any(s(g) is not None for s in select.SPEEDUPS.values())]
     if not found:
         return ""
-    found.sort(key=lambda g: -(g.speedup() or 0))
-    bars = []
-    for g in found:
-        ours = g.ours()
-        assert ours is not None
-        project = known[g.case.name].project if g.case.name in known else g.case.name
-        graph = ", graph" if g.execution == "graph" else ""
-        text = f"{g.speedup():.2f}x"
-        bars.append(charts.Bar(f"{project}: {g.case.describe()}{graph}", g.speedup() or 1.0, text))
-    picture = charts.ratios(bars, "this package ahead", "torch ahead")
-    body = figure(picture, f"Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic. Ours: {FASTEST}.")
+    body = ""
+    for way, speedup_of in select.SPEEDUPS.items():
+        ahead = [(s, g) for g in found if (s := speedup_of(g)) is not None]
+        bars = []
+        for s, g in sorted(ahead, key=lambda pair: -pair[0]):
+            project = known[g.case.name].project if g.case.name in known else g.case.name
+            graph = ", graph" if g.execution == "graph" else ""
+            bars.append(charts.Bar(f"{project}: {g.case.describe()}{graph}", s, f"{s:.2f}x"))
+        if bars:
+            picture = charts.ratios(bars, "this package ahead", "torch ahead")
+            text = f"Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic. {MEANINGS[way]}."
+            body += figure(picture, text)
     listed = []
     for g in found:
-        w = known.get(g.case.name)
-        auto = g.auto_speedup()
-        ours = g.ours()
-        listed.append([g.case.name, g.case.describe(), ours[0] if ours else "", f"{auto:.2f}" if auto else "", g.case.note,
+        w, ours = known.get(g.case.name), g.ours()
+        speedups = [f"{s:.2f}" if (s := speedup_of(g)) else "" for speedup_of in select.SPEEDUPS.values()]
+        listed.append([g.case.name, g.case.describe(), ours[0] if ours else "", *speedups, g.case.note,
                        w.source if w else ""])  # fmt: skip
-    head = ("workload", "what was run", "way", "speed-up of auto", "remark", "source of the shape")
+    head = (
+        "workload",
+        "what was run",
+        "fastest kernels",
+        "speed-up of kernels",
+        "of auto",
+        "remark",
+        "source of the shape",
+    )
     body += details("Each workload and its source", _table(tables.Table(head, listed), True))
     missing = [[w.project, w.reason] for w in known.values() if w.case is None]
     return body + details("Not run", _table(tables.Table(("workload", "why"), missing), True))
+
+
+def _features(rows: Sequence[Row]) -> str:
+    body = _table(tables.features(rows))
+    promises = " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items())
+    return body and paragraph(f"Promised of this package at most: {promises}. ▼ beside a ratio: more.", "quiet") + body
 
 
 def _memory(rows: Sequence[Row]) -> str:
@@ -222,36 +237,20 @@ def _accuracy(rows: Sequence[Row]) -> str:
     body = _table(tables.accuracy(rows))
     if not body:
         return ""
-    return paragraph(
-        "The largest max and the largest RMS error over all shapes, in units of the true tensor's largest value; "
-        "the truth is float64.",
-        "quiet",
-    ) + body  # fmt: skip
+    text = "The largest max and RMS error over all shapes, in units of the true tensor's largest value; the truth is float64."
+    by_shape = details("By hidden size and length", _table(tables.accuracy(rows, by_shape=True)))
+    return paragraph(text, "quiet") + body + by_shape
 
 
 def _losses(rows: Sequence[Row]) -> str:
     timed = select.groups(rows)
-    behind = select.losses(timed)
     parts = []
-    compared = sum(g.speedup() is not None for g in timed)
-    if compared:
-        parts.append(
-            paragraph(f"Of {compared} comparisons torch is ahead in {len(behind)}, beyond what the samples leave open.")
-        )
-    listed = []
-    for g in behind[:60]:
-        ours, theirs = g.ours(), g.theirs()
-        assert ours and theirs
-        mine, other = g.rows[ours[0]], g.rows[theirs[0]]
-        distance = f"{mine['distance']:.1f} times the floor" if mine["distance"] else ""
-        why = "; ".join(
-            text
-            for text in (mine["backend_reason"], other["algorithm"] and f"cuDNN: {other['algorithm']}", distance)
-            if text
-        )
-        listed.append([f"{g.case.describe()}, {g.execution}", f"{g.speedup():.2f}", ours[0], why])
-    if listed:
-        parts.append(_table(tables.Table(("case", "speed-up", "way", "what is known of the reason"), listed), True))
+    for way in select.WAYS:
+        compared = sum(select.SPEEDUPS[way](g) is not None for g in timed)
+        if compared:
+            behind = select.losses(timed, way)
+            text = f"Of {compared} comparisons torch is ahead in {len(behind)}, beyond what the samples leave open."
+            parts.append(paragraph(f"{MEANINGS[way]}. {text}") + _table(tables.lost(rows, way), True))
     wrong = tables.not_timed(rows)
     if wrong.rows:
         parts.append(paragraph("Not timed: results that were wrong, failures, and what could not be tried."))

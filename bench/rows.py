@@ -14,14 +14,17 @@ from .providers import Model
 
 
 class RowMaker:
-    """Makes rows of one run on one device. command: as it was typed."""
+    """Makes rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
 
-    def __init__(self, device: torch.device, command: str, run: str | None = None, synthetic: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, command: str, run: str | None = None, synthetic: bool = False, l2: str | None = None
+    ) -> None:
         self._device = device
         self._described = devices.describe(device)
         self._run = run or uuid.uuid4().hex[:12]
         self._command = command
         self._synthetic = synthetic
+        self._l2 = l2
         self._state: dict[str, Any] = {}
         self._state_at = float("-inf")
 
@@ -45,7 +48,7 @@ class RowMaker:
         label: str | None = None,
         **measured: Any,
     ) -> dict[str, Any]:
-        """A row; `measured` holds timing, values, bytes, errors, floor, distance, l2 as far as there are any."""
+        """A row; `measured` holds timing, values, bytes, errors, floor, distance as far as there are any."""
         remarks = " ".join(model.remarks) if model else ""
         reasons = [text for text in (model.backend_reason if model else None, remarks) if text]
         labels = [schema.CPU_LABEL] if self._device.type == "cpu" else []
@@ -65,6 +68,8 @@ class RowMaker:
             "backend_reason": "; ".join(reasons) or None,
             "algorithm": model.algorithm if model else None,
             "execution": execution,
+            # Of failures too: with another state of the cache they are tried again.
+            "l2": self._l2 if task.kind in ("timing", "anchor") else None,
             "precision": precisions(task.case),
             "device": self._described,
             "state": state if state is not None else self.state() if status == "ok" else {},

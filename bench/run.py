@@ -13,7 +13,7 @@ import torch
 from . import cases, floor, providers, rows, schema, store
 from .cases import Case, Task
 from .measure import names_of
-from .progress import Progress, duration
+from .progress import Pace, Progress, duration
 from .worker import Setup, Worker, WorkerDied
 
 ANCHOR_SECONDS = 60.0
@@ -60,17 +60,21 @@ def anchor(device_type: str) -> Task:
 
 
 def done_before(found: Sequence[dict[str, Any]], like: dict[str, Any], retry: bool) -> set[tuple]:
-    """Keys of rows that need not be measured again: of the same code, on the same device, with the same libraries."""
+    """Keys of rows that need not be measured again: of the same code, device and libraries, with the same settings."""
 
     def identity(row: dict[str, Any]) -> tuple:
         versions = tuple(row["versions"].get(name) for name in ("torch", "triton", "cudnn"))
-        return row["source"]["digest"], row["device"]["name"], row["device"].get("driver"), versions, row["synthetic"]
+        device = tuple(row["device"].get(name) for name in ("name", "driver", "threads"))
+        return row["source"]["digest"], device, versions, row["synthetic"]
 
     wanted = identity(like)
     return {
         cases.row_key(row)
         for row in found
-        if identity(row) == wanted and row["kind"] != "anchor" and (not retry or row["status"] in ("ok", "wrong"))
+        if identity(row) == wanted
+        and row["l2"] in (None, like["l2"])  # null where the cache plays no part
+        and row["kind"] != "anchor"
+        and (not retry or row["status"] in ("ok", "wrong"))
     }
 
 
@@ -91,9 +95,16 @@ class Runner:
         self._run = uuid.uuid4().hex[:12]
         self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
         self._rows: list[dict[str, Any]] = []
-        self._known: list[dict[str, Any]] = []
+        self._found = store.Rows([], [])
         self._template: dict[str, Any] = {}
-        self.outcome = Outcome(0, 0, 0, len(self._tasks), [])
+        self._pace = Pace(options.seconds)
+        self._startup_s = 0.0
+        self._before = self._measured = 0
+
+    @property
+    def outcome(self) -> Outcome:
+        left = len(self._tasks) - self._before - self._measured
+        return Outcome(len(self._rows), self._measured, self._before, left, self._found.problems)
 
     def run(self) -> Outcome:
         for _ in self.steps():
@@ -107,64 +118,59 @@ class Runner:
                 yield from self._steps()
             finally:
                 for worker in self._workers.values():
-                    worker.end()
+                    worker.end(0.5 if self._deadline is None else 0.0)
 
     def _steps(self) -> Generator[None, None, None]:
-        found = store.read_all([self._options.folder])
-        self._known = found.rows
+        self._found = store.read_all([self._options.folder])
         self._template = self._make_template()
-        done = set() if self._options.again else done_before(found.rows, self._template, self._options.retry)
-        before = measured = 0
+        done = set() if self._options.again else done_before(self._found.rows, self._template, self._options.retry)
         last_anchor: float | None = None
-        for index, task in enumerate(self._tasks):
-            self.outcome = self._outcome(measured, before, len(self._tasks) - index, found.problems)
-            skip = self._skip(task, done)
-            if skip is None:
-                before += 1
+        for task in self._tasks:
+            wanted = self._wanted(task)
+            skip = wanted & {key[4:6] for key in done if key[:4] == self._key(task)}
+            if skip == wanted:
+                self._before += 1
                 self._progress.total -= 1
                 continue
-            if self._is_late():
-                return
+            if not self._fits(task, len(wanted - skip)):
+                continue  # a later one may be shorter
             if self._options.anchors and (last_anchor is None or time.monotonic() - last_anchor > ANCHOR_SECONDS):
                 if not self._measure(anchor(self._template["device"]["type"]), set()):
                     return
                 last_anchor = time.monotonic()
+            begin = time.monotonic()
             if not self._measure(task, skip):
                 return
-            measured += 1
+            self._pace.took(task.suite, len(wanted - skip), time.monotonic() - begin)
+            self._measured += 1
             self._progress.task_done()
             yield
-        if self._options.anchors and measured:
+        if self._options.anchors and self._measured and self._fits(anchor("cpu"), 1):
             self._measure(anchor(self._template["device"]["type"]), set())
-        self.outcome = self._outcome(measured, before, 0, found.problems)
 
-    def _outcome(self, measured: int, before: int, left: int, problems: list[str]) -> Outcome:
-        return Outcome(len(self._rows), measured, before, left, problems)
-
-    def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+    def _fits(self, task: Task, rows: int) -> bool:
+        """Whether so many rows of a task will be there before the budget ends: what is cut off would be lost."""
+        if self._deadline is None:
+            return True
+        start = 0.0 if task.interpreter in self._workers else self._startup_s
+        return time.monotonic() + start + self._pace.predict(task.suite, rows) < self._deadline
 
     def _make_template(self) -> dict[str, Any]:
         """A row as this run's workers make them, to compare earlier rows with and to write of workers that died."""
         worker = self._worker(False)
         maker = rows.RowMaker(torch.device("cpu"), self._options.command, self._run)
-        template = maker.make(anchor("cpu"), "none", "eager", "skipped", "never written")
-        return template | worker.about
+        template = maker.make(anchor("cpu"), "none", "eager", "skipped", "never written") | worker.about
+        l2 = "flushed" if self._options.flush_l2 else "warm"
+        return template | {"l2": l2 if template["device"]["type"] == "cuda" else None}
 
-    def _skip(self, task: Task, done: set[tuple]) -> set[tuple[str, str]] | None:
-        """The (provider, execution) pairs that are done, or None when all are."""
-        named = {(key[4], key[5]) for key in done if key[:4] == self._key(task)}
-        if task.kind in ("overhead", "cold-start", "roof"):
-            # These name their own rows: all were written together, or not.
-            return None if named else set()
-        device_type = self._template["device"]["type"]
-        wanted = {(n, e) for n in names_of(task, device_type, self._options.names) for e in task.executions}
-        return None if wanted <= named else wanted & named
+    def _wanted(self, task: Task) -> set[tuple[str, str]]:
+        """The (provider, execution) pairs of a task."""
+        names = names_of(task, self._template["device"]["type"], self._options.names)
+        return {(n, e) for n in names for e in task.executions}
 
     @staticmethod
     def _key(task: Task) -> tuple:
-        row = {"kind": task.kind, "suite": task.suite, "case": task.case.to_json(), "provider": "", "execution": ""}
-        return cases.row_key(row)[:4]
+        return cases.task_key(task.kind, task.suite, task.case.to_json())
 
     def _worker(self, interpreter: bool) -> Worker:
         if interpreter not in self._workers:
@@ -172,8 +178,10 @@ class Runner:
             setup = Setup(o.device, o.command, self._run, o.flush_l2, o.names, o.threads)
             worker = self._new_worker(setup, interpreter=interpreter, path=o.path, environment=o.environment)
             self._workers[interpreter] = worker
+            begin = time.monotonic()
             try:
                 worker.ready()
+                self._startup_s = time.monotonic() - begin
             except WorkerDied as error:
                 del self._workers[interpreter]
                 raise RuntimeError(f"the measuring process does not start on {o.device!r}: {error}") from error
@@ -182,8 +190,7 @@ class Runner:
     def _measure(self, task: Task, skip: set[tuple[str, str]]) -> bool:
         """False when the budget ended first."""
         written: list[dict[str, Any]] = []
-        names = names_of(task, self._template["device"]["type"], self._options.names)
-        everyone = {(n, e) for n in names for e in task.executions}
+        everyone = self._wanted(task)
         groups = [everyone - skip]  # measured together, each of them
         while groups:
             group = groups.pop(0)
@@ -191,7 +198,7 @@ class Runner:
             try:
                 self._progress.stage(task.case.describe())
                 finished = self._worker(task.interpreter).run(
-                    task, everyone - group, floor.from_rows([*self._known, *self._rows], self._template["device"]["name"]),
+                    task, everyone - group, floor.from_rows([*self._found.rows, *self._rows], self._template["device"]["name"]),
                     0.3 if task.kind == "anchor" else self._options.seconds,
                     lambda row: written.append(self._write(row)),
                     lambda what: self._progress.stage(f"{task.case.describe()} · {what}"),
@@ -233,6 +240,7 @@ class Runner:
         return self._template | {
             "kind": task.kind, "status": "failed", "reason": reason, "suite": task.suite, "case": task.case.to_json(),
             "provider": provider, "execution": execution, "state": {}, "label": label,
+            "l2": self._template["l2"] if task.kind in ("timing", "anchor") else None,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
 

@@ -1,11 +1,14 @@
-"""From rows to what is shown: the newest good row of each measurement, pairs with cuDNN, who is ahead."""
+"""From rows to what is shown: the newest good row of each measurement, pairs with torch, who is ahead.
 
-from collections.abc import Iterable, Mapping, Sequence
+This package is compared in two ways: its kernels, each forced, and what `auto` takes, which may be cuDNN itself.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import providers
-from .cases import Case, row_key
+from .cases import Case, row_key, settings
 
 Row = Mapping[str, Any]
 
@@ -21,16 +24,19 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """GPUs before CPUs, each with its rows."""
+    """GPUs before CPUs, each with its rows; apart what was measured with a flushed L2 cache or other numbers of threads."""
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda r: r["device"]["type"] == "cpu"):
-        found.setdefault(row["device"]["name"], []).append(row)
+    for row in sorted(rows, key=lambda r: (r["device"]["type"] == "cpu", r["l2"] == "flushed")):
+        l2, threads = settings(row)
+        name = row["device"]["name"] + (", L2 cache flushed before each call" if l2 == "flushed" else "")
+        name += f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+        found.setdefault(name, []).append(row)
     return found
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one case in one execution, by provider."""
+    """The rows of one case in one execution, under the same settings, by provider."""
 
     suite: str
     case: Case
@@ -43,9 +49,14 @@ class Group:
         return row["timing"]["p50_us"] if row and row["timing"] else None
 
     def ours(self) -> tuple[str, float] | None:
-        """The fastest of this package's ways, and its time. What `auto` takes is `us(providers.OURS)`."""
-        times = [(name, t) for name in self.rows if name.startswith("lstm_triton") and (t := self.us(name)) is not None]
+        """The fastest of the rows that this package's kernels computed, and its time; not where it called torch or cuDNN."""
+        times = [(name, t) for name, row in self.rows.items() if _is_ours(row) and (t := self.us(name)) is not None]
         return min(times, key=lambda pair: pair[1]) if times else None
+
+    def auto(self) -> tuple[str, float] | None:
+        """What is taken when no backend is asked for."""
+        time = self.us(providers.OURS)
+        return None if time is None else (providers.OURS, time)
 
     def theirs(self) -> tuple[str, float] | None:
         """torch's way of this case: torch.nn.LSTM, for cells torch.nn.LSTMCell."""
@@ -54,14 +65,25 @@ class Group:
         return None if time is None else (name, time)
 
     def speedup(self) -> float | None:
-        """torch's time over ours, the fastest of this package's ways."""
-        ours, theirs = self.ours(), self.theirs()
-        return theirs[1] / ours[1] if ours and theirs else None
+        """torch's time over that of this package's kernels."""
+        return self._over(self.ours())
 
     def auto_speedup(self) -> float | None:
         """torch's time over that of what `auto` takes."""
-        time, theirs = self.us(providers.OURS), self.theirs()
-        return theirs[1] / time if time and theirs else None
+        return self._over(self.auto())
+
+    def _over(self, way: tuple[str, float] | None) -> float | None:
+        theirs = self.theirs()
+        return theirs[1] / way[1] if way and theirs else None
+
+
+def _is_ours(row: Row) -> bool:
+    return row["provider"].startswith("lstm_triton") and (row["backend"] or "").startswith("triton")
+
+
+# The two ways that are compared with torch, by the names they are shown under.
+WAYS: dict[str, Callable[[Group], tuple[str, float] | None]] = {"kernels": Group.ours, "auto": Group.auto}
+SPEEDUPS: dict[str, Callable[[Group], float | None]] = {"kernels": Group.speedup, "auto": Group.auto_speedup}
 
 
 def groups(rows: Iterable[Row], suite: str | None = None, mode: str | None = None) -> list[Group]:
@@ -72,7 +94,7 @@ def groups(rows: Iterable[Row], suite: str | None = None, mode: str | None = Non
             continue
         case = Case.from_json(row["case"])
         if mode in (None, case.mode):
-            key = row["suite"], row["execution"], case
+            key = row["suite"], row["execution"], case, settings(row)
             found.setdefault(key, Group(row["suite"], case, row["execution"], {})).rows[row["provider"]] = row
     return list(found.values())
 
@@ -81,16 +103,27 @@ def of_kind(rows: Iterable[Row], kind: str, *statuses: str) -> list[Row]:
     return [row for row in rows if row["kind"] == kind and (not statuses or row["status"] in statuses)]
 
 
-def losses(found: Sequence[Group]) -> list[Group]:
-    """Where torch is ahead of the fastest of this package's ways by more than the samples leave open, the worst first."""
+@dataclass(frozen=True)
+class Loss:
+    """A comparison in which torch is ahead of one of WAYS; provider: of this package."""
 
-    def surely(group: Group) -> bool:
-        ours, theirs = group.ours(), group.theirs()
-        assert ours and theirs
-        return group.rows[ours[0]]["timing"]["ci_low_us"] > group.rows[theirs[0]]["timing"]["ci_high_us"]
+    group: Group
+    way: str
+    provider: str
+    speedup: float
 
-    behind = [g for g in found if (s := g.speedup()) is not None and s < 1 and surely(g)]
-    return sorted(behind, key=lambda g: g.speedup() or 0)
+
+def losses(found: Sequence[Group], way: str) -> list[Loss]:
+    """Where torch is ahead of one of WAYS by more than the samples leave open, the worst first."""
+    behind = []
+    for group in found:
+        ours, theirs, speedup = WAYS[way](group), group.theirs(), SPEEDUPS[way](group)
+        if ours is None or theirs is None or speedup is None or speedup >= 1:
+            continue
+        mine, other = group.rows[ours[0]]["timing"], group.rows[theirs[0]]["timing"]
+        if mine["ci_low_us"] > other["ci_high_us"]:
+            behind.append(Loss(group, way, ours[0], speedup))
+    return sorted(behind, key=lambda loss: loss.speedup)
 
 
 def number(value: Any) -> float:

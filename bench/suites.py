@@ -22,6 +22,7 @@ class Sizes:
     lengths: tuple[int, ...]
     cell_hidden: tuple[int, ...]
     cell_batch: tuple[int, ...]
+    compiled: float  # torch.compile, seconds for each shape, at sizes whose ranks add up to at most this
     features: tuple[int, int, int]  # hidden, batch, length
     memory: tuple[tuple[int, int, int], ...]
     accuracy: tuple[tuple[int, int, int], ...]
@@ -38,6 +39,7 @@ SIZES = {
         lengths=(256, 16, 4096, 1, 64, 1024, 16384, 70000),
         cell_hidden=(512, 1024, 128, 256, 2048, 64, 4096),
         cell_batch=(16, 1, 64, 256, 1024),
+        compiled=float("inf"),
         features=(512, 64, 256),
         memory=((512, 64, 512), (1024, 16, 1024), (256, 1024, 64)),
         accuracy=((512, 16, 128), (1024, 16, 16), (128, 16, 1024), (512, 16, 1024), (19, 3, 7)),
@@ -52,6 +54,7 @@ SIZES = {
         lengths=(16, 1, 64, 256),
         cell_hidden=(128, 256, 64),
         cell_batch=(1, 16, 64),
+        compiled=1,
         features=(128, 16, 32),
         memory=((128, 16, 64),),
         accuracy=((64, 4, 32), (19, 3, 7)),
@@ -59,7 +62,7 @@ SIZES = {
     ),
     "tiny": Sizes(
         hidden=(16, 8), batch=2, length=3, dtypes=("float32",), grid=((8,), (1, 2), 2), lengths=(2, 1), cell_hidden=(8,),
-        cell_batch=(2,), features=(8, 3, 5), memory=((8, 2, 3),), accuracy=((5, 2, 3),), most_flops=2e6,
+        cell_batch=(2,), compiled=0, features=(8, 3, 5), memory=((8, 2, 3),), accuracy=((5, 2, 3),), most_flops=2e6,
     ),
 }  # fmt: skip
 
@@ -122,8 +125,7 @@ def cell(sizes: Sizes, suite: str) -> Ordered:
                         1.5 if i == j == 0 and dtype == "float32" else 3 + 0.15 * (i + j) + _dtype_rank(sizes, dtype)
                     )
                     case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
-                    # Compiling takes seconds for each shape: a few will do.
-                    names = (*CELL_PROVIDERS, "torch.compile") if i < 2 and j < 2 else None
+                    names = (*CELL_PROVIDERS, "torch.compile") if i + j <= sizes.compiled else None
                     found.append((priority, Task(suite, case, executions=("eager", "graph"), providers=names)))
     return found
 

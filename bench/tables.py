@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 from . import providers
-from .select import Group, Row, groups, number, of_kind
+from .cases import Case
+from .select import SPEEDUPS, Group, Row, groups, losses, number, of_kind
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,36 @@ def _ratio(value: float | None) -> str:
 
 
 def headline(rows: Sequence[Row], suite: str = "hidden-sizes") -> Table:
-    """By hidden size, dtype and mode: microseconds per step of this package and of torch, the algorithm, the floor."""
+    """By hidden size, dtype and mode: microseconds per step of this package (its fastest kernels, and what auto takes) and
+    of torch, cuDNN's algorithm, the distance of the kernels from the floor.
+    """
     found = [g for g in groups(rows, suite) if g.execution == "eager"]
     found.sort(key=lambda g: (g.case.hidden_size, g.case.batch, g.case.length, g.case.dtype_name, g.case.mode))
     body: list[list[str]] = []
     marks: set[tuple[int, int]] = set()
     for g in found:
-        ours, theirs = g.ours(), g.theirs()
-        if ours is None and theirs is None:
+        ours, auto, theirs = g.ours(), g.auto(), g.theirs()
+        if ours is None and auto is None and theirs is None:
             continue
         steps = g.case.length
-        auto = g.us(providers.OURS)
         row = g.rows[ours[0]] if ours else {}
-        speedup = g.speedup()
-        if speedup is not None and speedup < 1:
-            marks.add((len(body), 5))
+        speedups = g.speedup(), g.auto_speedup()
+        marks |= {(len(body), 6 + k) for k, s in enumerate(speedups) if s is not None and s < 1}
         body.append(
             [
                 f"H{g.case.hidden_size} B{g.case.batch} T{steps} {g.case.dtype_name} {g.case.mode}",
                 _us(ours[1] / steps) if ours else "",
                 ours[0].removeprefix("lstm_triton ") if ours else "",
-                _us(auto / steps) if auto else "",
+                _us(auto[1] / steps) if auto else "",
+                (g.rows[auto[0]]["backend"] or "") if auto else "",
                 _us(theirs[1] / steps) if theirs else "",
-                _ratio(speedup),
+                *map(_ratio, speedups),
                 (g.rows[theirs[0]]["algorithm"] or "") if theirs else "",
                 _ratio(row.get("distance")),
             ]
         )
-    head = ("case", "ours, us/step", "way", "auto", "torch", "speed-up", "cuDNN algorithm", "times the floor")
+    head = ("case", "kernels, us/step", "way", "auto, us/step", "auto takes", "torch, us/step", "speed-up of kernels",
+            "of auto", "cuDNN algorithm", "kernels, times the floor")  # fmt: skip
     return Table(head, body, frozenset(marks))
 
 
@@ -80,27 +83,41 @@ def cells(rows: Sequence[Row]) -> Table:
         groups(rows, "cell"), key=lambda g: (g.case.dtype, g.case.mode, g.case.hidden_size, g.case.batch, g.execution)
     )
     names = [n for n in (providers.OURS, providers.TORCH_CELL, "torch.compile") if any(n in g.rows for g in found)]
-    body = []
+    body: list[list[str]] = []
+    marks: set[tuple[int, int]] = set()
     for g in found:
         label = f"H{g.case.hidden_size} B{g.case.batch} {g.case.dtype_name} {g.case.mode}, {g.execution}"
-        body.append([label, *(_us(g.us(n)) for n in names), _ratio(g.auto_speedup())])
-    return Table(("case", *(f"{n}, us" for n in names), "speed-up"), body)
+        speedup = g.auto_speedup()
+        if speedup is not None and speedup < 1:
+            marks.add((len(body), len(names) + 1))
+        body.append([label, *(_us(g.us(n)) for n in names), _ratio(speedup)])
+    return Table(("case", *(f"{n}, us" for n in names), "speed-up of auto"), body, frozenset(marks))
+
+
+# What the layer promises: a variant's time over that of padded rows without resets, of the same provider.
+PROMISES = {"packed": 1.5, "resets": 1.05}
+FEATURE_PROVIDERS = (providers.OURS, "lstm_triton triton-persistent", "lstm_triton triton-stepwise", providers.CUDNN)
 
 
 def features(rows: Sequence[Row]) -> Table:
-    """What a feature costs: each variant's time, and over the padded one's of the same provider."""
+    """What a feature costs: each variant's time, and over the padded one's of the same provider; broken PROMISES are marked."""
     found = [g for g in groups(rows, "features") if g.execution == "eager"]
     plain = {g.case.mode: g for g in found if g.case.name == "padded"}
-    body = []
+    names = [n for n in FEATURE_PROVIDERS if any(g.us(n) for g in found)]
+    body: list[list[str]] = []
+    marks: set[tuple[int, int]] = set()
     for g in sorted(found, key=lambda g: g.case.mode):
         cells: list[str] = [f"{g.case.name}, {g.case.mode}"]
-        for name in (providers.OURS, providers.CUDNN):
+        for name in names:
             time = g.us(name)
             base = plain[g.case.mode].us(name) if g.case.mode in plain else None
-            cells += [_us(time), f"x{time / base:.2f}" if time and base else ""]
-        body.append([*cells, _ratio(g.auto_speedup())])
-    head = ("variant", "lstm_triton auto, us", "of padded", "torch.nn.LSTM, us", "of padded", "speed-up")
-    return Table(head, body)
+            ratio = time / base if time and base else None
+            if ratio and ratio > PROMISES.get(g.case.name, ratio) and name != providers.CUDNN:
+                marks.add((len(body), len(cells) + 1))
+            cells += [_us(time), f"x{ratio:.2f}" if ratio else ""]
+        body.append([*cells, _ratio(g.speedup()), _ratio(g.auto_speedup())])
+    heads = [text for n in names for text in (f"{n}, us", "of padded")]
+    return Table(("variant", *heads, "speed-up of kernels", "of auto"), body, frozenset(marks))
 
 
 def memory(rows: Sequence[Row]) -> Table:
@@ -123,24 +140,28 @@ def _column(name: str) -> str:
 _COLUMNS = ("y", "h_n, c_n", "dx", "dh0, dc0", "dW, db")
 
 
-def accuracy(rows: Sequence[Row], kind: str = "accuracy") -> Table:
-    """Over all cases: the largest max error and the largest RMS error of each provider, by dtype and input scale."""
-    worst: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-    for row in of_kind(rows, kind, "ok", "wrong"):
+def accuracy(rows: Sequence[Row], by_shape: bool = False) -> Table:
+    """The largest max error and the largest RMS error of each provider by dtype and input scale: over all shapes, or for
+    each hidden size and length.
+    """
+    worst: dict[tuple, dict[str, tuple[float, float]]] = {}
+    for row in of_kind(rows, "accuracy", "ok", "wrong"):
         if not row["errors"]:
             continue
-        case = row["case"]
+        case = Case.from_json(row["case"])
         interpreted = " (interpreted)" if "interpreter" in (row["label"] or "") else ""
-        label = f"{case['dtype']} {case['precision']}".strip() + f", input x{case['scale']:g}"
-        entry = worst.setdefault((label, row["provider"] + interpreted), {})
+        shape = (case.form != "cell", case.hidden_size, case.length) if by_shape else ()
+        entry = worst.setdefault((shape, case.dtype_name, case.scale, row["provider"] + interpreted), {})
         for name, e in row["errors"].items():
             old = entry.get(_column(name), (0.0, 0.0))
             entry[_column(name)] = max(old[0], number(e["max"])), max(old[1], number(e["rms"]))
     body = []
-    for (label, provider), entry in sorted(worst.items()):
+    for (shape, dtype, scale, provider), entry in sorted(worst.items()):
         cells = [f"{entry[c][0]:.1e} / {entry[c][1]:.1e}" if c in entry else "" for c in _COLUMNS]
-        body.append([label, provider, *cells])
-    return Table(("dtype, scale", "provider", *(f"{c}: max / RMS" for c in _COLUMNS)), body)
+        sizes = (f"layer H{shape[1]} T{shape[2]}, " if shape[0] else f"cell H{shape[1]}, ") if shape else ""
+        body.append([f"{sizes}{dtype}, input x{scale:g}", provider, *cells])
+    first = "shape, dtype, scale" if by_shape else "dtype, scale"
+    return Table((first, "provider", *(f"{c}: max / RMS" for c in _COLUMNS)), body)
 
 
 def overhead(rows: Sequence[Row]) -> Table:
@@ -179,11 +200,13 @@ def cold_start(rows: Sequence[Row]) -> Table:
     return Table(head, body)
 
 
-def heat(rows: Sequence[Row], dtype_name: str, mode: str) -> tuple[list[int], list[int], dict[tuple[int, int], Group]]:
-    """Hidden sizes, batches, and the group of each (hidden size, batch) of the heat map."""
+def heat(
+    rows: Sequence[Row], dtype_name: str, mode: str, way: str
+) -> tuple[list[int], list[int], dict[tuple[int, int], Group]]:
+    """Hidden sizes, batches, and the group of each (hidden size, batch) of the heat map of one of WAYS."""
     found = {}
     for g in groups(rows, "batch", mode):
-        if g.case.dtype_name == dtype_name and g.execution == "eager" and g.speedup() is not None:
+        if g.case.dtype_name == dtype_name and g.execution == "eager" and SPEEDUPS[way](g) is not None:
             found[g.case.hidden_size, g.case.batch] = g
     return sorted({h for h, _ in found}), sorted({b for _, b in found}), found
 
@@ -199,6 +222,22 @@ def roofs(rows: Sequence[Row]) -> Table:
             else:
                 body.append([name.removesuffix("_us").replace("_", " "), f"{value:.3g} us"])
     return Table(("roof", "measured"), body)
+
+
+def lost(rows: Sequence[Row], way: str, most: int = 60) -> Table:
+    """Where torch is ahead of one of WAYS, the worst first, with what the rows know of the reason."""
+    body = []
+    for loss in losses(groups(rows), way)[:most]:
+        g, theirs = loss.group, loss.group.theirs()
+        assert theirs
+        mine, algorithm = g.rows[loss.provider], g.rows[theirs[0]]["algorithm"]
+        distance = f"{mine['distance']:.1f} times the floor" if mine["distance"] else ""
+        why = (mine["backend_reason"], algorithm and f"cuDNN: {algorithm}", distance)
+        took = mine["backend"] if way == "auto" else loss.provider
+        body.append(
+            [f"{g.case.describe()}, {g.execution}", f"{loss.speedup:.2f}", took or "", "; ".join(t for t in why if t)]
+        )
+    return Table(("case", "speed-up", "way", "what is known of the reason"), body)
 
 
 def not_timed(rows: Sequence[Row]) -> Table:

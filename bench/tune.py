@@ -117,11 +117,9 @@ def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, int], 
         weights = (4 if forward else 1) * h * chunks * split * k * itemsize
         if shipped.persistent and (programs * groups > limits[0] or weights + b * split * k * itemsize > limits[1]):
             continue
-        registers = shipped.max_registers if not forward else None
         yield dataclasses.replace(
-            shipped, num_warps=warps, block_b=b, block_h=h, split_k=split, block_k=k, programs=programs, groups=groups,
-            max_registers=registers,
-        )  # fmt: skip
+            shipped, num_warps=warps, block_b=b, block_h=h, split_k=split, block_k=k, programs=programs, groups=groups
+        )
 
 
 def _product(*choices: Sequence[Any]) -> Iterator[tuple]:

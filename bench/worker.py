@@ -104,7 +104,7 @@ class Worker:
             try:
                 event = self._next(silence_s, deadline)
             except TimeoutError:
-                self.end()
+                self.end(patience_s=0.0)
                 return False
             if event["event"] == "stage":
                 self._doing = (event["provider"], event["execution"], event["what"])
@@ -132,15 +132,15 @@ class Worker:
             raise WorkerDied(f"the process ended {how}", *self._doing)
         return event
 
-    def end(self) -> None:
-        """End the process, by force if need be."""
+    def end(self, patience_s: float = 0.5) -> None:
+        """End the process, by force if it does not go within `patience_s`."""
         if self._process.stdin is not None:
             try:
                 self._process.stdin.close()
             except OSError:
                 pass
         try:
-            self._process.wait(timeout=0.5)
+            self._process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -205,6 +205,6 @@ def make_context(setup: Setup, stage: Callable[[str, str, str], None]) -> Any:
         from lstm_triton.kernels import interpreter
 
         interpreter.install()  # what Triton's own gets wrong
-    maker = rows.RowMaker(device, setup.command, setup.run)
     clock = timing.clock(device, setup.flush_l2)
+    maker = rows.RowMaker(device, setup.command, setup.run, l2=clock.l2)
     return measuring.Context(device, maker, clock, names=setup.names, stage=stage)

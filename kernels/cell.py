@@ -12,29 +12,7 @@ from .config import cdiv, cell_forward_config
 from .equations import lstm_forward
 from .gates import gate_rows, split_gates, store_gates
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
-
-
-@triton.jit
-def _add_projection(
-    acc,  # [BLOCK_B, 4 * BLOCK_H]
-    a_ptr,  # [B, K]: x or h_prev
-    w_ptr,  # [4H, K]: W_ih or W_hh
-    offs_b, mask_b, rows, mask_rows, K,
-    stride_a_b, stride_a_k, stride_w_row, stride_w_k,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + a W^T for one tile of batch rows and one tile of gate rows."""
-    offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + offs_b.to(tl.int64)[:, None] * stride_a_b + offs_k.to(tl.int64)[None, :] * stride_a_k
-    w_ptrs = w_ptr + rows.to(tl.int64)[None, :] * stride_w_row + offs_k.to(tl.int64)[:, None] * stride_w_k
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        a = tl.load(a_ptrs, mask=mask_b[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_rows[None, :], other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-        a_ptrs += BLOCK_K * stride_a_k
-        w_ptrs += BLOCK_K * stride_w_k
-    return acc
+from .tiles import add_projection
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -60,20 +38,22 @@ def _lstm_cell_forward_kernel(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
-    first_unit = tl.program_id(0) * BLOCK_H
-    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    # One axis: the others end at 65,535 programs.
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    first_unit = (tl.program_id(0) % tiles_h) * BLOCK_H
+    offs_b = (tl.program_id(0) // tiles_h) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
 
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
-    z = _add_projection(z, x_ptr, w_ih_ptr, offs_b, mask_b, rows, mask_rows, I, stride_x_b, stride_x_i,
+    z = add_projection(z, x_ptr, w_ih_ptr, offs_b, mask_b, rows, mask_rows, I, stride_x_b, stride_x_i,
                         stride_w_ih_row, stride_w_ih_k, BLOCK_K, PRECISION)  # fmt: skip
-    z = _add_projection(z, h_prev_ptr, w_hh_ptr, offs_b, mask_b, rows, mask_rows, H, stride_h_b, stride_h_h,
+    z = add_projection(z, h_prev_ptr, w_hh_ptr, offs_b, mask_b, rows, mask_rows, H, stride_h_b, stride_h_h,
                         stride_w_hh_row, stride_w_hh_k, BLOCK_K, PRECISION)  # fmt: skip
     if b_ih_ptr is not None:
-        z += tl.load(b_ih_ptr + rows * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
+        z += tl.load(b_ih_ptr + rows.to(tl.int64) * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
     if b_hh_ptr is not None:
-        z += tl.load(b_hh_ptr + rows * stride_b_hh, mask=mask_rows, other=0.0).to(ACC)[None, :]
+        z += tl.load(b_hh_ptr + rows.to(tl.int64) * stride_b_hh, mask=mask_rows, other=0.0).to(ACC)[None, :]
 
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask = mask_b[:, None] & (offs_h < H)[None, :]
@@ -126,7 +106,7 @@ def lstm_cell_forward(
     precision = matmul_precision(x.dtype, precision)
     config = cell_forward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
     _forward(
-        (cdiv(H, config.block_h), cdiv(B, config.block_b), 1),
+        (cdiv(H, config.block_h) * cdiv(B, config.block_b), 1, 1),
         (x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, h, c, gates),
         (B, I, H, *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride(),
          0 if b_ih is None else b_ih.stride(0), 0 if b_hh is None else b_hh.stride(0)),

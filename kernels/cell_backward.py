@@ -13,12 +13,7 @@ from .config import cdiv, cell_backward_config
 from .equations import lstm_backward
 from .gates import gate_rows, join_gates, load_gates
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
-
-
-@triton.jit
-def _load_tile(ptr, offs_b, mask_b, offs_h, mask_h, stride_b, stride_h):
-    offsets = offs_b.to(tl.int64)[:, None] * stride_b + offs_h.to(tl.int64)[None, :] * stride_h
-    return tl.load(ptr + offsets, mask=mask_b[:, None] & mask_h[None, :], other=0.0)
+from .tiles import load_tile
 
 
 @triton.jit
@@ -35,14 +30,14 @@ def _gate_gradients(
     mask_b = offs_b < B
     mask_h = offs_h < H
     i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_B, BLOCK_H)
-    c_prev = _load_tile(c_prev_ptr, offs_b, mask_b, offs_h, mask_h, stride_c_b, stride_c_h).to(ACC)
-    c = _load_tile(c_ptr, offs_b, mask_b, offs_h, mask_h, H, 1).to(ACC)
+    c_prev = load_tile(c_prev_ptr, offs_b, mask_b, offs_h, mask_h, stride_c_b, stride_c_h).to(ACC)
+    c = load_tile(c_ptr, offs_b, mask_b, offs_h, mask_h, H, 1).to(ACC)
     dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if dh_ptr is not None:
-        dh = _load_tile(dh_ptr, offs_b, mask_b, offs_h, mask_h, stride_dh_b, stride_dh_h).to(ACC)
+        dh = load_tile(dh_ptr, offs_b, mask_b, offs_h, mask_h, stride_dh_b, stride_dh_h).to(ACC)
     if dc_ptr is not None:
-        dc = _load_tile(dc_ptr, offs_b, mask_b, offs_h, mask_h, stride_dc_b, stride_dc_h).to(ACC)
+        dc = load_tile(dc_ptr, offs_b, mask_b, offs_h, mask_h, stride_dc_b, stride_dc_h).to(ACC)
     return lstm_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
 
 
@@ -63,7 +58,7 @@ def _weight_gradient_tile(
         offs_b = first_row + tl.arange(0, BLOCK_B)
         # This changes nothing. For sm_100, Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly.
         dz = tl.where((offs_b < B)[:, None], dz, 0.0)
-        a = _load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
+        a = load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
         acc = tl.dot(tl.trans(dz).to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
     offsets = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -85,7 +80,7 @@ def _input_gradient_tile(
         dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
-        w = _load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
+        w = load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
         acc = tl.dot(dz.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offsets = offs_b.to(tl.int64)[:, None] * N + offs_n[None, :]

@@ -5,17 +5,27 @@ No number here has been measured on a GPU yet. They come from counting programs 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+# Of a thread. Left alone, the assembler may stop earlier, for more programs at once, and spill a few.
+MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What every launch has: warps per program and depth of the software pipeline."""
+    """What every launch has: warps per program, depth of the software pipeline, and what to ask of the assembler."""
 
     num_warps: int
     num_stages: int
+    max_registers: int | None = field(default=None, kw_only=True)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of Triton's compiler."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,8 @@ def cell_forward_config(
 
 
 def _largest_cell_forward_tile(dtype: torch.dtype, precision: str) -> tuple[int, int]:
-    """Rows and units: what tf32x3 (three products' operands at once) and float64 hold without spilling is less."""
-    return (32, 8) if precision == "tf32x3" or dtype == torch.float64 else (64, 16)
+    """Rows and units: as many as spill nothing, fewer on ordinary cores and with tf32x3's three products at once."""
+    return (64, 16) if uses_tensor_cores(dtype, precision) and precision != "tf32x3" else (32, 8)
 
 
 def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:
@@ -73,7 +83,7 @@ def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision
         warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
         return CellForwardConfig(warps, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32)
     # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
-    return CellForwardConfig(4, 3, block_b, block_h, 16)
+    return CellForwardConfig(4, 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,7 +96,8 @@ def cell_backward_config(
 
 def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
     if not uses_tensor_cores(dtype, precision):
-        return CellBackwardConfig(4 if dtype == torch.float32 else 8, 2, 16, 4, 32 if dtype == torch.float32 else 16)
+        warps, block_n = (4, 32) if dtype == torch.float32 else (8, 16)
+        return CellBackwardConfig(warps, 2, 16, 4, block_n, max_registers=MAX_REGISTERS)
     if precision == "tf32x3":  # three products' operands at once: wider tiles spill
         return CellBackwardConfig(4, 2, 16, 16, 32)
     if dtype == torch.float32:

@@ -50,9 +50,12 @@ class OutOfBounds(IndexError):
     """A load, store or atomic of a kernel touched memory outside every tensor of its launch."""
 
 
+_INTERPRETING = bool(triton.knobs.runtime.interpret)  # read once, before this package decorates a kernel
+
+
 def is_interpreting() -> bool:
-    """Whether kernels decorated from now on run in the interpreter (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether this package's kernels run in the interpreter (TRITON_INTERPRET=1)."""
+    return _INTERPRETING
 
 
 # Set by an executor that runs the programs of a launch at the same time; Triton's own runs one after the other.

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import itertools
+import os
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton.runtime import JITFunction
 
-from . import interpreter
 from .config import LaunchConfig
 
 _MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with more distinct shapes starts over
@@ -16,13 +18,17 @@ _MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with 
 class Launcher:
     """Calls one @triton.jit kernel.
 
-    Triton's own launch works out, on every call, which specialization the arguments need. That depends only on sizes, strides,
-    dtypes, meta-parameters and 16-byte alignment, so the compiled kernel is kept under those and later called directly.
+    Triton's own launch works out, on every call, which specialization the arguments need. That depends only on dtypes, 16-byte
+    alignment, meta-parameters and the integers that the kernel specialises: the compiled kernel is kept under those, and later
+    called directly. Names of pointers end in _ptr.
     """
 
     def __init__(self, kernel) -> None:
         self.kernel = kernel
         self._compiled: dict[tuple, Any] = {}
+        self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
+        integers = (p for p in getattr(kernel, "params", ()) if not (p.is_constexpr or p.name.endswith("_ptr")))
+        self._is_specialized = [not p.do_not_specialize for p in integers]
 
     def __call__(
         self,
@@ -38,7 +44,7 @@ class Launcher:
         The kernel's parameters are tensors, integers, constants, in this order. options go to Triton's compiler; they must
         follow from the other arguments.
         """
-        if interpreter.is_interpreting():
+        if not self._is_compiled:
             self.kernel[grid](*tensors, *integers, *constants, **options)
             return
         device = next(t for t in tensors if t is not None).device
@@ -48,39 +54,50 @@ class Launcher:
         return self._launch(device, grid, tensors, integers, constants, config, options)
 
     def _launch(self, device, grid, tensors, integers, constants, config, options) -> None:
-        alignment = 0
+        unaligned = 0  # a bit for each tensor
         dtypes: list[torch.dtype | None] = []
         for t in tensors:
             if t is None:
                 dtypes.append(None)
             else:
-                alignment |= t.data_ptr()
+                unaligned = unaligned << 1 | (t.data_ptr() & 15 != 0)
                 dtypes.append(t.dtype)
-        # Only when every pointer is aligned do equal keys imply equal specializations; other calls take Triton's own path.
-        aligned = alignment % 16 == 0
-        key = (device.index, integers, constants, config.num_warps, config.num_stages, *dtypes)
-        compiled = self._compiled.get(key) if aligned else None
+        # An integer that is not specialised still has a type: of 32 bits, or where it needs them of 64.
+        is_long = max(integers, default=0) >= 2**31
+        specialized = integers if is_long else tuple(itertools.compress(integers, self._is_specialized))
+        key = (device.index, specialized, constants, config.num_warps, config.num_stages, unaligned, *dtypes)
+        compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *integers, *constants)
             return
-        compiled = self.kernel[grid](
-            *tensors, *integers, *constants, num_warps=config.num_warps, num_stages=config.num_stages, **options
-        )
-        if aligned:
-            if len(self._compiled) >= _MAX_KEPT:
-                self._compiled.clear()
-            self._compiled[key] = compiled
+        compiled = self.kernel[grid](*tensors, *integers, *constants, **config.options, **options)
+        if len(self._compiled) >= _MAX_KEPT:
+            self._compiled.clear()
+        self._compiled[key] = compiled
 
 
 @functools.cache
-def _cuda_limits(index: int) -> tuple[int, int]:
+def _cuda_limits(index: int) -> tuple[int, int, int]:
     properties: Any = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors (a MIG slice: its share) and bytes of shared memory a program may have; on a CPU, those of an H100."""
-    return _cuda_limits(device.index) if device.type == "cuda" else (132, 227 * 1024)
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors (a MIG slice: its share), bytes of shared memory a program may have, and the first number of the compute
+    capability; on a CPU, those of an H100."""
+    return _cuda_limits(device.index) if device.type == "cuda" else (132, 227 * 1024, 9)
+
+
+def _free_multiprocessors() -> int:
+    name = "LSTM_TRITON_FREE_MULTIPROCESSORS"
+    value = os.environ.get(name, "0")
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a number of multiprocessors, got {value!r}")
+    return int(value)
+
+
+# Multiprocessors that programs which wait for one another leave to kernels that run at the same time, such as communication.
+FREE_MULTIPROCESSORS = _free_multiprocessors()
 
 
 def multiprocessor_count(device: torch.device) -> int:

@@ -4,13 +4,14 @@ One GEMM gives the pre-activations of all steps and directions, one launch the r
 call, from gate-major to the unit-major order [H, 4] of the pre-activations.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import interpreter, stall
+from . import interpreter, launch, stall
 from .grid_sync import COUNTER_STRIDE
 from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
 from .sequence import _lstm_sequence_forward_kernel
@@ -75,33 +76,66 @@ def is_time_major(x: Tensor) -> bool:
     return x.stride(0) >= x.stride(1) or x.shape[0] == 1 or x.shape[1] == 1
 
 
+def aligned(t: Tensor) -> Tensor:
+    """Contiguous, from a 16-byte boundary on: elsewhere, as one layer's part of all states may be, it takes another kernel."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def reset_state(segments: Segments, state: Tensor | None, h0: Tensor) -> Tensor | None:
+    """`state`, reset_h or reset_c, as a kernel takes it; zeros where there are resets without one.
+
+    Its rows lie at multiples of H from a 16-byte boundary: as it is, or else a copy, broadcast again.
+    """
+    if segments.resets is None:
+        return None
+    H = h0.shape[2]
+    if state is None:
+        return h0.new_zeros(H).expand(segments.resets.shape[0], *h0.shape)
+    if state.data_ptr() % 16 == 0 and all(n == 1 or s % H == 0 for n, s in zip(state.shape[:3], state.stride())):
+        return state
+    once = state[tuple(slice(None if s else 1) for s in state.stride()[:3])]
+    return once.clone(memory_format=torch.contiguous_format).expand(state.shape)
+
+
 def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, device, stepwise: bool) -> SequenceConfig:
-    config = configure(B, H, D, dtype, precision, DeviceLimits(*device_limits(device)))
-    waits = config.persistent and config.programs > 1
+    multiprocessors, *others = device_limits(device)
+    limits = DeviceLimits(max(multiprocessors - launch.FREE_MULTIPROCESSORS, 1), *others)
+    config = configure(B, H, D, dtype, precision, limits)
+    waits = _waits(config, T)
     if stepwise or (waits and (T * config.programs > _MAX_ARRIVALS or not interpreter.programs_can_wait())):
         return stepwise_config(B, H, D, dtype, precision)
     return config
 
 
+def _waits(config: SequenceConfig, steps: int) -> bool:
+    """Whether programs of a launch of so many steps wait for each other: not in one, which any CUDA graph may then hold."""
+    return config.persistent and config.programs > 1 and steps > 1
+
+
 def is_persistent(
-    T: int, B: int, H: int, D: int, dtype: torch.dtype, precision: str | None, device: torch.device
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    precision: str | None,
+    device: torch.device,
+    configure=sequence_forward_config,
 ) -> bool:
-    """Whether the forward of T steps, B rows, H units, D directions would be one launch."""
+    """Whether T steps of B rows, H units, D directions would be one launch: forward, or what `configure` is for."""
     precision = matmul_precision(dtype, precision, recurrent=True)
-    return plan(sequence_forward_config, T, B, H, D, dtype, precision, device, False).persistent
+    return T == 1 or plan(configure, T, B, H, D, dtype, precision, device, False).persistent
 
 
 def run(
     launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants
 ) -> None:
-    waits = config.persistent and config.programs > 1
-    options = {"maxnreg": config.max_registers} if config.max_registers else {}
-    if waits:
-        # A grid that cannot all be resident is refused, not hung.
-        options["launch_cooperative_grid"] = True
+    waits = _waits(config, last - first)
+    # A grid that cannot all be resident is refused, not hung.
+    options = {"launch_cooperative_grid": True} if waits else {}
     counters = stalled = None
     if waits:
-        stall.check()
         device = next(t for t in tensors if t is not None).device
         stalled = stall.word(launcher.kernel.__name__, device.type == "cuda")
         counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
@@ -122,8 +156,10 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
 
 
 def segment_strides(flags: Tensor | None, *states: Tensor | None) -> tuple[int, ...]:
+    """Of flags in elements, of states in rows of H units."""
     resets = (0, 0) if flags is None else flags.stride()
-    return (*resets, *(s for t in states for s in ((0, 0, 0) if t is None else t.stride()[:3])))
+    rows = ((0, 0, 0) if t is None else tuple(s // t.shape[3] for s in t.stride()[:3]) for t in states)
+    return (*resets, *itertools.chain(*rows))
 
 
 def weight_strides(directions: list[Direction]) -> tuple[int, ...]:
@@ -157,6 +193,7 @@ def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> T
     return z
 
 
+@stall.named
 def lstm_layer_forward(
     x: Tensor,
     h0: Tensor,
@@ -189,17 +226,18 @@ def lstm_layer_forward(
     y = new_states(x, time_major, T, B, D * H)
     c = new_states(x, time_major, T, B, D * H) if save_cells else None
     gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
-    h0, c0 = h0.contiguous(), c0.contiguous()
+    h0, c0 = aligned(h0), aligned(c0)
     h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
     c_n = torch.empty_like(c0)
     constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
                  config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets, x.dtype)
+    reset_h, reset_c = (reset_state(segments, s, h0) for s in (segments.reset_h, segments.reset_c))
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *weight_strides(directions),
-               *segment_strides(flags, segments.reset_h, segments.reset_c))  # fmt: skip
+               *segment_strides(flags, reset_h, reset_c))  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
-        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, flags, segments.reset_h, segments.reset_c, segments.lengths,
+        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, flags, reset_h, reset_c, segments.lengths,
                    y, h_n, c_out, c, gates)  # fmt: skip
         run(_forward, config, tensors, T, B, first, last, strides, constants)
     return Forward(y, h_n, c_n, c, gates)

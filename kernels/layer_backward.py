@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import stall
 from .launch import Launcher, accumulator, matmul_precision, torch_matmul_precision
 from .layer import (
     Direction,
     Forward,
     Segments,
     accumulator_dtype,
+    aligned,
     as_rows,
     index_type,
     is_time_major,
@@ -23,6 +25,7 @@ from .layer import (
     plan,
     pre_activations,
     reset_flags,
+    reset_state,
     run,
     segment_strides,
     unit_major,
@@ -52,6 +55,7 @@ def _gate_major(w: Tensor) -> Tensor:
     return w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
+@stall.named
 def lstm_layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -86,15 +90,15 @@ def lstm_layer_backward(
 
     dz = new_states(x, time_major, T, B, D, H, 4)
     dc0 = torch.empty((D, B, H), dtype=x.dtype, device=x.device)
-    h0, c0 = h0.contiguous(), c0.contiguous()
-    dh_n = None if dh_n is None else dh_n.contiguous()
-    dc_n = None if dc_n is None else dc_n.contiguous()
-    if dc_states is not None and dc_states.stride() != y.stride():
+    h0, c0 = aligned(h0), aligned(c0)
+    dh_n = None if dh_n is None else aligned(dh_n)
+    dc_n = None if dc_n is None else aligned(dc_n)
+    if dc_states is not None and (dc_states.stride() != y.stride() or dc_states.data_ptr() % 16 != 0):
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
-    flags = reset_flags(segments.resets, x.dtype)
+    flags, reset_c = reset_flags(segments.resets, x.dtype), reset_state(segments, segments.reset_c, h0)
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
-               *weight_strides(directions), *segment_strides(flags, segments.reset_c))  # fmt: skip
+               *weight_strides(directions), *segment_strides(flags, reset_c))  # fmt: skip
     constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
                  config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
@@ -108,7 +112,7 @@ def lstm_layer_backward(
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
             tensors = (dy, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, flags,
-                       segments.reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
+                       reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
             run(_backward, config, tensors, T, B, step, stop, (*starts, *strides), constants)
         state_in = state_out
 
@@ -119,7 +123,8 @@ def lstm_layer_backward(
             dx = new_states(x, time_major, T, B, x.shape[2])
             torch.mm(rows, torch.cat([unit_major(d.w_ih) for d in directions]), out=as_rows(dx, time_major))
         if needs_weights:
-            dw_ih = [_gate_major(w) for w in (rows.t() @ as_rows(x, time_major)).chunk(D)]
+            inputs = _rows_within(x, segments.lengths, time_major)
+            dw_ih = [_gate_major(w) for w in (rows.t() @ inputs).chunk(D)]
             db = [_gate_major(b) for b in rows.sum(0).chunk(D)]
             dw_hh = [_recurrent_weight_gradient(dz, h0, y, d, segments, time_major) for d in range(D)]
         if dreset_c is not None:
@@ -128,6 +133,15 @@ def lstm_layer_backward(
         if needs_h0:
             dh0 = torch.stack([_initial_state_gradient(dz, dh_n, directions[d].w_hh, d, segments) for d in range(D)])
     return Gradients(dx, dh0, dc0, dw_ih, dw_hh, db, dreset_h, dreset_c)
+
+
+def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
+    """`as_rows` of x with zeros past its rows' ends: dz is zero there, but in a product zero times NaN is NaN."""
+    rows = as_rows(x, time_major)
+    if lengths is None:
+        return rows
+    active = torch.arange(len(x), device=x.device)[:, None] < lengths
+    return torch.where(as_rows(active[..., None], time_major), rows, 0.0)
 
 
 def _recomputed_ranges(T: int) -> list[tuple[int, int]]:
@@ -174,14 +188,16 @@ def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: i
     """[n, B, H]: the h that direction d had before steps t = start ... start + n - 1."""
     T, H = y.shape[0], h0.shape[2]
     y = y[:, :, d * H : (d + 1) * H]
+    # A row without steps does not use its initial state, which may be anything.
+    initial = h0[d] if segments.lengths is None else torch.where((segments.lengths > 0)[:, None], h0[d], 0.0)
     at_edge = start == 0 if d == 0 else start + n == T
     if d == 0:
-        h_prev = torch.cat([h0[d][None], y[: n - 1]]) if at_edge else y[start - 1 : start + n - 1]
+        h_prev = torch.cat([initial[None], y[: n - 1]]) if at_edge else y[start - 1 : start + n - 1]
     else:
-        h_prev = torch.cat([y[start + 1 :], h0[d][None]]) if at_edge else y[start + 1 : start + n + 1]
+        h_prev = torch.cat([y[start + 1 :], initial[None]]) if at_edge else y[start + 1 : start + n + 1]
     if segments.lengths is not None and d == 1:
         t = torch.arange(start, start + n, device=y.device)
-        h_prev = torch.where((t[:, None] == segments.lengths - 1)[..., None], h0[d], h_prev)
+        h_prev = torch.where((t[:, None] == segments.lengths - 1)[..., None], initial, h_prev)
     if segments.resets is not None:
         flags = _reset_flags(segments, d, start, n)[..., None]
         cleared = h_prev.new_zeros(()) if segments.reset_h is None else segments.reset_h[start : start + n, d]

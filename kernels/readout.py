@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell import _add_projection
 from .config import cdiv, readout_forward_config, readout_rescale_config
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .tiles import add_projection
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _readout_forward_kernel(
     mask_v = offs_v < V
 
     logits = tl.zeros((BLOCK_B, BLOCK_V), ACC)
-    logits = _add_projection(logits, h_ptr, weight_ptr, offs_b, mask_b, offs_v, mask_v, H, stride_h_b, stride_h_k,
+    logits = add_projection(logits, h_ptr, weight_ptr, offs_b, mask_b, offs_v, mask_v, H, stride_h_b, stride_h_k,
                              stride_weight_v, stride_weight_k, BLOCK_K, PRECISION)  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v.to(tl.int64) * stride_bias, mask=mask_v, other=0.0)

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell_backward import _load_tile
 from .config import cdiv, readout_backward_config, readout_row_dots_config, readout_sum_parts_config, steps_per_part
 from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .tiles import load_tile
 
 
 @triton.jit(do_not_specialize=["B", "part_v"])
@@ -51,7 +51,7 @@ def _row_dots(upstream, first_row, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLO
     dot = tl.zeros((BLOCK_B,), ACC)
     for first in range(0, parts, BLOCK_PARTS):
         offs_p = first + tl.arange(0, BLOCK_PARTS)
-        dot += tl.sum(_load_tile(dots_ptr, offs_b, offs_b < B, offs_p, offs_p < parts, parts, 1), axis=1)
+        dot += tl.sum(load_tile(dots_ptr, offs_b, offs_b < B, offs_p, offs_p < parts, parts, 1), axis=1)
     return dot
 
 
@@ -66,8 +66,8 @@ def _logit_gradients(
     dy_ptr, y_ptr, _, _, B, V, stride_dy_b, stride_dy_v = upstream
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_v = first_column + tl.arange(0, BLOCK_V)
-    dy = _load_tile(dy_ptr, offs_b, offs_b < B, offs_v, offs_v < V, stride_dy_b, stride_dy_v).to(ACC)
-    y = _load_tile(y_ptr, offs_b, offs_b < B, offs_v, offs_v < V, V, 1).to(ACC)
+    dy = load_tile(dy_ptr, offs_b, offs_b < B, offs_v, offs_v < V, stride_dy_b, stride_dy_v).to(ACC)
+    y = load_tile(y_ptr, offs_b, offs_b < B, offs_v, offs_v < V, V, 1).to(ACC)
     return y * (dy - dot[:, None])
 
 
@@ -89,7 +89,7 @@ def _weight_gradient_tile(
         dot = _row_dots(upstream, first_row, ACC, BLOCK_B, BLOCK_PARTS)
         dlogits = _logit_gradients(upstream, dot, first_row, first_column, ACC, BLOCK_B, BLOCK_V)
         offs_b = first_row + tl.arange(0, BLOCK_B)
-        h = _load_tile(h_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_h_b, stride_h_k)
+        h = load_tile(h_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_h_b, stride_h_k)
         acc = tl.dot(tl.trans(dlogits).to(h.dtype), h, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_v = first_column + tl.arange(0, BLOCK_V)
     offsets = (part.to(tl.int64) * V + offs_v)[:, None] * H + offs_n[None, :]
@@ -114,7 +114,7 @@ def _input_gradient_tile(
     for first_column in range(part * part_v, tl.minimum(part * part_v + part_v, V), BLOCK_V):
         dlogits = _logit_gradients(upstream, dot, first_row, first_column, ACC, BLOCK_B, BLOCK_V)
         offs_v = first_column + tl.arange(0, BLOCK_V)
-        w = _load_tile(weight_ptr, offs_v, offs_v < V, offs_n, mask_n, stride_weight_v, stride_weight_k)
+        w = load_tile(weight_ptr, offs_v, offs_v < V, offs_n, mask_n, stride_weight_v, stride_weight_k)
         acc = tl.dot(dlogits.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offsets = (part.to(tl.int64) * B + offs_b)[:, None] * H + offs_n[None, :]
@@ -193,7 +193,7 @@ def _sum_of_parts(
     total = tl.zeros((BLOCK,), ACC)
     for first in range(0, parts, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)
-        total += tl.sum(_load_tile(parts_ptr, offs_p, offs_p < parts, offs, mask, size, 1), axis=0)
+        total += tl.sum(load_tile(parts_ptr, offs_p, offs_p < parts, offs, mask, size, 1), axis=0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -36,3 +36,10 @@ def resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, 
     at = t + direction
     pointers = resets_ptr + at * stride_resets_t.to(tl.int64) + rows_b.to(tl.int64) * stride_resets_b
     return tl.load(pointers, mask=(at < lengths) & (rows_b >= 0), other=0) != 0
+
+
+@triton.jit
+def reset_state_rows(state_ptr, t, direction, rows_b, stride_t, stride_d, stride_b, H: tl.constexpr):
+    """[BLOCK_B] pointers to the rows of a state [T, D, B, H] whose strides count rows of H units."""
+    row = t * stride_t.to(tl.int64) + direction * stride_d.to(tl.int64)
+    return state_ptr + (row + rows_b.to(tl.int64) * stride_b) * H

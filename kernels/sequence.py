@@ -13,7 +13,7 @@ import triton.language as tl
 from .equations import lstm_forward
 from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import begins_at, resets_at, row_lengths
+from .segments import begins_at, reset_state_rows, resets_at, row_lengths
 
 
 @triton.jit
@@ -24,19 +24,25 @@ def _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_row, stride_k, BLOCK
 
 
 @triton.jit
-def _load_state_chunk(rows, keeps, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_state_chunk(rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_K, rows] of a state whose units are contiguous: transposed, the right operand of W h^T."""
     offs_k = k + tl.arange(0, BLOCK_K)
     pointers = rows[None, :] + offs_k[:, None]
-    if keeps is not None:
-        return tl.load(pointers, mask=(offs_k < H)[:, None] & keeps[None, :], other=0.0)
-    elif H % BLOCK_K != 0:
+    if H % BLOCK_K != 0:
         return tl.load(pointers, mask=(offs_k < H)[:, None], other=0.0)
     else:
         return tl.load(pointers)
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_step", "last_step", "stride_t", "stride_b"])
+# What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
+@triton.jit(
+    do_not_specialize=[
+        "T", "B", "first_step", "last_step", "stride_t", "stride_b", "stride_resets_t", "stride_resets_b",
+        "stride_reset_h_t", "stride_reset_h_d", "stride_reset_h_b",
+        "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
+    ],
+    do_not_specialize_on_alignment=["resets_ptr"],
+)  # fmt: skip
 def _lstm_sequence_forward_kernel(
     # pointers
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input
@@ -45,7 +51,7 @@ def _lstm_sequence_forward_kernel(
     h0_ptr,  # [D, B, H]
     c_in_ptr,  # [D, B, H] c before first_step
     resets_ptr,  # [T, B] integers, or None
-    reset_h_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
+    reset_h_ptr,  # [T, D, B, H] broadcast, or None where resets are
     reset_c_ptr,  # likewise
     lengths_ptr,  # [B] or None
     y_ptr,  # [T, B, D, H] out, and the buffer through which programs exchange h
@@ -57,7 +63,7 @@ def _lstm_sequence_forward_kernel(
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes
     T, B, first_step, last_step,
-    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
+    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
     stride_t, stride_b, stride_w_row, stride_w_k, stride_w_reverse_row, stride_w_reverse_k,
     stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
@@ -113,19 +119,17 @@ def _lstm_sequence_forward_kernel(
             # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
             begins |= (t_prev < 0) | (t_prev >= T)
             h_rows = tl.where(begins, h0_ptr + state_rows * H, previous_ptr + output_rows * H)
-        keeps = None
         if resets_ptr is not None:
             resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
-            if reset_h_ptr is not None:
-                reset_h = reset_h_ptr + t * stride_reset_h_t.to(tl.int64) + direction * stride_reset_h_d.to(tl.int64)
-                h_rows = tl.where(resets, reset_h + rows_b.to(tl.int64) * stride_reset_h_b, h_rows)
-                reset_c = reset_c_ptr + t * stride_reset_c_t.to(tl.int64) + direction * stride_reset_c_d.to(tl.int64)
-                reset_c_rows = reset_c + rows_b.to(tl.int64) * stride_reset_c_b
-                reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
-                c = tl.where(resets[:, None], reset_c.to(ACC), c)
-            else:
-                keeps = resets == 0
-                c = tl.where(resets[:, None], 0.0, c)
+            reset_h_rows = reset_state_rows(
+                reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, H
+            )
+            h_rows = tl.where(resets, reset_h_rows, h_rows)
+            reset_c_rows = reset_state_rows(
+                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, H
+            )
+            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+            c = tl.where(resets[:, None], reset_c.to(ACC), c)
 
         # The next step's input does not depend on h: ask for it before waiting. The last step asks for its own again.
         n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
@@ -140,12 +144,12 @@ def _lstm_sequence_forward_kernel(
         z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
         if RESIDENT:
             for chunk in tl.static_range(CHUNKS):
-                h_prev = _load_state_chunk(h_rows, keeps, chunk * BLOCK_K, H, BLOCK_K)
+                h_prev = _load_state_chunk(h_rows, chunk * BLOCK_K, H, BLOCK_K)
                 z = tl.dot(weights[chunk], h_prev, z, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in range(0, H, BLOCK_K):
                 w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_w_row, stride_w_k, BLOCK_K)
-                h_prev = _load_state_chunk(h_rows, keeps, k, H, BLOCK_K)
+                h_prev = _load_state_chunk(h_rows, k, H, BLOCK_K)
                 z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
         z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .equations import gate_activations, lstm_backward
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import begins_at, resets_at, row_lengths
+from .segments import begins_at, reset_state_rows, resets_at, row_lengths
 
 
 @triton.jit
@@ -40,9 +40,15 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
+# What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
-    do_not_specialize=["T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b"]
-)
+    do_not_specialize=[
+        "T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b",
+        "stride_dy_t", "stride_dy_b", "stride_resets_t", "stride_resets_b",
+        "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
+    ],
+    do_not_specialize_on_alignment=["dy_ptr", "resets_ptr"],
+)  # fmt: skip
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None
@@ -55,7 +61,7 @@ def _lstm_sequence_backward_kernel(
     w_ptr,  # [4H, H] W_hh of direction 0
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     resets_ptr,  # [T, B] integers, or None
-    reset_c_ptr,  # [T, D, B, H] broadcast, or None: resets clear to zero
+    reset_c_ptr,  # [T, D, B, H] broadcast, or None where resets are
     lengths_ptr,  # [B] or None
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
     dc_out_ptr,  # [D, B, H] out: the gradient of c before the first step of this launch
@@ -64,7 +70,7 @@ def _lstm_sequence_backward_kernel(
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step, gates_t, gates_reverse_t,
-    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units
+    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_w_row, stride_w_k,
     stride_w_reverse_row, stride_w_reverse_k, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
@@ -135,13 +141,11 @@ def _lstm_sequence_backward_kernel(
         c_prev = c_previous.to(ACC)
         if resets_ptr is not None:
             resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
-            if reset_c_ptr is not None:
-                reset_c = reset_c_ptr + t * stride_reset_c_t.to(tl.int64) + direction * stride_reset_c_d.to(tl.int64)
-                reset_c_rows = reset_c + rows_b.to(tl.int64) * stride_reset_c_b
-                reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
-                c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
-            else:
-                c_prev = tl.where(resets[:, None], 0.0, c_prev)
+            reset_c_rows = reset_state_rows(
+                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, H
+            )
+            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+            c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         if dy_ptr is not None:
@@ -154,10 +158,8 @@ def _lstm_sequence_backward_kernel(
                 dh += tl.load(dh_n_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
 
         # A state that was cleared before the step t_next passes no gradient back to here.
-        gathers = step > 0
         if resets_ptr is not None:
             resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
-            gathers = (gathers & (resets_next == 0))[None, :, None]
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
@@ -165,14 +167,17 @@ def _lstm_sequence_backward_kernel(
         parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
         if RESIDENT:
             for chunk in tl.static_range(CHUNKS):
-                dz = _load_dz_chunk(next_rows, gathers, chunk, H, SPLIT_K, BLOCK_K)
+                dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, weights[chunk], parts, input_precision=PRECISION, out_dtype=ACC)
         else:
             for chunk in range(CHUNKS):
                 w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K)
-                dz = _load_dz_chunk(next_rows, gathers, chunk, H, SPLIT_K, BLOCK_K)
+                dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
-        dh += tl.sum(parts, axis=0)
+        dh_next = tl.sum(parts, axis=0)
+        if resets_ptr is not None:
+            dh_next = tl.where(resets_next[:, None], 0.0, dh_next)
+        dh += dh_next
 
         dc_step = dc
         if dc_states_ptr is not None:

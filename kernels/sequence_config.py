@@ -9,15 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import LaunchConfig, cdiv, uses_tensor_cores
+from .config import MAX_REGISTERS, LaunchConfig, cdiv, uses_tensor_cores
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What bounds a launch: multiprocessors, and shared memory in bytes that one program may have."""
+    """What bounds a launch: multiprocessors, and shared memory in bytes that one program may have.
+
+    generation: the first number of the compute capability, as the assembler needs more registers for some than for others.
+    """
 
     multiprocessors: int
     shared_memory: int
+    generation: int = 9
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,8 @@ class SequenceConfig(LaunchConfig):
     programs: int
     groups: int
     persistent: bool
-    max_registers: int | None = None
 
 
-# Of a thread of a resident kernel: left alone, the assembler stops earlier, for more programs at once, and spills a few.
-_MAX_REGISTERS = 255
 # Shared memory that a resident kernel needs besides W_hh and one chunk of state: layout conversions and reductions.
 _SCRATCH = 12 * 1024
 
@@ -76,13 +77,16 @@ def sequence_forward_config(
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
-                    warps = 8 if block_h >= 64 or not aligned else 4
-                    return SequenceConfig(warps, 1, block_b, block_h, 1, block_k, programs, groups, True, _MAX_REGISTERS)
+                    warps = 8 if block_h >= 64 or not aligned or row_bytes > 3072 else 4
+                    return SequenceConfig(
+                        warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
+                    )
     return stepwise_config(B, H, D, dtype, precision)
 
 
 # Bytes of a row of W_hh up to which the time loop backward needs no local memory, by rows and by whether more than 8 units.
 _LONGEST_ROWS_BACKWARD = {(16, True): 3072, (32, True): 2048, (16, False): 1792, (32, False): 1280}
+_LONGEST_ROWS_BACKWARD_10 = _LONGEST_ROWS_BACKWARD | {(16, True): 2048, (32, True): 768}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,20 +96,25 @@ def sequence_backward_config(
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     row_bytes = H * dtype.itemsize
     aligned = H % 16 == 0
+    longest_rows = _LONGEST_ROWS_BACKWARD_10 if limits.generation == 10 else _LONGEST_ROWS_BACKWARD
     if _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 64 // dtype.itemsize if aligned else 32):
             for block_b in (16, 32) if aligned else (16,):
-                if row_bytes > _LONGEST_ROWS_BACKWARD[block_b, block_h > 8]:
+                if row_bytes > longest_rows[block_b, block_h > 8]:
                     continue
-                split_k = 4 if block_b == 32 and block_h > 8 and row_bytes > 1024 else 8
-                long = row_bytes > 2048 and dtype.itemsize == 2
-                block_k = _block_k(cdiv(4 * H, split_k), 16 if long or not aligned else 256 // split_k)
+                split_k = 4 if block_b == 32 and block_h > 8 and row_bytes >= 1024 else 8
+                block_k = 256 // split_k
+                if dtype.itemsize == 2 and row_bytes > 1024 and block_b == 16 and block_h > 8:
+                    block_k = 64 if row_bytes <= 2048 else 16
+                block_k = _block_k(cdiv(4 * H, split_k), block_k if aligned else 16)
                 depth = split_k * block_k
                 weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
                 state = block_b * depth * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
-                    return SequenceConfig(8, 1, block_b, block_h, split_k, block_k, programs, groups, True, _MAX_REGISTERS)
+                    return SequenceConfig(
+                        8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
+                    )
     return stepwise_config(B, H, D, dtype, precision)
 
 
@@ -138,4 +147,7 @@ def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) 
     block_b = (
         16 if B <= 16 or dtype == torch.float64 or precision == "tf32x3" else 32
     )  # two or three times the registers
-    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), cdiv(B, block_b) * D, False)
+    # The products of ordinary cores: see MAX_REGISTERS.
+    registers = None if uses_tensor_cores(dtype, precision) else MAX_REGISTERS
+    groups = cdiv(B, block_b) * D
+    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), groups, False, max_registers=registers)

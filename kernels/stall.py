@@ -2,15 +2,20 @@
 
 A kernel that waits too long (`grid_sync.wait`) stops the device with a trap, and all that CUDA says then is "unspecified launch
 failure", of whatever call comes next. Before it traps, the kernel writes to a word of pinned host memory, which outlives the
-device's context: the next launch of a waiting kernel, or else the end of the process, names it.
+device's context: the next layer, or else the end of the process, names it.
 """
 
 import atexit
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # The values of the words, read where they lie: torch's way to a tensor's value is an operator, on every launch.
 _values: dict[str, ctypes.c_int32] = {}
@@ -21,7 +26,7 @@ def word(kernel: str, pinned: bool) -> torch.Tensor:
     """The word [1] int32 of the kernel of this name: zero, or how often it polled before it gave up waiting."""
     if not _values:
         atexit.register(_report)
-    memory = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+    memory = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
     _values[kernel] = ctypes.c_int32.from_address(memory.data_ptr())
     return memory  # the cache keeps it, and so its address
 
@@ -32,8 +37,8 @@ def message() -> str | None:
     if not kernels:
         return None
     return (
-        f"lstm_triton: {kernels} waited for seconds for a program of the same launch that never came, and was stopped by a trap. "
-        "The CUDA context of this process is lost. backend='triton-stepwise' computes the same without waiting."
+        f"lstm_triton: {kernels} waited for seconds for a program of the same launch that never came, and was stopped by a"
+        " trap. The CUDA context of this process is lost. backend='triton-stepwise' computes the same without waiting."
     )
 
 
@@ -41,6 +46,22 @@ def check() -> None:
     """Raise RuntimeError if a kernel of this process gave up waiting."""
     if told := message():
         raise RuntimeError(told)
+
+
+def named(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Where a kernel gave up waiting, before or inside this function, its error says so: not only that CUDA failed."""
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        check()
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if told := message():
+                raise RuntimeError(told) from error
+            raise
+
+    return checked
 
 
 def _report() -> None:

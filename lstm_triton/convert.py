@@ -96,9 +96,9 @@ def from_gate_matrices(
         ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
     """
     matrices, biases = (W_u, W_f, W_c, W_r), (b_u, b_f, b_c, b_r)  # in PyTorch's order i, f, g, o
-    n = W_f.shape[-1]
-    p = W_f.shape[0] - n
-    if any(W.shape != (p + n, n) for W in matrices) or p < 0 or any(b.shape != (n,) for b in biases):
+    rows, n = W_f.shape if W_f.dim() == 2 else (-1, -1)
+    p = rows - n
+    if n < 0 or p < 0 or any(W.shape != (rows, n) for W in matrices) or any(b.shape != (n,) for b in biases):
         shapes = ", ".join(str(list(t.shape)) for t in (W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c))
         raise ValueError(f"expected four matrices [p + n, n] and four biases [n], got {shapes}")
     if any(t.dtype != W_f.dtype or t.device != W_f.device for t in (*matrices, *biases)):

@@ -98,7 +98,8 @@ def _choose(
     obstacle = _why_no_kernels(device_type, dtype, env)
     if backend == "auto":
         if obstacle is None and device_type == "cuda":
-            return Choice("triton", fused)
+            # To be reworded when committed benchmark rows show how the kernels compare with torch's own.
+            return Choice("triton", f"{fused}; its speed is not yet measured on a GPU")
         return Choice("torch", obstacle or f"on a CPU torch's own {torchs} is faster than Triton's interpreter")
     if obstacle is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")

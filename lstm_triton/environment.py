@@ -1,10 +1,13 @@
 """What this machine offers: versions, GPU, which backends can run here and why others cannot."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,17 +47,21 @@ def _why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
-def device_label() -> str:
-    """The device in a few words, such as 'NVIDIA H200 (sm_90, 132 SMs)'."""
+def device_label(device: torch.device | None = None) -> str:
+    """The device (by default the current GPU, if any) in a few words, such as 'NVIDIA H200 (sm_90, 132 SMs)'."""
+    on_cpu = "torch's own CPU kernels; Triton kernels in the interpreter"
     if not torch.cuda.is_available():
-        return "CPU only (no NVIDIA GPU): torch's own CPU kernels; Triton kernels in the interpreter"
-    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return f"CPU only (no NVIDIA GPU): {on_cpu}"
+    if device is not None and device.type != "cuda":
+        return f"{device.type.upper()}, chosen instead of the GPU: {on_cpu}"
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    p = torch.cuda.get_device_properties(index)
     return f"{p.name} (sm_{p.major}{p.minor}, {p.multi_processor_count} SMs)"
 
 
-def summary() -> str:
-    """One line: the device and the versions that decide what runs."""
-    return f"{device_label()} · triton {triton_version() or 'not installed'} · torch {torch.__version__}"
+def summary(device: torch.device | None = None) -> str:
+    """One line: the device, as `device_label` has it, and the versions that decide what runs."""
+    return f"{device_label(device)} · triton {triton_version() or 'not installed'} · torch {torch.__version__}"
 
 
 def info() -> str:
@@ -70,7 +77,7 @@ def info() -> str:
     lines += _aligned(rows)
     lines += ["", "GPUs"] + [f"  {line}" for line in _gpu_lines()]
     lines += ["", "Backends"] + [f"  {line}" for line in _aligned(_backends())]
-    lines += ["", "Compiled kernels", f"  {_cache_line()}"]
+    lines += ["", "Compiled kernels"] + [f"  {line}" for line in _cache_lines()]
     return "\n".join(lines)
 
 
@@ -124,11 +131,49 @@ def _backends() -> list[tuple[str, str]]:
     return [("triton", triton), ("cudnn", cudnn), ("reference", "available: plain PyTorch, on any device")]
 
 
-def _cache_line() -> str:
-    folder = Path(
-        os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton/cache"
-    )
+def cache_folder() -> Path:
+    """Where Triton keeps compiled kernels."""
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton/cache")
+
+
+def compiled_kernels(folder: Path) -> dict[tuple[str, str], int]:
+    """(kernel, architecture) -> variants of this package's kernels in a cache of Triton's: each has a folder, with metadata."""
+    found: Counter[tuple[str, str]] = Counter()
+    for path in folder.glob("*/_*.json"):
+        if not path.name.startswith(_KERNEL_NAMES):
+            continue
+        try:
+            metadata = json.loads(path.read_text())
+            arch = metadata["target"]["arch"]
+            found[metadata["name"], f"sm_{arch}" if isinstance(arch, int) else str(arch)] += 1
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # gone meanwhile, cut off, or of a Triton that writes it otherwise
+            found[path.stem, "unreadable"] += 1
+    return dict(sorted(found.items()))
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder; another process may be writing there."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(path, name)).st_size
+    return size
+
+
+def _cache_lines() -> list[str]:
+    folder = cache_folder()
     if not folder.is_dir():
-        return f"none yet; they will be kept in {folder}"
-    count = sum(path.name.startswith(_KERNEL_NAMES) for path in folder.glob("*/*.cubin"))
-    return f"{count} in {folder}"
+        return [f"none yet; they will be kept in {folder}"]
+    kernels = compiled_kernels(folder)
+    rows = [(name, f"{arch:<6}  {n} variant{'s' * (n > 1)}") for (name, arch), n in kernels.items()]
+    return [
+        *(_aligned(rows) if rows else ["none yet"]),
+        f"in {folder}: {_size(folder) / 2**20:.1f} MiB, other packages' kernels included",
+    ]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, readout_ops, reference
+from . import casting, dispatch, ops, readout_ops, reference
 from .layers import lstm
 
 __all__ = ["lstm", "lstm_cell", "softmax_readout"]
@@ -62,18 +62,15 @@ def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, backend) -> tuple[Ten
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch":
         return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
-    if torch.is_autocast_enabled(x.device.type):
+    if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, h, c, w_ih, w_hh, b_ih, b_hh = (_autocast(t, dtype) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh))
+        x, h, c, w_ih, w_hh, b_ih, b_hh = (
+            None if t is None else casting.cast(t, dtype) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)
+        )
     _check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if chosen == "reference":
         return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     return ops.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
-
-
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # As torch's own autocast does: float64 and integers stay what they are.
-    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def _check_cell(
@@ -149,9 +146,10 @@ def softmax_readout(
         return torch.softmax(torch.nn.functional.linear(h, weight, bias), -1)
     dtype = h.dtype
     device_type = h.device.type
-    if torch.is_autocast_enabled(device_type):
+    if casting.is_autocast(device_type):
         autocast_dtype = torch.get_autocast_dtype(device_type)
-        h, weight, bias = (_autocast(t, autocast_dtype) for t in (h, weight, bias))  # type: ignore[assignment]
+        h, weight = casting.cast(h, autocast_dtype), casting.cast(weight, autocast_dtype)
+        bias = None if bias is None else casting.cast(bias, autocast_dtype)
         dtype = torch.float32 if device_type == "cuda" and h.dtype != torch.float64 else h.dtype
     _check_readout(h, weight, bias)
     if chosen == "reference":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import implements, library, sees_operators
+from .ops import call, formula_precision, implements, is_jit_tracing, library, sees_operators
 
 _SEGMENTS = "Tensor? resets, Tensor? reset_h, Tensor? reset_c, Tensor? lengths"
 library.define(
@@ -26,8 +26,29 @@ def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Any,
     return [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
 
 
+# Hooks on saved tensors and callers of the operators may give any strides, the kernels do not take all of them.
+
+
+def _segments(resets, reset_h, reset_c, lengths):
+    from .kernels.layer import Segments
+
+    reset_h, reset_c = (s if s is None or s.stride(3) == 1 else s.contiguous() for s in (reset_h, reset_c))
+    return Segments(resets, reset_h, reset_c, None if lengths is None else lengths.contiguous())
+
+
+def _forward_results(y, h_n, c_n, c, gates):
+    """All dense in one memory order, that of y; time-major where the gates are to be rebuilt."""
+    from .kernels.layer import Forward, is_time_major
+
+    gates = gates if gates.numel() else None
+    if gates is None or is_time_major(y):
+        return Forward(y.contiguous(), h_n, c_n, c.contiguous(), None if gates is None else gates.contiguous())
+    y, c, gates = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (y, c, gates))
+    return Forward(y, h_n, c_n, c, gates)
+
+
 def _new_like_input(x: Tensor, size: int) -> Tensor:
-    """[T, B, size] in the memory order that the kernels give their outputs: that of x."""
+    """[T, B, size] in the memory order that the kernels give their results: that of x forward, of y backward."""
     T, B = x.shape[:2]
     if x.stride(0) >= x.stride(1) or T == 1 or B == 1:
         return x.new_empty((T, B, size))
@@ -45,7 +66,7 @@ def _lstm_layer(
         h0,
         c0,
         [layer.Direction(*w) for w in _by_direction(weights, directions)],
-        layer.Segments(resets, reset_h, reset_c, lengths),
+        _segments(resets, reset_h, reset_c, lengths),
         precision=precision,
         save_cells=save_cells,
         save_gates=save_gates,
@@ -64,47 +85,20 @@ def _(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precisi
 
 @implements("lstm_layer_backward")
 def _lstm_layer_backward(
-    dy,
-    dh_n,
-    dc_n,
-    dc,
-    x,
-    h0,
-    c0,
-    weights,
-    directions,
-    y,
-    c,
-    gates,
-    resets,
-    reset_h,
-    reset_c,
-    lengths,
-    needs,
-    precision,
-    stepwise,
-):
+    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
+    needs, precision, stepwise,
+):  # fmt: skip
     from .kernels import layer, layer_backward
 
     needs_dx, needs_states, needs_resets, needs_weights = needs
     grads = layer_backward.lstm_layer_backward(
-        dy,
-        dh_n,
-        dc_n,
-        dc,
-        x,
-        h0,
-        c0,
+        dy, dh_n, dc_n, dc, x, h0, c0,
         [layer.Direction(*w) for w in _by_direction(weights, directions)],
-        layer.Forward(y, h0, c0, c, gates if gates.numel() else None),
-        layer.Segments(resets, reset_h, reset_c, lengths),
-        needs_dx=needs_dx,
-        needs_weights=needs_weights,
-        needs_h0=needs_states,
-        needs_resets=needs_resets,
-        precision=precision,
-        stepwise=stepwise,
-    )
+        _forward_results(y, h0, c0, c, gates),
+        _segments(resets, reset_h, reset_c, lengths),
+        needs_dx=needs_dx, needs_weights=needs_weights, needs_h0=needs_states, needs_resets=needs_resets,
+        precision=precision, stepwise=stepwise,
+    )  # fmt: skip
     results: list[Tensor | None] = [grads.dx, grads.dh0, grads.dc0, grads.dreset_h, grads.dreset_c]
     if grads.dw_ih is not None and grads.dw_hh is not None and grads.db is not None:
         for of_direction in zip(grads.dw_ih, grads.dw_hh, grads.db):
@@ -114,45 +108,31 @@ def _lstm_layer_backward(
 
 @torch.library.register_fake("lstm_triton::lstm_layer_backward", lib=library)
 def _(
-    dy,
-    dh_n,
-    dc_n,
-    dc,
-    x,
-    h0,
-    c0,
-    weights,
-    directions,
-    y,
-    c,
-    gates,
-    resets,
-    reset_h,
-    reset_c,
-    lengths,
-    needs,
-    precision,
-    stepwise,
-):
+    dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
+    needs, precision, stepwise,
+):  # fmt: skip
     needs_dx, needs_states, needs_resets, needs_weights = needs
     (T, B, I), (D, _, H) = x.shape, h0.shape
+    y = y if gates.dim() > 1 else y.contiguous()  # as in `_forward_results`
     none = (0,)
     reset = (T, D, B, H)
     results = [
-        _new_like_input(x, I) if needs_dx else x.new_empty(none),
+        _new_like_input(y, I) if needs_dx else x.new_empty(none),
         x.new_empty(h0.shape if needs_states else none),
     ]
     results += [x.new_empty(c0.shape), x.new_empty(reset if needs_resets else none)]
     results += [
-        _new_like_input(x, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3) if needs_resets else x.new_empty(none)
+        _new_like_input(y, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3) if needs_resets else x.new_empty(none)
     ]
     if needs_weights:
         results += [x.new_empty(shape) for _ in range(D) for shape in ((4 * H, I), (4 * H, H), (4 * H,))]
     return results
 
 
-def _forward(x, *args):
-    return (torch.ops.lstm_triton.lstm_layer if sees_operators(x) else _lstm_layer)(x, *args)
+def _forward(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, *options):
+    sees = sees_operators(x, h0, c0, *weights, resets, reset_h, reset_c, lengths)
+    forward = torch.ops.lstm_triton.lstm_layer if sees else _lstm_layer
+    return forward(x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, *options)
 
 
 class LSTMLayerBackwardFunction(torch.autograd.Function):
@@ -163,36 +143,22 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         dy, dh_n, dc_n, dc, y, c, gates, needs, directions, precision, stepwise,
         x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
     ):  # fmt: skip
-        backward = torch.ops.lstm_triton.lstm_layer_backward if sees_operators(x) else _lstm_layer_backward
+        sees = sees_operators(
+            dy, dh_n, dc_n, dc, y, c, gates, x, h0, c0, resets, reset_h, reset_c, lengths, *weights
+        )  # fmt: skip
+        backward = torch.ops.lstm_triton.lstm_layer_backward if sees else _lstm_layer_backward
         return tuple(
             backward(
-                dy,
-                dh_n,
-                dc_n,
-                dc,
-                x,
-                h0,
-                c0,
-                weights,
-                directions,
-                y,
-                c,
-                gates,
-                resets,
-                reset_h,
-                reset_c,
-                lengths,
-                needs,
-                precision,
-                stepwise,
-            )  # fmt: skip
-        )
+                dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, y, c, gates, resets, reset_h, reset_c, lengths,
+                needs, precision, stepwise,
+            )
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4], *inputs[11:])
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.directions = inputs[7], inputs[8]
+        ctx.directions, ctx.precision = inputs[8:10]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -208,7 +174,8 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
 
         # What was not needed came back empty, and has no gradient.
         wanted = [g if g is None or g.numel() else None for g in grads]
-        found = reference.back_through(reference_backward, wanted, (*tensors, reset_h, reset_c, *weights))
+        with formula_precision(tensors[4].dtype, ctx.precision, recurrent=True):
+            found = reference.back_through(reference_backward, wanted, (*tensors, reset_h, reset_c, *weights))
         d_cotangents, d_inputs, (dreset_h, dreset_c), d_weights = found[:4], found[4:7], found[7:9], found[9:]
         return *d_cotangents, *(None,) * 7, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
 
@@ -220,8 +187,22 @@ class LSTMLayerFunction(torch.autograd.Function):
     def forward(
         directions, precision, stepwise, return_cells, recompute, x, h0, c0, resets, reset_h, reset_c, lengths, *weights
     ):
+        # Gates are rebuilt some steps at a time, which are contiguous where y is time-major. What is saved is the caller's x.
+        run = x.contiguous() if recompute else x
         return _forward(
-            x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, True, not recompute, stepwise
+            run,
+            h0,
+            c0,
+            weights,
+            directions,
+            resets,
+            reset_h,
+            reset_c,
+            lengths,
+            precision,
+            True,
+            not recompute,
+            stepwise,
         )
 
     @staticmethod
@@ -241,22 +222,10 @@ class LSTMLayerFunction(torch.autograd.Function):
             return (None,) * (5 + len(asked))
         weights_asked = asked[7:]
         needs = [asked[0], asked[1], asked[4] or asked[5], any(weights_asked)]
-        # A compiler that meets a Function of any number of arguments where no gradient is recorded takes it for an older kind.
-        apply = LSTMLayerBackwardFunction.forward if torch.compiler.is_compiling() else LSTMLayerBackwardFunction.apply
-        grads = apply(
-            dy,
-            dh_n,
-            dc_n,
-            dc,
-            y.detach(),
-            c.detach(),
-            gates,
-            needs,
-            ctx.directions,
-            ctx.precision,
-            ctx.stepwise,
-            *inputs,
-        )
+        grads = call(
+            LSTMLayerBackwardFunction, dy, dh_n, dc_n, dc, y.detach(), c.detach(), gates, needs,
+            ctx.directions, ctx.precision, ctx.stepwise, *inputs,
+        )  # fmt: skip
         dx, dh0, dc0, dreset_h, dreset_c = grads[:5]
         dweights = []
         if needs[3]:
@@ -321,17 +290,18 @@ def lstm_layer(
     stepwise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n, c or None) through the kernels; arguments as `kernels.layer.lstm_layer_forward`, weights flat."""
-    if torch.is_grad_enabled() and any(
+    tracing = is_jit_tracing()
+    differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
-    ):
-        if recompute:
-            x = x.contiguous()  # rebuilding the gates of some steps needs these to be contiguous in y
-        y, h_n, c_n, c, _ = LSTMLayerFunction.apply(
-            directions, precision, stepwise, return_cells, recompute,
+    )
+    if differentiable and not tracing:
+        y, h_n, c_n, c, _ = call(
+            LSTMLayerFunction, directions, precision, stepwise, return_cells, recompute,
             x, h0, c0, resets, reset_h, reset_c, lengths, *weights,
         )  # fmt: skip
     else:
         y, h_n, c_n, c, _ = _forward(
-            x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, return_cells, False, stepwise
-        )
+            x, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision,
+            return_cells or tracing, tracing, stepwise,
+        )  # fmt: skip
     return y, h_n, c_n, c if return_cells else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, layer_ops, projection, reference, torch_ops
+from . import casting, dispatch, layer_ops, projection, reference, torch_ops
 
 
 def lstm(
@@ -121,7 +121,9 @@ def run(
             by_direction.append((*w[:2], *(w[2:4] if bias else (None, None)), *w[4 if bias else 2 :]))
         return reference.lstm_layer(x, *hx, by_direction, *segments)
     if chosen == "triton-persistent":
-        _require_persistent(T, B, H, directions, x, precision)
+        given = (x, *hx, *weights, segments.reset_h, segments.reset_c)
+        is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        _require_persistent(T, B, H, directions, x, precision, is_recorded)
     stepwise = chosen == "triton-stepwise"
     if len(weights) // directions not in (2, 4):
         return projection.lstm_layer(
@@ -135,14 +137,14 @@ def autocast(
 ) -> tuple:
     """All of them in the dtype of the autocast, if there is one; float64 stays what it is, as in torch's own."""
     device_type = x.device.type
-    if not torch_ops.is_autocast(device_type):
+    if not casting.is_autocast(device_type):
         return x, hx, reset_state, weights
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensors):
         if tensors is None:
             return None
-        return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+        return [casting.cast(t, dtype) for t in tensors]
 
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
@@ -164,20 +166,26 @@ def _cudnn_precision(precision: str) -> Iterator[None]:
         rnn.fp32_precision = before
 
 
-def _require_persistent(T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None) -> None:
-    from .kernels import interpreter, layer
+def _require_persistent(
+    T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None, is_recorded: bool
+) -> None:
+    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward."""
+    from .kernels import interpreter, layer, sequence_config
 
-    if not interpreter.programs_can_wait() and not layer.is_persistent(
-        T, B, H, directions, x.dtype, precision, x.device
-    ):
-        raise RuntimeError(
-            "backend='triton-persistent' cannot serve: Triton's interpreter runs programs one after the other, and here one"
-            " would have to wait for another"
-        )
-    if not layer.is_persistent(T, B, H, directions, x.dtype, precision, x.device):
+    ways = {"forward": sequence_config.sequence_forward_config}
+    if is_recorded:
+        ways["backward"] = sequence_config.sequence_backward_config
+    for way, configure in ways.items():
+        if layer.is_persistent(T, B, H, directions, x.dtype, precision, x.device, configure):
+            continue
+        if not interpreter.programs_can_wait():
+            raise RuntimeError(
+                "backend='triton-persistent' cannot serve: Triton's interpreter runs programs one after the other, and here"
+                f" one would have to wait for another in the {way}"
+            )
         raise RuntimeError(
             f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {directions} direction(s) in {x.dtype} the"
-            " programs of one launch do not all fit on this device together with W_hh"
+            f" programs of one launch do not all fit on this device together with W_hh in the {way}"
         )
 
 
@@ -237,7 +245,7 @@ def checked_segments(
             raise TypeError(f"resets must be bool, got {resets.dtype}")
         if resets.shape != (T, B):
             raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
-        resets = resets.to(x.device)
+        resets = sent(resets, x.device)
         if reset_state is not None:
             reset_h, reset_c = (_broadcast(s, (*rows, size), x) for s, size in zip(reset_state, sizes))
     elif reset_state is not None:
@@ -250,8 +258,21 @@ def checked_segments(
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
             if int(lengths.min()) < 0 or int(lengths.max()) > T:
                 raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
-        lengths = lengths.to(x.device, torch.int64).clamp(0, T)
+        lengths = sent(lengths, x.device).to(torch.int64).clamp(0, T)
     return Segments(resets, reset_h, reset_c, lengths)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on this device. From the CPU without waiting for what the GPU has yet to do.
+
+    A copy of pageable memory may wait, one of the caller's pinned memory would read what that holds when the GPU gets there: it
+    goes through pinned memory of its own, which torch's allocator gives to nobody else before the copy is done. A captured copy
+    would be repeated from there at each replay: torch refuses the plain one.
+    """
+    is_plain = device.type != "cuda" or t.device.type != "cpu" or torch.compiler.is_compiling()
+    if is_plain or torch.cuda.is_current_stream_capturing():
+        return t.to(device)
+    return torch.empty_like(t, pin_memory=True).copy_(t).to(device, non_blocking=True)
 
 
 def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, layers, torch_ops
+from . import casting, dispatch, layers, torch_ops
 from .modules import check_options, options_repr
 
 
@@ -106,7 +106,7 @@ class LSTMForward(torch.nn.RNNBase):
         if chosen in ("torch", "cudnn"):
             train, dropout = self._mode()
             data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
-            with layers.cudnn_precision(data, self.precision), torch_ops.without_autocast(data.device.type):
+            with layers.cudnn_precision(data, self.precision), casting.without_autocast(data.device.type):
                 y, *hidden = torch._VF.lstm(
                     data,
                     batch_sizes,
@@ -127,10 +127,10 @@ class LSTMForward(torch.nn.RNNBase):
                     s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
                 )
             # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
-            lengths = (batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1)
-            at = _packed_rows(batch_sizes, B).to(data.device)
+            lengths = layers.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
+            at = layers.sent(_packed_rows(batch_sizes, B), data.device)
             x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
-            y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths.to(data.device), return_cell_states)
+            y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths, return_cell_states)
             y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
             if return_cell_states:
                 packed_cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)

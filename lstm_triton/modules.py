@@ -29,7 +29,8 @@ class LSTMCell(torch.nn.LSTMCell):
         device, dtype: of the parameters.
         precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
             torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.LSTMCell does.
-        backend: "auto" (the fastest that can serve; `lstm_triton.explain(cell)` says which and why), "triton", "reference".
+        backend: "auto" (the kernels where they can run, else torch's own; `lstm_triton.explain(cell)` says which and why),
+            "triton", "reference".
 
     Inputs: input [B, I] or [I]; hx: (h, c), each [B, H] or [H], zeros when None.
     Outputs: (h, c) of the next step, shaped alike. Twice differentiable.
@@ -79,8 +80,8 @@ class SoftmaxReadout(torch.nn.Linear):
         device, dtype: of the parameters.
         precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
             torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.Linear does.
-        backend: "auto" (the fastest that can serve; `lstm_triton.explain(readout)` says which and why), "triton",
-            "reference".
+        backend: "auto" (the kernels where they can run, else torch's own; `lstm_triton.explain(readout)` says which and why),
+            "triton", "reference".
 
     Input: [..., H]. Output: [..., V], each row of which sums to 1. Twice differentiable.
 

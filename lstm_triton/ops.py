@@ -1,11 +1,12 @@
 """The kernels as PyTorch operators: torch.library definitions (which torch.compile and export see) and autograd.
 
 In eager mode the launchers are called directly; the dispatcher, several microseconds a call, is passed through only where
-something has to see the operator: while compiling, under a dispatch mode, or with tensor subclasses. Where no kernel can
-serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference formula does.
+something has to see the operator: while compiling or tracing, under a dispatch mode, with tensor subclasses or lazily negated
+tensors. Where no kernel can serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference formula does.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ def implements(name: str):
     return register
 
 
+def empty_for_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns no None."""
+    return tuple(like.new_empty(0) if t is None else t for t in results)
+
+
 @functools.cache
 def _launchers():
     # Imported where a kernel first runs, since elsewhere there may be no triton; and once, since an import costs on every call.
@@ -60,11 +66,16 @@ def _(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
     return x.new_empty((B, H)), x.new_empty((B, H)), x.new_empty((B, H, 4) if save_gates else (0,))
 
 
-@implements("lstm_cell_backward")
 def _lstm_cell_backward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
     _, launch = _launchers()
-    grads = launch(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    # The kernel takes what was saved to be contiguous, but a hook on saved tensors may return any strides.
+    gates, c = gates.contiguous(), c.contiguous()
+    return launch(dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, tuple(needs), precision=precision)
+
+
+@implements("lstm_cell_backward")
+def _(dh, dc, x, *args):
+    return empty_for_none(_lstm_cell_backward(dh, dc, x, *args), x)
 
 
 @torch.library.register_fake("lstm_triton::lstm_cell_backward", lib=library)
@@ -76,16 +87,28 @@ def _(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precis
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records operators: for calls with and without gradients, whichever the one recorded is."""
+    return torch._C._get_tracing_state() is not None
+
+
 def sees_operators(*tensors: Tensor | None) -> bool:
-    """Whether something watches the dispatcher: a compiler, a dispatch mode (fake tensors), torch.func, a tensor subclass."""
-    for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
-            return True
-    return (
+    """Whether the dispatcher has to see the operator; elsewhere a kernel may take the memory of the tensors as it is.
+
+    It has to for compilers, torch.jit.trace, dispatch modes (fake tensors), torch.func and what it leaves behind, tensor
+    subclasses, and tensors whose elements are negated when read (the imaginary part of a conjugate).
+    """
+    if (
         torch.compiler.is_compiling()
+        or is_jit_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-    )
+    ):
+        return True
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or _functorch.is_functorch_wrapped_tensor(t)):
+            return True
+    return False
 
 
 def takes_formula(*gradients: Tensor | None) -> bool:
@@ -101,6 +124,39 @@ def takes_formula(*gradients: Tensor | None) -> bool:
     return any(i.key() != _functorch.TransformType.Grad for i in _functorch.get_interpreter_stack())
 
 
+@functools.cache
+def _with_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same Function in the older style, forward(ctx, ...), which torch.func does not know."""
+
+    def forward(ctx, *args):
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
+
+
+def call(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), which on every call binds the arguments to the signature, at several times the cost of the rest.
+
+    So in eager mode the older style serves, and where no gradient is recorded forward alone. A compiler that meets a Function
+    of any number of arguments there takes it for the older style.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    return (function if torch.compiler.is_compiling() else _with_context(function)).apply(*args)
+
+
+def formula_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False):
+    """torch's own products inside, those of the reference formulas: in the precision of the kernels'."""
+    from .kernels import launch
+
+    return launch.torch_matmul_precision(dtype, launch.matmul_precision(dtype, precision, recurrent=recurrent))
+
+
 def _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
     if sees_operators(x, h, c, w_ih, w_hh, b_ih, b_hh):
         return torch.ops.lstm_triton.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates)
@@ -112,7 +168,7 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision):
-        sees = sees_operators(dh, dc, x, h_prev, c_prev, w_ih, w_hh)
+        sees = sees_operators(dh, dc, x, h_prev, c_prev, w_ih, w_hh, gates, c)
         backward = torch.ops.lstm_triton.lstm_cell_backward if sees else _lstm_cell_backward
         return backward(dh, dc, x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, gates, c, needs, precision)
 
@@ -120,16 +176,17 @@ class LSTMCellBackwardFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
-        ctx.needs = inputs[11]
+        ctx.needs, ctx.precision = inputs[11:]
 
     @staticmethod
     def backward(ctx, *grads):
         dh, dc, *inputs = ctx.saved_tensors
         zeros = torch.zeros_like(inputs[2])
         wanted = [g if n else None for g, n in zip(grads, ctx.needs)]
-        found = reference.lstm_cell_double_backward(
-            wanted, (zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
-        )
+        with formula_precision(zeros.dtype, ctx.precision):
+            found = reference.lstm_cell_double_backward(
+                wanted, (zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
+            )
         found[:2] = [None if t is None else g for t, g in zip((dh, dc), found)]
         return (*found, None, None, None, None)
 
@@ -161,7 +218,7 @@ class LSTMCellFunction(torch.autograd.Function):
             zeros = torch.zeros_like(c)
             grads = reference.lstm_cell_backward(zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
         else:
-            grads = LSTMCellBackwardFunction.apply(dh, dc, *inputs, gates, c.detach(), needs, ctx.precision)
+            grads = call(LSTMCellBackwardFunction, dh, dc, *inputs, gates, c.detach(), needs, ctx.precision)
         dx, dh_prev, dc_prev, dw_ih, dw_hh, db = (g if n else None for g, n in zip(grads, needs))
         return dx, dh_prev, dc_prev, dw_ih, dw_hh, db if asked[5] else None, db if asked[6] else None, None
 
@@ -206,8 +263,9 @@ def lstm_cell(
         x.requires_grad or h.requires_grad or c.requires_grad or w_ih.requires_grad or w_hh.requires_grad
         or (b_ih is not None and b_ih.requires_grad) or (b_hh is not None and b_hh.requires_grad)
     )  # fmt: skip
-    if differentiable and not torch.compiler.is_compiling():
-        h, c, _ = LSTMCellFunction.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
+    compiling, tracing = torch.compiler.is_compiling(), is_jit_tracing()
+    if differentiable and not compiling and not tracing:
+        h, c, _ = call(LSTMCellFunction, x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
     else:
-        h, c, _ = _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, differentiable)
+        h, c, _ = _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, differentiable or tracing)
     return h, c

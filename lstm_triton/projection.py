@@ -50,6 +50,8 @@ def lstm_layer(
     h_n = torch.stack([u_d @ w_hr.t() for u_d, w_hr in zip(u_n, projections)])
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
+        # Zero already; but a gradient that arrives there, perhaps NaN, must not meet the zeros of u in a product.
+        y = torch.where((torch.arange(len(x), device=x.device)[:, None] < lengths)[..., None], y, 0.0)
     return y, h_n, c_n, c
 
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import implements, library, sees_operators, takes_formula
+from .ops import (
+    call,
+    empty_for_none,
+    formula_precision,
+    implements,
+    is_jit_tracing,
+    library,
+    sees_operators,
+    takes_formula,
+)
 
 library.define("softmax_readout(Tensor h, Tensor weight, Tensor? bias, str? precision, ScalarType dtype) -> Tensor")
 library.define(
@@ -35,11 +44,15 @@ def _(h, weight, bias, precision, dtype):
     return h.new_empty((h.shape[0], weight.shape[0]), dtype=dtype)
 
 
-@implements("softmax_readout_backward")
 def _softmax_readout_backward(dy, h, weight, bias, y, needs, precision):
     _, launch = _launchers()
-    grads = launch(dy, y, h, weight, tuple(needs), precision=precision)
-    return tuple(h.new_empty(0) if g is None else g for g in grads)
+    # The kernels take what was saved to be contiguous, but a hook on saved tensors may return any strides.
+    return launch(dy, y.contiguous(), h, weight, tuple(needs), precision=precision)
+
+
+@implements("softmax_readout_backward")
+def _(dy, h, *args):
+    return empty_for_none(_softmax_readout_backward(dy, h, *args), h)
 
 
 @torch.library.register_fake("lstm_triton::softmax_readout_backward", lib=library)
@@ -70,7 +83,7 @@ class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, h, weight, bias, y, needs, precision):
-        sees = sees_operators(dy, h, weight, bias)
+        sees = sees_operators(dy, h, weight, y)
         backward = torch.ops.lstm_triton.softmax_readout_backward if sees else _softmax_readout_backward
         return backward(dy, h, weight, bias, y, needs, precision)
 
@@ -78,12 +91,14 @@ class SoftmaxReadoutBackwardFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4])
         ctx.set_materialize_grads(False)
-        ctx.needs = inputs[5]
+        ctx.needs, ctx.precision = inputs[5:]
 
     @staticmethod
     def backward(ctx, *grads):
         wanted = [g if n else None for g, n in zip(grads, ctx.needs)]
-        return (*reference.back_through(_backward_formula, wanted, ctx.saved_tensors), None, None, None)
+        with formula_precision(ctx.saved_tensors[1].dtype, ctx.precision):
+            found = reference.back_through(_backward_formula, wanted, ctx.saved_tensors)
+        return (*found, None, None, None)
 
 
 class SoftmaxReadoutFunction(torch.autograd.Function):
@@ -108,7 +123,7 @@ class SoftmaxReadoutFunction(torch.autograd.Function):
         if takes_formula(dy):
             grads = _backward_formula(dy, h, weight, bias)
         else:
-            grads = SoftmaxReadoutBackwardFunction.apply(dy, h, weight, bias, y.detach(), needs, ctx.precision)
+            grads = call(SoftmaxReadoutBackwardFunction, dy, h, weight, bias, y.detach(), needs, ctx.precision)
         return (*(g if n else None for g, n in zip(grads, needs)), None, None)
 
 
@@ -139,6 +154,6 @@ def softmax_readout(
     differentiable = torch.is_grad_enabled() and (
         h.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if differentiable and not torch.compiler.is_compiling():
-        return SoftmaxReadoutFunction.apply(h, weight, bias, precision, dtype)
+    if differentiable and not torch.compiler.is_compiling() and not is_jit_tracing():
+        return call(SoftmaxReadoutFunction, h, weight, bias, precision, dtype)
     return _forward(h, weight, bias, precision, dtype)

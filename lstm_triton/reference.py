@@ -107,7 +107,10 @@ def lstm_layer(
                 flags = resets[t + d] if lengths is None else resets[t + d] & (t + d < lengths)
                 h_prev = torch.where(flags[:, None], 0.0 if reset_h is None else reset_h[t, d], h_prev)
                 c_prev = torch.where(flags[:, None], 0.0 if reset_c is None else reset_c[t, d], c_prev)
-            h_t, c_t = lstm_cell(x[t], h_prev, c_prev, *direction[:4])
+            x_t = x[t]
+            if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
+                x_t, h_prev, c_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev, c_prev))
+            h_t, c_t = lstm_cell(x_t, h_prev, c_prev, *direction[:4])
             if len(direction) == 5:
                 h_t = h_t @ direction[4].t()
             if active is None:

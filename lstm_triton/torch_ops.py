@@ -4,12 +4,12 @@ Traced, the CPU's kernel fails under aot_eager and inductor; as one operator who
 everywhere.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import casting
 from .ops import implements, library
 
 library.define(
@@ -78,17 +78,6 @@ def _backward(ctx, dy, dh_n, dc_n):
 torch.library.register_autograd("lstm_triton::torch_lstm", _backward, setup_context=_save, lib=library)
 
 
-def is_autocast(device_type: str) -> bool:
-    """Whether tensors on such devices are cast; a device type without autocast (meta) may be asked for too."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
-        return False
-    return torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str):
-    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
-
-
 def lstm(
     x: Tensor,
     hx: Sequence[Tensor],
@@ -103,8 +92,8 @@ def lstm(
 
     Under autocast all are in its dtype already: torch's own would take float16 for bfloat16 on a GPU.
     """
-    if is_autocast(x.device.type):
-        with without_autocast(x.device.type):
+    if casting.is_autocast(x.device.type):
+        with casting.without_autocast(x.device.type):
             return lstm(x, hx, weights, bias, num_layers, dropout, train, bidirectional)
     if not torch.compiler.is_compiling():
         batch_first = x.stride(1) > x.stride(0)

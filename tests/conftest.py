@@ -28,6 +28,12 @@ KERNEL_MODULES = [
 ]
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto`: on a GPU a few workers, since persistent kernels want it nearly to themselves; otherwise xdist decides."""
+    return None if INTERPRETING else 4
+
+
 class _PoisoningTorch(types.ModuleType):
     """`torch` as the kernels' launchers see it: memory they ask for uninitialised comes filled with NaN."""
 

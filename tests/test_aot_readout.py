@@ -3,12 +3,13 @@
 What runs without the interpreter runs in processes of its own: one per architecture, and one for the JIT's behaviour.
 """
 
+import re
 import sys
 
 import pytest
 import torch
 import triton.language as tl
-from support.aot import SHARED_MEMORY_PER_BLOCK, compile_ahead
+from support.aot import GENERATIONS, compile_for
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 
@@ -27,15 +28,15 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 INNERMOST = ("stride_h_k", "stride_weight_k", "stride_bias", "stride_dy_v")
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY_PER_BLOCK)
-def test_every_configuration_compiles_well(arch):
-    assert "kernels compiled" in run_without_interpreter(__file__, str(arch), timeout=1800)
+@pytest.mark.parametrize("archs", GENERATIONS, ids=str)
+def test_every_configuration_compiles_well(archs):
+    assert "kernels compiled" in run_without_interpreter(__file__, *map(str, archs), timeout=1800)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_MEMORY_PER_BLOCK)
-def test_the_full_product_compiles_well(arch):
-    assert "kernels compiled" in run_without_interpreter(__file__, str(arch), "all", timeout=3600)
+@pytest.mark.parametrize("archs", GENERATIONS, ids=str)
+def test_the_full_product_compiles_well(archs):
+    assert "kernels compiled" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=3600)
 
 
 def test_jit():
@@ -86,11 +87,11 @@ def _others(dtype):
     yield readout_backward._readout_sum_parts_kernel, common | {"BLOCK_P": c.block_parts, "BLOCK": c.block}, c
 
 
-def _cases(arch, everything):
+def _cases(everything):
     """(kernel, constants, configuration, dtype, dtype of y, aligned, whether on tensor cores) to be compiled.
 
     Unless everything: without float16, which is the code of bfloat16 but for the type, and of unaligned tensors only the
-    largest tiles, and none on 86, 89 and 120, which run the code of 80.
+    largest tiles.
     """
     for dtype, precision in KINDS:
         if dtype == torch.float16 and not everything:
@@ -105,9 +106,7 @@ def _cases(arch, everything):
             for result in (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,):
                 if result == dtype or everything or kernel is readout_backward._readout_backward_kernel:
                     yield kernel, constants, c, dtype, result, True, tensor_cores
-                if everything or (
-                    result == dtype and arch in (80, 90, 100) and c.block_b * c.block_v == largest[kernel]
-                ):
+                if everything or (result == dtype and c.block_b * c.block_v == largest[kernel]):
                     yield kernel, constants, c, dtype, result, False, tensor_cores
         if precision == "ieee":
             for aligned in (True, False) if everything else (True,):
@@ -115,23 +114,28 @@ def _cases(arch, everything):
                     yield *launch, dtype, dtype, aligned, False
 
 
-def _compile_all(arch, everything):
+def _compile_all(archs, everything):
     compiled, failures = 0, []
-    for kernel, constants, c, dtype, result, aligned, tensor_cores in _cases(arch, everything):
+    for kernel, constants, c, dtype, result, aligned, tensor_cores in _cases(everything):
         signature = _signature(kernel, constants, dtype, result, aligned)
-        options = {"arch": arch, "num_warps": c.num_warps, "num_stages": c.num_stages}
-        report = compile_ahead(kernel, signature, constants, **options)
-        what = f"{report.name} sm_{arch} {dtype} y {result} {'aligned' if aligned else 'unaligned'} {constants} {c}"
-        if not report.fits():
-            failures.append(f"{what}: {report.shared_memory} bytes of shared memory")
-        if report.stack_bytes and report.local_memory_in_loops():
-            failures.append(f"{what}: {report.local_memory_in_loops()} accesses to local memory in loops")
-        if tensor_cores and "mma" not in report.ptx:
-            failures.append(f"{what}: no tensor cores")
-        compiled += 1
+        for report in compile_for(archs, kernel, signature, constants, **c.options):
+            what = f"{report.name} sm_{report.arch} {dtype} {result} {'' if aligned else 'un'}aligned {constants} {c}"
+            failures += [f"{what}: {fault}" for fault in _faults(report, tensor_cores)]
+            compiled += 1
     if failures:
         sys.exit("\n".join(failures))
     print(f"{compiled} kernels compiled")
+
+
+def _faults(report, tensor_cores):
+    if not report.fits():
+        yield f"{report.shared_memory} bytes of shared memory"
+    if report.stack_bytes and report.local_memory_in_loops():
+        yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
+    matrix_instructions = bool(re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", report.ptx))
+    # Whether products of float64 have any is up to the architecture.
+    if "f64" not in report.ptx and tensor_cores != matrix_instructions:
+        yield f"{'no ' * tensor_cores}matrix instructions"
 
 
 def _grids(driver):
@@ -155,26 +159,36 @@ def check_one_row_of_a_large_vocabulary_fills_the_gpu():
         assert programs["_readout_backward_kernel"] >= 3 * multiprocessors, programs
 
 
-def check_a_new_batch_size_does_not_recompile():
-    H, V = 64, 1024
-    weight = torch.zeros(V, H, dtype=torch.bfloat16)
-    kernels = [
-        readout._readout_forward_kernel,
-        readout._readout_rescale_kernel,
-        readout_backward._readout_row_dots_kernel,
-        readout_backward._readout_backward_kernel,
-        readout_backward._readout_sum_parts_kernel,
+def _compiled(*shapes):
+    """How often each of the five kernels has been compiled, after problems of these shapes B, H, V."""
+    for B, H, V in shapes:
+        h, weight = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(V, H, dtype=torch.bfloat16)
+        y = readout.softmax_readout_forward(h, weight)
+        readout_backward.softmax_readout_backward(y, y, h, weight)
+    return [
+        count_compiled(kernel)
+        for kernel in (
+            readout._readout_forward_kernel,
+            readout._readout_rescale_kernel,
+            readout_backward._readout_row_dots_kernel,
+            readout_backward._readout_backward_kernel,
+            readout_backward._readout_sum_parts_kernel,
+        )
     ]
+
+
+def check_sizes_recompile_only_by_divisibility():
     with fake_driver():
-        for B in (1, 3, 8, 16):
-            h = torch.zeros(B, H, dtype=torch.bfloat16)
-            y = readout.softmax_readout_forward(h, weight)
-            readout_backward.softmax_readout_backward(y, y, h, weight)
-        assert [count_compiled(kernel) for kernel in kernels] == [1] * 5, [count_compiled(k) for k in kernels]
+        assert _compiled((8, 64, 1024)) == [1] * 5
+        assert _compiled(*((B, 64, 1024) for B in (1, 3, 8, 16))) == [1] * 5, "the batch size recompiles"
+        assert _compiled((8, 128, 1024), (8, 1600, 1024)) == [1] * 5, "H recompiles"
+        assert _compiled((8, 64, 1040), (8, 64, 4096)) == [1] * 5, "V recompiles"
+        assert _compiled((8, 33, 1025)) == [2] * 5, "no multiples of 16"
+        assert _compiled((8, 77, 1025), (8, 2, 1025), (8, 33, 999), (3, 33, 4001)) == [2] * 5, "an odd size recompiles"
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _compile_all(int(sys.argv[1]), everything="all" in sys.argv)
+        _compile_all([int(arch) for arch in sys.argv[1:] if arch != "all"], everything="all" in sys.argv)
     else:
         run_checks(globals())

@@ -3,10 +3,12 @@
 The checks run in one process of their own, without the interpreter.
 """
 
+from dataclasses import replace
+
 import pytest
 import triton
 import triton.language as tl
-from support.aot import SHARED_MEMORY_PER_BLOCK, compile_ahead, lint_grid_barrier
+from support.aot import GENERATIONS, SHARED_MEMORY_PER_BLOCK, compile_ahead, compile_for, lint_grid_barrier
 from support.process import run_checks, run_without_interpreter
 
 
@@ -56,6 +58,29 @@ def check_every_architecture_compiles():
         assert report.counts["STG"] == 1 and report.counts["EXIT"] >= 1, report.counts
         assert 1 <= report.global_loads_in_loop() <= report.counts["LDG"], report.counts
         assert report.local_memory_in_loops() == report.matrix_instructions() == 0
+
+
+@triton.jit
+def _product_kernel(x_ptr, w_ptr, y_ptr, K, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK):
+        x = tl.load(x_ptr + i[:, None] * K + k + i[None, :])
+        total = tl.dot(x, tl.load(w_ptr + i[:, None] * K + k + i[None, :]).T, total)
+    tl.store(y_ptr + i[:, None] * BLOCK + i[None, :], total)
+
+
+def check_a_generation_has_one_ptx():
+    """What is assembled for an architecture is what is compiled for it."""
+    signature = {"x_ptr": "*bf16:16", "w_ptr": "*bf16:16", "y_ptr": "*fp32:16", "K": "i32:16"}
+    options = {"num_warps": 4, "num_stages": 3}
+    assert GENERATIONS[0][1:], "there is one with several architectures"
+    for archs in GENERATIONS:
+        assembled = compile_for(archs, _product_kernel, signature, {"BLOCK": 64}, **options)
+        for arch, report in list(zip(archs, assembled))[1:]:
+            compiled = compile_ahead(_product_kernel, signature, {"BLOCK": 64}, arch=arch, **options)
+            assert compiled.matrix_instructions() and compiled.instructions == report.instructions, arch
+            assert replace(compiled, asm={}) == replace(report, asm={}), arch
 
 
 def check_nothing_is_disassembled_before_it_is_asked_for():

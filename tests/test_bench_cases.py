@@ -26,6 +26,7 @@ H100 = cudnn.Gpu((9, 0), 132)
         ({"bidirectional": True}, "STANDARD"),
         ({"proj_size": 64}, "STANDARD"),
         ({"rows": "packed"}, "STANDARD"),
+        ({"rows": "lengths"}, "STANDARD"),
         ({"dtype": "bfloat16"}, "STANDARD"),
         ({"dtype": "float32"}, "STANDARD"),
         ({"hidden_size": 192, "dtype": "bfloat16"}, "PERSIST_STATIC_SMALL_H"),
@@ -142,7 +143,9 @@ def test_a_short_run_tells_the_story():
     assert min(sizes) == 32 and max(sizes) == 4096
     cells = {(t.case.hidden_size, t.case.batch) for t in order if t.suite == "cell"}
     assert {(64, 1), (4096, 1024)} <= cells
-    assert all(t.executions == ("eager", "graph") for t in order if t.suite == "cell")
+    cell_tasks = [t for t in order if t.suite == "cell"]
+    assert all(t.executions == ("eager", "graph") for t in cell_tasks)
+    assert len(cells) == 35 and all("torch.compile" in t.providers for t in cell_tasks), "compiled at every size"
 
 
 def test_a_cpu_gets_neither_graphs_nor_tf32():
@@ -155,6 +158,12 @@ def test_float32_products_default_to_what_torch_does():
     assert Case("a", 8, 1, 4, dtype="float32").precision == "tf32"
     assert Case("a", 8, 1, 1, form="cell", dtype="float32").precision == "ieee"
     assert Case("a", 8, 1, 4, dtype="float16", precision="tf32").precision == ""
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 0}, {"batch": -1}, {"length": 0}, {"resets": 2.0}, {"scale": 0.0}])
+def test_sizes_that_make_no_case(changes):
+    with pytest.raises(ValueError, match="less than|share"):
+        Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
 
 
 def test_cases_and_tasks_survive_json():

@@ -7,13 +7,14 @@ import torch
 from support.concurrent import concurrent_grid
 from support.process import run_checks, run_without_interpreter
 
-from lstm_triton import reference
+from lstm_triton import dispatch, reference
 from lstm_triton.bench import (
     accuracy,
     device,
     grid_latency,
     measure,
     memory,
+    peers,
     problem,
     providers,
     rows,
@@ -214,6 +215,87 @@ def test_precision_is_set_alike_on_both_sides_and_put_back():
     assert [s.fp32_precision for s in settings] == before
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_libraries_that_read_the_older_setting_of_precision_get_the_same_answer(precision):
+    older = torch.get_float32_matmul_precision()
+    with measure.precision(Case("a", 8, 1, 1, dtype="float32", precision=precision)):
+        assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[precision]
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+        assert torch.backends.cuda.matmul.fp32_precision == precision
+    assert torch.get_float32_matmul_precision() == older
+
+
+class FakeTorchRL:
+    """torchrl's function as the adapter sees it: batch-major, torch's older setting of precision read, in backward too."""
+
+    _has_triton = True
+
+    def __init__(self):
+        self.asked = []
+
+    def lstm_triton(
+        self, x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init, compute_dtype=torch.float32, *, input_precision=None
+    ):
+        self.asked.append((input_precision, torch.get_float32_matmul_precision()))
+        weights = [w_ih, w_hh, b_ih, b_hh]
+        y, h_n, c_n, _ = reference.lstm_layer(
+            x.transpose(0, 1), hidden[:, 0][None], cell[:, 0][None], [weights], is_init.t().contiguous()
+        )
+        y.register_hook(lambda g: self.asked.append((input_precision, torch.get_float32_matmul_precision())))
+        return y.transpose(0, 1), None, h_n[0], c_n[0]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_torchrl_is_given_the_precision(monkeypatch, precision):
+    fake = FakeTorchRL()
+    monkeypatch.setattr(peers, "_module", lambda name, package: fake)
+    monkeypatch.setattr(peers, "_on_gpu", lambda given, name: None)
+    case = Case("a", 5, 3, 6, dtype="float32", precision=precision, mode="train", resets=0.3)
+    row = run(Task("s", case), names=("torchrl",))["torchrl"]
+    assert row["status"] == "ok", row["reason"]
+    assert set(fake.asked) == {(precision, {"ieee": "highest", "tf32": "high"}[precision])}
+
+
+@pytest.mark.parametrize("form", ["layer", "cell"])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
+    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, dtype="float32", precision="ieee", mode=mode)
+    everyone, captured = providers.all_providers(), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def graphed(call):
+        assert torch.is_grad_enabled() == (mode == "train")
+        captured.append(call)
+        return call, call()
+
+    monkeypatch.setattr(timing, "graphed", graphed)
+    given = problem.make(case, CPU)
+    built = measure.build(everyone["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
+    judge = measure._Judge(given, problem.truth(given))
+    measure._graph(built, judge)
+    assert captured == [built.timed]
+    names = set(built.call())
+    with torch.set_grad_enabled(mode == "train"):
+        returned = built.timed()
+    assert len(returned) == (1 + 4 if mode == "train" else 3 if form == "layer" else 2), "bias_hh has its gradient too"
+    found = built.named(returned)
+    assert set(found) == (names - {"y", "h_n", "c_n"} if mode == "train" else names)
+    assert max(e["max"] for e in accuracy.errors(found, judge.truth).values()) < 1e-5
+
+    monkeypatch.setattr(timing, "graphed", lambda call: (call, tuple(t * 1.01 for t in call())))
+    with pytest.raises(RuntimeError, match="replayed, wrong"):
+        measure._graph(built, judge)
+
+
+def test_every_backend_is_a_provider_and_forced_on_a_gpu():
+    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.all_providers())
+    chosen = providers.chosen_for(Case("a", 512, 16, 1024), "timing", "cuda")
+    assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
+    assert "lstm_triton cudnn" not in providers.chosen_for(Case("a", 512, 16, 64, resets=0.1), "timing", "cuda")
+    found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
+    assert found["lstm_triton cudnn"]["status"] == "skipped" and "GPU" in found["lstm_triton cudnn"]["reason"]
+
+
 def test_rounds_are_interleaved_and_shuffled():
     clock, seen = FakeClock(), []
     calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
@@ -383,7 +465,7 @@ def check_a_first_call_in_this_process():
     from lstm_triton.bench import coldstart
 
     case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    request = {"case": case.to_json(), "provider": coldstart.OURS, "device": "cpu"}
+    request = {"case": case.to_json(), "provider": "lstm_triton triton", "device": "cpu"}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert coldstart.main([json.dumps(request)]) == 0
     assert set(json.loads(out.getvalue())) == {"import_s", "first_call_s", "second_call_s"}

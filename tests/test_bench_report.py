@@ -6,12 +6,20 @@ import re
 import pytest
 from test_bench_rows import make_row
 
-from lstm_triton.bench import charts, cli, compare, readme, report, schema, select, store
+from lstm_triton.bench import charts, cli, compare, readme, report, schema, select, store, tables
 from lstm_triton.bench.cases import Case
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 
 GPU = {"type": "cuda", "name": "A GPU that does not exist", "driver": "0"}
-PERSISTENT = "lstm_triton triton-persistent"
+PERSISTENT, STEPWISE = "lstm_triton triton-persistent", "lstm_triton triton-stepwise"
+BACKENDS = {PERSISTENT: "triton-persistent", STEPWISE: "triton-stepwise"}
+
+
+def timed(case, provider, us, suite="hidden-sizes", **changes):
+    """A timing row of a GPU on which auto takes cuDNN for layers, and the kernels for cells."""
+    auto = "cudnn" if case.form == "layer" else "triton"
+    backend = BACKENDS.get(provider, auto if provider == OURS else None)
+    return make_row(case, provider, us, suite, **({"device": GPU, "backend": backend} | changes))
 
 
 def sample_rows():
@@ -20,20 +28,21 @@ def sample_rows():
 
     def add(case, times, suite, **changes):
         for provider, us in times.items():
-            found.append(make_row(case, provider, us, suite, device=GPU, **changes))
+            found.append(timed(case, provider, us, suite, **changes))
 
     for mode in ("forward", "train"):
         for H, ours in ((64, 5.0), (512, 20.0), (1024, 90.0)):
             add(Case(f"H{H}", H, 16, 128, mode=mode), {OURS: ours, PERSISTENT: ours * 0.9, CUDNN: 40.0}, "hidden-sizes")
             for B in (1, 64):
-                add(Case("b", H, B, 128, mode=mode), {OURS: ours, CUDNN: 30.0}, "batch")
+                add(Case("b", H, B, 128, mode=mode), {OURS: ours, PERSISTENT: ours, CUDNN: 30.0}, "batch")
             cell = Case("c", H, 16, 1, form="cell", dtype="float32", mode=mode)
             add(cell, {OURS: 4.0, TORCH_CELL: 9.0}, "cell")
             add(cell, {OURS: 2.0, TORCH_CELL: 3.0}, "cell", execution="graph")
         for T in (1, 64, 1024):
             add(Case("t", 512, 16, T, mode=mode), {OURS: 3.0 * T, CUDNN: 5.0 * T}, "length")
         for name, rows in (("padded", "padded"), ("packed", "packed")):
-            add(Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=rows), {OURS: 10.0, CUDNN: 50.0}, "features")
+            case = Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=rows)
+            add(case, {OURS: 10.0, PERSISTENT: 9.0, STEPWISE: 40.0, CUDNN: 50.0}, "features")
     add(Case("rl_puffer_train", 128, 256, 64, dtype="float32", mode="train"), {OURS: 10.0, CUDNN: 20.0}, "real")
     add(Case("nlp_awd", 1150, 80, 70, dtype="float32", mode="train", layers=3), {OURS: 30.0, CUDNN: 20.0}, "real")
     errors = {name: {"max": 2e-3, "rms": 3e-4} for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_hh_l0")}
@@ -106,11 +115,90 @@ def test_the_page_has_every_section_and_fetches_nothing():
 
 
 def test_losses_are_shown_with_what_is_known():
-    found = select.losses(select.groups(sample_rows()))
-    assert found and all(g.speedup() < 1 for g in found)
     text = report.render(sample_rows())
-    assert f"torch is ahead in {len(found)}" in text
+    for way in select.WAYS:
+        found = select.losses(select.groups(sample_rows()), way)
+        assert found and all(loss.speedup < 1 and loss.way == way for loss in found)
+        assert f"torch is ahead in {len(found)}" in text
     assert "wrong" in text and "a reason" in text
+
+
+def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
+    case = Case("H512", 512, 16, 128)
+    rows = [timed(case, p, us) for p, us in ((OURS, 40.0), (PERSISTENT, 90.0), (STEPWISE, 80.0), (CUDNN, 40.0))]
+    rows += [
+        timed(case, "lstm_triton cudnn", 39.0, backend="cudnn"),
+        timed(case, "lstm_triton torch", 1.0, backend="torch"),
+    ]
+    (group,) = select.groups(rows)
+    assert group.ours()[0] == STEPWISE and group.speedup() == pytest.approx(0.5)
+    assert group.auto_speedup() == pytest.approx(1.0)
+    (loss,) = select.losses([group], "kernels")
+    assert (loss.provider, loss.speedup) == (STEPWISE, pytest.approx(0.5)) and not select.losses([group], "auto")
+    text = report.render(rows)
+    assert "bfloat16, kernels" in text and "bfloat16, auto" in text, "two series"
+    assert "Of 1 comparisons torch is ahead in 1" in text and "Of 1 comparisons torch is ahead in 0" in text
+    assert "0.50" in tables.lost(rows, "kernels").rows[0]
+    marked = tables.headline(rows)
+    assert {marked.head[column] for _, column in marked.marks} == {"speed-up of kernels"}
+
+    slower = [timed(case, OURS, 50.0), timed(case, CUDNN, 40.0)]
+    (loss,) = select.losses(select.groups(slower), "auto")
+    assert loss.speedup == pytest.approx(0.8) and not select.losses(select.groups(slower), "kernels")
+
+
+def test_rows_under_other_settings_stand_apart():
+    case = Case("H512", 512, 16, 128)
+    warm, flushed = (timed(case, OURS, us, l2=l2, date=f"2030-01-0{day}T00:00:00+00:00")
+                     for us, l2, day in ((10.0, "warm", 1), (20.0, "flushed", 2)))  # fmt: skip
+    assert select.latest([warm, flushed]) == [warm, flushed], "the newer row is of another measurement"
+    parts = select.by_device([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])
+    assert list(parts) == [GPU["name"], f"{GPU['name']}, L2 cache flushed before each call"]
+    assert len(select.groups([warm, flushed])) == 2
+    text = report.render([warm, flushed])
+    assert "--suite hidden-sizes --flush-l2" in text
+    cpu = make_row()
+    one, two = (cpu | {"device": cpu["device"] | {"threads": n}} for n in (1, 2))
+    assert len(select.latest([one, two])) == 2
+    assert [name.rpartition(", ")[2] for name in select.by_device([one, two])] == ["1 thread", "2 threads"]
+    assert len(compare.compare([one], [two]).pairs) == 1, "machines with other numbers of threads are compared"
+    assert not compare.compare([warm], [flushed]).pairs
+
+
+def test_broken_promises_are_marked():
+    def rows(name, times, **options):
+        case = Case(name, 64, 8, 16, dtype="float32", **options)
+        return [timed(case, p, us, "features") for p, us in times.items()]
+
+    found = rows("padded", {OURS: 10.0, PERSISTENT: 10.0, STEPWISE: 20.0, CUDNN: 10.0})
+    found += rows("packed", {OURS: 14.0, PERSISTENT: 16.0, STEPWISE: 29.0, CUDNN: 90.0}, rows="packed")
+    found += rows("resets", {OURS: 10.4, PERSISTENT: 10.4, STEPWISE: 21.2, CUDNN: 90.0}, resets=0.02)
+    table = tables.features(found)
+    assert {f"{name}, us" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table.head)
+    marked = {(table.rows[i][0], table.head[j - 1]) for i, j in table.marks}
+    assert marked == {("packed, forward", f"{PERSISTENT}, us"), ("resets, forward", f"{STEPWISE}, us")}
+    assert "Promised of this package at most: packed, 1.5" in report.render(found)
+
+
+def test_errors_by_hidden_size_and_length():
+    def row(H, T, error, **options):
+        case = Case("a", H, 4, T, dtype="float32", precision="ieee", mode="train", **options)
+        return make_row(
+            case, kind="accuracy", suite="accuracy", device=GPU, errors={"y": {"max": error, "rms": error / 9}}
+        )
+
+    found = [row(512, 128, 1e-6), row(512, 1024, 4e-6), row(19, 7, 2e-6), row(512, 1, 3e-6, form="cell")]
+    by_shape = tables.accuracy(found, by_shape=True)
+    assert [(r[0], r[2][:7]) for r in by_shape.rows] == [
+        ("cell H512, float32 ieee, input x1", "3.0e-06"),
+        ("layer H19 T7, float32 ieee, input x1", "2.0e-06"),
+        ("layer H512 T128, float32 ieee, input x1", "1.0e-06"),
+        ("layer H512 T1024, float32 ieee, input x1", "4.0e-06"),
+    ]
+    (summary,) = tables.accuracy(found).rows
+    assert summary[0] == "float32 ieee, input x1" and summary[2].startswith("4.0e-06 /")
+    text = report.render(found)
+    assert "By hidden size and length" in text and "layer H512 T1024" in text
 
 
 def test_an_empty_or_partial_set_of_rows_is_no_error():
@@ -134,7 +222,7 @@ def test_the_newest_row_counts():
 
 def test_speedup_of_the_fastest_way_and_of_auto():
     case = Case("a", 64, 8, 16)
-    (group,) = select.groups([make_row(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
+    (group,) = select.groups([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
     assert group.speedup() == pytest.approx(2.0) and group.auto_speedup() == pytest.approx(0.5)
     assert group.ours()[0] == PERSISTENT and group.theirs()[0] == CUDNN
     (alone,) = select.groups([make_row(case, CUDNN)])
@@ -162,6 +250,11 @@ def test_readme_tables_between_markers(tmp_path):
     assert path.read_text() == once
     with pytest.raises(store.StoreError, match="synthetic rows are no results"):
         readme.update(path, sample_rows())
+    path.write_text(f"before\n{readme.SUMMARY_BEGIN}\n{readme.SUMMARY_END}\nafter\n")
+    readme.update(path, rows)
+    short = path.read_text()
+    assert "| H512 B16 T128 bfloat16 forward |" in short and short.endswith(f"{readme.SUMMARY_END}\nafter\n")
+    assert "comparisons torch is ahead" in short and "Memory" in text and "Memory" not in short
     path.write_text("no markers")
     with pytest.raises(store.StoreError, match="needs one line"):
         readme.update(path, rows)

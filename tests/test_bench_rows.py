@@ -60,6 +60,60 @@ def test_what_is_no_row_is_named(changes, message):
         schema.check(make_row() | changes)
 
 
+def with_member(name, value, **changes):
+    """A row with one member of an object replaced: "timing.p50_us"."""
+    row = make_row(errors={"y": {"max": 1e-3, "rms": 1e-4}}, floor=FLOOR, distance=2.0, bytes={"saved": 5}) | changes
+    field, _, member = name.partition(".")
+    return row | {field: {**(row[field] or {}), member: value}}
+
+
+FLOOR = {"us_per_step": 1.0, "exchange_us": 0.5, "tensor_us": 0.5, "memory_us": 0.1, "roofs": "assumed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("timing.p50_us", value) for value in ("fast", 0, -1.0, float("nan"), float("inf"), None, True)),
+        pytest.param("timing.p50_us", 10**400, id="more than a float holds"),
+        *(("timing.ci_low_us", value) for value in (0, [])),
+        ("timing.confidence", 95), ("timing.samples", 1.5), ("timing.clock", None),
+        ("case.dtype", "float8"), ("case.dtype", ["float32"]), ("case.hidden_size", "64"), ("case.hidden_size", 0),
+        ("case.batch", True), ("case.length", -1), ("case.scale", float("nan")), ("case.bidirectional", 1),
+        ("case.mode", "backward"), ("case.form", "cell"), ("case.name", None),
+        ("device.name", None), ("device.type", "tpu"), ("device.threads", "many"),
+        ("versions.torch", None), ("source.commit", 5), ("source.dirty", "yes"), ("source.digest", None),
+        ("errors.y", 0.1), ("errors.y", {"max": 1.0}), ("errors.y", {"max": -1.0, "rms": 0.0}),
+        ("errors.y", {"max": "large", "rms": 0.0}),
+        ("bytes.saved", -1), ("bytes.saved", "1 MiB"), ("floor.us_per_step", 0), ("floor.exchange_us", None),
+        ("values.copy_bytes_per_s", 0), ("values.total_us", "long"), ("state.power_w", "[N/A]"), ("precision.cudnn_rnn", None),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_objects_is_checked(name, value):
+    schema.check(with_member("timing.p50_us", 10.0))
+    with pytest.raises(schema.RowError, match="a cell is" if name == "case.form" else name.rpartition(".")[2]):
+        schema.check(with_member(name, value))
+
+
+@pytest.mark.parametrize(("field", "value"), [("distance", 0.0), ("distance", float("nan")), ("date", "yesterday")])
+def test_figures_and_dates_are_checked(field, value):
+    with pytest.raises(schema.RowError, match=field):
+        schema.check(make_row() | {field: value})
+
+
+def test_lines_that_no_parser_likes_lose_no_other(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = schema.encode(make_row())
+    nan = good.replace('"p50_us":10.0', '"p50_us":NaN')
+    half = good.replace('"run":"run"', '"run":"\\ud800"')
+    deep = good.replace('"state":{}', '"state":' + '{"a":' * 400 + "1" + "}" * 400)
+    bad = ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, nan, half, deep]
+    assert good not in bad
+    path.write_text("\n".join([good, *bad, good]) + "\n")
+    found = store.read(path)
+    assert len(found.rows) == 2 and len(found.problems) == len(bad)
+    assert "a.jsonl:2: nested too deeply" in found.problems[0]
+
+
 def test_a_missing_field_is_named():
     row = make_row()
     del row["date"]
@@ -68,7 +122,7 @@ def test_a_missing_field_is_named():
 
 
 def test_every_field_is_documented():
-    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
     for name in schema.FIELDS:
         assert f"`{name}`" in page, name
     for name in schema.FIELDS["timing"].required_keys:

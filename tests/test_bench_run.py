@@ -1,5 +1,6 @@
 """Runs from the command line on the CPU, at sizes that only test the harness: everything but the speed of GPUs."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lstm_triton import cli as package_cli
-from lstm_triton.bench import against, cli, device, progress, run, schema, store, suites, worker
+from lstm_triton.bench import against, cli, device, progress, rows, run, schema, store, suites, worker
 from lstm_triton.bench import measure as measuring
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
@@ -52,7 +54,7 @@ class Here:
         measuring.measure(task, self._context, emit, skip)
         return True
 
-    def end(self):
+    def end(self, patience_s=0.0):
         pass
 
 
@@ -123,6 +125,109 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     assert measure(tmp_path, small(4), again=True).measured == 1
     other = [row | {"source": row["source"] | {"digest": "0" * 12}} for row in rows_of(tmp_path)]
     assert not run.done_before(other, rows_of(tmp_path)[0], False), "rows of other code do not count"
+
+
+def test_rows_under_other_settings_are_no_rows_of_this_run(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        assert measure(tmp_path, small(4)).measured == 1
+        assert measure(tmp_path, small(4), threads=2).measured == 1, "another number of threads"
+        assert measure(tmp_path, small(4), threads=2).before == 1
+    finally:
+        torch.set_num_threads(before)
+    assert {row["device"]["threads"] for row in rows_of(tmp_path)} == {1, 2}
+
+    warm = [row | {"l2": "warm"} for row in rows_of(tmp_path)]
+    assert run.done_before(warm, warm[0], False)
+    assert not run.done_before(warm, warm[0] | {"l2": "flushed"}, False), "another state of the cache"
+
+
+def test_the_state_of_the_cache_is_in_rows_of_failures_too():
+    maker = rows.RowMaker(torch.device("cpu"), "a test", l2="flushed")
+    task = small(4)[0]
+    assert maker.make(task, OURS, "eager", "skipped", "a reason")["l2"] == "flushed"
+    memory = dataclasses.replace(task, kind="memory")
+    assert maker.make(memory, OURS, "eager", "skipped", "a reason")["l2"] is None
+
+
+HOST = Task("overhead", Case("host", 16, 1, 1, form="cell", dtype="float32"), "overhead")
+KERNELS, CELL = "lstm_triton triton", "torch.nn.LSTMCell"
+
+
+@pytest.mark.parametrize("kind", ["overhead", "cold-start"])
+def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind):
+    from lstm_triton.bench import coldstart, null_driver, overhead
+
+    monkeypatch.setattr(coldstart, "_child", lambda *arguments: {"first_call_s": 1.0})
+    monkeypatch.setattr(overhead, "host_us", lambda *arguments: 1.0)
+    monkeypatch.setattr(null_driver, "serves", lambda name: False)  # the interpreter of the tests has no JIT
+    task = dataclasses.replace(HOST, suite=kind, kind=kind)
+
+    def measured(**changes):
+        before = len(rows_of(tmp_path)) if tmp_path.exists() and any(tmp_path.iterdir()) else 0
+        measure(tmp_path, [task], names=None, **changes)
+        return [row["provider"] for row in rows_of(tmp_path)[before:]]
+
+    class Interrupted(Here):
+        def run(self, task, skip, roofs, seconds, emit, *rest, **options):
+            found = []
+            super().run(task, skip, roofs, seconds, found.append, *rest, **options)
+            emit(found[0])
+            return False
+
+    measure(tmp_path, [task], Interrupted, names=None)
+    assert [row["provider"] for row in rows_of(tmp_path)] == [KERNELS]
+    assert measured() == [CELL]
+    assert measured() == []
+    measure(tmp_path, [task], names=(OURS, CELL))
+    assert [row["provider"] for row in rows_of(tmp_path)] == [KERNELS, CELL, OURS], "--provider counts here too"
+
+
+def test_roofs_and_anchors_know_no_choice_of_providers():
+    assert measuring.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
+    roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
+    assert measuring.names_of(roof, "cuda", (OURS,)) == ["this device"]
+    assert measuring.names_of(HOST, "cuda", None) == [KERNELS, CELL]
+
+
+class Steady(Here):
+    """Every task takes 0.3 s, and does not look at the deadline."""
+
+    begun = []
+
+    def run(self, *arguments, **options):
+        self.begun.append(time.monotonic())
+        time.sleep(0.3)
+        return True
+
+
+def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
+    Steady.begun.clear()
+    outcome = measure(tmp_path, small(*range(4, 40)), Steady, budget_s=1.0)
+    assert outcome.measured == len(Steady.begun) >= 2 and outcome.left == 36 - outcome.measured
+    assert Steady.begun[-1] - Steady.begun[0] < 1.0 - 0.29
+
+
+def test_how_long_a_task_will_take_is_judged_by_those_before():
+    pace = progress.Pace(0.5)
+    assert pace.predict("cell", 4) == 2.0, "before the first, the time of sampling"
+    pace.took("cell", 2, 8.0)
+    assert pace.predict("cell", 4) == 16.0 and pace.predict("real", 1) == 4.0
+    for seconds in (1.0,) * 6 + (3.0,) * 2:
+        pace.took("real", 1, seconds)
+    assert pace.predict("real", 2) == 6.0 and pace.predict("cell", 1) == 4.0
+
+
+def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
+    assert 0 < device.process_age() < float("inf")
+    seen = []
+    monkeypatch.setattr(cli, "_measure", lambda options, tasks, no_report: seen.append(options.budget_s) or 0)
+    for age in (0.0, 10.0, 1000.0):
+        monkeypatch.setattr(device, "process_age", lambda age=age: age)
+        assert cli.main([*TINY, "--suite", "memory", "--budget", "40s", "--output", str(tmp_path)]) == 0
+    fresh, slow_start, long_running = seen
+    assert 30 < fresh < 38.1 and fresh - slow_start == pytest.approx(10, abs=1)
+    assert long_running == pytest.approx(fresh, abs=1), "that process was not started for this run"
 
 
 def test_the_budget_is_kept(tmp_path):
@@ -261,40 +366,44 @@ def test_two_versions_in_turns(tmp_path, monkeypatch, capsys):
         against.main("nonsense", options(folder), small(4))
 
 
-def test_it_runs_as_a_module_and_where_it_is_installed(tmp_path):
-    site = tmp_path / "site"
-    site.mkdir()
-    ignored = ("__pycache__", "results")
-    shutil.copytree(
-        ROOT / "lstm_triton", site / "lstm_triton", ignore=shutil.ignore_patterns(*ignored, "kernels", "bench")
-    )
-    for name in ("kernels", "bench"):
-        shutil.copytree(ROOT / name, site / "lstm_triton" / name, ignore=shutil.ignore_patterns(*ignored))
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder that holds nothing but the wheel, built from a copy of the sources and without network."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
+    source, wheels, folder = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "installed"))
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    for name in ("lstm_triton", "kernels", "bench"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    _pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, source)
+    _pip("install", "--no-deps", "--target", folder, *wheels.iterdir())
+    return folder
+
+
+def _pip(*arguments):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "PIP_NO_INDEX": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_installed_wheel_measures_and_reports(installed, tmp_path):
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environ["PYTHONPATH"] = os.pathsep.join([str(site), *(p for p in sys.path if p and Path(p).resolve() != ROOT)])
-    command = [
-        sys.executable,
-        "-m",
-        "lstm_triton.bench",
-        *TINY,
-        "--suite",
-        "hidden-sizes",
-        "--hidden",
-        "8",
-        "--mode",
-        "forward",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environ["PYTHONPATH"] = os.pathsep.join([str(installed), *(p for p in sys.path if p and Path(p).resolve() != ROOT)])
+
+    def bench(*arguments):
+        command = [sys.executable, "-m", "lstm_triton.bench", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "hidden-sizes" in bench("--help")
+    assert (installed / "lstm_triton" / "bench" / "real_workloads.csv").is_file()
+    bench(*TINY, "--suite", "hidden-sizes", "--hidden", "8", "--mode", "forward")
     (folder,) = (tmp_path / "lstm-triton-bench").iterdir()
     found = rows_of(folder)
     assert found and all(row["source"]["commit"] is None for row in found)
     assert (folder / "report.html").is_file()
-
-
-def test_the_wheel_carries_the_table_of_workloads():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"lstm_triton.bench" = ["real_workloads.csv"]' in text
 
 
 def test_a_worker_answers_in_json(tmp_path):

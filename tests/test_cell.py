@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import cells
+from support.layouts import LAYOUTS
 
 from lstm_triton.functional import lstm_cell
 
@@ -87,36 +88,6 @@ def test_biases_may_be_missing(kind, biases, device):
     _check((3, 7, 9), kind, device, biases=biases)
 
 
-def _every_second(t):
-    spread = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=t.dtype, device=t.device)
-    spread[..., ::2] = t
-    return spread[..., ::2]
-
-
-def _transposed(t):
-    return t.t().contiguous().t() if t.dim() == 2 else _every_second(t)
-
-
-def _inside_nan(t):
-    """With NaN all around: what a program reads past its mask shows."""
-    room = torch.full([n + 4 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
-    inside = room[tuple(slice(2, n + 2) for n in t.shape)]
-    return inside.copy_(t)
-
-
-def _unaligned(t):
-    storage = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype, device=t.device)
-    return storage[1:].view(t.shape).copy_(t)
-
-
-def _expanded(t):
-    """All rows (of a bias: all entries) are one: stride 0."""
-    return t[:1].expand(t.shape)
-
-
-LAYOUTS = {f.__name__.strip("_"): f for f in (_every_second, _transposed, _inside_nan, _unaligned, _expanded)}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_any_strides(kind, layout, device):
@@ -131,22 +102,21 @@ def test_any_strides(kind, layout, device):
     assert all(t.is_contiguous() for t in results)
 
 
-def test_64_bit_offsets(device, tmp_path):
-    """Rows 2^30 elements apart: the offset of row 3 does not fit in 32 bits."""
-    B, I, H, row = 4, 3, 2, 2**30
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_64_bit_offsets(along, device, tmp_path):
+    """Rows 2^29 elements apart, eight of them, or columns 2^25 apart, 66 of them: no such offset fits in 32 bits."""
+    B, I, H = (8, 3, 2) if along == "rows" else (2, 66, 2)
+    size = 2**32
     if device.type == "cuda":
-        storage = torch.empty(3 * row + 64, dtype=torch.float16, device=device)
+        storage = torch.empty(size, dtype=torch.float16, device=device)
     else:  # a sparse file: only what is touched takes space
-        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=3 * row + 64, dtype=torch.float16)
+        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=size, dtype=torch.float16)
     near = cells.draw(B, I, H, torch.float16, device=device)
-    first = iter(range(0, 64, 4))
+    first = iter(range(0, 2**20, 2**10))
 
     def far(t):
-        if t.dim() == 1:
-            return t
-        t_far = storage.as_strided((4, t.shape[1]), (row, 1), next(first))
-        t_far.copy_(t[:4])
-        return t_far if t.shape[0] == 4 else t
+        strides = (2**29, 1)[: t.dim()] if along == "rows" else (1, 2**25)[-t.dim() :]
+        return storage.as_strided(t.shape, strides, next(first)).copy_(t)
 
     inputs, cotangents = tuple(map(far, near.inputs)), tuple(map(far, near.cotangents))
     for expected, found in zip(cells.by_kernels(near), cells.by_kernels(cells.Problem(inputs, cotangents))):

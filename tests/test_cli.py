@@ -1,8 +1,11 @@
 """The command line, and the accuracy check behind it."""
 
+import json
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,46 @@ def test_info_prints_the_line_and_the_listing(capsys):
     assert text.splitlines()[0] == environment.summary()
     for word in (torch.__version__, "triton", "cudnn", "reference", "Compiled kernels", sys.version.split()[0]):
         assert word in text
+
+
+def _compiled(folder, variant, name, arch, size=0, metadata=None):
+    """A variant of a kernel, as Triton's cache keeps it."""
+    (folder / variant).mkdir(parents=True)
+    target = {"backend": "cuda", "arch": arch, "warp_size": 32}
+    (folder / variant / f"{name}.json").write_text(
+        json.dumps({"target": target, "name": name}) if metadata is None else metadata
+    )
+    (folder / variant / f"__grp__{name}.json").write_text(json.dumps({"child_paths": {}}))
+    (folder / variant / f"{name}.cubin").write_bytes(bytes(size))
+
+
+def test_info_lists_the_compiled_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert environment.info().endswith(f"Compiled kernels\n  none yet; they will be kept in {tmp_path / 'cache'}")
+    _compiled(tmp_path / "cache", "A", "another_kernel", 90)
+    assert "Compiled kernels\n  none yet\n" in environment.info()
+    _compiled(tmp_path / "cache", "B", "_lstm_cell_forward_kernel", 90, size=3 * 2**20)
+    _compiled(tmp_path / "cache", "C", "_lstm_cell_forward_kernel", 90, size=2**20)
+    _compiled(tmp_path / "cache", "D", "_lstm_cell_forward_kernel", 120)
+    _compiled(tmp_path / "cache", "E", "_readout_forward_kernel", 90)
+    _compiled(tmp_path / "cache", "F", "_readout_forward_kernel", 90, metadata='{"target": ')
+    assert environment.info().split("Compiled kernels\n")[1].splitlines() == [
+        "  _lstm_cell_forward_kernel  sm_120  1 variant",
+        "  _lstm_cell_forward_kernel  sm_90   2 variants",
+        "  _readout_forward_kernel    sm_90   1 variant",
+        "  _readout_forward_kernel    unreadable  1 variant",
+        f"  in {tmp_path / 'cache'}: 4.0 MiB, other packages' kernels included",
+    ]
+
+
+def test_info_finds_triton_s_own_cache_folder(tmp_path, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    for variables in ({}, {"TRITON_HOME": str(tmp_path)}, {"TRITON_CACHE_DIR": str(tmp_path / "cache")}):
+        for name in ("TRITON_HOME", "TRITON_CACHE_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert environment.cache_folder() == Path(knobs.cache.dir)
 
 
 def test_info_needs_no_triton():
@@ -33,6 +76,22 @@ def test_summary_names_what_runs():
         assert torch.cuda.get_device_name() in line and "SMs" in line
     else:
         assert line.startswith("CPU only")
+
+
+def test_summary_does_not_name_a_gpu_that_is_not_used(monkeypatch):
+    names = ("First GPU", "Second GPU")
+
+    def properties(index):
+        return types.SimpleNamespace(name=names[index], major=9, minor=0, multi_processor_count=132)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert environment.summary().startswith("First GPU (sm_90, 132 SMs)")
+    assert environment.summary(torch.device("cuda")).startswith("First GPU")
+    assert environment.summary(torch.device("cuda:1")).startswith("Second GPU")
+    on_cpu = environment.summary(torch.device("cpu"))
+    assert on_cpu.startswith("CPU, chosen instead of the GPU") and "First" not in on_cpu
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["check", "--device", "tpu"]])
@@ -55,7 +114,7 @@ def test_check_runs_the_kernels_in_the_interpreter_and_passes():
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Triton interpreter on the CPU" in done.stdout
-    assert "Passed: at most 2 times torch's largest error" in done.stdout
+    assert "Passed: at most 2 times torch's largest error + 2 ulp and 1.25 times its RMS error" in done.stdout
     for name in (*check.QUANTITIES, "float32", "bfloat16", "float16", "float64"):
         assert name in done.stdout
 

@@ -107,9 +107,17 @@ def test_a_matrix_with_fewer_rows_than_units():
 
 def test_wrong_ranks():
     matrices = _matrices()
-    for index, wrong in ((0, torch.zeros(N)), (2, torch.zeros(2, P + N, N)), (1, torch.zeros(()))):
+    for index, wrong in (
+        (0, torch.zeros(())),
+        (0, torch.zeros(N)),
+        (2, torch.zeros(2, P + N, N)),
+        (6, torch.zeros(())),
+        (1, torch.zeros(())),
+    ):
         with pytest.raises(ValueError, match="four matrices"):
             from_gate_matrices(*matrices[:index], wrong, *matrices[index + 1 :])
+    with pytest.raises(ValueError, match="four matrices"):
+        from_gate_matrices(*[torch.zeros(())] * 8)
 
 
 @pytest.mark.parametrize("index", [0, 3])

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from lstm_triton import check
+from lstm_triton import check, environment, explain
 from lstm_triton.demo import charts, corpus, progress, report, timing, train
 from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel
@@ -154,6 +154,26 @@ def test_an_unusable_checkpoint_is_refused(contents, tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argument", [("--hidden-size", 9), ("--batch", 3), ("--seed", 1)], ids=lambda a: a[0])
+def test_what_contradicts_the_checkpoint_is_refused(argument, tmp_path, capsys):
+    config = train.Config(hidden_size=8, batch=2)
+    words = corpus.encode("ab" * 200, corpus.UNKNOWN + "ab")
+    path = tmp_path / "checkpoint.pt"
+    train.Training(config, corpus.Corpus(words, words, corpus.UNKNOWN + "ab", (1, 1)), CPU).save(path)
+    before = path.read_bytes()
+    name, value = argument
+    assert main(["--out", str(tmp_path), "--resume", "--device", "cpu", name, str(value)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} {value} contradicts" in error and str(tmp_path) in error
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--device", "cuda"]) == 2
+    assert "no such NVIDIA GPU" in capsys.readouterr().err
+
+
 TINY = ["--hidden-size", "8", "--batch", "2", "--device", "cpu", "--skip", "check", "timing"]
 
 
@@ -163,12 +183,36 @@ def test_the_demo_trains_reports_and_resumes(tmp_path, capsys):
     assert "bits per character" in out and "Drawn from Y_t" in out and "tokens/s" in out
     path = tmp_path / "report.html"
     assert str(path.resolve()) in out
-    assert "<svg" in path.read_text(encoding="utf-8")
+    page = _Page(path.read_text(encoding="utf-8"))
+    assert "svg" in page.tags
+    # What trained it, and on what: said where it is printed and where it is kept.
+    model = CharModel(128, 64, 8)
+    for text in (out, page.text):
+        assert explain(model.lstm, steps=64) in text and environment.summary(CPU) in text
+    assert "Not measured (--skip timing)" in page.text and "Not checked (--skip check)" in page.text
 
     assert main(["--out", str(tmp_path), "--steps", "2", "--resume", *TINY]) == 0
     assert "Continuing after 3 updates" in capsys.readouterr().out
     config, data = train.load_checkpoint(tmp_path / "checkpoint.pt")
     assert (config.hidden_size, data["step"], data["curve"][-1]["step"]) == (8, 5, 5)
+
+
+def test_the_demo_checks_and_times(tmp_path, capsys, monkeypatch):
+    """All of it in small; a failed check is the exit code, and everything else is there nevertheless."""
+    seeds, measured = [], timing.measure
+
+    def checked(device, seed):
+        seeds.append((device, seed))
+        return _report("B=1 too large")
+
+    monkeypatch.setattr(check, "run", checked)
+    monkeypatch.setattr(timing, "measure", lambda device, seconds: measured(device, 0.05, batch=2, size=4, length=3))
+    assert main(["--out", str(tmp_path), "--steps", "2", "--seed", "3", *TINY[: TINY.index("--skip")]]) == 1
+    out, page = capsys.readouterr().out, _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert seeds == [("cpu", 3)]
+    for text in (out, page.text):
+        assert "B=1 too large" in text and timing.TORCH_LSTM in text and "Time per timestep" in text
+    assert page.tags.count("svg") == 2
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
@@ -262,6 +306,11 @@ class _Page(HTMLParser):
         self.text += data
 
 
+def _report(*failures):
+    rows = (check.Row("float32", q, 1.0, 1.0, 3e-7, 4e-8, failures) for q in check.QUANTITIES)
+    return check.Report("here", 1, tuple(rows))
+
+
 def _contents(**changes):
     rows = tuple(check.Row(d, q, 1e-7, 2e-8, 3e-7, 4e-8, ()) for d in ("float32", "bfloat16") for q in check.QUANTITIES)
     curve = [train.Point(0, 0, 0.0, math.nan, 7.0), train.Point(5, 500, 2.0, 5.0, 3.5)]
@@ -270,7 +319,9 @@ def _contents(**changes):
         "accuracy": check.Report("a <device>", 2, rows),
         "curve": curve,
         "unigram_bits": 4.6,
+        "machine": "a GPU",
         "model": "a model",
+        "backend": "LSTM(1, 2) on <device>: cudnn: a reason.",
         "text": "Text: some",
         "prompt": "\ndef ",
         "sample": "<script>alert('&amp;')</script>",
@@ -288,6 +339,7 @@ def test_the_report_holds_pictures_and_escapes_text(tmp_path):
     assert page.tags.count("svg") == 2 and "polyline" in page.tags and "table" in page.tags
     assert "script" not in page.tags and "b" not in page.tags
     assert "<script>alert('&amp;')</script>" in page.text and "a <device>" in page.text
+    assert "a GPU" in page.text and "LSTM(1, 2) on <device>: cudnn: a reason." in page.text
     assert "1.0e-07" in page.text and "3.50 bits per character" in page.text and "1.10 below" in page.text
     assert "nan" not in html and not re.search(r"(src|href)=", html)
     assert "prefers-color-scheme: dark" in html and "width=device-width" in html
@@ -300,8 +352,7 @@ def test_the_report_says_what_did_not_run():
 
 
 def test_a_failed_check_shows_in_the_report():
-    rows = tuple(check.Row("float32", q, 1.0, 1.0, 3e-7, 4e-8, ("B=1 too large",)) for q in check.QUANTITIES)
-    page = _Page(report.page(_contents(accuracy=check.Report("here", 1, rows))))
+    page = _Page(report.page(_contents(accuracy=_report("B=1 too large"))))
     assert "Failed" in page.text and "float32 dW_ih: B=1 too large" in page.text
 
 

@@ -41,6 +41,7 @@ CASES = [
 def test_choice(device, dtype, env, auto, obstacle):
     choice = choose_cell("auto", device, dtype, env)
     assert choice.backend == auto
+    assert ("not yet measured on a GPU" in choice.reason) == (auto == "triton")
     if obstacle is not None:
         assert obstacle in choice.reason, "what stands in the way of the kernels is the reason"
         with pytest.raises(RuntimeError, match="backend='triton' cannot serve: ") as error:

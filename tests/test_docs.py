@@ -68,15 +68,47 @@ def test_the_picture_is_the_scripts():
     assert (ROOT / "docs/images/launches.svg").read_text(encoding="utf-8") == _script("images/make.py").picture()
 
 
+def test_the_accuracy_table_is_what_the_check_finds():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- accuracy: begin" in page
+    assert quote.refreshed_accuracy(page) == page, "`python docs/quote.py` renews the table"
+
+
+def test_what_counts_as_the_same_errors():
+    table = "| h | 5.3e-08 / 4.0e-08 |\n"
+    assert quote.same_errors(table, table.replace("5.3e-08", "7.1e-08"))
+    assert not quote.same_errors(table, table.replace("5.3e-08", "8.1e-08"))
+    assert not quote.same_errors(table.replace("5.3e-08", "8.1e-08"), table)
+    assert not quote.same_errors(table, table.replace("4.0e-08", "4.0e-09"))
+    assert not quote.same_errors(table, table.replace("h", "c")) and not quote.same_errors("", table)
+
+
+def _functions_of_the_equations() -> dict[str, list[str]]:
+    """The lines of each function of equations.py, without its docstring and comments."""
+    source = (ROOT / "kernels/equations.py").read_text(encoding="utf-8")
+    functions = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            code = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = source.splitlines()[code[0].lineno - 1 : node.end_lineno]
+            functions[node.name] = [line for line in lines if not line.lstrip().startswith("#")]
+    return functions
+
+
 @pytest.mark.parametrize("function", ["gate_activations", "lstm_forward", "lstm_backward"])
 def test_the_derivation_has_every_line_of_the_equations(function):
-    source = (ROOT / "kernels/equations.py").read_text(encoding="utf-8")
-    body = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function).body
     text = {line.strip() for line in (ROOT / "docs/derivation.md").read_text(encoding="utf-8").splitlines()}
-    for statement in body:
-        line = ast.unparse(statement)
-        if not isinstance(statement, (ast.Return, ast.Expr)) and "gate_activations" not in line:
+    for line in map(str.strip, _functions_of_the_equations()[function]):
+        if not line.startswith("return") and "gate_activations" not in line:
             assert line in text, f"docs/derivation.md lacks `{line}`"
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh", "_tanh_near_zero"])
+def test_the_derivation_quotes_the_activations_whole(function):
+    page = (ROOT / "docs/derivation.md").read_text(encoding="utf-8")
+    code = "\n".join(f"    {line}" for line in _functions_of_the_equations()[function])
+    quoted = re.search(rf"^    def {function}\(.*\):\n((?:     .*\n)+)", page, re.MULTILINE)
+    assert quoted and quoted[1].rstrip("\n") == code, f"docs/derivation.md should quote\n{code}"
 
 
 def test_every_example_is_named_in_the_documentation():

@@ -1,5 +1,8 @@
 """The equations of the kernels, on values, against float64: over the whole range, with the special values."""
 
+import inspect
+import re
+
 import pytest
 import torch
 import triton
@@ -102,6 +105,21 @@ def test_tanh_keeps_its_relative_accuracy(dtype, device):
     x = x[x.abs() >= torch.finfo(dtype).tiny]
     expected = torch.tanh(x.double())
     assert ((_activations(x)[1].double() - expected).abs() <= 8 * torch.finfo(dtype).eps * expected.abs()).all()
+
+
+@pytest.mark.parametrize("count", [4, 10])
+def test_the_polynomial_of_tanh_interpolates_at_chebyshev_nodes(count):
+    mpmath = pytest.importorskip("mpmath")
+    source = inspect.getsource(getattr(equations._tanh_near_zero, "fn", equations._tanh_near_zero))
+    wide, narrow = source.split("else:")
+    quoted = re.findall(r"-?\d\.\d+e[-+]\d\d", wide if count == 10 else narrow)
+    with mpmath.workdps(60):
+        y = [(1 + mpmath.cos(mpmath.pi * (2 * k + 1) / (2 * count))) / 8 for k in range(count)]
+        values = [(mpmath.tanh(mpmath.sqrt(u)) / mpmath.sqrt(u) - 1) / u for u in y]
+        p = mpmath.lu_solve(mpmath.matrix([[u**k for k in range(count)] for u in y]), mpmath.matrix(values))
+    assert len(quoted) == count
+    for coefficient, number in zip(sorted(map(float, p), key=abs), sorted(map(float, quoted), key=abs)):
+        assert number == pytest.approx(coefficient, rel=1e-9 if count == 4 else 1e-15)
 
 
 @dtypes

@@ -11,7 +11,16 @@ from support import layers
 from support.concurrent import GridDeadlock, concurrent_grid
 from triton.runtime.errors import InterpreterError
 
-from lstm_triton.kernels import grid_sync, interpreter, layer, sequence, sequence_backward, sequence_config
+from lstm_triton import functional
+from lstm_triton.kernels import (
+    grid_sync,
+    interpreter,
+    layer,
+    layer_backward,
+    sequence,
+    sequence_backward,
+    sequence_config,
+)
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 
 pytestmark = pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
@@ -44,6 +53,7 @@ def barrier(monkeypatch):
 
 
 FP16 = {"dtype": torch.float16}
+BF16 = {"dtype": torch.bfloat16}
 TF32 = {"dtype": torch.float32, "precision": "tf32"}
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 # H units are ceil(H / 8) programs, B rows ceil(B / 16) groups in each direction.
@@ -53,12 +63,13 @@ PROBLEMS = {
     "P3-D2-segments": dict(T=5, B=4, I=3, H=19, D=2, **SEGMENTS, **FP16),
     "P8": dict(T=3, B=2, I=4, H=64, **FP16),
     "P2-G2-D2": dict(T=3, B=18, I=3, H=9, D=2, **TF32),
+    "P3-bf16": dict(T=5, B=3, I=4, H=24, **BF16),
 }
 
 
-def _concurrently(problem, **mode):
+def _concurrently(problem, recompute=False, **mode):
     with concurrent_grid(only_cooperative=True, **mode):
-        return layers.by_kernels(problem, backend="triton-persistent")
+        return layers.by_kernels(problem, backend="triton-persistent", recompute=recompute)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -83,12 +94,28 @@ def test_one_launch_equals_one_launch_per_step_bit_for_bit():
         assert torch.equal(one, many), name
 
 
-def test_recomputed_gates_are_several_launches():
+def test_recomputed_gates_are_several_launches(count_launches):
     """Each range of steps is a launch of its own, which waits for nothing before it."""
     problem = layers.draw(T=34, B=2, I=3, H=9, **TF32)
-    with concurrent_grid(only_cooperative=True, weak=True):
-        results = layers.by_kernels(problem, backend="triton-persistent", recompute=True)
+    results = _concurrently(problem, recompute=True, weak=True)
+    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 2}
     layers.assert_as_accurate_as_torch(results, problem)
+
+
+def test_recomputed_gates_of_segments(monkeypatch):
+    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
+    problem = layers.draw(T=7, B=3, I=3, H=9, D=2, **SEGMENTS, **TF32)
+    layers.assert_as_accurate_as_torch(_concurrently(problem, recompute=True, weak=True), problem)
+
+
+def test_inference_equals_training(count_launches):
+    """Without gradients the gates are not stored, and programs go on to their next step sooner."""
+    problem = layers.draw(T=5, B=17, I=4, H=24, D=2, **BF16)
+    with torch.no_grad(), concurrent_grid(only_cooperative=True, weak=True, jitter=1e-4):
+        y, (h_n, c_n) = functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent")
+    assert count_launches() == {"_lstm_sequence_forward_kernel": 1}
+    for name, found, right in zip(problem.names, (y, h_n, c_n), layers.by_kernels(problem)):
+        assert torch.equal(found, right), name
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
@@ -196,7 +223,7 @@ def test_a_wait_without_end_traps_on_a_gpu(monkeypatch):
 
 
 class _LaunchesRecorded:
-    """Stands for a launcher: keeps the counters of each launch, and launches nothing."""
+    """Stands for a launcher: counts the launch's arrivals at once, and keeps its counters, as if it were still running."""
 
     kernel = layer._forward.kernel
 
@@ -205,7 +232,10 @@ class _LaunchesRecorded:
 
     def __call__(self, grid, tensors, *_, **options):
         assert options.get("launch_cooperative_grid") is True
-        self.counters.append((math.prod(grid), tensors[-2]))
+        counters = tensors[-2]
+        assert counters.dtype == torch.int32 and not counters.any(), "counters that are not zero"
+        assert all(counters.data_ptr() != others.data_ptr() for _, others in self.counters), "those of a running launch"
+        self.counters.append((math.prod(grid), counters.fill_(9)))
 
 
 def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):
@@ -216,14 +246,10 @@ def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):
     direction = layer.Direction(weights, torch.randn(96, 24), None, None)
     for _ in range(2):
         layer.lstm_layer_forward(x, h0, c0, [direction, direction], precision="tf32")
-    (programs, first), (_, second) = launcher.counters
     groups = 2 * 3  # directions, and blocks of 16 rows
-    assert programs == 3 * groups
-    for counters in (first, second):
-        assert counters.dtype == torch.int32 and counters.numel() == groups * COUNTER_STRIDE.value
-        assert COUNTER_STRIDE.value * counters.itemsize >= 128
-        assert not counters.any()
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert len(launcher.counters) == 2 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
+    for programs, counters in launcher.counters:
+        assert programs == 3 * groups and counters.numel() == groups * COUNTER_STRIDE.value
 
 
 def test_counters_that_are_not_reset_are_caught(monkeypatch):

@@ -212,7 +212,7 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
     calls = itertools.product(
         pointers,
         [None, *pointers],
-        (1, 16, 17),
+        (1, 16, 17, 2**31),
         (1, 16, 3),
         (32, 64),
         (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2)),
@@ -231,8 +231,7 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
                 expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **options)
                 found = launcher._compiled.found
                 assert found is None or found is expected, (x, y, n, stride, block, config)
-                aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-                assert (found is not None) >= (repeat == 1 and aligned), "an equal call looks nothing up twice"
+                assert (found is not None) >= (repeat == 1), "an equal call looks nothing up twice"
                 kept += found is not None
         assert kept > len(calls) / 8, "too few calls took the short way to show anything"
         assert len(driver.launches) == 2 * len(calls)
@@ -248,8 +247,11 @@ def check_kept_kernels_are_bounded():
         launcher = launch.Launcher(_tiny_kernel)
         for n in range(100):
             launcher((1, 1, 1), (x, None), (n, 2), (32,), LaunchConfig(1, 1))
+        assert len(launcher._compiled) == 1, "one for each value of an integer that is not specialised"
+        for stride in range(2, 100):
+            launcher((1, 1, 1), (x, None), (7, stride), (32,), LaunchConfig(1, 1))
             assert len(launcher._compiled) <= 8
-        assert count_compiled(_tiny_kernel) == 1
+        assert count_compiled(_tiny_kernel) == 2
 
 
 if __name__ == "__main__":

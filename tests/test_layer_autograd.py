@@ -125,15 +125,16 @@ def _held(problem, **options):
 
 
 @pytest.mark.parametrize("segments", [{}, SEGMENTS], ids=["plain", "segments"])
-@pytest.mark.parametrize("T", [6, 70])
-def test_recomputing_holds_at_most_half(T, segments, device):
-    problem = layers.draw(T, 3, 4, 5, 2, torch.float64, device=device, **segments)
+@pytest.mark.parametrize("T, I", [(6, 4), (6, 23), (34, 4)])
+@pytest.mark.parametrize("batch_major", [False, True], ids=["time first", "batch first"])
+def test_recomputing_holds_at_most_half(batch_major, T, I, segments, device):
+    problem = layers.draw(T, 3, I, 5, 2, torch.float64, batch_major=batch_major, device=device, **segments)
     default, expected = _held(problem)
     recomputing, found = _held(problem, recompute=True)
     states = T * 3 * 2 * 5 * 8
     assert default >= 6 * states and 2 * states <= recomputing <= default / 2
     names = problem.names[len(problem.cotangents) :]
-    for name, ours, wanted in zip(names, found, expected):
+    for name, ours, wanted in zip(names, found, expected, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=64 * 2**-52 * wanted.abs().max().item(), msg=name)
 
 

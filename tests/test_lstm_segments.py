@@ -6,10 +6,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import segmented
 from support.lstms import assert_close, flat, gradients, pair, states, trained
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lstm_triton import LSTM, dispatch, layer_ops
+from lstm_triton import LSTM
 
 both = pytest.mark.parametrize("backend", ["triton", "reference"])
 I, H = 2, 3
@@ -105,6 +104,27 @@ def test_lengths_are_torchs_packed_run(batch_first, backend, device):
     packed, last = theirs(pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False), hx)
     expected = [pad_packed_sequence(packed, batch_first)[0], *last]
     assert_close(found, [*(t.detach() for t in expected), *gradients(expected, [x, *hx, *theirs.parameters()])])
+
+
+@both
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("proj_size", [0, 2], ids=["", "projection"])
+def test_padding_that_is_not_finite_changes_no_gradient(proj_size, batch_first, backend, device):
+    """As in torch's packed run, which has no padding: also where a gradient of the padding's outputs is not finite."""
+    options = dict(bidirectional=True, batch_first=batch_first, proj_size=proj_size, device=device)
+    _, lstm = pair(I, H, 2, backend=backend, **options)
+    lengths = torch.tensor([2, 5, 1], device=device)
+    past = (torch.arange(5, device=device) >= lengths[:, None])[..., None]
+    past = past if batch_first else past.transpose(0, 1)
+    clean = torch.randn((3, 5, I) if batch_first else (5, 3, I), dtype=torch.float64, device=device)
+    found = {}
+    for value in (0.0, torch.nan, torch.inf):
+        x = torch.where(past, value, clean).requires_grad_()
+        y, (h, c) = lstm(x, lengths=lengths)
+        cotangents = [torch.where(past, value, torch.cos(y.detach())), torch.cos(h.detach()), torch.cos(c.detach())]
+        found[value] = torch.autograd.grad([y, h, c], [x, *lstm.parameters()], cotangents)
+        assert torch.equal(found[value][0].masked_fill(~past, 0), torch.zeros_like(x))
+        assert_close(found[value], found[0.0])
 
 
 @both
@@ -223,45 +243,7 @@ def test_second_derivatives_of_segments(device):
     assert_close(drawn["triton"], drawn["reference"])
 
 
-# ---- waiting for the GPU, errors -----------------------------------------------------------------------------------
-
-
-class _NoValues(TorchDispatchMode):
-    """Forbids reading a tensor's value, which waits for a GPU; but that of `allowed`, which is on the CPU, may be read."""
-
-    def __init__(self, allowed=None):
-        super().__init__()
-        self.allowed = None if allowed is None else allowed.untyped_storage().data_ptr()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
-            assert args[0].untyped_storage().data_ptr() == self.allowed, f"{name} of {args[0].shape}"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_launchers_read_no_values(recompute, device):
-    case = segmented.Case(bidirectional=True, resets="stored", rows="lengths", recompute=recompute)
-    drawn = segmented.draw(case, device)
-    x, h0, c0, *weights, reset_h, reset_c = drawn.inputs
-    segments = (drawn.resets, reset_h, reset_c, drawn.lengths.to(device))
-    with _NoValues():
-        y, _, _, c, gates = layer_ops._lstm_layer(x, h0, c0, weights, 2, *segments, "ieee", True, not recompute, False)
-        layer_ops._lstm_layer_backward(
-            *drawn.cotangents, None, x, h0, c0, weights, 2, y, c, gates, *segments, [True] * 4, "ieee", False
-        )
-
-
-def test_packed_sequences_read_no_values(monkeypatch):
-    """The lengths come from batch_sizes, which are on the CPU; everything else has no values here."""
-    monkeypatch.setattr(dispatch, "layer_backend", lambda *args: "triton")
-    lstm, batch_sizes = LSTM(I, H, 2, bidirectional=True, device="meta"), torch.tensor([3, 2, 1, 1])
-    data = torch.empty(7, I, device="meta")
-    indices = torch.empty(3, dtype=torch.int64, device="meta")
-    with _NoValues(batch_sizes):
-        y, (h, c) = lstm(PackedSequence(data, batch_sizes, indices, indices))
-    assert y.data.shape == (7, 2 * H) and h.shape == c.shape == (4, 3, H)
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 def _of(x, **changes):

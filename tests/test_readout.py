@@ -195,15 +195,15 @@ def test_any_strides(kind, layout, device):
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_64_bit_offsets(far, device, tmp_path):
-    """Rows or columns 2^30 elements apart: the offset of the third does not fit in 32 bits."""
+    """Rows 2^30 elements apart, or the columns of a row over more than that: no such offset fits in 32 bits."""
     row = 2**30
     if device.type == "cuda":
         storage = torch.empty(3 * row + 64, dtype=torch.float16, device=device)
     else:  # a sparse file: only what is touched takes space
         storage = torch.from_file(str(tmp_path / "far"), shared=True, size=3 * row + 64, dtype=torch.float16)
-    near = readouts.draw(4, 3, 4, torch.float16, device=device)
+    near = readouts.draw(4, 3 if far == "rows" else 66, 4, torch.float16, device=device)
     h, weight, cotangent = (
-        storage.as_strided(t.shape, (row, 1) if far == "rows" else (1, row), 4 * i).copy_(t)
+        storage.as_strided(t.shape, (row, 1) if far == "rows" else (1, row // (t.shape[1] // 2 - 1)), 4 * i).copy_(t)
         for i, t in enumerate((near.inputs[0], near.inputs[1], near.cotangent))
     )
     distant = readouts.Problem((h, weight, near.inputs[2]), cotangent)

@@ -115,7 +115,7 @@ def test_export(device):
     torch.testing.assert_close(found, torch.autograd.grad(_loss(readout(h)), list(readout.parameters())))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, device):
     leaves = _leaves(2, 4, 5, device=device)
 
@@ -124,7 +124,8 @@ def test_compiled_equals_eager(backend, device):
 
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
     value, expected = compiled(*leaves), loss(*leaves)
-    assert torch.equal(value, expected)
+    # Inductor fuses the sum of squares, in its own order.
+    torch.testing.assert_close(value, expected, rtol=0 if backend != "inductor" else 1e-6, atol=0)
     for found, true in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
         assert torch.equal(found, true)
 

@@ -119,18 +119,28 @@ def test_lengths_of_any_integer_type(dtype, device):
     assert all(map(torch.equal, layers.by_kernels(other), layers.by_kernels(problem)))
 
 
-def test_nothing_past_the_end_of_a_row_matters(device):
-    problem = layers.draw(6, 4, 3, 5, 2, device=device, **SEGMENTS["everything"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("batch_major", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_past_the_end_of_a_row_matters(value, batch_major, recompute, device):
+    """Neither input, nor reset state, nor gradient of an output; nor, to a product, the state of a row without steps."""
+    problem = layers.draw(6, 4, 3, 5, 2, device=device, batch_major=batch_major, **SEGMENTS["everything"])
+    problem = replace(problem, reset_state=tuple(s.expand(6, 2, 4, 5).contiguous() for s in problem.reset_state))
     past = (torch.arange(6, device=device)[:, None] >= problem.lengths)[..., None]
-    spoilt = [*problem.inputs, *problem.cotangents]
-    spoilt[0] = torch.where(past, torch.nan, problem.x)
-    for k in (len(problem.inputs), -1):  # the cotangents of y and c
-        spoilt[k] = torch.where(past, torch.nan, spoilt[k])
-    reset_state = tuple(torch.where(past[:, None], torch.nan, s) for s in problem.reset_state)
-    found = layers.by_kernels(replace(problem.with_tensors(spoilt), reset_state=reset_state))
-    weights_from = problem.names.index("dw_ih")
-    for name, result, expected in list(zip(problem.names, found, layers.by_kernels(problem)))[:weights_from]:
-        assert torch.equal(result, expected), name
+    empty = (problem.lengths == 0)[:, None]
+    spoilt = [problem.x.clone().masked_fill_(past, value), *(torch.where(empty, value, s) for s in problem.hx)]
+    spoilt += [*problem.weights, *(torch.where(past[:, None], value, s) for s in problem.reset_state)]
+    spoilt += [torch.where(past, value, g) if g.shape[0] == 6 else g for g in problem.cotangents]
+    spoilt = problem.with_tensors(spoilt)
+    expected = layers.by_kernels(problem, recompute=recompute)
+    found = layers.by_kernels(spoilt, recompute=recompute)
+    for name, result, wanted in zip(problem.names, found, expected, strict=True):
+        if name in ("h_n", "c_n"):  # a row without steps ends where it begins
+            result, wanted = (torch.where(empty, 0, t) for t in (result, wanted))
+        assert torch.equal(result, wanted), name
+    assert not torch.where(past, found[problem.names.index("dx")], 0).any()
+    for name, result, wanted in zip(problem.names, layers.by_torch(spoilt), layers.by_torch(problem)):  # the reference
+        assert name in ("h_n", "c_n") or torch.equal(result, wanted), name
 
 
 def test_no_resets_is_no_reset_argument(device):

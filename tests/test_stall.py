@@ -1,13 +1,14 @@
-"""A kernel that gave up waiting is named: by the next launch, and at the end of the process."""
+"""A kernel that gave up waiting is named: by the layer it is in, by the next one, and at the end of the process."""
 
 import ctypes
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from lstm_triton.kernels import stall
+from lstm_triton.kernels import layer, layer_backward, stall
 
 
 @pytest.fixture
@@ -21,9 +22,39 @@ def test_nothing_is_told_of_kernels_that_ended():
     stall.check()
 
 
-def test_the_next_launch_names_the_kernel(stalled):
-    with pytest.raises(RuntimeError, match="lstm_triton: _some_kernel waited for seconds"):
+NAMED = "lstm_triton: _some_kernel waited for seconds"
+
+
+def test_the_next_layer_names_the_kernel(stalled):
+    """Before it asks anything of a device whose context is lost."""
+    with pytest.raises(RuntimeError, match=NAMED):
         stall.check()
+    for run in (layer.lstm_layer_forward, layer_backward.lstm_layer_backward):
+        with pytest.raises(RuntimeError, match=NAMED):
+            run(*(None,) * len(inspect.signature(run).parameters))
+
+
+def test_an_error_inside_a_layer_names_the_kernel(monkeypatch):
+    """CUDA reports the trap in whatever call comes next, here one of a layer that had begun."""
+    word = ctypes.c_int32(0)
+    monkeypatch.setattr(stall, "_values", {"_some_kernel": word})
+
+    @stall.named
+    def run(polls):
+        word.value = polls
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        run(0)
+    with pytest.raises(RuntimeError, match=NAMED) as error:
+        run(4194304)
+    assert str(error.value.__cause__).startswith("CUDA error")
+
+
+def test_a_default_device_is_not_where_the_word_lies():
+    with torch.device("meta"):
+        assert stall.word("_kernel_of_this_test", torch.cuda.is_available()).device.type == "cpu"
+    assert stall.message() is None
 
 
 def test_the_end_of_the_process_names_the_kernel():
@@ -43,12 +74,13 @@ def arrive(counter_ptr):
 
 sequence.arrive = arrive
 layer = LSTM(64, 256, device="cuda", dtype=torch.bfloat16, backend="triton-persistent").requires_grad_(False)
-y, _ = layer(torch.randn(4, 16, 64, device="cuda", dtype=torch.bfloat16))
+x = torch.randn(4, 16, 64, device="cuda", dtype=torch.bfloat16)
+layer(x)
 try:
     torch.cuda.synchronize()
 except RuntimeError as error:
     print("stopped:", error)
-layer(torch.randn(4, 16, 64, device="cuda", dtype=torch.bfloat16))
+layer(x)
 """
 
 
@@ -56,4 +88,4 @@ layer(torch.randn(4, 16, 64, device="cuda", dtype=torch.bfloat16))
 def test_a_wait_without_end_stops_the_kernel_and_names_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_END], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and done.stdout.startswith("stopped: CUDA error"), done.stdout + done.stderr
-    assert "lstm_triton: _lstm_sequence_forward_kernel waited for seconds" in done.stderr
+    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel waited for seconds" in done.stderr

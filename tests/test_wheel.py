@@ -1,13 +1,20 @@
 """The wheel: what is in it, and that the package works where only the wheel is installed."""
 
+import email
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lstm_triton
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,14 +64,60 @@ def test_every_module_is_in_the_wheel_once_and_in_its_place(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_installed_wheel_works(wheel, tmp_path):
-    installed = tmp_path / "installed"
-    _pip("install", "--no-deps", "--target", installed, wheel)
-    script = f"""
-import importlib, importlib.util, pkgutil
+def test_it_requires_torch_and_triton_and_nothing_else(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    lines = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
+    required = [requirement for line in lines if (requirement := Requirement(line)) and _applies(requirement)]
+    assert sorted(requirement.name for requirement in required) == ["torch", "triton"]
+
+
+def _applies(requirement: Requirement) -> bool:
+    """To an installation without extras."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": "", "platform_system": "Linux"})
+
+
+def _link_distributions(names: list[str], folder: Path) -> None:
+    """Links in `folder` to what these distributions and all that they require have installed, with their metadata."""
+    seen = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        requirements = map(Requirement, distribution.requires or ())
+        names += [requirement.name for requirement in requirements if _applies(requirement)]
+        if distribution.files is None:
+            pytest.skip(f"{name} does not say what it has installed")
+        for part in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            link = folder / part
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(part))
+
+
+@pytest.fixture
+def installed(wheel, tmp_path):
+    """The Python of a new environment: the wheel, torch, Triton and what they require; numpy, which the interpreter needs."""
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    _link_distributions(["torch", "triton", "numpy"], libraries)
+    (site_packages / "libraries.pth").write_text(f"{libraries}\n")
+    _pip("--python", python, "install", wheel)  # without an index: what the wheel requires must be there
+    return python
+
+
+def test_the_installed_wheel_works(installed, tmp_path):
+    script = """
+import importlib, importlib.util, pathlib, pkgutil, sys
 import torch, lstm_triton
-assert lstm_triton.__file__.startswith({str(installed)!r}), lstm_triton.__file__
-assert importlib.util.find_spec("kernels") is None and importlib.util.find_spec("bench") is None
+assert pathlib.Path(lstm_triton.__file__).is_relative_to(sys.prefix), lstm_triton.__file__
+for other in ("kernels", "bench", "pytest"):
+    assert importlib.util.find_spec(other) is None, other
 import lstm_triton.kernels, lstm_triton.bench
 for module in pkgutil.iter_modules(lstm_triton.kernels.__path__):
     importlib.import_module("lstm_triton.kernels." + module.name)
@@ -75,7 +128,9 @@ found[0].sum().backward()
 from importlib.metadata import version
 assert version("lstm-triton") == lstm_triton.__version__
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(installed), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for command in ([installed, "-c", script], [installed.with_name("lstm-triton"), "info"]):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert f"lstm_triton  {lstm_triton.__version__}" in done.stdout

@@ -4,13 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lstm_triton import check, environment
+from lstm_triton import check, environment, explain
 from lstm_triton.demo import corpus, report, timing, train
 
 PROMPT = "\ndef "
+
+
+class UsageError(ValueError):
+    """Arguments that make no sense together, or here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return _demo(options)
-    except (corpus.CorpusError, train.CheckpointError) as error:
+    except (UsageError, corpus.CorpusError, train.CheckpointError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -36,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=_positive(float), default=60.0, help="training time (default 60)")
     parser.add_argument("--steps", type=_positive(int), help="train for this many updates instead of a time")
     parser.add_argument("--resume", action="store_true", help="continue training from the checkpoint in --out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default 0")
     parser.add_argument("--device", type=torch.device, help="default: the GPU, if any")
     # At these sizes a second thread gains little, and costs much more than that where the cores are shared.
     parser.add_argument("--threads", type=_positive(int), default=1, help="CPU threads (default 1)")
@@ -61,24 +66,30 @@ def _positive(kind: type) -> type:
 
 def _demo(options: argparse.Namespace) -> int:
     checkpoint = options.out / "checkpoint.pt"
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(environment.summary(), flush=True)
+    device = _device(options.device)
+    config, resumed = _config(options, device, checkpoint)
+    machine = environment.summary(device)
+    print(machine, flush=True)
     torch.set_num_threads(options.threads)
 
-    accuracy = _check(options, device)
-    training = _training(options, device, checkpoint)
-    unigram = training.corpus.unigram_bits()
-    characters = len(training.corpus.train) + len(training.corpus.validation)
+    accuracy = _check(options, device, config.seed)
+    source = corpus.load(config.seed, vocabulary=resumed["vocabulary"] if resumed else None)
+    training = train.Training(config, source, device)
+    if resumed:
+        training.restore(resumed)
+        print(f"\nContinuing after {training.step} updates ({checkpoint})")
+    unigram = source.unigram_bits()
     text = (
-        f"Text: {sum(training.corpus.files)} source files of Python's standard library, {characters:,} characters, "
-        f"{training.corpus.files[1]} files held out."
+        f"Text: {sum(source.files)} source files of Python's standard library, "
+        f"{len(source.train) + len(source.validation):,} characters, {source.files[1]} files held out."
     )
-    config = training.config
     model = (
         f"Model: LSTM with {config.hidden_size} units, {config.batch} texts side by side, "
         f"gradients through {config.steps} steps, on the {'GPU' if device.type == 'cuda' else device.type.upper()}."
     )
-    print(f"\n{text}\n{model}\nCharacter frequencies alone: {unigram:.2f} bits per character", flush=True)
+    backend = explain(training.model.lstm, steps=config.steps)
+    print(f"\n{text}\n{model}\nWhat trains it: {backend}")
+    print(f"Character frequencies alone: {unigram:.2f} bits per character", flush=True)
     training.run(checkpoint, options.seconds, options.steps)
     again = f"{sys.executable} -m lstm_triton.demo --out {options.out} --resume"
     if training.interrupted:
@@ -92,9 +103,8 @@ def _demo(options: argparse.Namespace) -> int:
         f"{last.tokens / last.seconds:,.0f} tokens/s\nCheckpoint: {checkpoint} (go on with --resume)"
     )
 
-    vocabulary = training.corpus.vocabulary
-    prompt = corpus.encode(PROMPT, vocabulary).tolist()
-    sample = corpus.decode(training.model.sample(prompt, 500, config.seed), vocabulary)
+    prompt = corpus.encode(PROMPT, source.vocabulary).tolist()
+    sample = corpus.decode(training.model.sample(prompt, 500, config.seed), source.vocabulary)
     print(f"\nDrawn from Y_t:\n{sample}\n", flush=True)
 
     timings: timing.TimingReport | str = "Not measured (--skip timing)."
@@ -103,17 +113,19 @@ def _demo(options: argparse.Namespace) -> int:
         print(timing.table(timings))
 
     path = options.out / "report.html"
-    contents = report.Contents(accuracy, training.curve, unigram, model, text, PROMPT, sample, timings)
+    contents = report.Contents(
+        accuracy, training.curve, unigram, machine, model, backend, text, PROMPT, sample, timings
+    )  # fmt: skip
     report.write(path, contents)
     print(f"\nReport: {path.resolve()}")
     return 1 if isinstance(accuracy, check.Report) and not accuracy.passed else 0
 
 
-def _check(options: argparse.Namespace, device: torch.device) -> check.Report | str:
+def _check(options: argparse.Namespace, device: torch.device, seed: int) -> check.Report | str:
     if "check" in options.skip:
         return "Not checked (--skip check)."
     try:
-        result = check.run(device.type if options.device else "auto", options.seed)
+        result = check.run(device.type if options.device else "auto", seed)
     except check.CheckUnavailable as error:
         message = f"The kernels cannot be checked here: {error}."
         print(message)
@@ -122,21 +134,36 @@ def _check(options: argparse.Namespace, device: torch.device) -> check.Report | 
     return result
 
 
-def _training(options: argparse.Namespace, device: torch.device, checkpoint: Path) -> train.Training:
+def _device(asked: torch.device | None) -> torch.device:
+    """The device asked for, or the GPU, if any."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.type == "cuda":
+        if (asked.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {asked}: no such NVIDIA GPU here")
+        if asked.index is not None:  # the check runs on the current one
+            torch.cuda.set_device(asked)
+    return asked
+
+
+def _config(
+    options: argparse.Namespace, device: torch.device, checkpoint: Path
+) -> tuple[train.Config, dict[str, Any] | None]:
+    """What to train, and with --resume the contents of the checkpoint, which has the say then."""
+    asked = {"hidden_size": options.hidden_size, "batch": options.batch, "seed": options.seed}
+    given = {name: value for name, value in asked.items() if value is not None}
     if options.resume:
         config, data = train.load_checkpoint(checkpoint)
-        training = train.Training(config, corpus.load(config.seed, vocabulary=data["vocabulary"]), device)
-        training.restore(data)
-        print(f"\nContinuing after {training.step} updates ({checkpoint})")
-        return training
+        for name, value in given.items():
+            if value != getattr(config, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value} contradicts {checkpoint}, which was trained with "
+                    f"{getattr(config, name)}: leave it out, or run without --resume"
+                )
+        return config, data
     gpu = device.type == "cuda"
-    config = train.Config(
-        hidden_size=options.hidden_size or (512 if gpu else 256),
-        batch=options.batch or (128 if gpu else 32),
-        learning_rate=2e-3 if gpu else 4e-3,
-        seed=options.seed,
-    )
-    return train.Training(config, corpus.load(config.seed), device)
+    defaults: dict[str, Any] = {"hidden_size": 512 if gpu else 256, "batch": 128 if gpu else 32}
+    return train.Config(**{**defaults, **given}, learning_rate=2e-3 if gpu else 4e-3), None
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ class Contents:
     accuracy: check.Report | str
     curve: list[Point]
     unigram_bits: float
+    machine: str
     model: str
+    backend: str  # what trained the model, and why
     text: str
     prompt: str
     sample: str
@@ -72,7 +74,7 @@ def page(contents: Contents) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     body = [
         "<h1>lstm_triton on this machine</h1>",
-        f"<p>{escape(environment.summary())}</p>",
+        f"<p>{escape(contents.machine)}</p>",
         f'<p class="quiet">Version {escape(environment.__version__)}, {escape(now)}.</p>',
         *_training(contents),
         *_sample(contents),
@@ -116,6 +118,7 @@ def _training(contents: Contents) -> list[str]:
         f"{'below' if gain > 0 else 'above'} the {contents.unigram_bits:.2f} of character frequencies alone.</p>",
         f'<figure>{picture}<figcaption><span class="key other">training</span><span class="key ours">validation</span>'
         f"{escape(contents.model)}</figcaption></figure>",
+        f"<p>What trained it: {escape(contents.backend)}</p>",
     ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,14 +19,19 @@ from lstm_triton.kernels.sequence_config import (
     sequence_forward_config,
 )
 
-from .aot import SHARED_MEMORY_PER_BLOCK, Report, compile_ahead
+from .aot import SHARED_MEMORY_PER_BLOCK, Report, assemble, compile_ahead
 
 # A GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-LIMITS = {arch: DeviceLimits(n, SHARED_MEMORY_PER_BLOCK[arch]) for arch, n in _MULTIPROCESSORS.items()}
+LIMITS = {arch: DeviceLimits(n, SHARED_MEMORY_PER_BLOCK[arch], arch // 10) for arch, n in _MULTIPROCESSORS.items()}
 
 _POINTEES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-_OF_SEGMENTS = {"resets_ptr", "reset_h_ptr", "reset_c_ptr", "lengths_ptr", "dc_states_ptr", "dreset_c_ptr"}
+# What is None without a feature; "training" is there by default.
+_NEEDED_BY = {
+    "resets_ptr": "resets", "reset_h_ptr": "resets", "reset_c_ptr": "resets", "lengths_ptr": "lengths",
+    "dc_states_ptr": "cells", "dreset_c_ptr": "learned reset state", "c_ptr": "training", "gates_ptr": "training",
+}  # fmt: skip
+SEGMENTS = ("resets", "lengths", "cells", "learned reset state")
 _KERNELS = {
     "forward": sequence._lstm_sequence_forward_kernel,
     "backward": sequence_backward._lstm_sequence_backward_kernel,
@@ -32,7 +40,7 @@ _CONFIGURE = {"forward": sequence_forward_config, "backward": sequence_backward_
 
 
 class Case(NamedTuple):
-    """One launch. segments: with resets, reset_state, lengths and gradients of cell states; else none of them."""
+    """One launch. features: which of SEGMENTS, and "training", which backward means nothing."""
 
     way: str  # "forward" or "backward"
     H: int
@@ -40,42 +48,60 @@ class Case(NamedTuple):
     D: int
     dtype: torch.dtype
     precision: str
-    segments: bool = False
+    features: tuple[str, ...] = ("training",)
     recompute: bool = False
     aligned: bool = True  # pointers and strides; torch's own allocations are
+    single_step: bool = False  # nothing to wait for
 
 
 def configuration(case: Case, limits: DeviceLimits) -> SequenceConfig:
     return _CONFIGURE[case.way](case.B, case.H, case.D, case.dtype, case.precision, limits)
 
 
+def compile_cases(cases: Iterable[Case], archs: Sequence[int]) -> Iterator[tuple[Case, SequenceConfig, Report]]:
+    """Each kernel of these cases for each architecture of one generation, compiled once where the code is the same."""
+    compiled: dict[tuple, dict[int, Report]] = {}
+    for case, arch in itertools.product(cases, archs):
+        config = configuration(case, LIMITS[arch])
+        reports = compiled.setdefault((case._replace(B=0), replace(config, groups=0)), {})
+        if arch in reports:
+            continue
+        if reports and case.dtype != torch.float64:
+            reports[arch] = assemble(next(iter(reports.values())), arch)
+        else:
+            reports[arch] = compile_case(case, arch, config)
+        yield case, config, reports[arch]
+
+
 def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) -> Report:
     """What runs on a GPU of this compute capability; by default in the configuration for the one in LIMITS."""
     config = config or configuration(case, LIMITS[arch])
     kernel = _KERNELS[case.way]
-    waits = config.persistent and config.programs > 1
+    waits = config.persistent and config.programs > 1 and not case.single_step
     constexprs = {
         "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
         "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
     }  # fmt: skip
     if case.way == "backward":
         constexprs |= {"SPLIT_K": config.split_k, "ACTIVATED": not case.recompute}
-    options = {"maxnreg": config.max_registers} if config.max_registers else {}
-    if waits:
-        options["launch_cooperative_grid"] = True
-    signature = {name: _type(name, case, waits) for name in kernel.arg_names if name not in constexprs}
-    return compile_ahead(
-        kernel, signature, constexprs, arch=arch, num_warps=config.num_warps, num_stages=config.num_stages, **options
-    )
+    options = {"launch_cooperative_grid": True} if waits else {}
+    signature = {p.name: _type(p, case, waits) for p in kernel.params if p.name not in constexprs}
+    return compile_ahead(kernel, signature, constexprs, arch=arch, **config.options, **options)
 
 
-def _type(name: str, case: Case, waits: bool) -> str | None:
+def _needed_by(name: str, case: Case) -> str | None:
+    return None if case.way == "backward" and name in ("c_ptr", "gates_ptr") else _NEEDED_BY.get(name)
+
+
+def _type(parameter, case: Case, waits: bool) -> str | None:
     """The type and hint that the JIT would find for an argument of this name."""
-    hint = ":16" if case.aligned else ""
+    name = parameter.name
+    aligned = case.aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    hint = ":16" if aligned else ""
     if (
         (name in ("counters_ptr", "stall_ptr") and not waits)
         or (name == "w_reverse_ptr" and case.D == 1)
-        or (name in _OF_SEGMENTS and not case.segments)
+        or (_needed_by(name, case) not in (None, *case.features))
     ):
         return None
     if name in ("counters_ptr", "stall_ptr"):
@@ -88,8 +114,4 @@ def _type(name: str, case: Case, waits: bool) -> str | None:
         return f"*{_POINTEES[case.dtype]}{hint}"
     if name in ("stride_w_k", "stride_w_reverse_k", "stride_dy_h"):
         return "i32:1"
-    # stride_t, stride_b, sizes and steps are not specialised; other strides are multiples of H, or of B.
-    free = ("T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b")
-    if name in free or name.startswith("stride_resets"):
-        return "i32"
-    return "i32:16" if case.aligned and case.H % 16 == 0 else "i32"
+    return "i32" + (hint if case.H % 16 == 0 else "")  # what is specialised of the others are multiples of H

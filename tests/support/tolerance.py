@@ -1,47 +1,15 @@
-"""The one rule by which results are judged: no worse than torch itself in the same dtype, both against the truth.
-
-For every tensor of n elements, with errors taken against the truth (float64, or more for float64 results),
-
-    largest error of ours <= 2 * largest error of torch + 2 ulp
-    RMS error of ours     <= 1.25 * (1 + 3 / sqrt(2n)) * RMS error of torch + 1/4 ulp
-
-* torch computes in the same dtype and with the same input precision of float32 products. Its error is the worst on this
-  problem and on a few next to it (`neighbours`), because on one problem torch is often right, or wrong, by luck. Moving the
-  inputs by a few ulps redraws most roundings and keeps every cancellation; moving them by some three percent also redraws
-  those of a nearly saturated 1 - sigmoid.
-* Two is the project's bar. A largest error is one draw from the tail of a distribution, so no smaller factor can be asked
-  of it; the RMS is what shows a systematic loss. 1.25 is room for another order of the same roundings. An RMS estimated from
-  n errors has a relative standard deviation of 1 / sqrt(2n): three of these are left to chance in small tensors.
-* ulp is the dtype's epsilon times the largest true value of the tensor. The floors stand for the rounding of the result
-  itself, at most 1/2 ulp and 1/4 in RMS, and for the few before it; they matter where torch's error is near zero.
-
-There is nothing to tune per test, on purpose: a test that fails this has found a loss of accuracy, or has asked the
-yardstick a question in another precision than ours.
-"""
+"""Results judged by the rule of `lstm_triton.tolerance`, with a truth of float64 or of more."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lstm_triton.tolerance import Errors, misses, neighbours, worst
+
 from .extended import Extended, difference
 
-MAX_FACTOR = 2.0
-RMS_FACTOR = 1.25
-MAX_FLOOR_ULPS = 2.0
-RMS_FLOOR_ULPS = 0.25
-NEIGHBOURS = 8
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Largest and RMS error of n elements against the truth, in units of its largest value."""
-
-    n: int
-    largest: float
-    rms: float
+__all__ = ["Errors", "assert_as_accurate", "errors", "neighbours", "worst"]
 
 
 def errors(actual: Tensor, truth: Tensor | Extended) -> Errors:
@@ -54,40 +22,11 @@ def errors(actual: Tensor, truth: Tensor | Extended) -> Errors:
         error = actual.detach().cpu().double() - rounded
     assert actual.shape == rounded.shape, f"{tuple(actual.shape)} is not {tuple(rounded.shape)}"
     assert rounded.isfinite().all(), "the truth is not finite"
-    if error.numel() == 0:
-        return Errors(0, 0.0, 0.0)
-    if error.isnan().any():
-        return Errors(error.numel(), math.inf, math.inf)
-    error = error / (rounded.abs().max().item() or 1.0)
-    return Errors(error.numel(), error.abs().max().item(), error.square().mean().sqrt().item())
-
-
-def worst(of: Sequence[Errors]) -> Errors:
-    return Errors(max(e.n for e in of), max(e.largest for e in of), max(e.rms for e in of))
-
-
-def neighbours(tensors: Sequence[Tensor | None], seed: int = 0) -> list[list[Tensor | None]]:
-    """The given inputs, and NEIGHBOURS - 1 times the same moved a little: see above."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def moved(t: Tensor | None, ulps: bool) -> Tensor | None:
-        if t is None:
-            return None
-        steps = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-        steps *= 4 * torch.finfo(t.dtype).eps if ulps else 0.03
-        return (t.detach().cpu().double() * (1 + steps)).to(t.dtype).to(t.device)
-
-    return [list(tensors), *([moved(t, ulps=k % 2 == 0) for t in tensors] for k in range(NEIGHBOURS - 1))]
+    return Errors.of(error, rounded)
 
 
 def assert_as_accurate(actual: Tensor, truth: Tensor | Extended, torchs: Errors, name: str = "result") -> None:
-    """`actual` is as close to the truth as torch, whose errors in this dtype are `torchs`, up to the rule above."""
+    """`actual` is as close to the truth as torch, whose errors in this dtype are `torchs`, up to the rule."""
     assert math.isfinite(torchs.largest), f"{name}: torch's own result is not finite"
-    ours = errors(actual, truth)
-    ulp = torch.finfo(actual.dtype).eps
-    chance = 1 + 3 / math.sqrt(2 * max(ours.n, 1))
-    for kind, error, torch_error, limit in (
-        ("largest", ours.largest, torchs.largest, MAX_FACTOR * torchs.largest + MAX_FLOOR_ULPS * ulp),
-        ("RMS", ours.rms, torchs.rms, RMS_FACTOR * chance * torchs.rms + RMS_FLOOR_ULPS * ulp),
-    ):
-        assert error <= limit, f"{name}: {kind} error {error:.3g}, torch's {torch_error:.3g}, limit {limit:.3g}"
+    missed = misses(errors(actual, truth), torchs, actual.dtype)
+    assert not missed, f"{name}: {'; '.join(missed)}"

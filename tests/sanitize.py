@@ -1,0 +1,102 @@
+"""The kernels under NVIDIA's compute-sanitizer: `make sanitize`.
+
+`python tests/sanitize.py [tool ...]` runs the cases below once under each tool, and exits with 1 if any reports something,
+with 2 where it cannot run. `--cases` runs them without a tool, on the GPU or in Triton's interpreter.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from support import cells, layers, readouts
+from torch import Tensor
+
+TOOLS = {
+    "memcheck": "accesses out of bounds or misaligned",
+    "racecheck": "hazards in shared memory",
+    "initcheck": "reads of memory that nothing has written",
+    "synccheck": "invalid barriers",
+}
+# Only this package's kernels, and neither the CUDA calls by which torch probes nor the compilers that Triton starts.
+OPTIONS = [
+    "--kernel-name", "kns=_lstm_", "--kernel-name", "kns=_readout_", "--report-api-errors", "no",
+    "--target-processes", "application-only", "--error-exitcode", "1",
+]  # fmt: skip
+
+Results = Sequence[Tensor | None]
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
+    """A name and what to run: small, since a tool slows a kernel down a hundredfold, with edges inside every tile."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    for dtype in (float32, bfloat16):
+        for shape in ((3, 7, 19), (17, 33, 20)):
+            cell = cells.draw(*shape, dtype, device=device)
+            yield f"cell {shape} {dtype}", lambda cell=cell: cells.by_kernels(cell)
+        for readout_shape in ((5, 19, 37), (3, 20, 1500)):
+            readout = readouts.draw(*readout_shape, dtype, device=device)
+            yield f"readout {readout_shape} {dtype}", lambda readout=readout: readouts.by_kernels(readout)
+    every = dict(resets=True, reset_state="stored", lengths=True, cells=True)
+    # T, B, I, H and directions. 150 units are more than one program holds, so that several wait for one another; in the
+    # interpreter they would not.
+    wide = 150 if device.type == "cuda" else 35
+    for shape, D, dtype, backend, options in (
+        ((3, 3, 5, 19), 1, bfloat16, "triton", {}),
+        ((3, 18, 5, wide), 1, bfloat16, "triton", {}),
+        ((3, 3, 5, wide), 2, bfloat16, "triton", every),
+        ((3, 3, 5, wide), 1, float32, "triton", {"precision": "tf32"}),
+        ((3, 3, 5, 19), 2, bfloat16, "triton-stepwise", every),
+        ((3, 3, 5, 19), 1, float32, "triton-stepwise", {}),
+    ):
+        layer = layers.draw(*shape, D, dtype, device=device, **options)
+        name = f"layer {shape}, {D} direction(s), {dtype}, {backend}{', segments' if options is every else ''}"
+        yield name, lambda layer=layer, backend=backend: layers.by_kernels(layer, backend)
+
+
+def run_cases(device: torch.device) -> None:
+    for name, run in cases(device):
+        print(name, flush=True)
+        # Whether the values are right is for the suite to say; what is not written at all is likely to show here.
+        assert all(t.isfinite().all() for t in run() if t is not None), f"{name}: results that are not finite"
+
+
+def find_sanitizer() -> str | None:
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(toolkit))
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments == ["--cases"]:
+        run_cases(torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"))
+        return 0
+    if unknown := [argument for argument in arguments if argument not in TOOLS]:
+        print(f"make sanitize: {unknown[0]} is none of {', '.join(TOOLS)}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("make sanitize: no NVIDIA GPU here", file=sys.stderr)
+        return 2
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        print(
+            "make sanitize: no compute-sanitizer in PATH or CUDA_HOME/bin; it is part of the CUDA toolkit",
+            file=sys.stderr,
+        )
+        return 2
+    # torch's caching allocator would hide from the tools where a tensor ends, and that it is new.
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+    failed = []
+    for tool in arguments or TOOLS:
+        print(f"{tool}: {TOOLS[tool]}", flush=True)
+        command = [sanitizer, "--tool", tool, *OPTIONS, sys.executable, __file__, "--cases"]
+        if subprocess.run(command, env=environ).returncode != 0:
+            failed.append(tool)
+    print(f"make sanitize: {', '.join(failed)} failed" if failed else "make sanitize: nothing found")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

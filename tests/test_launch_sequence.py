@@ -1,0 +1,203 @@
+"""What the sequence kernels compile, and what they do not compile again: the real JIT on a driver that launches nothing."""
+
+import contextlib
+
+import pytest
+import torch
+from support.fake_driver import count_compiled, fake_driver
+from support.process import run_checks, run_without_interpreter
+
+
+def test_real_jit():
+    assert "checks passed" in run_without_interpreter(__file__)
+
+
+# ---- in the suite's own process ------------------------------------------------------------------------------------
+
+
+class _Recorded:
+    """Stands for a launcher: notes what it is asked for, and launches nothing."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.launches = []
+
+    def __call__(self, grid, tensors, integers, constants, config, **options):
+        self.launches.append((grid, tensors, integers, constants, config, options))
+
+
+@pytest.fixture
+def recorded(monkeypatch, poisoned_outputs):
+    """Launchers that record, planned for as on a GPU: programs may wait for one another."""
+    from lstm_triton.kernels import interpreter, layer, layer_backward
+
+    launchers = _Recorded(layer._forward.kernel), _Recorded(layer_backward._backward.kernel)
+    monkeypatch.setattr(layer, "_forward", launchers[0])
+    monkeypatch.setattr(layer_backward, "_backward", launchers[1])
+    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
+    return launchers
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_one_step_waits_for_nothing(T, recorded):
+    """No counters to zero, and no cooperative launch, which a CUDA graph's conditional node could not hold."""
+    _run(T, 16, 256)
+    for launcher in recorded:
+        ((grid, tensors, _, _, config, options),) = launcher.launches
+        assert config.persistent and grid[0] > 1
+        waits = T > 1
+        assert (tensors[-2] is not None) == (tensors[-1] is not None) == waits
+        assert options.get("launch_cooperative_grid", False) == waits
+
+
+def test_a_last_range_of_one_step_waits_for_nothing(recorded):
+    _run(33, 2, 256, recompute=True)
+    _, backward = recorded
+    steps = [(integers[2], integers[3], tensors[-2] is not None) for _, tensors, integers, *_ in backward.launches]
+    assert steps == [(0, 32, True), (32, 33, False)]
+
+
+def test_multiprocessors_are_left_free(recorded, monkeypatch):
+    """Of an H100's 132: 32 programs in 4 groups fit, but not beside others."""
+    from lstm_triton.kernels import launch
+
+    grids = []
+    for free in (0, 4, 5, 131, 1000):
+        monkeypatch.setattr(launch, "FREE_MULTIPROCESSORS", free)
+        recorded[0].launches.clear()
+        _run(2, 128, 512, training=False)
+        grids.append([(grid[0], config.persistent) for grid, *_, config, _ in recorded[0].launches])
+    assert grids[:2] == [[(128, True)]] * 2
+    for fewer, free in zip(grids[2:], (5, 131, 1000)):
+        assert all(programs <= 132 - free or not persistent for programs, persistent in fewer)
+    assert [persistent for _, persistent in grids[-1]] == [False, False], "one launch per step always fits"
+
+
+def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
+    from lstm_triton.kernels import launch
+
+    assert launch._free_multiprocessors() == 0
+    monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", "16")
+    assert launch._free_multiprocessors() == 16
+    for wrong in ("-1", "half", ""):
+        monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", wrong)
+        with pytest.raises(ValueError, match="LSTM_TRITON_FREE_MULTIPROCESSORS must be a number"):
+            launch._free_multiprocessors()
+
+
+# ---- in a process without the interpreter --------------------------------------------------------------------------
+
+
+def _run(
+    T, B, H, D=1, dtype=torch.bfloat16, *, resets=False, reset_state=None, lengths=False, batch_major=False, layer_of_two=0,
+    training=True, recompute=False, cells=False, precision="tf32",
+):  # fmt: skip
+    """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
+    from lstm_triton.kernels.layer import Direction, Segments, lstm_layer_forward
+    from lstm_triton.kernels.layer_backward import lstm_layer_backward
+
+    I = 4
+    rows = slice(layer_of_two * D, (layer_of_two + 1) * D)
+
+    def time_by_batch(*rest, dtype=dtype):
+        return (
+            torch.zeros(B, T, *rest, dtype=dtype).transpose(0, 1)
+            if batch_major
+            else torch.zeros(T, B, *rest, dtype=dtype)
+        )
+
+    def state():
+        return torch.zeros(2 * D, B, H, dtype=dtype)[rows]
+
+    reset_h = reset_c = None
+    if reset_state == "stored":
+        reset_h, reset_c = (torch.zeros(T, 2 * D, B, H, dtype=dtype)[:, rows] for _ in "hc")
+    elif reset_state == "shared":
+        reset_h, reset_c = (torch.zeros(2 * D, 1, H, dtype=dtype)[rows].expand(T, D, B, H) for _ in "hc")
+    segments = Segments(
+        time_by_batch(dtype=torch.bool) if resets else None,
+        reset_h,
+        reset_c,
+        torch.zeros(B, dtype=torch.int64) if lengths else None,
+    )
+    directions = [
+        Direction(torch.zeros(4 * H, I, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype), None, None) for _ in range(D)
+    ]
+    x, h0, c0 = time_by_batch(I), state(), state()
+    forward = lstm_layer_forward(
+        x, h0, c0, directions, segments, precision=precision, save_cells=training, save_gates=training and not recompute
+    )
+    if training:
+        dy, dc = time_by_batch(D * H), time_by_batch(D * H) if cells else None
+        lstm_layer_backward(
+            dy, state(), state(), dc, x, h0, c0, directions, forward, segments,
+            needs_resets=reset_state is not None, precision=precision,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _kernels_compiled():
+    """A function that counts the kernels compiled since the start of this context: forward, backward."""
+    from lstm_triton.kernels import layer, layer_backward
+
+    launchers = layer._forward, layer_backward._backward
+    for launcher in launchers:
+        launcher._compiled.clear()
+    with fake_driver():
+        yield lambda: tuple(count_compiled(launcher.kernel) for launcher in launchers)
+
+
+# Together: every feature in training and inference, one and two directions, sizes odd and even, each with programs that wait
+# for one another (H above 128) and with one that is alone.
+CASES = {
+    "plain, waiting": dict(H=144),
+    "plain, odd": dict(H=19, D=2),
+    "plain, inference": dict(H=151, training=False),
+    "one unit": dict(H=1, D=2, resets=True, reset_state="stored", lengths=True),
+    "resets": dict(H=32, resets=True),
+    "resets, inference": dict(H=20, D=2, resets=True, training=False),
+    "stored reset states": dict(H=19, resets=True, reset_state="stored"),
+    "shared reset states, waiting": dict(H=131, D=2, resets=True, reset_state="shared"),
+    "lengths": dict(H=19, D=2, lengths=True, cells=True),
+    "everything": dict(H=32, D=2, resets=True, reset_state="stored", lengths=True, cells=True),
+    "everything, inference": dict(H=19, resets=True, reset_state="shared", lengths=True, training=False),
+    "recompute": dict(H=20, recompute=True),
+    "float32": dict(H=20, dtype=torch.float32, resets=True, reset_state="stored"),
+}
+
+
+def check_sizes_and_layouts_do_not_recompile():
+    for name, case in CASES.items():
+        with _kernels_compiled() as compiled:
+            # In launches of one step nothing waits, which is another kernel.
+            for T in (2, 1):
+                _run(T, 2, **case)
+            first = compiled()
+            for T in (1, 2, 7):
+                for B in (1, 2, 15, 16, 17):
+                    for batch_major in (False, True) if not case.get("recompute") else (False,):
+                        for k in (0, 1):
+                            _run(T, B, **case, batch_major=batch_major, layer_of_two=k)
+                            assert compiled() == first, (name, T, B, batch_major, k)
+
+
+def check_one_launch_per_step_compiles_nothing_more():
+    """Between launches c is kept in float32: the first, the last and other steps, and a single one, have their own kernels."""
+    from lstm_triton.kernels import layer, layer_backward
+
+    for dtype, each in ((torch.bfloat16, 4), (torch.float64, 1)):
+        case = dict(H=1600 if dtype == torch.bfloat16 else 19, dtype=dtype, resets=True, lengths=True)
+        with _kernels_compiled() as compiled:
+            for T in (7, 1):
+                _run(T, 2, **case)
+            assert compiled() == (each, each)
+            for T in (1, 2, 3, 8):
+                for B in (1, 2, 15, 16):
+                    _run(T, B, **case)
+            assert compiled() == (each, each)
+            for launcher in (layer._forward, layer_backward._backward):
+                assert len(launcher._compiled) == each, "sizes and steps are not looked up"
+
+
+if __name__ == "__main__":
+    run_checks(globals())

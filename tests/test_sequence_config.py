@@ -1,0 +1,77 @@
+"""The launch configurations of the sequence kernels, over devices, sizes, dtypes: what each must hold to be launched at all."""
+
+import itertools
+
+import pytest
+import torch
+
+from lstm_triton.kernels import sequence_config
+from lstm_triton.kernels.config import cdiv, uses_tensor_cores
+from lstm_triton.kernels.sequence_config import (
+    DeviceLimits,
+    sequence_backward_config,
+    sequence_forward_config,
+    stepwise_config,
+)
+
+# Multiprocessors and KiB of shared memory: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, and two slices of an H100.
+DEVICES = ((108, 163), (82, 99), (128, 99), (132, 227), (148, 227), (170, 99), (60, 227), (14, 227))
+KINDS = (
+    (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "tf32x3"),
+    (torch.float32, "ieee"),
+    (torch.float64, "ieee"),
+)
+# Around every tile, and on: odd and even ones, to where no kernel keeps its weights on chip.
+UNITS = sorted(
+    {1, 2, 8, 9, *range(29, 1600, 59), *(n + k for n in (16, 32, 64, 128, 512, 1024, 1536) for k in (-1, 0, 1))}
+)
+ROWS = (1, 16, 17, 64, 256, 1024)
+WAYS = (sequence_forward_config, sequence_backward_config)
+
+
+def _bytes(way, config, H, itemsize):
+    """What W_hh and one piece of state take of a program's shared memory, as padded by the tile."""
+    inner, columns = (H, 4 * config.block_h) if way is sequence_forward_config else (4 * H, config.block_h)
+    depth = config.split_k * config.block_k
+    return (cdiv(inner, depth) * depth * columns + config.block_b * depth) * itemsize
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_every_configuration_can_be_launched(device):
+    limits = DeviceLimits(device[0], device[1] * 1024)
+    for (dtype, precision), H, B, D, way in itertools.product(KINDS, UNITS, ROWS, (1, 2), WAYS):
+        config = way.__wrapped__(B, H, D, dtype, precision, limits)
+        case = way.__name__, H, B, D, dtype, precision, config
+        if not config.persistent:
+            assert config == stepwise_config(B, H, D, dtype, precision), case
+        else:
+            assert uses_tensor_cores(dtype, precision), case
+            assert config.programs == 1 or config.programs * config.groups <= limits.multiprocessors, case
+            assert _bytes(way, config, H, dtype.itemsize) + sequence_config._SCRATCH <= limits.shared_memory, case
+        assert config.programs * config.block_h >= H > (config.programs - 1) * config.block_h, case
+        assert config.groups == cdiv(B, config.block_b) * D, case
+        assert config == way(B, H, D, dtype, precision, limits), case
+        for tile in (config.block_b, config.block_h, config.block_k, config.split_k):
+            assert tile & (tile - 1) == 0, case
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_large_layers_run_in_one_launch(way):
+    """The sweep would also hold if every configuration were one launch per step."""
+    h100 = DeviceLimits(132, 227 * 1024)
+    for dtype, precision, H, B in (
+        (torch.bfloat16, "ieee", 512, 64),
+        (torch.bfloat16, "ieee", 1024, 16),
+        (torch.bfloat16, "ieee", 1536, 1),
+        (torch.float32, "tf32", 768, 16),
+    ):
+        assert way(B, H, 1, dtype, precision, h100).persistent, (H, B)
+    for dtype, precision, H, B in (
+        (torch.bfloat16, "ieee", 1600, 1),
+        (torch.bfloat16, "ieee", 1024, 256),
+        (torch.float32, "ieee", 64, 1),
+    ):
+        assert not way(B, H, 1, dtype, precision, h100).persistent, (H, B)
