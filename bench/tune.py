@@ -77,7 +77,7 @@ def cases(kernel: str, hidden: Any, batch: Any, dtypes: Sequence[str] | None) ->
     return found
 
 
-def candidates(kernel: str, case: Case, limits: tuple[int, int]) -> list[Any]:
+def candidates(kernel: str, case: Case, limits: tuple[int, ...]) -> list[Any]:
     """Legal configurations, the shipped one first. limits: multiprocessors, shared memory of one program in bytes."""
     from lstm_triton.kernels import config, sequence_config
 
@@ -102,7 +102,7 @@ def candidates(kernel: str, case: Case, limits: tuple[int, int]) -> list[Any]:
     return [shipped, *(c for c in dict.fromkeys(found) if c != shipped)]
 
 
-def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, int], itemsize: int) -> Iterator[Any]:
+def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, ...], itemsize: int) -> Iterator[Any]:
     """Variants of the shipped configuration that are launched the same way, and fit the device."""
     B, H, D = case.batch, case.hidden_size, case.directions
     inner = H if forward else 4 * H
@@ -151,7 +151,7 @@ def using(kernel: str) -> Iterator[Callable[[Any], None]]:
 
 def sweep(
     kernel: str, case: Case, device: torch.device, clock: timing.Clock, tell: Callable[[int, Result | None], None],
-    first: int = 0, limits: tuple[int, int] | None = None, seconds: float = 0.3,
+    first: int = 0, limits: tuple[int, ...] | None = None, seconds: float = 0.3,
 ) -> None:  # fmt: skip
     """Try the candidates from number `first` on; tell(k, None) before the k-th, tell(k, result) after it."""
     from lstm_triton.kernels.launch import device_limits

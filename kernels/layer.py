@@ -232,7 +232,8 @@ def lstm_layer_forward(
     constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
                  config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets, x.dtype)
-    reset_h, reset_c = (reset_state(segments, s, h0) for s in (segments.reset_h, segments.reset_c))
+    reset_h = reset_state(segments, segments.reset_h, h0)
+    reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *weight_strides(directions),
                *segment_strides(flags, reset_h, reset_c))  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
