@@ -119,15 +119,23 @@ _torch_precision = torch._C._get_fp32_precision_getter
 def torch_matmul_precision(dtype: torch.dtype, precision: str):
     """torch's own float32 products on a GPU, inside: in TF32 where the kernels' are, else in full precision."""
     wanted = "tf32" if precision == "tf32" else "ieee"
-    before = torch.backends.cuda.matmul.fp32_precision
-    if dtype != torch.float32 or before == wanted:
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == wanted:
         yield
         return
-    torch.backends.cuda.matmul.fp32_precision = wanted
+    with fp32_precision(torch.backends.cuda.matmul, wanted):
+        yield
+
+
+@contextlib.contextmanager
+def fp32_precision(setting: Any, wanted: str):
+    """`wanted` in one of torch.backends' settings, inside; afterwards it inherits from the others again if it did."""
+    before, setting.fp32_precision = setting.fp32_precision, wanted
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        setting.fp32_precision = "none"
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
 
 
 def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> str:

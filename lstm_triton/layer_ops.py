@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import call, formula_precision, implements, is_jit_tracing, library, sees_operators
+from .ops import call, formula_precision, implements, is_jit_tracing, library, sees_operators, takes_formula
 
 _SEGMENTS = "Tensor? resets, Tensor? reset_h, Tensor? reset_c, Tensor? lengths"
 library.define(
@@ -180,6 +180,17 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         return *d_cotangents, *(None,) * 7, *d_inputs, None, dreset_h, dreset_c, None, *d_weights
 
 
+def _formula(directions, resets, lengths):
+    """`reference.lstm_layer` as a function of what has a gradient, weights flat."""
+
+    def formula(x, h0, c0, reset_h, reset_c, *weights):
+        n = len(weights) // directions
+        by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
+        return reference.lstm_layer(x, h0, c0, by_direction, resets, reset_h, reset_c, lengths)
+
+    return formula
+
+
 class LSTMLayerFunction(torch.autograd.Function):
     """(y, h_n, c_n, c, gates) of one layer, differentiable."""
 
@@ -220,6 +231,13 @@ class LSTMLayerFunction(torch.autograd.Function):
         asked = ctx.needs_input_grad[5:]  # of inputs
         if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * (5 + len(asked))
+        if takes_formula(dy, dh_n, dc_n, dc):
+            x, h0, c0, resets, reset_h, reset_c, lengths, *weights = inputs
+            formula = _formula(ctx.directions, resets, lengths)
+            with formula_precision(x.dtype, ctx.precision, recurrent=True):
+                found = reference.back_through(formula, (dy, dh_n, dc_n, dc), (x, h0, c0, reset_h, reset_c, *weights))
+            found[3:3], found[6:6] = [None], [None]  # resets, lengths
+            return (None,) * 5 + tuple(g if n else None for g, n in zip(found, asked))
         weights_asked = asked[7:]
         needs = [asked[0], asked[1], asked[4] or asked[5], any(weights_asked)]
         grads = call(
@@ -290,6 +308,10 @@ def lstm_layer(
     stepwise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n, c or None) through the kernels; arguments as `kernels.layer.lstm_layer_forward`, weights flat."""
+    if takes_formula():
+        with formula_precision(x.dtype, precision, recurrent=True):
+            y, h_n, c_n, c = _formula(directions, resets, lengths)(x, h0, c0, reset_h, reset_c, *weights)
+        return y, h_n, c_n, c if return_cells else None
     tracing = is_jit_tracing()
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)

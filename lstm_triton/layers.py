@@ -163,7 +163,9 @@ def _cudnn_precision(precision: str) -> Iterator[None]:
     try:
         yield
     finally:
-        rnn.fp32_precision = before
+        rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
+        if rnn.fp32_precision != before:
+            rnn.fp32_precision = before
 
 
 def _require_persistent(

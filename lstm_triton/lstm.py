@@ -107,16 +107,8 @@ class LSTMForward(torch.nn.RNNBase):
             train, dropout = self._mode()
             data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
             with layers.cudnn_precision(data, self.precision), casting.without_autocast(data.device.type):
-                y, *hidden = torch._VF.lstm(
-                    data,
-                    batch_sizes,
-                    tuple(hx),
-                    weights,
-                    self.bias,
-                    self.num_layers,
-                    dropout,
-                    train,
-                    self.bidirectional,
+                y, *hidden = torch_ops.packed_lstm(
+                    data, batch_sizes, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional
                 )
         else:
             if resets is not None:

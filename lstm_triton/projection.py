@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layer_ops
+from .ops import call, formula_precision
 
 
 def lstm_layer(
@@ -37,7 +38,7 @@ def lstm_layer(
         w_ih, w_hh, *biases, w_hr = weights[d * n : (d + 1) * n]
         # The given h of each direction has columns of its own.
         columns = [w_hh if k == d else w_hh.new_zeros(w_hh.shape) for k in range(directions)]
-        combined += [torch.cat([w_ih, *columns], dim=1), w_hh @ w_hr, *biases]
+        combined += [torch.cat([w_ih, *columns], dim=1), _product(w_hh, w_hr, precision), *biases]
         projections.append(w_hr)
     given = [_given_states(len(x), h0[d], d, resets, reset_h, lengths) for d in range(directions)]
     zeros = x.new_zeros(c0.shape[2])
@@ -46,13 +47,48 @@ def lstm_layer(
         resets, None if reset_c is None else zeros.expand(reset_c.shape), reset_c, lengths,
         precision, return_cells, recompute, stepwise,
     )  # fmt: skip
-    y = torch.cat([u_d @ w_hr.t() for u_d, w_hr in zip(u.chunk(directions, dim=2), projections)], dim=2)
-    h_n = torch.stack([u_d @ w_hr.t() for u_d, w_hr in zip(u_n, projections)])
+    y = torch.cat(
+        [_product(u_d, w_hr.t(), precision) for u_d, w_hr in zip(u.chunk(directions, dim=2), projections)], dim=2
+    )
+    h_n = torch.stack([_product(u_d, w_hr.t(), precision) for u_d, w_hr in zip(u_n, projections)])
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
         # Zero already; but a gradient that arrives there, perhaps NaN, must not meet the zeros of u in a product.
         y = torch.where((torch.arange(len(x), device=x.device)[:, None] < lengths)[..., None], y, 0.0)
     return y, h_n, c_n, c
+
+
+def _product(a: Tensor, b: Tensor, precision: str | None) -> Tensor:
+    """a @ b of [..., k] and [k, n], it and its derivatives with the precision of the kernels' products."""
+    # A compiler sees torch's setting as part of the program, and keeps to it.
+    return a @ b if torch.compiler.is_compiling() else call(_Product, a, b, precision)
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, precision):
+        with formula_precision(a.dtype, precision, recurrent=True):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *factors, ctx.precision = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        da = _product(grad, b.t(), ctx.precision)
+        return da, _product(a.flatten(0, -2).t(), grad.flatten(0, -2), ctx.precision), None
+
+    @staticmethod
+    def jvp(ctx, da, db, _):
+        a, b = ctx.saved_tensors
+        left = 0 if da is None else _product(da, b, ctx.precision)
+        return left + (0 if db is None else _product(a, db, ctx.precision))
 
 
 def _given_states(

@@ -95,24 +95,58 @@ def lstm(
     if casting.is_autocast(x.device.type):
         with casting.without_autocast(x.device.type):
             return lstm(x, hx, weights, bias, num_layers, dropout, train, bidirectional)
-    if not torch.compiler.is_compiling():
-        batch_first = x.stride(1) > x.stride(0)
-        x = x.transpose(0, 1) if batch_first else x
-        y, h_n, c_n = torch._VF.lstm(
-            x, tuple(hx), list(weights), bias, num_layers, dropout, train, bidirectional, batch_first
-        )
-        return (y.transpose(0, 1) if batch_first else y), h_n, c_n
-    # One operator for each layer, so that dropout between them is the compiler's own, with its own random numbers.
+    compiling = torch.compiler.is_compiling()
+    batch_first = x.stride(1) > x.stride(0) and not compiling
+    x = x.transpose(0, 1) if batch_first else x
+
+    def run(x, states, weights, layers):
+        if compiling:
+            return torch.ops.lstm_triton.torch_lstm(x, *states, weights, bias, layers, train, bidirectional)
+        drop = dropout if layers > 1 else 0.0
+        return torch._VF.lstm(x, states, weights, bias, layers, drop, train, bidirectional, batch_first)
+
+    y, h_n, c_n = _in_steps(run, x, hx, weights, num_layers, dropout, bidirectional, compiling)
+    return (y.transpose(0, 1) if batch_first else y), h_n, c_n
+
+
+def packed_lstm(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(data of y, h_n, c_n) of torch._VF.lstm on a packed sequence."""
+
+    def run(data, states, weights, layers):
+        drop = dropout if layers > 1 else 0.0
+        return torch._VF.lstm(data, batch_sizes, states, weights, bias, layers, drop, train, bidirectional)
+
+    return _in_steps(run, data, hx, weights, num_layers, dropout, bidirectional, False)
+
+
+def _in_steps(
+    run, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], num_layers: int, dropout: float,
+    bidirectional: bool, compiling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """run(x, states, weights, layers) for all layers at once, or one by one with torch's own dropout between them.
+
+    One by one where a compiler has random numbers of its own, and on a GPU, where cuDNN's own dropout takes its seed once in the
+    life of a process: the same seed would not give the same result.
+    """
     directions = 2 if bidirectional else 1
-    step = num_layers if dropout == 0 else 1
+    step = 1 if dropout and (compiling or x.is_cuda) else num_layers
     per_layer = len(weights) // num_layers
     last = []
     for k in range(0, num_layers, step):
         rows = slice(k * directions, (k + step) * directions)
-        w = weights[k * per_layer : (k + step) * per_layer]
-        x, *states = torch.ops.lstm_triton.torch_lstm(x, hx[0][rows], hx[1][rows], w, bias, step, train, bidirectional)
+        x, *states = run(x, (hx[0][rows], hx[1][rows]), list(weights[k * per_layer : (k + step) * per_layer]), step)
         last.append(states)
-        if dropout and k + step < num_layers:
+        if k + step < num_layers:
             x = torch.nn.functional.dropout(x, dropout)
     h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
     return x, h_n, c_n

@@ -1,5 +1,7 @@
 """A layer under autograd: derivatives by differences and of second order, partial ones, held bytes, autocast."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import layers
@@ -172,3 +174,19 @@ def test_autocast_leaves_float64_alone(device):
     with torch.autocast(device.type, torch.bfloat16):
         found = layer(*leaves)
     assert all(map(torch.equal, found, layer(*leaves)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_torchs_settings_are_left_as_they_were(backend, device):
+    """Also what they inherit: a value that is read and written back would follow its parent no more."""
+    problem = layers.draw(3, 2, 4, 9, device=device)
+    before = torch.backends.fp32_precision
+    try:
+        for inherited, precision in (("tf32", "ieee"), ("ieee", "tf32")):
+            torch.backends.fp32_precision = inherited
+            layers.by_kernels(replace(problem, precision=precision), backend)
+            for value in ("ieee", "tf32"):
+                torch.backends.fp32_precision = value
+                assert torch.backends.cuda.matmul.fp32_precision == value
+    finally:
+        torch.backends.fp32_precision = before
