@@ -50,7 +50,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 endif
 
 # One thread each: where pytest-xdist is at hand, several workers share the cores, and the tests' tensors are small.
-PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(JOBS)"; fi; OMP_NUM_THREADS=1 \
+PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(JOBS) --dist worksteal"; fi; OMP_NUM_THREADS=1 \
          $(PY) -m pytest $$workers
 
 help:

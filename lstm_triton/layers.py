@@ -237,16 +237,10 @@ def checked_segments(
     """Good arguments, with reset states expanded to [T, D, B, size]; rows is (T, D, B), sizes those of h and c."""
     T, _, B = rows
     reset_h = reset_c = None
-    for name, t in (("resets", resets), ("lengths", lengths)):
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if reset_state is not None and (isinstance(reset_state, Tensor) or len(reset_state) != 2):
-        raise TypeError("reset_state must be a pair of tensors (h, c)")
+    check_resets(resets, reset_state, T, B)
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     if resets is not None:
-        if resets.dtype != torch.bool:
-            raise TypeError(f"resets must be bool, got {resets.dtype}")
-        if resets.shape != (T, B):
-            raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
         resets = sent(resets, x.device)
         if reset_state is not None:
             reset_h, reset_c = (_broadcast(s, (*rows, size), x) for s, size in zip(reset_state, sizes))
@@ -262,6 +256,22 @@ def checked_segments(
                 raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
         lengths = sent(lengths, x.device).to(torch.int64).clamp(0, T)
     return Segments(resets, reset_h, reset_c, lengths)
+
+
+def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | None, T: int, B: int) -> None:
+    """TypeError or RuntimeError where resets are no [T, B] bool tensor, or reset_state is no pair of tensors."""
+    if reset_state is not None:
+        is_pair = not isinstance(reset_state, Tensor) and len(reset_state) == 2
+        if not is_pair or not all(isinstance(s, Tensor) for s in reset_state):
+            raise TypeError("reset_state must be a pair of tensors (h, c)")
+    if resets is None:
+        return
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets must be bool, got {resets.dtype}")
+    if resets.shape != (T, B):
+        raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:

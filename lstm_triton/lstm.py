@@ -111,9 +111,11 @@ class LSTMForward(torch.nn.RNNBase):
                     data, batch_sizes, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional
                 )
         else:
-            if resets is not None:
-                resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
-                resets = resets if sorted_indices is None else resets.index_select(1, sorted_indices)
+            if self.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
+                resets = resets.transpose(0, 1)
+            layers.check_resets(resets, reset_state, T, B)
+            if resets is not None and sorted_indices is not None:
+                resets = layers.sent(resets, data.device).index_select(1, sorted_indices)
             if reset_state is not None and sorted_indices is not None:
                 reset_state = tuple(
                     s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Case:
     bidirectional: bool = False
     bias: bool = True
     batch_first: bool = False
-    dropout: float = 0.0  # in evaluation mode: it must do nothing
+    dropout: float = 0.0  # with the masks of `_dropout`
     projection: bool = False
     rows: str = "full"  # or "lengths", or "packed"
     resets: str | None = None  # or to "zero", to a state "stored" per step, or to one "shared" by steps and rows
@@ -47,7 +48,7 @@ class Case:
             self.I, self.H, self.num_layers, self.bias, self.batch_first, self.dropout if self.num_layers > 1 else 0.0,
             self.bidirectional, self.R, dtype=self.dtype, device="meta",
             backend=backend, precision="ieee", recompute=self.recompute,
-        ).eval()  # fmt: skip
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,19 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     elif case.rows == "lengths":
         options["lengths"] = drawn.lengths.to(x.device)
     options["return_cell_states"] = case.cells
-    outputs = flat(torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options))
+    with mock.patch("torch.nn.functional.dropout", _dropout):
+        outputs = flat(
+            torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options)
+        )
     return [t.detach() for t in outputs] + list(
         torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True)
     )
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout of the same elements whatever the dtype, device and memory order, which torch's own random numbers depend on."""
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-1])) >= p
+    return torch.where(kept.to(x.device), x / (1 - p), 0.0)
 
 
 def judge(case: Case, device: torch.device) -> None:
