@@ -72,7 +72,9 @@ def cell_forward_config(
 
 def _largest_cell_forward_tile(dtype: torch.dtype, precision: str) -> tuple[int, int]:
     """Rows and units: as many as spill nothing, fewer on ordinary cores and with tf32x3's three products at once."""
-    return (64, 16) if uses_tensor_cores(dtype, precision) and precision != "tf32x3" else (32, 8)
+    if uses_tensor_cores(dtype, precision) and precision != "tf32x3":
+        return 64, 16
+    return (16 if dtype == torch.float64 else 32), 8
 
 
 def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:

@@ -135,8 +135,8 @@ def _in_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """run(x, states, weights, layers) for all layers at once, or one by one with torch's own dropout between them.
 
-    One by one where a compiler has random numbers of its own, and on a GPU, where cuDNN's own dropout takes its seed once in the
-    life of a process: the same seed would not give the same result.
+    One by one where a compiler has random numbers of its own, and on a GPU: cuDNN's own dropout takes its seed once in the life
+    of a process, and would not give the same result for the same seed.
     """
     directions = 2 if bidirectional else 1
     step = 1 if dropout and (compiling or x.is_cuda) else num_layers

@@ -174,6 +174,17 @@ MUTANTS = {
 }
 
 
+def _results_that_go_wrong(problem, right, name):
+    """The names of results that differ, in the first of some runs in which `name` does: a race may be won by chance."""
+    wrong = set()
+    for seed in range(8):
+        found = _concurrently(problem, weak=True, jitter=1e-3, seed=seed)
+        wrong = {n for n, f, r in zip(problem.names, found, right) if not torch.equal(f, r)}
+        if name in wrong:
+            break
+    return wrong
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_a_faulty_barrier_is_caught(way, mutant, barrier):
@@ -186,10 +197,8 @@ def test_a_faulty_barrier_is_caught(way, mutant, barrier):
     with pytest.MonkeyPatch.context() as patch:
         for name, function in sound.items():
             patch.setattr(other, name, function)
-        found = _concurrently(problem, weak=True, jitter=5e-4)
-    named = dict(zip(problem.names, zip(found, right)))
-    assert torch.equal(*named["y"]) == (way == "backward")
-    assert not torch.equal(*named["dx"])
+        wrong = _results_that_go_wrong(problem, right, "dx" if way == "backward" else "y")
+    assert "dx" in wrong and ("y" in wrong) == (way == "forward")
 
 
 @pytest.mark.parametrize(
@@ -268,8 +277,7 @@ def test_counters_that_are_not_reset_are_caught(monkeypatch):
             return torch.full(size, 6 * 4, **options)
 
     monkeypatch.setattr(layer, "torch", Torch())
-    found = _concurrently(problem, weak=True, jitter=5e-4)
-    assert not torch.equal(found[0], right[0])
+    assert "y" in _results_that_go_wrong(problem, right, "y")
 
 
 def test_more_arrivals_than_a_counter_holds_run_step_by_step(monkeypatch):
