@@ -1,7 +1,7 @@
 # make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
 # make test      the test suite (in Triton's interpreter where there is no GPU)
 # make check     ruff, formatting, types
-# make gpu       on an NVIDIA GPU: the test suite, then the most telling benchmarks (BUDGET=5m) and their report
+# make gpu       on an NVIDIA GPU: tests, compute-sanitizer, benchmarks (BUDGET=300 seconds) and their report, resumable
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= auto
-BUDGET ?= 5m
+BUDGET ?= 300
 
 .DEFAULT_GOAL := help
 
@@ -65,8 +65,7 @@ test: ready-test
 # Speed is measured only of what passes.
 gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
-	@export TRITON_INTERPRET=0; $(PYTEST) $(ARGS)
-	@TRITON_INTERPRET=0 $(PY) -m lstm_triton.bench --device cuda --budget $(BUDGET)
+	@.ci/gpu $(PY) $(BUDGET)
 
 sanitize: ready-test
 	@$(PY) tests/sanitize.py $(ARGS)
