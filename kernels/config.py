@@ -101,9 +101,9 @@ def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> Cel
         warps, block_n = (4, 32) if dtype == torch.float32 else (8, 16)
         return CellBackwardConfig(warps, 2, 16, 4, block_n, max_registers=MAX_REGISTERS)
     if precision == "tf32x3":  # three products' operands at once: wider tiles spill
-        return CellBackwardConfig(4, 2, 16, 16, 32)
+        return CellBackwardConfig(4, 2, 16, 16, 32, max_registers=MAX_REGISTERS)
     if dtype == torch.float32:
-        return CellBackwardConfig(4, 2, block_b, 16, 32)
+        return CellBackwardConfig(4, 2, block_b, 16, 32, max_registers=MAX_REGISTERS)
     return CellBackwardConfig(4, 3, block_b, 16, 32 if block_b == 16 else 64)
 
 

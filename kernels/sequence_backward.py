@@ -157,9 +157,6 @@ def _lstm_sequence_backward_kernel(
             elif step == 0:
                 dh += tl.load(dh_n_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
 
-        # A state that was cleared before the step t_next passes no gradient back to here.
-        if resets_ptr is not None:
-            resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
@@ -176,6 +173,8 @@ def _lstm_sequence_backward_kernel(
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
         dh_next = tl.sum(parts, axis=0)
         if resets_ptr is not None:
+            # A state that was cleared before the step t_next passes no gradient back to here.
+            resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             dh_next = tl.where(resets_next[:, None], 0.0, dh_next)
         dh += dh_next
 

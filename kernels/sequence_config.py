@@ -102,10 +102,9 @@ def sequence_backward_config(
             for block_b in (16, 32) if aligned else (16,):
                 if row_bytes > longest_rows[block_b, block_h > 8]:
                     continue
-                split_k = 4 if block_b == 32 and block_h > 8 and row_bytes >= 1024 else 8
-                block_k = 256 // split_k
-                if dtype.itemsize == 2 and row_bytes > 1024 and block_b == 16 and block_h > 8:
-                    block_k = 64 if row_bytes <= 2048 else 16
+                split_k, block_k = 8, 32
+                if dtype.itemsize == 2 and block_h > 8:
+                    split_k, block_k = _chunk_of_long_rows(block_b, row_bytes)
                 block_k = _block_k(cdiv(4 * H, split_k), block_k if aligned else 16)
                 depth = split_k * block_k
                 weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
@@ -116,6 +115,13 @@ def sequence_backward_config(
                         8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
     return stepwise_config(B, H, D, dtype, precision)
+
+
+def _chunk_of_long_rows(block_b: int, row_bytes: int) -> tuple[int, int]:
+    """(split_k, block_k) for 16-bit weights: what two versions of Triton compile without local memory in the loop."""
+    if block_b == 16:
+        return (8, 32) if row_bytes <= 1024 else (8, 64) if row_bytes <= 2048 else (8, 16)
+    return (8, 32) if row_bytes <= 768 else (8, 128) if row_bytes <= 1024 else (4, 64)
 
 
 def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
@@ -144,10 +150,7 @@ def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
 def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) -> SequenceConfig:
     """One launch per step, with W_hh read again in each: needs nothing of the device."""
     block_k = (64 if dtype.itemsize == 2 else 32) if uses_tensor_cores(dtype, precision) else 16
-    block_b = (
-        16 if B <= 16 or dtype == torch.float64 or precision == "tf32x3" else 32
-    )  # two or three times the registers
-    # The products of ordinary cores: see MAX_REGISTERS.
-    registers = None if uses_tensor_cores(dtype, precision) else MAX_REGISTERS
+    # float64, TF32's operands and tf32x3's three products take two or three times the registers.
+    block_b = 16 if B <= 16 or dtype == torch.float64 or (dtype == torch.float32 and precision != "ieee") else 32
     groups = cdiv(B, block_b) * D
-    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), groups, False, max_registers=registers)
+    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), groups, False, max_registers=MAX_REGISTERS)
