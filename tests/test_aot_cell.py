@@ -75,18 +75,13 @@ def _signature(kernel, constants, pointer, aligned, absent=()):
     return signature
 
 
-def _compilations(archs):
-    """(kernel, configuration, constants, signature, kind, in words) of what is launched on these.
-
-    float16 on sm_90 only: it is the code of bfloat16 but for the type of the products.
-    """
+def _compilations():
+    """(kernel, configuration, constants, signature, kind, in words) of what is launched."""
     from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
     from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
     from lstm_triton.kernels.launch import accumulator
 
     for kind, (dtype, precision, _) in KINDS.items():
-        if kind == "fp16" and 90 not in archs:
-            continue
         shared = {"ACC": accumulator(dtype), "PRECISION": precision}
         for kernel, configs, block, absent in (
             (forward, all_cell_forward_configs(dtype, precision), "block_k", INFERENCE),
@@ -119,7 +114,7 @@ def _compile_all(archs):
     from support.aot import compile_for
 
     count, failures = 0, []
-    for kernel, config, constants, signature, kind, words in _compilations(archs):
+    for kernel, config, constants, signature, kind, words in _compilations():
         for report in compile_for(archs, kernel, signature, constants, **config.options):
             what = f"{report.name} sm_{report.arch} {kind} {words} {config}"
             failures += [f"{what}: {fault}" for fault in _faults(report, KINDS[kind][2])]
