@@ -28,7 +28,7 @@ def _load_weight_chunk(
 
 @triton.jit
 def _load_dz_chunk(rows, gathers, chunk, H, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[SPLIT_K, BLOCK_B, BLOCK_K] of dz; 0 for rows that do not gather (a mask, or one value for all)."""
+    """[SPLIT_K, BLOCK_B, BLOCK_K] of dz; 0 where nothing is gathered yet, in the first step."""
     n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     mask = (n < 4 * H)[:, None, :] & gathers
     return tl.load(rows[None, :, None] + n[:, None, :], mask=mask, other=0.0)

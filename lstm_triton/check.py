@@ -13,8 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,10 +103,13 @@ def run_here(device: str, label: str, seed: int = 0) -> Report:
     }
     if device == "cpu":  # TF32 is a matter of the hardware: torch's cell does not round to it on a CPU
         del kinds["tf32"]
+    from lstm_triton.kernels.launch import fp32_precision
+
     shapes = SMALL_SHAPES + (() if device == "cpu" else LARGE_SHAPES)
     rows: list[Row] = []
     for name, (dtype, precision) in kinds.items():
-        with _matmul_precision(precision):
+        # For torch's cell and for this one, which follows the same setting.
+        with fp32_precision(torch.backends.cuda.matmul, precision):
             rows += _check_dtype(name, dtype, device, shapes, seed)
     return Report(label, len(shapes), tuple(rows))
 
@@ -168,17 +170,6 @@ def _numpy_version() -> str | None:
     except ImportError:
         return None
     return numpy.__version__
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """float32 products in `precision`, for torch's cell and for this one, which follows the same setting."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _check_dtype(name: str, dtype: torch.dtype, device: str, shapes: Sequence[tuple], seed: int) -> list[Row]:

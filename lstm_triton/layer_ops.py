@@ -184,9 +184,7 @@ def _formula(directions, resets, lengths):
     """`reference.lstm_layer` as a function of what has a gradient, weights flat."""
 
     def formula(x, h0, c0, reset_h, reset_c, *weights):
-        n = len(weights) // directions
-        by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
-        return reference.lstm_layer(x, h0, c0, by_direction, resets, reset_h, reset_c, lengths)
+        return reference.lstm_layer(x, h0, c0, _by_direction(weights, directions), resets, reset_h, reset_c, lengths)
 
     return formula
 
@@ -201,20 +199,8 @@ class LSTMLayerFunction(torch.autograd.Function):
         # Gates are rebuilt some steps at a time, which are contiguous where y is time-major. What is saved is the caller's x.
         run = x.contiguous() if recompute else x
         return _forward(
-            run,
-            h0,
-            c0,
-            weights,
-            directions,
-            resets,
-            reset_h,
-            reset_c,
-            lengths,
-            precision,
-            True,
-            not recompute,
-            stepwise,
-        )
+            run, h0, c0, weights, directions, resets, reset_h, reset_c, lengths, precision, True, not recompute, stepwise
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -269,12 +255,8 @@ def _operator_backward(ctx, *grads):
         raise RuntimeError(
             "lstm_triton::lstm_layer was called without saving cells and gates and cannot be differentiated"
         )
-    ctx.needs_input_grad = (
-        *(False,) * 5,
-        *ctx.needs_input_grad[:3],
-        *ctx.needs_input_grad[5:9],
-        *ctx.needs_input_grad[3],
-    )
+    asked = ctx.needs_input_grad
+    ctx.needs_input_grad = (*(False,) * 5, *asked[:3], *asked[5:9], *asked[3])
     dx, dh0, dc0, _, dreset_h, dreset_c, _, *dweights = LSTMLayerFunction.backward(ctx, *grads)[5:]
     return dx, dh0, dc0, dweights, None, None, dreset_h, dreset_c, None, None, None, None, None
 
