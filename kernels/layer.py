@@ -45,14 +45,25 @@ class Segments(NamedTuple):
     lengths: Tensor | None = None
 
 
+class Dropout(NamedTuple):
+    """Of y: each element is zero with probability p, by the random numbers of seed [1] int64."""
+
+    p: float
+    seed: Tensor
+
+
 class Forward(NamedTuple):
-    """y [T, B, D * H]; h_n, c_n [D, B, H]; c [T, B, D * H] and gates [T, B, D, H, 4] or None."""
+    """y [T, B, D * H]; h_n, c_n [D, B, H]; c [T, B, D * H] and gates [T, B, D, H, 4] or None.
+
+    h: y before dropout, or None where there was none.
+    """
 
     y: Tensor
     h_n: Tensor
     c_n: Tensor
     c: Tensor | None
     gates: Tensor | None
+    h: Tensor | None = None
 
 
 def new_states(like: Tensor, time_major: bool, T: int, B: int, *rest: int) -> Tensor:
@@ -201,6 +212,7 @@ def lstm_layer_forward(
     directions: list[Direction],
     segments: Segments = Segments(),
     *,
+    dropout: Dropout | None = None,
     precision: str | None = None,
     save_cells: bool = False,
     save_gates: bool = False,
@@ -213,6 +225,7 @@ def lstm_layer_forward(
         h0, c0: [D, B, H].
         directions: the weights of the forward direction and, where D = 2, of the reverse one. One floating-point dtype and
             device for all.
+        dropout: of y, for the layer that follows.
         precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
         save_cells, save_gates: also return what the caller or `lstm_layer_backward` wants.
         stepwise: one launch per step, even where one launch could run them all.
@@ -229,8 +242,10 @@ def lstm_layer_forward(
     h0, c0 = aligned(h0), aligned(c0)
     h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
     c_n = torch.empty_like(c0)
-    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
-                 config.block_k)  # fmt: skip
+    p, seed = dropout or (0.0, None)
+    dropped = None if dropout is None else new_states(x, time_major, T, B, D * H)
+    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), p, config.persistent, config.block_b,
+                 config.block_h, config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets, x.dtype)
     reset_h = reset_state(segments, segments.reset_h, h0)
     reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
@@ -239,9 +254,9 @@ def lstm_layer_forward(
     w_reverse = directions[1].w_hh if D == 2 else None
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
         tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, flags, reset_h, reset_c, segments.lengths,
-                   y, h_n, c_out, c, gates)  # fmt: skip
+                   y, h_n, c_out, c, gates, seed, dropped)  # fmt: skip
         run(_forward, config, tensors, T, B, first, last, strides, constants)
-    return Forward(y, h_n, c_n, c, gates)
+    return Forward(y if dropped is None else dropped, h_n, c_n, c, gates, None if dropped is None else y)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from . import stall
 from .launch import Launcher, accumulator, matmul_precision, torch_matmul_precision
 from .layer import (
     Direction,
+    Dropout,
     Forward,
     Segments,
     accumulator_dtype,
@@ -68,6 +69,7 @@ def lstm_layer_backward(
     forward: Forward,
     segments: Segments = Segments(),
     *,
+    dropout: Dropout | None = None,
     needs_dx: bool = True,
     needs_weights: bool = True,
     needs_h0: bool = True,
@@ -79,12 +81,13 @@ def lstm_layer_backward(
 
     Args:
         dy: [T, B, D * H] of any strides; dh_n, dc_n: [D, B, H]; dc_states: [T, B, D * H], the gradient of c. None is zero.
-        forward: its result, with c. Without gates, y is time-major and they are rebuilt by GEMMs, some steps at a time.
+        forward: its result, with c. Without gates all of it is time-major; they are rebuilt by GEMMs, some steps at a time.
         The rest as it was given forward.
     """
     (T, B, _), H, D = x.shape, h0.shape[2], len(directions)
     precision = matmul_precision(x.dtype, precision, recurrent=True)
-    y, c, gates = forward.y, forward.c, forward.gates
+    y, c, gates = forward.y if forward.h is None else forward.h, forward.c, forward.gates
+    p, seed = dropout or (0.0, None)
     time_major = is_time_major(y)
     config = plan(sequence_backward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
 
@@ -99,7 +102,7 @@ def lstm_layer_backward(
     flags, reset_c = reset_flags(segments.resets, x.dtype), reset_state(segments, segments.reset_c, h0)
     strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
                *weight_strides(directions), *segment_strides(flags, reset_c))  # fmt: skip
-    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
+    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, p, config.persistent,
                  config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
     w_reverse = directions[1].w_hh if D == 2 else None
     state_in = dc_n
@@ -111,7 +114,7 @@ def lstm_layer_backward(
             pieces = _rebuilt_pre_activations(x, h0, y, directions, segments, starts, last - first, precision)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
-            tensors = (dy, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, flags,
+            tensors = (dy, seed, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, flags,
                        reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
             run(_backward, config, tensors, T, B, step, stop, (*starts, *strides), constants)
         state_in = state_out

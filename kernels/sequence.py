@@ -10,6 +10,7 @@ once per step.
 import triton
 import triton.language as tl
 
+from .dropout import drop
 from .equations import lstm_forward
 from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
@@ -41,7 +42,7 @@ def _load_state_chunk(rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
         "stride_reset_h_t", "stride_reset_h_d", "stride_reset_h_b",
         "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
     ],
-    do_not_specialize_on_alignment=["resets_ptr"],
+    do_not_specialize_on_alignment=["resets_ptr", "seed_ptr"],
 )  # fmt: skip
 def _lstm_sequence_forward_kernel(
     # pointers
@@ -59,6 +60,8 @@ def _lstm_sequence_forward_kernel(
     c_out_ptr,  # [D, B, H] out: c after last_step
     c_ptr,  # [T, B, D, H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
+    seed_ptr,  # [1] of `dropout.drop`, or None
+    dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
     counters_ptr,  # [groups, 32] zeros, or None when no program waits for another
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes
@@ -69,7 +72,7 @@ def _lstm_sequence_forward_kernel(
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -102,6 +105,10 @@ def _lstm_sequence_forward_kernel(
     state_rows = direction.to(INDEX) * B + rows_b
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
+
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
 
     c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
@@ -172,6 +179,9 @@ def _lstm_sequence_forward_kernel(
         else:
             tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
 
+        if seed_ptr is not None:
+            dropped = drop(h.to(ACC), seed, t, rows_b, direction * H + offs_h, DROPOUT)
+            tl.store(dropped_ptr + t * step_size + output_offsets, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
         if c_ptr is not None:
             tl.store(c_ptr + t * step_size + output_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask)
         if gates_ptr is not None:

@@ -9,6 +9,7 @@ gradients of weights, biases and inputs are then single matrix products over all
 import triton
 import triton.language as tl
 
+from .dropout import drop
 from .equations import gate_activations, lstm_backward
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
@@ -47,11 +48,12 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
         "stride_dy_t", "stride_dy_b", "stride_resets_t", "stride_resets_b",
         "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
     ],
-    do_not_specialize_on_alignment=["dy_ptr", "resets_ptr"],
+    do_not_specialize_on_alignment=["dy_ptr", "resets_ptr", "seed_ptr"],
 )  # fmt: skip
 def _lstm_sequence_backward_kernel(
     # pointers
-    dy_ptr,  # [T, B, D, H] or None
+    dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped
+    seed_ptr,  # [1] of `dropout.drop`, or None
     dc_states_ptr,  # [T, B, D, H] or None: the gradient of every c_t
     dh_n_ptr,  # [D, B, H] or None
     dc_in_ptr,  # [D, B, H] or None: the gradient of c after the last step of this launch
@@ -76,8 +78,8 @@ def _lstm_sequence_backward_kernel(
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ACTIVATED: tl.constexpr, DROPOUT: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -114,6 +116,10 @@ def _lstm_sequence_backward_kernel(
     lengths = row_lengths(lengths_ptr, rows_b, T)
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
 
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if dc_in_ptr is not None:
         dc = tl.load(dc_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
@@ -149,7 +155,10 @@ def _lstm_sequence_backward_kernel(
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         if dy_ptr is not None:
-            dh += tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask, other=0.0).to(ACC)
+            dy = tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask, other=0.0).to(ACC)
+            if seed_ptr is not None:
+                dy = drop(dy, seed, t, rows_b, direction * H + offs_h, DROPOUT)
+            dh += dy
         if dh_n_ptr is not None:
             if lengths_ptr is not None:
                 ends = tl.where(direction == 0, t == lengths - 1, t == 0)

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, layer_ops, projection, reference, torch_ops
+from . import casting, dispatch, layer_autograd, ops, projection, reference, torch_ops
+from .segments import Segments, checked_segments
 
 
 def lstm(
@@ -82,20 +83,6 @@ def lstm(
     return (y, (h_n, c_n)) if c is None or not return_cell_states else (y, (h_n, c_n), c)
 
 
-class Segments(NamedTuple):
-    """Checked resets, reset states [T, D, B, H] and lengths, each on the device of the input, or None."""
-
-    resets: Tensor | None
-    reset_h: Tensor | None
-    reset_c: Tensor | None
-    lengths: Tensor | None
-
-    def of_rows(self, rows: slice) -> "Segments":
-        """Those of some of the D layers and directions."""
-        reset_h, reset_c = (None if s is None else s[:, rows] for s in (self.reset_h, self.reset_c))
-        return Segments(self.resets, reset_h, reset_c, self.lengths)
-
-
 def run(
     chosen: str,
     x: Tensor,
@@ -107,29 +94,46 @@ def run(
     return_cells: bool,
     recompute: bool,
     precision: str | None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n, c) of one layer through the kernels or the reference, from arguments that have been checked.
+
+    dropout: of y, inside the kernels where there are some that store it.
 
     weights: w_ih, w_hh, with bias b_ih and b_hh, and with projection w_hr, of each direction.
     """
     (T, B, _), H = x.shape, weights[1].shape[0] // 4
+    c: Tensor | None
     if chosen == "reference" or B == 0 or H == 0:
         n = len(weights) // directions
         by_direction = []
         for d in range(directions):
             w = weights[d * n : (d + 1) * n]
             by_direction.append((*w[:2], *(w[2:4] if bias else (None, None)), *w[4 if bias else 2 :]))
-        return reference.lstm_layer(x, *hx, by_direction, *segments)
+        y, h_n, c_n, c = reference.lstm_layer(x, *hx, by_direction, *segments)
+        return _dropped(y, dropout), h_n, c_n, c
     if chosen == "triton-persistent":
         given = (x, *hx, *weights, segments.reset_h, segments.reset_c)
         is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         _require_persistent(T, B, H, directions, x, precision, is_recorded)
-    stepwise = chosen == "triton-stepwise"
+    options: Any = (precision, return_cells, recompute, chosen == "triton-stepwise")
     if len(weights) // directions not in (2, 4):
-        return projection.lstm_layer(
-            x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise
-        )
-    return layer_ops.lstm_layer(x, *hx, weights, directions, *segments, precision, return_cells, recompute, stepwise)
+        y, h_n, c_n, c = projection.lstm_layer(x, *hx, weights, directions, *segments, *options)
+        return _dropped(y, dropout), h_n, c_n, c
+    if dropout and not ops.takes_formula():
+        seed = dropout_seed(x.device)
+        return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, seed, dropout, *options)
+    y, h_n, c_n, c = layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
+    return _dropped(y, dropout), h_n, c_n, c
+
+
+def _dropped(y: Tensor, p: float) -> Tensor:
+    return torch.nn.functional.dropout(y, p) if p else y
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """[1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed; nothing waits for it."""
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def autocast(
@@ -224,78 +228,3 @@ def check_alike(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor])
                 )
             name = f"hx[{k}]" if k < 2 else f"weights[{k - 2}]"
             raise RuntimeError(f"Input and {name} must have the same dtype, got {dtype} and {t.dtype}")
-
-
-def checked_segments(
-    x: Tensor,
-    rows: tuple[int, int, int],
-    sizes: tuple[int, int],
-    resets: Tensor | None,
-    reset_state: tuple[Tensor, Tensor] | None,
-    lengths: Tensor | None,
-) -> Segments:
-    """Good arguments, with reset states expanded to [T, D, B, size]; rows is (T, D, B), sizes those of h and c."""
-    T, _, B = rows
-    reset_h = reset_c = None
-    check_resets(resets, reset_state, T, B)
-    if lengths is not None and not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
-    if resets is not None:
-        resets = sent(resets, x.device)
-        if reset_state is not None:
-            reset_h, reset_c = (_broadcast(s, (*rows, size), x) for s, size in zip(reset_state, sizes))
-    elif reset_state is not None:
-        raise ValueError("reset_state without resets: there is no step at which it would be used")
-    if lengths is not None:
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-        if lengths.shape != (B,):
-            raise RuntimeError(f"Expected lengths size {(B,)}, got {list(lengths.shape)}")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
-            if int(lengths.min()) < 0 or int(lengths.max()) > T:
-                raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
-        lengths = sent(lengths, x.device).to(torch.int64).clamp(0, T)
-    return Segments(resets, reset_h, reset_c, lengths)
-
-
-def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | None, T: int, B: int) -> None:
-    """TypeError or RuntimeError where resets are no [T, B] bool tensor, or reset_state is no pair of tensors."""
-    if reset_state is not None:
-        is_pair = not isinstance(reset_state, Tensor) and len(reset_state) == 2
-        if not is_pair or not all(isinstance(s, Tensor) for s in reset_state):
-            raise TypeError("reset_state must be a pair of tensors (h, c)")
-    if resets is None:
-        return
-    if not isinstance(resets, Tensor):
-        raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
-    if resets.dtype != torch.bool:
-        raise TypeError(f"resets must be bool, got {resets.dtype}")
-    if resets.shape != (T, B):
-        raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
-
-
-def sent(t: Tensor, device: torch.device) -> Tensor:
-    """t on this device. From the CPU without waiting for what the GPU has yet to do.
-
-    A copy of pageable memory may wait, one of the caller's pinned memory would read what that holds when the GPU gets there: it
-    goes through pinned memory of its own, which torch's allocator gives to nobody else before the copy is done. A captured copy
-    would be repeated from there at each replay: torch refuses the plain one.
-    """
-    is_plain = device.type != "cuda" or t.device.type != "cpu" or torch.compiler.is_compiling()
-    if is_plain or torch.cuda.is_current_stream_capturing():
-        return t.to(device)
-    return torch.empty_like(t, pin_memory=True).copy_(t).to(device, non_blocking=True)
-
-
-def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:
-    """As a view of this shape, except that the units become contiguous."""
-    if state.dtype != x.dtype or state.device != x.device:
-        raise RuntimeError(
-            f"Input and reset_state must have the same dtype and device, got {x.dtype} on {x.device} and {state.dtype} on"
-            f" {state.device}"
-        )
-    try:
-        state = state.expand(*state.shape[:-1], shape[-1]) if state.dim() else state.expand(shape[-1])
-        return state.contiguous().expand(shape) if state.stride(-1) != 1 else state.expand(shape)
-    except RuntimeError:
-        raise RuntimeError(f"reset_state of size {list(state.shape)} cannot be broadcast to {list(shape)}") from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import casting, dispatch, layers, torch_ops
+from . import casting, dispatch, layers, segments, torch_ops
 from .modules import check_options, options_repr
 
 
@@ -113,16 +113,16 @@ class LSTMForward(torch.nn.RNNBase):
         else:
             if self.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
                 resets = resets.transpose(0, 1)
-            layers.check_resets(resets, reset_state, T, B)
+            segments.check_resets(resets, reset_state, T, B)
             if resets is not None and sorted_indices is not None:
-                resets = layers.sent(resets, data.device).index_select(1, sorted_indices)
+                resets = segments.sent(resets, data.device).index_select(1, sorted_indices)
             if reset_state is not None and sorted_indices is not None:
                 reset_state = tuple(
                     s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
                 )
             # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
-            lengths = layers.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
-            at = layers.sent(_packed_rows(batch_sizes, B), data.device)
+            lengths = segments.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
+            at = segments.sent(_packed_rows(batch_sizes, B), data.device)
             x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
             y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths, return_cell_states)
             y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
@@ -162,7 +162,7 @@ class LSTMForward(torch.nn.RNNBase):
             return self._run_torch(x, hx, weights)
         directions = 2 if self.bidirectional else 1
         layers.check_alike(x, hx, weights)
-        segments = layers.checked_segments(
+        checked = segments.checked_segments(
             x, (x.shape[0], self.num_layers * directions, x.shape[1]), (self.proj_size or self.hidden_size, self.hidden_size),
             resets, reset_state, lengths,
         )  # fmt: skip
@@ -176,11 +176,10 @@ class LSTMForward(torch.nn.RNNBase):
             wants_cells = return_cell_states and k == self.num_layers - 1
             x, h_n, c_n, c = layers.run(
                 chosen, x, (hx[0][rows], hx[1][rows]), weights[k * per_layer : (k + 1) * per_layer], directions, self.bias,
-                segments.of_rows(rows), wants_cells, self.recompute, self.precision,
+                checked.of_rows(rows), wants_cells, self.recompute, self.precision,
+                self.dropout if self.training and k < self.num_layers - 1 else 0.0,
             )  # fmt: skip
             last.append((h_n, c_n))
-            if self.training and self.dropout and k < self.num_layers - 1:
-                x = torch.nn.functional.dropout(x, self.dropout)
         h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
         return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import layer_ops
+from . import layer_autograd
 from .ops import call, formula_precision
 
 
@@ -28,7 +28,7 @@ def lstm_layer(
     recompute: bool,
     stepwise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n, c or None); arguments as `layer_ops.lstm_layer`, with w_hr [R, H] last among the weights of a direction.
+    """(y, h_n, c_n, c or None); arguments as `layer_autograd.lstm_layer`, w_hr [R, H] last among the weights of a direction.
 
     h0 and reset_h have size R and w_hh is [4H, R]; y is [T, B, D * R].
     """
@@ -42,9 +42,9 @@ def lstm_layer(
         projections.append(w_hr)
     given = [_given_states(len(x), h0[d], d, resets, reset_h, lengths) for d in range(directions)]
     zeros = x.new_zeros(c0.shape[2])
-    u, u_n, c_n, c = layer_ops.lstm_layer(
+    u, u_n, c_n, c = layer_autograd.lstm_layer(
         torch.cat([x, *given], dim=2), zeros.expand(c0.shape), c0, combined, directions,
-        resets, None if reset_c is None else zeros.expand(reset_c.shape), reset_c, lengths,
+        resets, None if reset_c is None else zeros.expand(reset_c.shape), reset_c, lengths, None, 0.0,
         precision, return_cells, recompute, stepwise,
     )  # fmt: skip
     y = torch.cat(

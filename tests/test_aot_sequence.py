@@ -3,8 +3,14 @@
 One process per generation of architectures, without the interpreter: this file is also the script that it runs.
 """
 
+import contextlib
+import importlib.util
+import inspect
 import itertools
+import re
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +25,9 @@ KINDS = {
     "fp32": (torch.float32, "ieee"),
     "fp64": (torch.float64, "ieee"),
 }
-PLAIN, RESETS, ALL = (), ("resets",), ("resets", "lengths", "cells", "learned reset state")
+PLAIN, RESETS, DROPOUT = (), ("resets",), ("dropout",)
+SEGMENTS = ("resets", "lengths", "cells", "learned reset state")
+ALL = (*SEGMENTS, *DROPOUT)
 # kind, H, B, D, features: one of each size of tile, in both directions and with all features where registers are short.
 CASES = [
     ("bf16", 19, 16, 2, ALL),
@@ -38,6 +46,8 @@ CASES = [
 FURTHER = [
     ("bf16", 256, 256, 1, PLAIN),
     ("bf16", 512, 64, 2, RESETS),
+    ("bf16", 512, 64, 2, SEGMENTS),
+    ("bf16", 512, 64, 2, DROPOUT),
     ("bf16", 1000, 16, 1, ALL),
     ("bf16", 1024, 16, 2, ("lengths",)),
     ("tf32", 64, 16, 1, PLAIN),
@@ -94,7 +104,7 @@ def _cases(archs, everything):
             1536,
         )
         chosen = itertools.product(
-            KINDS, sizes, (16, 17, 64, 128, 256, 512), (1, 2), (PLAIN, RESETS, ("lengths",), ALL)
+            KINDS, sizes, (16, 17, 64, 128, 256, 512), (1, 2), (PLAIN, RESETS, ("lengths",), DROPOUT, SEGMENTS, ALL)
         )
     for way, (kind, H, B, D, features) in itertools.product(("forward", "backward"), chosen):
         yield Case(way, H, B, D, *KINDS[kind], (*features, "training"))
@@ -106,7 +116,7 @@ def _cases(archs, everything):
 
 
 def _faults(case, config, report):
-    from support.aot import lint_grid_barrier
+    from support.aot import lint_grid_barrier, loads_behind_grid_barrier
     from support.aot_sequence import LIMITS
 
     from lstm_triton.kernels.config import uses_tensor_cores
@@ -124,22 +134,27 @@ def _faults(case, config, report):
     if not config.persistent:
         return
     waits = config.programs > 1 and not case.single_step
+    exchanged, own, chunks = _loads_of_a_step(case, config)
     if waits:
         yield from lint_grid_barrier(report)
+        # Features and unaligned data make more loads of it, never fewer.
+        behind = loads_behind_grid_barrier(report)
+        if behind < exchanged or (case.features == ("training",) and case.aligned and behind > exchanged):
+            yield f"{behind} loads between wait and arrive, not {exchanged}"
     loads = [i.text for i in report.in_loops if i.opcode in ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")]
     data = [text for text in loads if ".STRONG.GPU" not in text]
     polls = len(loads) - len(data)
     if polls > (2 if waits else 0):
         yield f"{polls} polls"
     if case.aligned and case.features == ("training",) and case.H % 16 == 0:
-        expected, chunks = _loads_of_a_step(case, config)
+        expected = exchanged + own
         # As nothing is known of the alignment of dy, it may take some more. All of W_hh would be at least one a chunk.
         if not expected <= len(data) < expected + (chunks if case.way == "backward" else 1):
             yield f"{len(data)} loads in the time loop, not {expected}: is W_hh among them?"
 
 
 def _loads_of_a_step(case, config):
-    """Of 16 bytes a thread: the exchanged state of all units, and what belongs to the program's own units and rows.
+    """Of 16 bytes a thread: of the exchanged state of all units, of what belongs to the program's own units and rows.
 
     And in how many chunks the state is loaded.
     """
@@ -153,7 +168,7 @@ def _loads_of_a_step(case, config):
     chunks = -(-inner // depth)
     exchanged = chunks * loads(config.block_b * depth)
     # Forward the pre-activations; backward the gates, dy, dh_n and the c before the step.
-    return exchanged + loads(4 * own) + (3 * loads(own) if case.way == "backward" else 0), chunks
+    return exchanged, loads(4 * own) + (3 * loads(own) if case.way == "backward" else 0), chunks
 
 
 def _compile_all(archs, everything):
@@ -172,8 +187,8 @@ def _find_mutants():
     """What the threads of one program do among themselves shows in the compiled code alone."""
     import triton
     import triton.language as tl
-    from support.aot import lint_grid_barrier
-    from support.aot_sequence import Case, compile_case
+    from support.aot import lint_grid_barrier, loads_behind_grid_barrier
+    from support.aot_sequence import LIMITS, Case, compile_case, configuration
 
     from lstm_triton.kernels import sequence, sequence_backward
 
@@ -211,7 +226,32 @@ def _find_mutants():
             setattr(module, name, sound)
             assert any(fault in text for text in found), (way, fault, found)
         assert lint_grid_barrier(compile_case(case, 90)) == []
+        expected, *_ = _loads_of_a_step(case, configuration(case, LIMITS[90]))
+        assert loads_behind_grid_barrier(compile_case(case, 90)) == expected
+        with _waiting_after_the_loads(way):
+            assert loads_behind_grid_barrier(compile_case(case, 90)) == 0
     print("every mutant found")
+
+
+@contextlib.contextmanager
+def _waiting_after_the_loads(way):
+    """The kernel of this way with its wait moved to behind the product."""
+    from support import aot_sequence
+
+    kernel = aot_sequence._KERNELS[way]
+    path = Path(inspect.getsourcefile(kernel.fn))
+    wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", path.read_text())[0]
+    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.sum("}[way]
+    source = path.read_text().replace(wait, "").replace(behind, wait + behind)
+    with tempfile.TemporaryDirectory() as folder:
+        mutated = Path(folder, path.name)
+        mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", source))
+        spec = importlib.util.spec_from_file_location("mutated", mutated)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        aot_sequence._KERNELS[way] = getattr(module, kernel.fn.__name__)
+        yield
+        aot_sequence._KERNELS[way] = kernel
 
 
 if __name__ == "__main__":

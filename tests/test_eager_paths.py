@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import cells, layers, readouts
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, functional, layer_ops, ops, readout_ops
+from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, functional, layer_autograd, layer_ops, ops, readout_ops
 
 
 def cell(x, h, c, *weights, **options):
@@ -136,7 +136,7 @@ def test_a_training_step_looks_up_no_signature(function, device, monkeypatch):
         raise AssertionError("inspect.signature")
 
     # What the interpreter does at a launch is not meant.
-    for module, name in ((ops, "_forward"), (readout_ops, "_forward"), (layer_ops, "_forward")):
+    for module, name in ((ops, "_forward"), (readout_ops, "_forward"), (layer_ops, "forward")):
         with_signature(monkeypatch, module, name)
     for module, name in (
         (ops, "_lstm_cell_backward"),
@@ -165,7 +165,7 @@ def with_signature(monkeypatch, module, name, signature=inspect.signature):
 BACKWARDS = {
     cell: ops.LSTMCellBackwardFunction,
     readout: readout_ops.SoftmaxReadoutBackwardFunction,
-    layer: layer_ops.LSTMLayerBackwardFunction,
+    layer: layer_autograd.LSTMLayerBackwardFunction,
 }
 
 

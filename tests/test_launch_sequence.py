@@ -90,10 +90,10 @@ def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
 
 def _run(
     T, B, H, D=1, dtype=torch.bfloat16, *, resets=False, reset_state=None, lengths=False, batch_major=False, layer_of_two=0,
-    training=True, recompute=False, cells=False, precision="tf32",
+    training=True, recompute=False, cells=False, dropped=False, precision="tf32",
 ):  # fmt: skip
     """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
-    from lstm_triton.kernels.layer import Direction, Segments, lstm_layer_forward
+    from lstm_triton.kernels.layer import Direction, Dropout, Segments, lstm_layer_forward
     from lstm_triton.kernels.layer_backward import lstm_layer_backward
 
     I = 4
@@ -124,14 +124,16 @@ def _run(
         Direction(torch.zeros(4 * H, I, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype), None, None) for _ in range(D)
     ]
     x, h0, c0 = time_by_batch(I), state(), state()
+    dropout = Dropout(0.1, torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1]) if dropped else None
     forward = lstm_layer_forward(
-        x, h0, c0, directions, segments, precision=precision, save_cells=training, save_gates=training and not recompute
-    )
+        x, h0, c0, directions, segments, dropout=dropout, precision=precision,
+        save_cells=training, save_gates=training and not recompute,
+    )  # fmt: skip
     if training:
         dy, dc = time_by_batch(D * H), time_by_batch(D * H) if cells else None
         lstm_layer_backward(
             dy, state(), state(), dc, x, h0, c0, directions, forward, segments,
-            needs_resets=reset_state is not None, precision=precision,
+            dropout=dropout, needs_resets=reset_state is not None, precision=precision,
         )  # fmt: skip
 
 
@@ -161,6 +163,9 @@ CASES = {
     "lengths": dict(H=19, D=2, lengths=True, cells=True),
     "everything": dict(H=32, D=2, resets=True, reset_state="stored", lengths=True, cells=True),
     "everything, inference": dict(H=19, resets=True, reset_state="shared", lengths=True, training=False),
+    "dropout, waiting": dict(H=144, D=2, dropped=True),
+    "dropout, everything": dict(H=19, resets=True, reset_state="shared", lengths=True, dropped=True),
+    "dropout, inference": dict(H=20, dropped=True, training=False),
     "recompute": dict(H=20, recompute=True),
     "float32": dict(H=20, dtype=torch.float32, resets=True, reset_state="stored"),
 }

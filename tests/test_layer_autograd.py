@@ -71,7 +71,7 @@ def test_only_what_needs_a_gradient_is_computed(asked, device, monkeypatch):
     expected = dict(zip(INPUTS, torch.autograd.grad(layer(*leaves), leaves, problem.cotangents)))
     needs = []
     backward = layer_ops._lstm_layer_backward
-    monkeypatch.setattr(layer_ops, "_lstm_layer_backward", lambda *args: needs.append(args[16]) or backward(*args))
+    monkeypatch.setattr(layer_ops, "_lstm_layer_backward", lambda *args: needs.append(args[18]) or backward(*args))
     inputs = [t.detach().requires_grad_(name in asked.split()) for name, t in zip(INPUTS, leaves)]
     wanted = [t for t in inputs if t.requires_grad]
     found = torch.autograd.grad(layer(*inputs), wanted, problem.cotangents)

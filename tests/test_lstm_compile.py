@@ -62,16 +62,18 @@ def test_segments_in_one_graph(compiler, device):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_fake_results_have_the_memory_order_of_real_ones(recompute, device):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fake_results_have_the_memory_order_of_real_ones(dropout, recompute, device):
     """What a compiler plans with: batch-major as x, or time-major where the gates are rebuilt."""
     x = torch.randn(B, T, I, device=device).transpose(0, 1)
     h0, c0, resets = *torch.randn(2, 2, B, H, device=device), torch.rand(T, B, device=device) < 0.5
     segments = (resets, *torch.randn(2, T, 2, B, H, device=device), torch.tensor([T, 1], device=device))
+    segments = (*segments, torch.tensor([1], device=device) if dropout else None, dropout)
     weights = [torch.randn(shape, device=device) for _ in range(2) for shape in ((4 * H, I), (4 * H, H))]
     forward = (x.contiguous() if recompute else x, h0, c0, weights, 2, *segments, "ieee", True, not recompute, True)
-    y, _, _, c, gates = torch.ops.lstm_triton.lstm_layer(*forward)
+    y, _, _, c, gates, h = torch.ops.lstm_triton.lstm_layer(*forward)
     cotangents = (torch.randn_like(y), None, None, None)
-    saved = (x, h0, c0, weights, 2, y, c, gates, *segments)
+    saved = (x, h0, c0, weights, 2, h if dropout else y, c, gates, *segments)
     backward = (*cotangents, *saved, [True] * 4, "ieee", True)
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer, forward, test_utils="test_faketensor")
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer_backward, backward, test_utils="test_faketensor")

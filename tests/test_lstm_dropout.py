@@ -1,5 +1,6 @@
 """Dropout between the layers of LSTM, and LSTM under autocast."""
 
+import itertools
 import math
 import warnings
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from support.lstms import backends, flat, gradients, pair
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, layers
+from lstm_triton.kernels.dropout import kept
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
 
@@ -92,6 +94,76 @@ def test_everything_is_dropped(backend, device):
     assert not gradient.any()
     (gradient,) = torch.autograd.grad(h.sum() + c.sum(), x)
     assert gradient.all()
+
+
+# ---- dropout inside the kernels ------------------------------------------------------------------------------------------
+
+
+def _philox(seed: int, *counter: int) -> int:
+    """The first of the four numbers of Philox-4x32-10 (Salmon et al., 2011)."""
+    key, mask = [seed & 0xFFFFFFFF, seed >> 32], 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = ((b >> 32) ^ counter[1] ^ key[0], b & mask, (a >> 32) ^ counter[3] ^ key[1], a & mask)
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return counter[0]
+
+
+def test_kept_elements_are_those_of_philox(device):
+    assert _philox(0, 0, 0, 0, 0) == 0x6627E8D5, "the authors' own test vector"
+    seed, p, (t, b, n) = 0x123456789ABCDEF0, 0.3, (3, 2, 5)
+    found = kept(torch.tensor([seed], device=device), p, t, b, n)
+    for step, row, unit in itertools.product(range(t), range(b), range(n)):
+        number = _philox(seed, unit, row, step, 0)
+        uniform = min(number, 2**32 - 1 - number) / 2**31
+        assert abs(uniform - p) > 1e-6 and found[step, row, unit] == (uniform >= p)
+
+
+@pytest.fixture
+def same_seed(monkeypatch, device):
+    monkeypatch.setattr(layers, "dropout_seed", lambda _: torch.tensor([1], device=device))
+
+
+def test_the_kernels_drop_without_a_pass_of_its_own(monkeypatch, device):
+    """torch's dropout is not called, and what is held from forward to backward is no mask."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", None)
+    saved = []
+    for p in (0.0, 0.5):
+        lstm = LSTM(3, 4, 2, dropout=p, bidirectional=True, backend="triton", device=device)
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, h=held: h.setdefault(t.data_ptr(), t), lambda t: t):
+            lstm(torch.randn(5, 2, 3, device=device))
+        saved.append(sum(t.nbytes for t in held.values()))
+    h, seed = 5 * 2 * 2 * 4 * 4, 8
+    assert saved[1] == saved[0] + h + seed
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_derivatives_by_differences(recompute, same_seed, device):
+    lstm = LSTM(2, 2, 2, dropout=0.4, dtype=torch.float64, backend="triton", recompute=recompute, device=device)
+    x = torch.randn(2, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def output(x, w):
+        return torch.func.functional_call(lstm.requires_grad_(False), {"weight_hh_l0": w}, (x,))[0]
+
+    leaves = [x, lstm.weight_hh_l0.detach().requires_grad_()]
+    assert torch.autograd.gradcheck(output, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, leaves, fast_mode=True)
+
+
+def test_batched_gradients(same_seed, device):
+    lstm = LSTM(2, 3, 2, dropout=0.4, dtype=torch.float64, backend="triton", device=device)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    jacobians = [torch.autograd.functional.jacobian(lambda t: lstm(t)[0], x, vectorize=v) for v in (False, True)]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_under_vmap_each_is_dropped_for_itself(device):
+    lstm = LSTM(2, 3, 2, dropout=0.4, backend="triton", device=device)
+    x = torch.randn(3, 2, 2, device=device).expand(2, 3, 2, 2)
+    with torch.no_grad():
+        first, second = torch.func.vmap(lambda t: lstm(t)[0], randomness="different")(x)
+    assert not torch.equal(first, second)
 
 
 # ---- autocast ----------------------------------------------------------------------------------------------------------

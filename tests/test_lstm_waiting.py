@@ -7,7 +7,7 @@ from support.lstms import flat
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lstm_triton import LSTM, dispatch, layer_ops, layers
+from lstm_triton import LSTM, dispatch, layer_ops, layers, segments
 
 I, H = 2, 3
 
@@ -31,11 +31,11 @@ def test_launchers_read_no_values(recompute, device):
     case = segmented.Case(bidirectional=True, resets="stored", rows="lengths", recompute=recompute)
     drawn = segmented.draw(case, device)
     x, h0, c0, *weights, reset_h, reset_c = drawn.inputs
-    segments = (drawn.resets, reset_h, reset_c, drawn.lengths.to(device))
+    given = (drawn.resets, reset_h, reset_c, drawn.lengths.to(device), layers.dropout_seed(device), 0.5)
     with _NoValues():
-        y, _, _, c, gates = layer_ops._lstm_layer(x, h0, c0, weights, 2, *segments, "ieee", True, not recompute, False)
+        _, _, _, c, gates, h = layer_ops._lstm_layer(x, h0, c0, weights, 2, *given, "ieee", True, not recompute, False)
         layer_ops._lstm_layer_backward(
-            *drawn.cotangents, None, x, h0, c0, weights, 2, y, c, gates, *segments, [True] * 4, "ieee", False
+            *drawn.cotangents, None, x, h0, c0, weights, 2, h, c, gates, *given, [True] * 4, "ieee", False
         )
 
 
@@ -70,9 +70,9 @@ def test_resets_and_lengths_reach_a_gpu_without_waiting(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda t, pin_memory=False: pinned if t is given and pin_memory else None)
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert layers.sent(given, gpu) == (pinned, gpu, {"non_blocking": True}) and pinned.holds is given
+    assert segments.sent(given, gpu) == (pinned, gpu, {"non_blocking": True}) and pinned.holds is given
     capturing = True
-    assert layers.sent(given, gpu) == (given, gpu, {})
+    assert segments.sent(given, gpu) == (given, gpu, {})
 
 
 def test_resets_and_lengths_on_the_cpu(device):

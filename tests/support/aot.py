@@ -252,7 +252,7 @@ def lint_grid_barrier(report: Report) -> list[str]:
         if position >= len(code) or state in seen:
             continue
         seen.add(state)
-        guarded, instruction = code[position]
+        _, instruction = code[position]
         if any(barrier.match(instruction) for barrier in barriers):
             stored = acquired = False
         if _RELEASE.match(instruction):
@@ -264,12 +264,35 @@ def lint_grid_barrier(report: Report) -> list[str]:
             acquired = True
         elif acquired and _LOAD.match(instruction):
             faults.append(f"no bar.sync between the acquire and the load: {instruction}")
-        jump = re.match(r"bra\S*\s+(\S+)", instruction)
-        if jump:
-            to_visit.append((labels[jump[1]], stored, acquired))
-        if guarded or not (jump or re.match(r"(ret|exit|trap)\b", instruction)):
-            to_visit.append((position + 1, stored, acquired))
+        to_visit += [(following, stored, acquired) for following in _next_positions(code, labels, position)]
     return sorted({*faults, *_pipelined_barriers(report.ttgir)})
+
+
+def loads_behind_grid_barrier(report: Report) -> int:
+    """Global loads in the PTX on the paths from an acquire to the next release.
+
+    What the programs exchange is loaded there and nowhere else: fewer loads than that takes have moved above the wait, where
+    they read what need not be written yet. The assembler moves no load across an acquire or a bar.sync.
+    """
+    code, labels = _parse_ptx(report.ptx)
+    to_visit = [position for position, (_, instruction) in enumerate(code) if _ACQUIRE.match(instruction)]
+    seen: set[int] = set()
+    while to_visit:
+        position = to_visit.pop()
+        if position in seen or position >= len(code) or _RELEASE.match(code[position][1]):
+            continue
+        seen.add(position)
+        to_visit += _next_positions(code, labels, position)
+    return sum(bool(_LOAD.match(code[k][1]) and not _ACQUIRE.match(code[k][1])) for k in seen)
+
+
+def _next_positions(code: list[tuple[bool, str]], labels: dict[str, int], position: int) -> list[int]:
+    guarded, instruction = code[position]
+    jump = re.match(r"bra\S*\s+(\S+)", instruction)
+    following = [labels[jump[1]]] if jump else []
+    if guarded or not (jump or re.match(r"(ret|exit|trap)\b", instruction)):
+        following.append(position + 1)
+    return following
 
 
 def _parse_ptx(ptx: str) -> tuple[list[tuple[bool, str]], dict[str, int]]:

@@ -30,6 +30,7 @@ _POINTEES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16
 _NEEDED_BY = {
     "resets_ptr": "resets", "reset_h_ptr": "resets", "reset_c_ptr": "resets", "lengths_ptr": "lengths",
     "dc_states_ptr": "cells", "dreset_c_ptr": "learned reset state", "c_ptr": "training", "gates_ptr": "training",
+    "seed_ptr": "dropout", "dropped_ptr": "dropout",
 }  # fmt: skip
 SEGMENTS = ("resets", "lengths", "cells", "learned reset state")
 _KERNELS = {
@@ -40,7 +41,7 @@ _CONFIGURE = {"forward": sequence_forward_config, "backward": sequence_backward_
 
 
 class Case(NamedTuple):
-    """One launch. features: which of SEGMENTS, and "training", which backward means nothing."""
+    """One launch. features: which of SEGMENTS, "dropout", and "training", which backward means nothing."""
 
     way: str  # "forward" or "backward"
     H: int
@@ -82,6 +83,7 @@ def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) ->
         "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
         "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
     }  # fmt: skip
+    constexprs["DROPOUT"] = 0.1 if "dropout" in case.features else 0.0
     if case.way == "backward":
         constexprs |= {"SPLIT_K": config.split_k, "ACTIVATED": not case.recompute}
     options = {"launch_cooperative_grid": True} if waits else {}
@@ -106,7 +108,7 @@ def _type(parameter, case: Case, waits: bool) -> str | None:
         return None
     if name in ("counters_ptr", "stall_ptr"):
         return "*i32:16"
-    if name == "lengths_ptr":
+    if name in ("lengths_ptr", "seed_ptr"):
         return "*i64" + hint
     if name == "resets_ptr":
         return ("*i32" if case.dtype == torch.float64 else "*u8") + hint

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import LSTM
+from lstm_triton.kernels.dropout import dropped, kept
 
 from . import tolerance
 from .lstms import assert_close, flat
@@ -30,7 +31,7 @@ class Case:
     bidirectional: bool = False
     bias: bool = True
     batch_first: bool = False
-    dropout: float = 0.0  # with the masks of `_dropout`
+    dropout: float = 0.0  # with the masks of the kernels, the same whatever the dtype and memory order
     projection: bool = False
     rows: str = "full"  # or "lengths", or "packed"
     resets: str | None = None  # or to "zero", to a state "stored" per step, or to one "shared" by steps and rows
@@ -100,19 +101,17 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     elif case.rows == "lengths":
         options["lengths"] = drawn.lengths.to(x.device)
     options["return_cell_states"] = case.cells
-    with mock.patch("torch.nn.functional.dropout", _dropout):
+    seed = torch.tensor([case.seed], device=x.data.device)
+    with (
+        mock.patch("torch.nn.functional.dropout", lambda x, p: dropped(x, kept(seed, p, *x.shape), p)),
+        mock.patch("lstm_triton.layers.dropout_seed", lambda device: seed),
+    ):
         outputs = flat(
             torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options)
         )
     return [t.detach() for t in outputs] + list(
         torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True)
     )
-
-
-def _dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout of the same elements whatever the dtype, device and memory order, which torch's own random numbers depend on."""
-    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-1])) >= p
-    return torch.where(kept.to(x.device), x / (1 - p), 0.0)
 
 
 def judge(case: Case, device: torch.device) -> None:
