@@ -80,29 +80,8 @@ def _cases(archs, everything):
     chosen = CASES + FURTHER * (90 in archs)
     if everything:
         sizes = (
-            1,
-            16,
-            19,
-            32,
-            63,
-            64,
-            96,
-            100,
-            127,
-            128,
-            192,
-            255,
-            256,
-            384,
-            512,
-            640,
-            768,
-            896,
-            1000,
-            1024,
-            1280,
-            1536,
-        )
+            1, 16, 19, 32, 63, 64, 96, 100, 127, 128, 192, 255, 256, 384, 512, 640, 768, 896, 1000, 1024, 1280, 1536,
+        )  # fmt: skip
         chosen = itertools.product(
             KINDS, sizes, (16, 17, 64, 128, 256, 512), (1, 2), (PLAIN, RESETS, ("lengths",), DROPOUT, SEGMENTS, ALL)
         )
