@@ -140,11 +140,18 @@ def _place(kernel: str) -> tuple[Any, str]:
 
 @contextmanager
 def using(kernel: str) -> Iterator[Callable[[Any], None]]:
-    """use(config) inside: from then on every launch of `kernel` takes this configuration."""
+    """use(config) inside: from then on every launch of `kernel` that may take any configuration takes this one."""
     module, name = _place(kernel)
     original = getattr(module, name)
+
+    def use(config: Any) -> None:
+        def configure(*arguments: Any, stepwise: bool = False) -> Any:
+            return original(*arguments, stepwise=True) if stepwise else config
+
+        setattr(module, name, configure)
+
     try:
-        yield lambda config: setattr(module, name, lambda *arguments: config)
+        yield use
     finally:
         setattr(module, name, original)
 

@@ -1,9 +1,11 @@
 """Dropout of a layer's output inside its own kernels: what is kept is a pure function of a seed and of the output's place.
 
 No mask is in memory. Forward the sequence kernel stores each h a second time, dropped; backward it draws the same random
-numbers again, for the gradient of what it stored. The numbers are those of Philox-4x32-10 at the counter (unit, row, step, 0)
-under the seed: they depend neither on tiles nor on the memory order of a tensor.
+numbers again, for the gradient of what it stored. The numbers are those of Philox-4x32-10 under the seed, at the counter
+(direction * H + unit, row, step, 0): they depend neither on tiles nor on the memory order of a tensor.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,24 +16,47 @@ from .config import LaunchConfig, cdiv
 from .launch import Launcher
 
 
+class Dropout(NamedTuple):
+    """Each element is zero with probability p, by the random numbers of seed [1] int64; the others are divided by 1 - p."""
+
+    p: float
+    seed: Tensor
+
+
+def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """The seed, and p as two integers hi * 2^-30 + lo * 2^-53: a float argument has 24 bits, a constant compiles for each p."""
+    if dropout is None:
+        return None, (0, 0)
+    p = round(dropout.p * 2**53)
+    return dropout.seed, (p >> 23, p & (2**23 - 1))
+
+
 @triton.jit
-def drop(values, seed, t, rows_b, units, P: tl.constexpr):
-    """values [BLOCK_B, BLOCK_H] of step t, each set to 0 with probability P, the others divided by 1 - P."""
-    KEPT_SCALE: tl.constexpr = 1 / (1 - P) if P < 1 else 0.0
+def begin(seed_ptr, p_hi, p_lo, ACC: tl.constexpr):
+    """(seed, p, 1 / (1 - p) or 0 for p = 1) for `drop`."""
+    p = p_hi.to(tl.float64) * 2.0**-30 + p_lo.to(tl.float64) * 2.0**-53
+    scale = tl.where(p < 1.0, 1.0 / tl.where(p < 1.0, 1.0 - p, 1.0), 0.0)
+    return tl.load(seed_ptr), p.to(tl.float32), scale.to(ACC)
+
+
+@triton.jit
+def drop(values, seed, p, scale, t, rows_b, units):
+    """values [BLOCK_B, BLOCK_H] of step t: a NaN stays one, dropped or not."""
     random, _, _, _ = tl.philox(seed, units[None, :].to(tl.int32), rows_b[:, None].to(tl.int32), t, 0)
-    return tl.where(tl.uint_to_uniform_float(random) >= P, values * KEPT_SCALE, 0.0)
+    return values * tl.where(tl.uint_to_uniform_float(random) >= p, scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "p_hi", "p_lo"])
 def _lstm_kept_kernel(
     seed_ptr,  # [1]
     out_ptr,  # [T, B, N] out, bytes
-    B, N,
-    P: tl.constexpr, BLOCK: tl.constexpr,
+    B, N, p_hi, p_lo,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, b = tl.program_id(0) // B, tl.program_id(0) % B
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    dropped = drop(tl.full((1, BLOCK), 1.0, tl.float32), tl.load(seed_ptr), t, b + tl.arange(0, 1), units, P)
+    seed, p, scale = begin(seed_ptr, p_hi, p_lo, tl.float32)
+    dropped = drop(tl.full((1, BLOCK), 1.0, tl.float32), seed, p, scale, t, b + tl.arange(0, 1), units)
     out = out_ptr + tl.program_id(0).to(tl.int64) * N + units[None, :]
     tl.store(out, (dropped != 0).to(tl.uint8), mask=(units < N)[None, :])
 
@@ -39,13 +64,9 @@ def _lstm_kept_kernel(
 _kept = Launcher(_lstm_kept_kernel)
 
 
-def kept(seed: Tensor, p: float, T: int, B: int, N: int) -> Tensor:
-    """[T, B, N] bool: what the sequence kernels keep of outputs of this shape."""
-    result = torch.empty((T, B, N), dtype=torch.bool, device=seed.device)
-    _kept((T * B, cdiv(N, 128), 1), (seed, result.view(torch.uint8)), (B, N), (p, 128), LaunchConfig(1, 1))
+def kept(dropout: Dropout, T: int, B: int, N: int) -> Tensor:
+    """[T, B, N] bool: what the sequence kernels keep of outputs of this shape, for those who compute them otherwise."""
+    result = torch.empty((T, B, N), dtype=torch.bool, device=dropout.seed.device)
+    seed, p = kernel_arguments(dropout)
+    _kept((T * B, cdiv(N, 128), 1), (seed, result.view(torch.uint8)), (B, N, *p), (128,), LaunchConfig(1, 1))
     return result
-
-
-def dropped(y: Tensor, kept: Tensor, p: float) -> Tensor:
-    """y dropped as the sequence kernels do it, differentiable: for those who compute y otherwise."""
-    return torch.where(kept, y * (1 / (1 - p) if p < 1 else 0.0), 0.0)

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import interpreter, launch, stall
+from .dropout import Dropout, kernel_arguments
 from .grid_sync import COUNTER_STRIDE
 from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
 from .sequence import _lstm_sequence_forward_kernel
-from .sequence_config import DeviceLimits, SequenceConfig, sequence_forward_config, stepwise_config
+from .sequence_config import DeviceLimits, SequenceConfig, sequence_forward_config
 
 _forward = Launcher(_lstm_sequence_forward_kernel)
 
@@ -43,13 +44,6 @@ class Segments(NamedTuple):
     reset_h: Tensor | None = None
     reset_c: Tensor | None = None
     lengths: Tensor | None = None
-
-
-class Dropout(NamedTuple):
-    """Of y: each element is zero with probability p, by the random numbers of seed [1] int64."""
-
-    p: float
-    seed: Tensor
 
 
 class Forward(NamedTuple):
@@ -115,7 +109,7 @@ def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, devic
     config = configure(B, H, D, dtype, precision, limits)
     waits = _waits(config, T)
     if stepwise or (waits and (T * config.programs > _MAX_ARRIVALS or not interpreter.programs_can_wait())):
-        return stepwise_config(B, H, D, dtype, precision)
+        return configure(B, H, D, dtype, precision, limits, stepwise=True)
     return config
 
 
@@ -173,9 +167,9 @@ def segment_strides(flags: Tensor | None, *states: Tensor | None) -> tuple[int, 
     return (*resets, *itertools.chain(*rows))
 
 
-def weight_strides(directions: list[Direction]) -> tuple[int, ...]:
-    first, last = directions[0].w_hh, directions[-1].w_hh
-    return (*first.stride(), *last.stride())
+def recurrent_weights(directions: list[Direction]) -> tuple[Tensor, Tensor | None]:
+    """W_hh of each direction: the kernels know one layout, and what does not have it is copied, once for all steps."""
+    return aligned(directions[0].w_hh), aligned(directions[1].w_hh) if len(directions) == 2 else None
 
 
 def reset_flags(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -236,27 +230,26 @@ def lstm_layer_forward(
     time_major = is_time_major(pre)
     config = plan(sequence_forward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
 
-    y = new_states(x, time_major, T, B, D * H)
+    h = new_states(x, time_major, T, B, D * H)
+    y = h if dropout is None else new_states(x, time_major, T, B, D * H)
     c = new_states(x, time_major, T, B, D * H) if save_cells else None
     gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
     h0, c0 = aligned(h0), aligned(c0)
     h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
     c_n = torch.empty_like(c0)
-    p, seed = dropout or (0.0, None)
-    dropped = None if dropout is None else new_states(x, time_major, T, B, D * H)
-    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), p, config.persistent, config.block_b,
-                 config.block_h, config.block_k)  # fmt: skip
+    seed, p = kernel_arguments(dropout)
+    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
+                 config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets, x.dtype)
     reset_h = reset_state(segments, segments.reset_h, h0)
     reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
-    strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *weight_strides(directions),
-               *segment_strides(flags, reset_h, reset_c))  # fmt: skip
-    w_reverse = directions[1].w_hh if D == 2 else None
+    strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *segment_strides(flags, reset_h, reset_c))
+    weights = recurrent_weights(directions)
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
-        tensors = (pre, directions[0].w_hh, w_reverse, h0, c_in, flags, reset_h, reset_c, segments.lengths,
-                   y, h_n, c_out, c, gates, seed, dropped)  # fmt: skip
-        run(_forward, config, tensors, T, B, first, last, strides, constants)
-    return Forward(y if dropped is None else dropped, h_n, c_n, c, gates, None if dropped is None else y)
+        tensors = (pre, *weights, h0, c_in, flags, reset_h, reset_c, segments.lengths,
+                   h, h_n, c_out, c, gates, seed, None if dropout is None else y)  # fmt: skip
+        run(_forward, config, tensors, T, B, first, last, (*p, *strides), constants)
+    return Forward(y, h_n, c_n, c, gates, None if dropout is None else h)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import stall
+from .dropout import Dropout, kernel_arguments
 from .launch import Launcher, accumulator, matmul_precision, torch_matmul_precision
 from .layer import (
     Direction,
-    Dropout,
     Forward,
     Segments,
     accumulator_dtype,
@@ -25,12 +25,12 @@ from .layer import (
     new_states,
     plan,
     pre_activations,
+    recurrent_weights,
     reset_flags,
     reset_state,
     run,
     segment_strides,
     unit_major,
-    weight_strides,
 )
 from .sequence_backward import _lstm_sequence_backward_kernel
 from .sequence_config import sequence_backward_config
@@ -86,9 +86,9 @@ def lstm_layer_backward(
     """
     (T, B, _), H, D = x.shape, h0.shape[2], len(directions)
     precision = matmul_precision(x.dtype, precision, recurrent=True)
-    y, c, gates = forward.y if forward.h is None else forward.h, forward.c, forward.gates
-    p, seed = dropout or (0.0, None)
-    time_major = is_time_major(y)
+    h, c, gates = forward.y if forward.h is None else forward.h, forward.c, forward.gates
+    seed, p = kernel_arguments(dropout)
+    time_major = is_time_major(h)
     config = plan(sequence_backward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
 
     dz = new_states(x, time_major, T, B, D, H, 4)
@@ -96,27 +96,27 @@ def lstm_layer_backward(
     h0, c0 = aligned(h0), aligned(c0)
     dh_n = None if dh_n is None else aligned(dh_n)
     dc_n = None if dc_n is None else aligned(dc_n)
-    if dc_states is not None and (dc_states.stride() != y.stride() or dc_states.data_ptr() % 16 != 0):
+    if dc_states is not None and (dc_states.stride() != h.stride() or dc_states.data_ptr() % 16 != 0):
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
     flags, reset_c = reset_flags(segments.resets, x.dtype), reset_state(segments, segments.reset_c, h0)
-    strides = (y.stride(0) // (D * H), y.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
-               *weight_strides(directions), *segment_strides(flags, reset_c))  # fmt: skip
-    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, p, config.persistent,
+    strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
+               *segment_strides(flags, reset_c))  # fmt: skip
+    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
                  config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
-    w_reverse = directions[1].w_hh if D == 2 else None
+    weights = recurrent_weights(directions)
     state_in = dc_n
     for first, last in [(0, T)] if gates is not None else _recomputed_ranges(T):
         # The two directions run through time in opposite ways, so a range of steps is two ranges of t.
         starts = (0, 0) if gates is not None else (T - last, first)
         pieces = gates
         if pieces is None:
-            pieces = _rebuilt_pre_activations(x, h0, y, directions, segments, starts, last - first, precision)
+            pieces = _rebuilt_pre_activations(x, h0, h, directions, segments, starts, last - first, precision)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
-            tensors = (dy, seed, dc_states, dh_n, dc_in, pieces, c, c0, directions[0].w_hh, w_reverse, flags,
+            tensors = (dy, seed, dc_states, dh_n, dc_in, pieces, c, c0, *weights, flags,
                        reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
-            run(_backward, config, tensors, T, B, step, stop, (*starts, *strides), constants)
+            run(_backward, config, tensors, T, B, step, stop, (*p, *starts, *strides), constants)
         state_in = state_out
 
     dx = dw_ih = dw_hh = db = dh0 = dreset_h = None
@@ -129,7 +129,7 @@ def lstm_layer_backward(
             inputs = _rows_within(x, segments.lengths, time_major)
             dw_ih = [_gate_major(w) for w in (rows.t() @ inputs).chunk(D)]
             db = [_gate_major(b) for b in rows.sum(0).chunk(D)]
-            dw_hh = [_recurrent_weight_gradient(dz, h0, y, d, segments, time_major) for d in range(D)]
+            dw_hh = [_recurrent_weight_gradient(dz, h0, h, d, segments, time_major) for d in range(D)]
         if dreset_c is not None:
             dreset_h = torch.stack([_gradient_at_resets(dz, directions[d].w_hh, d, segments) for d in range(D)], dim=1)
             dreset_c = dreset_c.permute(0, 2, 1, 3)

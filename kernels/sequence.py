@@ -10,7 +10,7 @@ once per step.
 import triton
 import triton.language as tl
 
-from .dropout import drop
+from .dropout import begin, drop
 from .equations import lstm_forward
 from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
@@ -18,9 +18,9 @@ from .segments import begins_at, reset_state_rows, resets_at, row_lengths
 
 
 @triton.jit
-def _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_row, stride_k, BLOCK_K: tl.constexpr):
+def _load_weight_chunk(w_ptr, rows, mask_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_k = k + tl.arange(0, BLOCK_K)
-    offsets = rows.to(tl.int64)[:, None] * stride_row + offs_k.to(tl.int64)[None, :] * stride_k
+    offsets = rows.to(tl.int64)[:, None] * H + offs_k[None, :]
     return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < H)[None, :], other=0.0)
 
 
@@ -38,7 +38,7 @@ def _load_state_chunk(rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
     do_not_specialize=[
-        "T", "B", "first_step", "last_step", "stride_t", "stride_b", "stride_resets_t", "stride_resets_b",
+        "T", "B", "first_step", "last_step", "p_hi", "p_lo", "stride_t", "stride_b", "stride_resets_t", "stride_resets_b",
         "stride_reset_h_t", "stride_reset_h_d", "stride_reset_h_b",
         "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
     ],
@@ -47,7 +47,7 @@ def _load_state_chunk(rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
 def _lstm_sequence_forward_kernel(
     # pointers
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input
-    w_ptr,  # [4H, H] W_hh of direction 0
+    w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     h0_ptr,  # [D, B, H]
     c_in_ptr,  # [D, B, H] c before first_step
@@ -60,19 +60,19 @@ def _lstm_sequence_forward_kernel(
     c_out_ptr,  # [D, B, H] out: c after last_step
     c_ptr,  # [T, B, D, H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
-    seed_ptr,  # [1] of `dropout.drop`, or None
+    seed_ptr,  # [1] of dropout, or None
     dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
     counters_ptr,  # [groups, 32] zeros, or None when no program waits for another
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes
     T, B, first_step, last_step,
+    p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
     # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
-    stride_t, stride_b, stride_w_row, stride_w_k, stride_w_reverse_row, stride_w_reverse_k,
-    stride_resets_t, stride_resets_b,
+    stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    DROPOUT: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -87,14 +87,12 @@ def _lstm_sequence_forward_kernel(
 
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
-        stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
-        stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
     weights = ()
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
-                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, stride_w_row, stride_w_k, BLOCK_K),
+                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, BLOCK_K),
             )
 
     # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
@@ -106,9 +104,8 @@ def _lstm_sequence_forward_kernel(
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
 
-    seed = 0
     if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+        seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
 
     c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
@@ -155,7 +152,7 @@ def _lstm_sequence_forward_kernel(
                 z = tl.dot(weights[chunk], h_prev, z, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in range(0, H, BLOCK_K):
-                w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, stride_w_row, stride_w_k, BLOCK_K)
+                w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
                 h_prev = _load_state_chunk(h_rows, k, H, BLOCK_K)
                 z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
@@ -179,14 +176,14 @@ def _lstm_sequence_forward_kernel(
         else:
             tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
 
-        if seed_ptr is not None:
-            dropped = drop(h.to(ACC), seed, t, rows_b, direction * H + offs_h, DROPOUT)
-            tl.store(dropped_ptr + t * step_size + output_offsets, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
         if c_ptr is not None:
             tl.store(c_ptr + t * step_size + output_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask)
         if gates_ptr is not None:
             gates_t = gates_ptr + t * step_size * 4
             store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        if seed_ptr is not None:
+            dropped = drop(h.to(ACC), seed, p, kept_scale, t, rows_b, direction * H + offs_h)
+            tl.store(dropped_ptr + t * step_size + output_offsets, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
         if lengths_ptr is not None:
             ends = tl.where(direction == 0, t == lengths - 1, (t == 0) & (lengths > 0))
             tl.store(h_n_ptr + state_offsets, h, mask=mask & ends[:, None])

@@ -9,7 +9,7 @@ gradients of weights, biases and inputs are then single matrix products over all
 import triton
 import triton.language as tl
 
-from .dropout import drop
+from .dropout import begin, drop
 from .equations import gate_activations, lstm_backward
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
@@ -17,13 +17,11 @@ from .segments import begins_at, reset_state_rows, resets_at, row_lengths
 
 
 @triton.jit
-def _load_weight_chunk(
-    w_ptr, chunk, offs_h, mask_h, H, stride_row, stride_k, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """[SPLIT_K, BLOCK_K, BLOCK_H] of W_hh: rows in the order of dz in memory, 4 * unit + gate."""
     n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     rows = (n % 4) * H + n // 4
-    offsets = rows.to(tl.int64)[:, :, None] * stride_row + offs_h.to(tl.int64)[None, None, :] * stride_k
+    offsets = rows.to(tl.int64)[:, :, None] * H + offs_h[None, None, :]
     return tl.load(w_ptr + offsets, mask=(n < 4 * H)[:, :, None] & mask_h[None, None, :], other=0.0)
 
 
@@ -44,7 +42,7 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
     do_not_specialize=[
-        "T", "B", "first_step", "last_step", "gates_t", "gates_reverse_t", "stride_t", "stride_b",
+        "T", "B", "first_step", "last_step", "p_hi", "p_lo", "gates_t", "gates_reverse_t", "stride_t", "stride_b",
         "stride_dy_t", "stride_dy_b", "stride_resets_t", "stride_resets_b",
         "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
     ],
@@ -53,14 +51,14 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped
-    seed_ptr,  # [1] of `dropout.drop`, or None
+    seed_ptr,  # [1] of dropout, or None
     dc_states_ptr,  # [T, B, D, H] or None: the gradient of every c_t
     dh_n_ptr,  # [D, B, H] or None
     dc_in_ptr,  # [D, B, H] or None: the gradient of c after the last step of this launch
     gates_ptr,  # [.., B, D, H, 4] activated gates, or pre-activations to activate, from t = gates_t on
     c_ptr,  # [T, B, D, H]
     c0_ptr,  # [D, B, H]
-    w_ptr,  # [4H, H] W_hh of direction 0
+    w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     resets_ptr,  # [T, B] integers, or None
     reset_c_ptr,  # [T, D, B, H] broadcast, or None where resets are
@@ -71,14 +69,15 @@ def _lstm_sequence_backward_kernel(
     counters_ptr,  # [groups, 32] zeros, or None when one step is computed
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
-    T, B, first_step, last_step, gates_t, gates_reverse_t,
+    T, B, first_step, last_step,
+    p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
+    gates_t, gates_reverse_t,
     # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
-    stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_w_row, stride_w_k,
-    stride_w_reverse_row, stride_w_reverse_k, stride_resets_t, stride_resets_b,
+    stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    ACTIVATED: tl.constexpr, DROPOUT: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
@@ -96,12 +95,10 @@ def _lstm_sequence_backward_kernel(
     weights = ()
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
-        stride_w_row = tl.where(direction == 0, stride_w_row, stride_w_reverse_row)
-        stride_w_k = tl.where(direction == 0, stride_w_k, stride_w_reverse_k)
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
-                _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K),
+                _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K),
             )
 
     # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
@@ -116,9 +113,8 @@ def _lstm_sequence_backward_kernel(
     lengths = row_lengths(lengths_ptr, rows_b, T)
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
 
-    seed = 0
     if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+        seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
 
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if dc_in_ptr is not None:
@@ -157,7 +153,7 @@ def _lstm_sequence_backward_kernel(
         if dy_ptr is not None:
             dy = tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask, other=0.0).to(ACC)
             if seed_ptr is not None:
-                dy = drop(dy, seed, t, rows_b, direction * H + offs_h, DROPOUT)
+                dy = drop(dy, seed, p, kept_scale, t, rows_b, direction * H + offs_h)
             dh += dy
         if dh_n_ptr is not None:
             if lengths_ptr is not None:
@@ -177,7 +173,7 @@ def _lstm_sequence_backward_kernel(
                 parts = tl.dot(dz, weights[chunk], parts, input_precision=PRECISION, out_dtype=ACC)
         else:
             for chunk in range(CHUNKS):
-                w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, stride_w_row, stride_w_k, SPLIT_K, BLOCK_K)
+                w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K)
                 dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
         dh_next = tl.sum(parts, axis=0)

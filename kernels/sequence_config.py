@@ -54,9 +54,9 @@ def _block_k(n: int, largest: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def sequence_forward_config(
-    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
+    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
-    """How to run the recurrence of B rows, H units and D directions forward."""
+    """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
     row_bytes = H * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b: tuple[int, ...]
@@ -66,22 +66,24 @@ def sequence_forward_config(
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
     chunk = chunk if aligned else chunk // 2
+    longest_of_four_warps = 2048 if limits.generation == 10 else 3072
     for harder in (dtype.itemsize == 4, not aligned):
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
-    if _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64):
+    if not stepwise and _can_be_resident(dtype, precision, row_bytes):
+        for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64) if row_bytes <= 3072 else (8,):
             for block_b in blocks_b:
                 # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
-                block_k = _block_k(H, chunk // block_b // dtype.itemsize) if block_h < 128 else 32
+                chunk_bytes = 2 * chunk if block_b == 64 and limits.generation == 12 else chunk
+                block_k = _block_k(H, chunk_bytes // block_b // dtype.itemsize) if block_h < 128 else 32
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state, limits):
-                    warps = 8 if block_h >= 64 or not aligned or row_bytes > 3072 else 4
+                    warps = 8 if max(block_h, block_b) >= 64 or not aligned or row_bytes > longest_of_four_warps else 4
                     return SequenceConfig(
                         warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
-    return stepwise_config(B, H, D, dtype, precision)
+    return _stepwise_config(B, H, D, dtype, precision, few_rows=not aligned)
 
 
 # Bytes of a row of W_hh up to which the time loop backward needs no local memory, by rows and by whether more than 8 units.
@@ -91,13 +93,13 @@ _LONGEST_ROWS_BACKWARD_10 = _LONGEST_ROWS_BACKWARD | {(16, True): 2048, (32, Tru
 
 @functools.lru_cache(maxsize=4096)
 def sequence_backward_config(
-    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
+    B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     row_bytes = H * dtype.itemsize
     aligned = H % 16 == 0
     longest_rows = _LONGEST_ROWS_BACKWARD_10 if limits.generation == 10 else _LONGEST_ROWS_BACKWARD
-    if _can_be_resident(dtype, precision, row_bytes):
+    if not stepwise and _can_be_resident(dtype, precision, row_bytes):
         for block_h in _unit_blocks(H, 64 // dtype.itemsize if aligned else 32):
             for block_b in (16, 32) if aligned else (16,):
                 if row_bytes > longest_rows[block_b, block_h > 8]:
@@ -114,7 +116,7 @@ def sequence_backward_config(
                     return SequenceConfig(
                         8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
-    return stepwise_config(B, H, D, dtype, precision)
+    return _stepwise_config(B, H, D, dtype, precision, few_rows=limits.generation == 10)
 
 
 def _chunk_of_long_rows(block_b: int, row_bytes: int) -> tuple[int, int]:
@@ -146,11 +148,14 @@ def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
     return (*alone, 16, 8)
 
 
-@functools.lru_cache(maxsize=4096)
-def stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str) -> SequenceConfig:
-    """One launch per step, with W_hh read again in each: needs nothing of the device."""
+def _stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str, few_rows: bool) -> SequenceConfig:
+    """One launch per step, with W_hh read again in each: fits every device.
+
+    few_rows: more at once would not fit in registers.
+    """
     block_k = (64 if dtype.itemsize == 2 else 32) if uses_tensor_cores(dtype, precision) else 16
     # float64, TF32's operands and tf32x3's three products take two or three times the registers.
-    block_b = 16 if B <= 16 or dtype == torch.float64 or (dtype == torch.float32 and precision != "ieee") else 32
+    few_rows |= dtype == torch.float64 or (dtype == torch.float32 and precision != "ieee")
+    block_b = 16 if B <= 16 or few_rows else 32
     groups = cdiv(B, block_b) * D
     return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), groups, False, max_registers=MAX_REGISTERS)

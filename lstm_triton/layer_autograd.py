@@ -36,10 +36,10 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         directions = ctx.directions
         *tensors, resets, reset_h, reset_c, lengths, seed = ctx.saved_tensors[:12]
         weights = ctx.saved_tensors[12:]
-        drop = _dropout(ctx.dropout, seed, tensors[4], tensors[5], directions)
 
         def reference_backward(dy, dh_n, dc_n, dc, x, h0, c0, reset_h, reset_c, *weights):
-            cotangents = (drop(dy), dh_n, dc_n, dc)
+            dy = None if dy is None else layer_ops.dropped(dy, ctx.dropout, seed)
+            cotangents = (dy, dh_n, dc_n, dc)
             return reference.lstm_layer_backward(
                 cotangents, x, h0, c0, reset_h, reset_c, weights, directions, resets, lengths
             )
@@ -52,24 +52,13 @@ class LSTMLayerBackwardFunction(torch.autograd.Function):
         return *d_cotangents, *(None,) * 8, *d_inputs, None, dreset_h, dreset_c, None, None, *d_weights
 
 
-def _dropout(p, seed, x, h0, directions):
-    """The kernels' dropout of y [T, B, D * H] as a function, made outside torch.func's transforms: it launches a kernel."""
-    if seed is None:
-        return lambda y: y
-    from .kernels.dropout import dropped, kept
-
-    T, B, _ = x.shape
-    keep = kept(seed, p, T, B, directions * h0.shape[2])
-    return lambda y: None if y is None else dropped(y, keep, p)
-
-
-def _formula(directions, resets, lengths, drop):
+def _formula(directions, resets, lengths, dropout, seed):
     """`reference.lstm_layer` as a function of what has a gradient, weights flat."""
 
     def formula(x, h0, c0, reset_h, reset_c, *weights):
         by_direction = layer_ops.by_direction(weights, directions)
         y, *states = reference.lstm_layer(x, h0, c0, by_direction, resets, reset_h, reset_c, lengths)
-        return drop(y), *states
+        return layer_ops.dropped(y, dropout, seed), *states
 
     return formula
 
@@ -106,8 +95,7 @@ class LSTMLayerFunction(torch.autograd.Function):
             return (None,) * (6 + len(asked))
         if takes_formula(dy, dh_n, dc_n, dc):
             x, h0, c0, resets, reset_h, reset_c, lengths, seed, *weights = inputs
-            drop = _dropout(ctx.dropout, seed, x, h0, ctx.directions)
-            formula = _formula(ctx.directions, resets, lengths, drop)
+            formula = _formula(ctx.directions, resets, lengths, ctx.dropout, seed)
             with formula_precision(x.dtype, ctx.precision, recurrent=True):
                 found = reference.back_through(formula, (dy, dh_n, dc_n, dc), (x, h0, c0, reset_h, reset_c, *weights))
             found[3:3], found[6:6] = [None], [None, None]  # resets; lengths, seed
@@ -185,7 +173,7 @@ def lstm_layer(
     """
     if takes_formula():
         with formula_precision(x.dtype, precision, recurrent=True):
-            formula = _formula(directions, resets, lengths, _dropout(dropout, seed, x, h0, directions))
+            formula = _formula(directions, resets, lengths, dropout, seed)
             y, h_n, c_n, c = formula(x, h0, c0, reset_h, reset_c, *weights)
         return y, h_n, c_n, c if return_cells else None
     tracing = is_jit_tracing()

@@ -21,6 +21,9 @@ library.define(
 )
 
 
+library.define("lstm_dropout_kept(Tensor seed, float dropout, int T, int B, int N) -> Tensor")
+
+
 def by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Any, ...]]:
     """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] of each direction, one after the other -> four of each."""
     n = len(weights) // directions
@@ -38,9 +41,23 @@ def _segments(resets, reset_h, reset_c, lengths):
 
 
 def _dropout(p, seed):
-    from .kernels.layer import Dropout
+    if seed is None:
+        return None
+    from .kernels.dropout import Dropout
 
-    return None if seed is None else Dropout(p, seed)
+    return Dropout(p, seed)
+
+
+@implements("lstm_dropout_kept")
+def _lstm_dropout_kept(seed, dropout, T, B, N):
+    from .kernels.dropout import Dropout, kept
+
+    return kept(Dropout(dropout, seed), T, B, N)
+
+
+@torch.library.register_fake("lstm_triton::lstm_dropout_kept", lib=library)
+def _(seed, dropout, T, B, N):
+    return seed.new_empty((T, B, N), dtype=torch.bool)
 
 
 def _forward_results(h, h_n, c_n, c, gates):
@@ -153,3 +170,11 @@ def backward(dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, h, c, gates, se
     sees = sees_operators(dy, dh_n, dc_n, dc, x, h0, c0, *weights, h, c, gates, *segments)
     backward = torch.ops.lstm_triton.lstm_layer_backward if sees else _lstm_layer_backward
     return backward(dy, dh_n, dc_n, dc, x, h0, c0, weights, directions, h, c, gates, *segments, *options)
+
+
+def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """y [T, B, N], computed otherwise, with the kernels' dropout; differentiable."""
+    if seed is None:
+        return y
+    kept = torch.ops.lstm_triton.lstm_dropout_kept(seed, dropout, *y.shape[-3:])
+    return y * (1 / (1 - dropout) if dropout < 1 else 0.0) * kept

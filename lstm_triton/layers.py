@@ -120,8 +120,10 @@ def run(
     if len(weights) // directions not in (2, 4):
         y, h_n, c_n, c = projection.lstm_layer(x, *hx, weights, directions, *segments, *options)
         return _dropped(y, dropout), h_n, c_n, c
-    if dropout and not ops.takes_formula():
-        seed = dropout_seed(x.device)
+    if not dropout:
+        return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
+    seed = dropout_seed(x)
+    if not ops.is_batched(seed):
         return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, seed, dropout, *options)
     y, h_n, c_n, c = layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
     return _dropped(y, dropout), h_n, c_n, c
@@ -131,9 +133,14 @@ def _dropped(y: Tensor, p: float) -> Tensor:
     return torch.nn.functional.dropout(y, p) if p else y
 
 
-def dropout_seed(device: torch.device) -> Tensor:
-    """[1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed; nothing waits for it."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+def dropout_seed(x: Tensor) -> Tensor:
+    """[1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed; nothing waits for it.
+
+    Under vmap with randomness="different" one for each call.
+    """
+    if ops.is_jit_tracing():  # a saved trace may be loaded on another device
+        return torch.randint_like(x.new_empty(1, dtype=torch.int64), 2**63 - 1)
+    return torch.randint(2**63 - 1, (1,), device=x.device)
 
 
 def autocast(

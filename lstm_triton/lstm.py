@@ -177,7 +177,7 @@ class LSTMForward(torch.nn.RNNBase):
             x, h_n, c_n, c = layers.run(
                 chosen, x, (hx[0][rows], hx[1][rows]), weights[k * per_layer : (k + 1) * per_layer], directions, self.bias,
                 checked.of_rows(rows), wants_cells, self.recompute, self.precision,
-                self.dropout if self.training and k < self.num_layers - 1 else 0.0,
+                float(self.dropout) if self.training and k < self.num_layers - 1 else 0.0,
             )  # fmt: skip
             last.append((h_n, c_n))
         h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))

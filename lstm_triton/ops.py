@@ -92,6 +92,17 @@ def is_jit_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether t stands for several tensors, one for each call under torch.func.vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
+
+
 def sees_operators(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher has to see the operator; elsewhere a kernel may take the memory of the tensors as it is.
 

@@ -1,58 +1,14 @@
-"""Measuring: the truth, checks before times, interleaving, memory, the parts that need a GPU with what stands in for one."""
+"""Measuring: the truth, checks before times, precision alike on both sides, providers that fail or cannot serve."""
 
 import math
 
 import pytest
 import torch
-from support.concurrent import concurrent_grid
-from support.process import run_checks, run_without_interpreter
+from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
-from lstm_triton.bench import (
-    accuracy,
-    device,
-    grid_latency,
-    measure,
-    memory,
-    peers,
-    problem,
-    providers,
-    rows,
-    schema,
-    timing,
-    tune,
-)
+from lstm_triton.bench import accuracy, measure, peers, problem, providers
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.kernels import interpreter
-
-CPU = torch.device("cpu")
-
-
-def context(**options):
-    maker = rows.RowMaker(CPU, "a test", synthetic=True)
-    return measure.Context(CPU, maker, FakeClock(), seconds=0.0, **options)
-
-
-class FakeClock:
-    """Counts what it times; each call takes as many microseconds as its turn."""
-
-    name, l2, sample_seconds = "fake", None, 1e-9
-
-    def __init__(self):
-        self.calls = []
-
-    def sample(self, call, n):
-        call()
-        self.calls.append(call)
-        return 2.0, 3.0
-
-
-def run(task, **options):
-    found = []
-    measure.measure(task, context(**options), found.append)
-    for row in found:
-        schema.encode(row)
-    return {row["provider"]: row for row in found}
 
 
 @pytest.mark.parametrize(
@@ -256,37 +212,6 @@ def test_torchrl_is_given_the_precision(monkeypatch, precision):
     assert set(fake.asked) == {(precision, {"ieee": "highest", "tf32": "high"}[precision])}
 
 
-@pytest.mark.parametrize("form", ["layer", "cell"])
-@pytest.mark.parametrize("mode", ["forward", "train"])
-def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
-    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, dtype="float32", precision="ieee", mode=mode)
-    everyone, captured = providers.all_providers(), []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    def graphed(call):
-        assert torch.is_grad_enabled() == (mode == "train")
-        captured.append(call)
-        return call, call()
-
-    monkeypatch.setattr(timing, "graphed", graphed)
-    given = problem.make(case, CPU)
-    built = measure.build(everyone["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
-    judge = measure._Judge(given, problem.truth(given))
-    measure._graph(built, judge)
-    assert captured == [built.timed]
-    names = set(built.call())
-    with torch.set_grad_enabled(mode == "train"):
-        returned = built.timed()
-    assert len(returned) == (1 + 4 if mode == "train" else 3 if form == "layer" else 2), "bias_hh has its gradient too"
-    found = built.named(returned)
-    assert set(found) == (names - {"y", "h_n", "c_n"} if mode == "train" else names)
-    assert max(e["max"] for e in accuracy.errors(found, judge.truth).values()) < 1e-5
-
-    monkeypatch.setattr(timing, "graphed", lambda call: (call, tuple(t * 1.01 for t in call())))
-    with pytest.raises(RuntimeError, match="replayed, wrong"):
-        measure._graph(built, judge)
-
-
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
     assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.all_providers())
     chosen = providers.chosen_for(Case("a", 512, 16, 1024), "timing", "cuda")
@@ -294,64 +219,6 @@ def test_every_backend_is_a_provider_and_forced_on_a_gpu():
     assert "lstm_triton cudnn" not in providers.chosen_for(Case("a", 512, 16, 64, resets=0.1), "timing", "cuda")
     found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
     assert found["lstm_triton cudnn"]["status"] == "skipped" and "GPU" in found["lstm_triton cudnn"]["reason"]
-
-
-def test_rounds_are_interleaved_and_shuffled():
-    clock, seen = FakeClock(), []
-    calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
-    samples = timing.interleaved(calls, clock, 1.0)
-    timed = seen[-3 * timing.LEAST_SAMPLES :]
-    turns = [timed[k : k + 3] for k in range(0, len(timed), 3)]
-    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len({tuple(turn) for turn in turns}) > 1
-    found = samples["a"].to_json(4, clock)
-    assert found["samples"] == timing.LEAST_SAMPLES and found["us_per_step"] == 0.5 and found["wall_p50_us"] == 3.0
-    assert found["confidence"] >= 0.95 and found["clock"] == "fake"
-
-
-def test_short_calls_are_repeated_until_the_clock_sees_them():
-    class Slow(FakeClock):
-        sample_seconds = 1e-3
-
-        def sample(self, call, n):
-            call()
-            return 10.0, 10.0
-
-    assert timing.interleaved({"a": lambda: None}, Slow(), 0.0)["a"].calls == 100
-
-
-class FakeEvent:
-    now = 0.0
-
-    def record(self):
-        self.time = FakeEvent.now
-
-    def elapsed_time(self, end):
-        return end.time - self.time  # milliseconds
-
-
-def test_cuda_clock_with_fake_events(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    clock = timing.CudaClock(CPU, events=FakeEvent)
-
-    def call():
-        FakeEvent.now += 0.25
-
-    assert clock.sample(call, 4)[0] == pytest.approx(250.0) and clock.l2 == "warm"
-    clock._buffer = torch.ones(4)
-    clock.l2 = "flushed"
-    assert clock.sample(call, 3)[0] == pytest.approx(250.0)
-    assert not clock._buffer.any(), "the cache was not written over"
-
-
-def test_saved_bytes():
-    case = Case("a", 8, 2, 5, dtype="float32", precision="ieee", mode="train")
-    given = problem.make(case, CPU)
-    all_of = providers.all_providers()
-    held = {}
-    for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
-        held[name] = memory.held(measure.build(all_of[name], given), given)["saved"]
-    state = 5 * 2 * 8 * 4  # bytes of one tensor like y
-    assert all(bytes > state for bytes in held.values()), held
 
 
 def test_limits_of_what_is_wrong():
@@ -366,126 +233,3 @@ def test_limits_of_what_is_wrong():
     }  # fmt: skip
     assert accuracy.rounding(Case("a", 8, 1, 4, dtype="float32")) == 2**-11
     assert accuracy.rounding(case) == 2**-24
-
-
-def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(device, "_smi", lambda d, fields: ["1980", "1980", "2619", "[N/A]", "700.00", "41", "0"])
-    found = device.state(cuda)
-    assert found["sm_clock_mhz"] == 1980 and found["power_w"] is None and found["temperature_c"] == 41
-    monkeypatch.setattr(device, "_smi", lambda d, fields: None)
-    assert "unread" in device.state(cuda)
-    assert device.folder_name({"name": "NVIDIA H200", "type": "cuda"}) == "nvidia-h200"
-
-
-@pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("programs", [2, 3])
-def test_every_exchange_arrives(programs):
-    with concurrent_grid(only_cooperative=True, weak=True, jitter=1e-3):
-        assert grid_latency.launch(programs, 6, True, CPU).tolist() == [6] * programs
-        assert grid_latency.launch(programs, 6, False, CPU).tolist() == [0] * programs
-
-
-class Idle(FakeClock):
-    """Calls nothing: the interpreter is for results, not for times."""
-
-    def sample(self, call, n):
-        return 2.0, 3.0
-
-
-@pytest.mark.parametrize("kernel", tune.KERNELS)
-def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
-    shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
-    for H, B, dtype in ((768, 16, "bfloat16"), (128, 1, "float32"), (2048, 256, "float16")):
-        case = Case("tune", H, B, dtype=dtype, precision="tf32", **shape)
-        found = tune.candidates(kernel, case, (132, 232448))
-        assert len(found) > 2 and len(set(found)) == len(found)
-        if kernel.startswith("sequence"):
-            assert all(c.persistent == found[0].persistent for c in found)
-            assert all(
-                c.programs * c.block_h >= H and (not c.persistent or c.programs * c.groups <= 132) for c in found
-            )
-
-
-@pytest.mark.parametrize("kernel", ["cell forward", "sequence forward"])
-def test_tuning_checks_every_candidate(kernel):
-    mode = "train" if kernel.endswith("backward") else "forward"
-    shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
-    case = Case("tune", 16, 2, mode=mode, dtype="float32", precision="tf32", **shape)
-    told = []
-    keep = slice(0, 2)
-    original = tune.candidates
-    tune.candidates = lambda *arguments: original(*arguments)[keep]
-    try:
-        tune.sweep(kernel, case, CPU, Idle(), lambda k, result: told.append((k, result)), seconds=0.0)
-    finally:
-        tune.candidates = original
-    assert [k for k, _ in told] == [0, 0, 1, 1] and told[1][1].us == 2.0, told
-    assert told[1][1].gain == 0.0
-
-
-def test_the_tuning_table_names_gpu_date_and_gain():
-    result = tune.Result({"num_warps": 4, "block_b": 16}, None, 8.0, 10.0)
-    text = tune.table([("cell forward", Case("tune", 512, 16, 1, form="cell"), result)], "GPU X", "2030-01-02")
-    assert "GPU X, 2030-01-02, +25.0%" in text and "num_warps=4, block_b=16" in text
-    assert "No candidate" in tune.table([], "GPU X", "2030-01-02")
-    assert tune.run("cpu", None, None, None, None) == 2
-
-
-def test_host_times_and_first_calls_without_a_gpu():
-    assert "checks passed" in run_without_interpreter(__file__)
-
-
-def check_overhead_is_split():
-    found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"))
-    ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
-    assert ours["status"] == torchs["status"] == "ok", found
-    v = ours["values"]
-    assert v["launches"] == 1 and v["total_us"] >= v["launch_us"] > 0 and v["dispatch_us"] > 0
-    assert "launches nothing" in ours["label"] and "no GPU" in torchs["label"]
-
-
-def check_first_calls_compile():
-    from lstm_triton.bench import coldstart, null_driver
-
-    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    assert null_driver.LABEL
-    children = []
-    coldstart._child = lambda *arguments: children.append(arguments) or {"first_call_s": 1.0}
-    found = run(Task("cold-start", case, "cold-start"))
-    assert found["lstm_triton triton"]["values"] == {"empty_first_call_s": 1.0, "warm_first_call_s": 1.0}
-    assert len(children) == 3 and children[0][3] == children[1][3], "the second start finds the first one's kernels"
-
-
-def check_a_first_call_in_this_process():
-    import contextlib
-    import io
-    import json
-
-    from lstm_triton.bench import coldstart
-
-    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    request = {"case": case.to_json(), "provider": "lstm_triton triton", "device": "cpu"}
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert coldstart.main([json.dumps(request)]) == 0
-    assert set(json.loads(out.getvalue())) == {"import_s", "first_call_s", "second_call_s"}
-
-
-def check_the_latency_kernel_compiles():
-    import triton
-
-    from lstm_triton.bench import null_driver
-
-    with null_driver.active():
-        for exchange in (True, False):
-            grid_latency.launch(4, 10, exchange, CPU)
-            grid_latency.launch(4, 7, exchange, CPU)
-        caches = grid_latency._latency_kernel.device_caches[triton.runtime.driver.active.get_current_device()]
-        compiled = list(caches[0].values())
-    assert len(compiled) == 2, "the number of steps is a runtime value"
-    for kernel in compiled:
-        assert "atom" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
-
-
-if __name__ == "__main__":
-    run_checks(globals())

@@ -1,6 +1,5 @@
 """The repaired interpreter against torch, float64 and the documented accuracy of the hardware's instructions."""
 
-import inspect
 import math
 import warnings
 
@@ -9,17 +8,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter as stock
+from support.interpreting import assert_identical, installed  # noqa: F401
 from triton.runtime.errors import InterpreterError
 
 from lstm_triton.kernels import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
-
-
-@pytest.fixture(autouse=True)
-def installed():
-    interpreter.install(check_bounds=True)
 
 
 @triton.jit
@@ -45,21 +39,12 @@ def _random_bfloat16(size: int, seed: int) -> torch.Tensor:
     return bits.to(torch.uint16).view(torch.bfloat16)
 
 
-def _assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bit for bit, except that one NaN is as good as another."""
-    assert actual.dtype == expected.dtype
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
-    assert torch.equal(actual.isnan(), expected.isnan())
-    number = ~expected.isnan()
-    assert torch.equal(actual[number].view(integer), expected[number].view(integer))
-
-
 # ---- casts -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_every_bfloat16_is_cast_as_torch_does(dtype):
-    _assert_identical(_cast(_all_bfloat16(), dtype), _all_bfloat16().to(dtype))
+    assert_identical(_cast(_all_bfloat16(), dtype), _all_bfloat16().to(dtype))
 
 
 def test_float32_to_bfloat16_rounds_to_nearest_even():
@@ -67,12 +52,12 @@ def test_float32_to_bfloat16_rounds_to_nearest_even():
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xFFFE, 0xFFFF])
     bits = (torch.arange(2**16)[:, None] * 2**16 + lower).flatten()
     source = (bits - 2**32 * (bits >= 2**31)).to(torch.int32).view(torch.float32)
-    _assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
+    assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
 
 
 def test_float16_to_bfloat16():
     source = torch.arange(2**16).to(torch.uint16).view(torch.float16)
-    _assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
+    assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
 
 
 def test_float64_to_bfloat16_rounds_once():
@@ -87,18 +72,18 @@ def test_float64_to_bfloat16_rounds_once():
     padded = torch.nn.functional.pad(source, (0, 2**18 - source.numel()))
     expected = torch.cat([lower, even, upper])
     expected = torch.cat([expected, -expected])
-    _assert_identical(_cast(padded, torch.bfloat16)[: source.numel()], expected)
+    assert_identical(_cast(padded, torch.bfloat16)[: source.numel()], expected)
 
 
 def test_special_float64_to_bfloat16():
     source = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e300, -1e300, 1e-300, -1e-300, 3.4e38, 1.0, 2.0])
     source = torch.nn.functional.pad(source.double(), (0, 4))
-    _assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
+    assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
 
 
 def test_integers_to_bfloat16_and_back():
     source = torch.arange(-(2**16), 2**16, dtype=torch.int32)
-    _assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
+    assert_identical(_cast(source, torch.bfloat16), source.to(torch.bfloat16))
     values = torch.randint(-300, 300, (64,)).to(torch.bfloat16)
     assert torch.equal(_cast(values, torch.int32), values.to(torch.int32))
 
@@ -128,7 +113,7 @@ def test_bfloat16_arithmetic_equals_torch():
     results = torch.empty(8, size, dtype=torch.bfloat16)
     _arithmetic_kernel[(1,)](x, y, results, size)
     expected = [x + y, x - y, x * y, x * 1.5, x.abs(), torch.where(x > 0, x, y), torch.maximum(x, y), -x]
-    _assert_identical(results, torch.stack(expected))
+    assert_identical(results, torch.stack(expected))
 
 
 @triton.jit
@@ -192,72 +177,6 @@ def test_bfloat16_reductions():
     assert torch.equal(results, torch.stack(expected).bfloat16())
 
 
-# ---- dot -------------------------------------------------------------------------------------------------------------
-
-SIZE = 64
-
-
-@triton.jit
-def _dot_kernel(a_ptr, b_ptr, c_ptr, d_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    i = tl.arange(0, SIZE)
-    offsets = i[:, None] * SIZE + i[None, :]
-    a = tl.load(a_ptr + offsets)
-    b = tl.load(b_ptr + offsets)
-    c = tl.load(c_ptr + offsets)
-    tl.store(d_ptr + offsets, tl.dot(a, b, c, input_precision=PRECISION))
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, precision: str | None = None) -> torch.Tensor:
-    d = torch.empty(SIZE, SIZE)
-    _dot_kernel[(1,)](a, b, c, d, SIZE, precision)
-    return d
-
-
-def _operands(dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(6)
-    a, b, c = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(3))
-    return [a.to(dtype), b.to(dtype), c]
-
-
-def _relative_error(d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> float:
-    """Largest error against float64, in units of what the products add up to without their signs."""
-    a, b, c = a.double(), b.double(), c.double()
-    return ((d - (a @ b + c)).abs() / (a.abs() @ b.abs() + c.abs())).max().item()
-
-
-FLOAT32_BOUND = SIZE * 2.0**-24  # of a sum of SIZE products in any order; one bfloat16 rounding would be 2^-9
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dot_of_16_bits_accumulates_in_float32(dtype):
-    a, b, c = _operands(dtype)
-    assert _relative_error(_dot(a, b, c), a, b, c) < FLOAT32_BOUND
-
-
-def test_dot_of_extreme_bfloat16():
-    a, b, c = torch.eye(SIZE).bfloat16(), torch.full((SIZE, SIZE), 3e38).bfloat16(), torch.zeros(SIZE, SIZE)
-    b[0, 0], b[1, 0], a[2, 0] = math.inf, 1e-30, math.nan
-    _assert_identical(_dot(a, b, c), a.float() @ b.float())
-
-
-@pytest.mark.parametrize("precision", ["tf32", None])
-def test_dot_of_tf32_truncates_its_operands(precision):
-    a, b, c = _operands(torch.float32)
-    d = _dot(a, b, c, precision)
-
-    def truncated(x):
-        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-    assert _relative_error(d, truncated(a), truncated(b), c) < FLOAT32_BOUND
-    assert 2.0**-14 < _relative_error(d, a, b, c) < 2.0**-9
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_dot_of_full_float32(precision):
-    a, b, c = _operands(torch.float32)
-    assert _relative_error(_dot(a, b, c, precision), a, b, c) < FLOAT32_BOUND
-
-
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +222,7 @@ def test_inline_asm_is_as_accurate_as_the_hardware(instruction, exact, least, mo
 
 def test_tanh_approx_of_special_values():
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 100.0, -100.0, 2.0**-100])
-    _assert_identical(_asm("tanh.approx.f32", x), torch.tensor([0.0, -0.0, 1, -1, math.nan, 1, -1, 2.0**-100]))
+    assert_identical(_asm("tanh.approx.f32", x), torch.tensor([0.0, -0.0, 1, -1, math.nan, 1, -1, 2.0**-100]))
 
 
 def test_unknown_inline_asm_is_refused_by_name():
@@ -343,100 +262,3 @@ def test_integer_overflow_is_an_error():
     assert x[3] == 2**42
     with pytest.raises(InterpreterError, match=r"int32 overflow at .*test_interpreter\.py:\d+ in _product_kernel"):
         _product_kernel[(1,)](x, 2**29, 4)
-
-
-# ---- bounds ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.load(x_ptr + i, mask=i < limit)
-
-
-@triton.jit
-def _store_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.store(x_ptr + i, 1.0, mask=i < limit)
-
-
-@triton.jit
-def _atomic_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
-
-
-@triton.jit
-def _compare_and_swap_kernel(x_ptr, first):
-    tl.atomic_cas(x_ptr + first, 0, 1)
-
-
-def test_compare_and_swap_out_of_bounds_is_named():
-    with pytest.raises(IndexError, match=r"atomic out of bounds at .*: `tl\.atomic_cas\("):
-        _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 8)
-    _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 7)
-
-
-@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
-@pytest.mark.parametrize("first, outside, byte", [(6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)])
-def test_access_out_of_bounds_is_named(kernel, first, outside, byte):
-    name = kernel.fn.__name__
-    access = name.split("_")[1]
-    lines, start = inspect.getsourcelines(kernel.fn)
-    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
-    with pytest.raises(IndexError) as error:
-        kernel[(1,)](torch.zeros(8), first, 10_000, 4)
-    message = str(error.value)
-    assert message.startswith(f"{access} out of bounds at {place}, program (0, 0, 0): ")
-    assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
-
-
-@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
-def test_masked_lanes_may_point_anywhere(kernel):
-    x = torch.zeros(8)
-    kernel[(1,)](x, 6, 8, 4)
-    kernel[(1,)](x, 1000, 8, 4)
-    assert x[:6].eq(0).all()
-
-
-@triton.jit
-def _wide_load_kernel(x_ptr):
-    tl.load(x_ptr.to(tl.pointer_type(tl.int32)))
-
-
-def test_an_element_that_begins_inside_must_end_inside():
-    _wide_load_kernel[(1,)](torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(interpreter.OutOfBounds):
-        _wide_load_kernel[(1,)](torch.zeros(1, dtype=torch.bfloat16))
-
-
-def test_bounds_are_those_of_this_launch():
-    other = torch.zeros(8)
-    _store_kernel[(1,)](other, 0, 8, 8)
-    x = torch.zeros(8)
-    elements_apart = (other.data_ptr() - x.data_ptr()) // 4
-    with pytest.raises(interpreter.OutOfBounds):
-        _store_kernel[(1,)](x, elements_apart, elements_apart + 8, 8)
-
-
-def test_a_view_may_reach_the_rest_of_its_storage():
-    x = torch.zeros(8)
-    _store_kernel[(1,)](x[4:], -4, 4, 8)
-    assert x.eq(1).all()
-
-
-def test_uninstall_gives_the_interpreter_back():
-    def current():
-        functions = [stock.ReduceOps.apply_impl, stock.ScanOps.apply_impl, stock.InterpretedFunction.run]
-        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor]
-        return [*functions, type(stock.interpreter_builder)]
-
-    repaired = current()
-    interpreter.install()
-    assert current() == repaired  # a second call does not wrap what the first has wrapped
-    interpreter.uninstall()
-    originals = current()
-    assert stock.interpreter_builder.options.sanitize_overflow
-    interpreter.install(check_bounds=True)
-    assert not set(repaired) & set(originals)
-    assert {original.__module__ for original in originals} == {"triton.runtime.interpreter"}

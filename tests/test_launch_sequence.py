@@ -93,7 +93,8 @@ def _run(
     training=True, recompute=False, cells=False, dropped=False, precision="tf32",
 ):  # fmt: skip
     """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
-    from lstm_triton.kernels.layer import Direction, Dropout, Segments, lstm_layer_forward
+    from lstm_triton.kernels.dropout import Dropout
+    from lstm_triton.kernels.layer import Direction, Segments, lstm_layer_forward
     from lstm_triton.kernels.layer_backward import lstm_layer_backward
 
     I = 4
@@ -124,7 +125,7 @@ def _run(
         Direction(torch.zeros(4 * H, I, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype), None, None) for _ in range(D)
     ]
     x, h0, c0 = time_by_batch(I), state(), state()
-    dropout = Dropout(0.1, torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1]) if dropped else None
+    dropout = Dropout(0.01 * B, torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1]) if dropped else None
     forward = lstm_layer_forward(
         x, h0, c0, directions, segments, dropout=dropout, precision=precision,
         save_cells=training, save_gates=training and not recompute,

@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support.lstms import backends, flat, gradients, pair
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lstm_triton import LSTM, layers
-from lstm_triton.kernels.dropout import kept
+from lstm_triton.kernels.dropout import Dropout, kept
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ def _philox(seed: int, *counter: int) -> int:
 def test_kept_elements_are_those_of_philox(device):
     assert _philox(0, 0, 0, 0, 0) == 0x6627E8D5, "the authors' own test vector"
     seed, p, (t, b, n) = 0x123456789ABCDEF0, 0.3, (3, 2, 5)
-    found = kept(torch.tensor([seed], device=device), p, t, b, n)
+    found = kept(Dropout(p, torch.tensor([seed], device=device)), t, b, n)
     for step, row, unit in itertools.product(range(t), range(b), range(n)):
         number = _philox(seed, unit, row, step, 0)
         uniform = min(number, 2**32 - 1 - number) / 2**31
@@ -124,7 +126,7 @@ def same_seed(monkeypatch, device):
     monkeypatch.setattr(layers, "dropout_seed", lambda _: torch.tensor([1], device=device))
 
 
-def test_the_kernels_drop_without_a_pass_of_its_own(monkeypatch, device):
+def test_the_kernels_drop_without_a_pass_of_their_own(monkeypatch, device):
     """torch's dropout is not called, and what is held from forward to backward is no mask."""
     monkeypatch.setattr(torch.nn.functional, "dropout", None)
     saved = []
@@ -156,6 +158,68 @@ def test_batched_gradients(same_seed, device):
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
     jacobians = [torch.autograd.functional.jacobian(lambda t: lstm(t)[0], x, vectorize=v) for v in (False, True)]
     torch.testing.assert_close(*jacobians)
+
+
+@pytest.mark.parametrize("transform", ["jacrev", "grad of grad", "vjp of vjp", "jvp", "jacfwd"])
+def test_derivatives_under_torch_func(transform, device):
+    """Of a function that sets the seed: the mask is the same under every transform, and is no part of the derivative."""
+    lstm = LSTM(2, 3, 2, dropout=0.4, dtype=torch.float64, backend="triton", device=device).requires_grad_(False)
+    x, v = torch.randn(2, 3, 2, 2, dtype=torch.float64, device=device)
+    func = torch.func
+
+    def loss(x):
+        torch.manual_seed(7)
+        return (lstm(x)[0] ** 3).sum()
+
+    def eager(x, v=None):
+        """Gradient, or with v the product of v and the second derivative."""
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return gradient.detach() if v is None else torch.autograd.grad(gradient, x, v)[0]
+
+    if transform in ("jacrev", "jacfwd"):
+        options = {"randomness": "same"} if transform == "jacfwd" else {}
+        found, expected = getattr(func, transform)(loss, **options)(x), eager(x)
+    elif transform == "jvp":
+        found, expected = torch.stack(func.jvp(loss, (x,), (v,))), torch.stack([loss(x), (eager(x) * v).sum()])
+    elif transform == "grad of grad":
+        found, expected = func.grad(lambda t: (func.grad(loss)(t) * v).sum())(x), eager(x, v)
+    else:
+        one = torch.ones((), dtype=torch.float64, device=device)
+        found, expected = func.vjp(lambda t: func.vjp(loss, t)[1](one)[0], x)[1](v)[0], eager(x, v)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_traced_second_derivative_draws_its_mask(device):
+    lstm = LSTM(2, 3, 2, dropout=0.4, dtype=torch.float64, backend="triton", device=device)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def second(x):
+        (gradient,) = torch.autograd.grad((lstm(x)[0] ** 3).sum(), x, create_graph=True)
+        return torch.autograd.grad((gradient**2).sum(), x)[0]
+
+    traced = make_fx(second)(x)
+    runs = []
+    for function in (traced, second):
+        torch.manual_seed(5)
+        runs.append(function(x))
+    torch.testing.assert_close(*runs)
+
+
+def test_a_checkpoint_replays_the_mask(device):
+    lstm = LSTM(2, 3, 2, dropout=0.4, backend="triton", device=device)
+    x = torch.randn(3, 2, 2, device=device, requires_grad=True)
+    runs = []
+    for run in (lstm, lambda x: torch.utils.checkpoint.checkpoint(lstm, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        runs.append(torch.autograd.grad(run(x)[0].square().sum(), [x, *lstm.parameters()]))
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_nan_is_not_dropped(device):
+    """As in torch: it would show that something is wrong."""
+    lstm = LSTM(2, 3, 2, dropout=0.9, backend="triton", device=device)
+    assert lstm(torch.full((3, 2, 2), math.nan, device=device))[0].isnan().all()
 
 
 def test_under_vmap_each_is_dropped_for_itself(device):

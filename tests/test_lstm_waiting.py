@@ -31,7 +31,14 @@ def test_launchers_read_no_values(recompute, device):
     case = segmented.Case(bidirectional=True, resets="stored", rows="lengths", recompute=recompute)
     drawn = segmented.draw(case, device)
     x, h0, c0, *weights, reset_h, reset_c = drawn.inputs
-    given = (drawn.resets, reset_h, reset_c, drawn.lengths.to(device), layers.dropout_seed(device), 0.5)
+    given = (
+        drawn.resets,
+        reset_h,
+        reset_c,
+        drawn.lengths.to(device),
+        layers.dropout_seed(torch.empty(0, device=device)),
+        0.5,
+    )
     with _NoValues():
         _, _, _, c, gates, h = layer_ops._lstm_layer(x, h0, c0, weights, 2, *given, "ieee", True, not recompute, False)
         layer_ops._lstm_layer_backward(

@@ -11,7 +11,6 @@ from lstm_triton.kernels.sequence_config import (
     DeviceLimits,
     sequence_backward_config,
     sequence_forward_config,
-    stepwise_config,
 )
 
 # Multiprocessors and KiB of shared memory: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, and two slices of an H100.
@@ -46,7 +45,7 @@ def test_every_configuration_can_be_launched(device):
         config = way.__wrapped__(B, H, D, dtype, precision, limits)
         case = way.__name__, H, B, D, dtype, precision, config
         if not config.persistent:
-            assert config == stepwise_config(B, H, D, dtype, precision), case
+            assert config == way(B, H, D, dtype, precision, limits, stepwise=True), case
         else:
             assert uses_tensor_cores(dtype, precision), case
             assert config.programs == 1 or config.programs * config.groups <= limits.multiprocessors, case

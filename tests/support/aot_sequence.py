@@ -51,7 +51,6 @@ class Case(NamedTuple):
     precision: str
     features: tuple[str, ...] = ("training",)
     recompute: bool = False
-    aligned: bool = True  # pointers and strides; torch's own allocations are
     single_step: bool = False  # nothing to wait for
 
 
@@ -83,7 +82,6 @@ def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) ->
         "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
         "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    constexprs["DROPOUT"] = 0.1 if "dropout" in case.features else 0.0
     if case.way == "backward":
         constexprs |= {"SPLIT_K": config.split_k, "ACTIVATED": not case.recompute}
     options = {"launch_cooperative_grid": True} if waits else {}
@@ -98,7 +96,7 @@ def _needed_by(name: str, case: Case) -> str | None:
 def _type(parameter, case: Case, waits: bool) -> str | None:
     """The type and hint that the JIT would find for an argument of this name."""
     name = parameter.name
-    aligned = case.aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
     hint = ":16" if aligned else ""
     if (
         (name in ("counters_ptr", "stall_ptr") and not waits)
@@ -114,6 +112,4 @@ def _type(parameter, case: Case, waits: bool) -> str | None:
         return ("*i32" if case.dtype == torch.float64 else "*u8") + hint
     if name.endswith("_ptr"):
         return f"*{_POINTEES[case.dtype]}{hint}"
-    if name in ("stride_w_k", "stride_w_reverse_k", "stride_dy_h"):
-        return "i32:1"
-    return "i32" + (hint if case.H % 16 == 0 else "")  # what is specialised of the others are multiples of H
+    return "i32:1" if name == "stride_dy_h" else "i32"  # no other integer is specialised

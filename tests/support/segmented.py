@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import LSTM
-from lstm_triton.kernels.dropout import dropped, kept
+from lstm_triton.layer_ops import dropped
 
 from . import tolerance
 from .lstms import assert_close, flat
@@ -101,10 +101,10 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     elif case.rows == "lengths":
         options["lengths"] = drawn.lengths.to(x.device)
     options["return_cell_states"] = case.cells
-    seed = torch.tensor([case.seed], device=x.data.device)
+    seeds = (torch.tensor([seed], device=x.data.device) for seed in itertools.count(case.seed))  # one for each layer
     with (
-        mock.patch("torch.nn.functional.dropout", lambda x, p: dropped(x, kept(seed, p, *x.shape), p)),
-        mock.patch("lstm_triton.layers.dropout_seed", lambda device: seed),
+        mock.patch("torch.nn.functional.dropout", lambda x, p: dropped(x, p, next(seeds))),
+        mock.patch("lstm_triton.layers.dropout_seed", lambda x: next(seeds)),
     ):
         outputs = flat(
             torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options)

@@ -1,0 +1,66 @@
+"""Host times and first calls: what they are made of, on a driver that launches nothing."""
+
+from support.benches import CPU, run
+from support.process import run_checks, run_without_interpreter
+
+from lstm_triton.bench import grid_latency
+from lstm_triton.bench.cases import Case, Task
+
+
+def test_host_times_and_first_calls_without_a_gpu():
+    assert "checks passed" in run_without_interpreter(__file__)
+
+
+def check_overhead_is_split():
+    found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"))
+    ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
+    assert ours["status"] == torchs["status"] == "ok", found
+    v = ours["values"]
+    assert v["launches"] == 1 and v["total_us"] >= v["launch_us"] > 0 and v["dispatch_us"] > 0
+    assert "launches nothing" in ours["label"] and "no GPU" in torchs["label"]
+
+
+def check_first_calls_compile():
+    from lstm_triton.bench import coldstart, null_driver
+
+    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
+    assert null_driver.LABEL
+    children = []
+    coldstart._child = lambda *arguments: children.append(arguments) or {"first_call_s": 1.0}
+    found = run(Task("cold-start", case, "cold-start"))
+    assert found["lstm_triton triton"]["values"] == {"empty_first_call_s": 1.0, "warm_first_call_s": 1.0}
+    assert len(children) == 3 and children[0][3] == children[1][3], "the second start finds the first one's kernels"
+
+
+def check_a_first_call_in_this_process():
+    import contextlib
+    import io
+    import json
+
+    from lstm_triton.bench import coldstart
+
+    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
+    request = {"case": case.to_json(), "provider": "lstm_triton triton", "device": "cpu"}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert coldstart.main([json.dumps(request)]) == 0
+    assert set(json.loads(out.getvalue())) == {"import_s", "first_call_s", "second_call_s"}
+
+
+def check_the_latency_kernel_compiles():
+    import triton
+
+    from lstm_triton.bench import null_driver
+
+    with null_driver.active():
+        for exchange in (True, False):
+            grid_latency.launch(4, 10, exchange, CPU)
+            grid_latency.launch(4, 7, exchange, CPU)
+        caches = grid_latency._latency_kernel.device_caches[triton.runtime.driver.active.get_current_device()]
+        compiled = list(caches[0].values())
+    assert len(compiled) == 2, "the number of steps is a runtime value"
+    for kernel in compiled:
+        assert "atom" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
+
+
+if __name__ == "__main__":
+    run_checks(globals())

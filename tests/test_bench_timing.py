@@ -1,0 +1,117 @@
+"""Timing: rounds, clocks, graphs, memory, the state of the machine; the parts that need a GPU with what stands in for one."""
+
+import pytest
+import torch
+from support.benches import CPU, FakeClock
+from support.concurrent import concurrent_grid
+
+from lstm_triton.bench import accuracy, device, grid_latency, measure, memory, problem, providers, timing
+from lstm_triton.bench.cases import Case
+from lstm_triton.kernels import interpreter
+
+
+def test_rounds_are_interleaved_and_shuffled():
+    clock, seen = FakeClock(), []
+    calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+    samples = timing.interleaved(calls, clock, 1.0)
+    timed = seen[-3 * timing.LEAST_SAMPLES :]
+    turns = [timed[k : k + 3] for k in range(0, len(timed), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len({tuple(turn) for turn in turns}) > 1
+    found = samples["a"].to_json(4, clock)
+    assert found["samples"] == timing.LEAST_SAMPLES and found["us_per_step"] == 0.5 and found["wall_p50_us"] == 3.0
+    assert found["confidence"] >= 0.95 and found["clock"] == "fake"
+
+
+def test_short_calls_are_repeated_until_the_clock_sees_them():
+    class Slow(FakeClock):
+        sample_seconds = 1e-3
+
+        def sample(self, call, n):
+            call()
+            return 10.0, 10.0
+
+    assert timing.interleaved({"a": lambda: None}, Slow(), 0.0)["a"].calls == 100
+
+
+class FakeEvent:
+    now = 0.0
+
+    def record(self):
+        self.time = FakeEvent.now
+
+    def elapsed_time(self, end):
+        return end.time - self.time  # milliseconds
+
+
+def test_cuda_clock_with_fake_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = timing.CudaClock(CPU, events=FakeEvent)
+
+    def call():
+        FakeEvent.now += 0.25
+
+    assert clock.sample(call, 4)[0] == pytest.approx(250.0) and clock.l2 == "warm"
+    clock._buffer = torch.ones(4)
+    clock.l2 = "flushed"
+    assert clock.sample(call, 3)[0] == pytest.approx(250.0)
+    assert not clock._buffer.any(), "the cache was not written over"
+
+
+@pytest.mark.parametrize("form", ["layer", "cell"])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
+    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, dtype="float32", precision="ieee", mode=mode)
+    everyone, captured = providers.all_providers(), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def graphed(call):
+        assert torch.is_grad_enabled() == (mode == "train")
+        captured.append(call)
+        return call, call()
+
+    monkeypatch.setattr(timing, "graphed", graphed)
+    given = problem.make(case, CPU)
+    built = measure.build(everyone["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
+    judge = measure._Judge(given, problem.truth(given))
+    measure._graph(built, judge)
+    assert captured == [built.timed]
+    names = set(built.call())
+    with torch.set_grad_enabled(mode == "train"):
+        returned = built.timed()
+    assert len(returned) == (1 + 4 if mode == "train" else 3 if form == "layer" else 2), "bias_hh has its gradient too"
+    found = built.named(returned)
+    assert set(found) == (names - {"y", "h_n", "c_n"} if mode == "train" else names)
+    assert max(e["max"] for e in accuracy.errors(found, judge.truth).values()) < 1e-5
+
+    monkeypatch.setattr(timing, "graphed", lambda call: (call, tuple(t * 1.01 for t in call())))
+    with pytest.raises(RuntimeError, match="replayed, wrong"):
+        measure._graph(built, judge)
+
+
+def test_saved_bytes():
+    case = Case("a", 8, 2, 5, dtype="float32", precision="ieee", mode="train")
+    given = problem.make(case, CPU)
+    all_of = providers.all_providers()
+    held = {}
+    for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
+        held[name] = memory.held(measure.build(all_of[name], given), given)["saved"]
+    state = 5 * 2 * 8 * 4  # bytes of one tensor like y
+    assert all(bytes > state for bytes in held.values()), held
+
+
+def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(device, "_smi", lambda d, fields: ["1980", "1980", "2619", "[N/A]", "700.00", "41", "0"])
+    found = device.state(cuda)
+    assert found["sm_clock_mhz"] == 1980 and found["power_w"] is None and found["temperature_c"] == 41
+    monkeypatch.setattr(device, "_smi", lambda d, fields: None)
+    assert "unread" in device.state(cuda)
+    assert device.folder_name({"name": "NVIDIA H200", "type": "cuda"}) == "nvidia-h200"
+
+
+@pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
+@pytest.mark.parametrize("programs", [2, 3])
+def test_every_exchange_arrives(programs):
+    with concurrent_grid(only_cooperative=True, weak=True, jitter=1e-3):
+        assert grid_latency.launch(programs, 6, True, CPU).tolist() == [6] * programs
+        assert grid_latency.launch(programs, 6, False, CPU).tolist() == [0] * programs

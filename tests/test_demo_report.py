@@ -1,0 +1,94 @@
+"""The demo's report: its contents, its charts, what it escapes. And reports taken apart, for the other tests of the demo."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lstm_triton import check
+from lstm_triton.demo import charts, report, timing, train
+
+
+class Page(HTMLParser):
+    """Tags that are open at the end, all tags seen, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check_report(*failures):
+    rows = (check.Row("float32", q, 1.0, 1.0, 3e-7, 4e-8, failures) for q in check.QUANTITIES)
+    return check.Report("here", 1, tuple(rows))
+
+
+def _contents(**changes):
+    rows = tuple(check.Row(d, q, 1e-7, 2e-8, 3e-7, 4e-8, ()) for d in ("float32", "bfloat16") for q in check.QUANTITIES)
+    curve = [train.Point(0, 0, 0.0, math.nan, 7.0), train.Point(5, 500, 2.0, 5.0, 3.5)]
+    timings = [timing.Timing(name, "inference", 5.0, 4.0, 6.0, 9) for name in (timing.OURS, timing.TORCH_LSTM)]
+    values = {
+        "accuracy": check.Report("a <device>", 2, rows),
+        "curve": curve,
+        "unigram_bits": 4.6,
+        "machine": "a GPU",
+        "model": "a model",
+        "backend": "LSTM(1, 2) on <device>: cudnn: a reason.",
+        "text": "Text: some",
+        "prompt": "\ndef ",
+        "sample": "<script>alert('&amp;')</script>",
+        "timing": timing.TimingReport("CPU", "a <b>note</b>", tuple(timings)),
+    }
+    return report.Contents(**{**values, **changes})
+
+
+def test_the_report_holds_pictures_and_escapes_text(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    report.write(path, _contents())
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert page.tags.count("svg") == 2 and "polyline" in page.tags and "table" in page.tags
+    assert "script" not in page.tags and "b" not in page.tags
+    assert "<script>alert('&amp;')</script>" in page.text and "a <device>" in page.text
+    assert "a GPU" in page.text and "LSTM(1, 2) on <device>: cudnn: a reason." in page.text
+    assert "1.0e-07" in page.text and "3.50 bits per character" in page.text and "1.10 below" in page.text
+    assert "nan" not in html and not re.search(r"(src|href)=", html)
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+
+
+def test_the_report_says_what_did_not_run():
+    page = Page(report.page(_contents(accuracy="no <check>", timing="no timing", curve=[], sample="")))
+    assert page.open == [] and "svg" not in page.tags
+    assert "no <check>" in page.text and "no timing" in page.text
+
+
+def test_a_failed_check_shows_in_the_report():
+    page = Page(report.page(_contents(accuracy=check_report("B=1 too large"))))
+    assert "Failed" in page.text and "float32 dW_ih: B=1 too large" in page.text
+
+
+@pytest.mark.parametrize("largest", [1e-3, 0.7, 4.58, 7.0, 10.0, 931_840.0])
+def test_ticks_are_few_and_reach_the_largest(largest):
+    ticks = charts._ticks(largest)
+    assert ticks[0] == 0 and ticks[-1] >= largest * 0.999 and 3 <= len(ticks) <= 7
+
+
+def test_readable_numbers_on_the_axes():
+    assert [charts._number(x) for x in (0, 0.5, 200_000, 1_500_000)] == ["0", "0.5", "200 k", "1.5 M"]

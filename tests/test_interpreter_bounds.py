@@ -1,0 +1,108 @@
+"""Bounds in the repaired interpreter: an access outside them is named, any other passes. And that it can be uninstalled."""
+
+import inspect
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from support.interpreting import installed  # noqa: F401
+from triton.runtime import interpreter as stock
+
+from lstm_triton.kernels import interpreter
+
+pytestmark = pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
+
+
+@triton.jit
+def _load_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.load(x_ptr + i, mask=i < limit)
+
+
+@triton.jit
+def _store_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.store(x_ptr + i, 1.0, mask=i < limit)
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
+
+
+@triton.jit
+def _compare_and_swap_kernel(x_ptr, first):
+    tl.atomic_cas(x_ptr + first, 0, 1)
+
+
+def test_compare_and_swap_out_of_bounds_is_named():
+    with pytest.raises(IndexError, match=r"atomic out of bounds at .*: `tl\.atomic_cas\("):
+        _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 8)
+    _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 7)
+
+
+@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
+@pytest.mark.parametrize("first, outside, byte", [(6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)])
+def test_access_out_of_bounds_is_named(kernel, first, outside, byte):
+    name = kernel.fn.__name__
+    access = name.split("_")[1]
+    lines, start = inspect.getsourcelines(kernel.fn)
+    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
+    with pytest.raises(IndexError) as error:
+        kernel[(1,)](torch.zeros(8), first, 10_000, 4)
+    message = str(error.value)
+    assert message.startswith(f"{access} out of bounds at {place}, program (0, 0, 0): ")
+    assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
+
+
+@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
+def test_masked_lanes_may_point_anywhere(kernel):
+    x = torch.zeros(8)
+    kernel[(1,)](x, 6, 8, 4)
+    kernel[(1,)](x, 1000, 8, 4)
+    assert x[:6].eq(0).all()
+
+
+@triton.jit
+def _wide_load_kernel(x_ptr):
+    tl.load(x_ptr.to(tl.pointer_type(tl.int32)))
+
+
+def test_an_element_that_begins_inside_must_end_inside():
+    _wide_load_kernel[(1,)](torch.zeros(2, dtype=torch.bfloat16))
+    with pytest.raises(interpreter.OutOfBounds):
+        _wide_load_kernel[(1,)](torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_bounds_are_those_of_this_launch():
+    other = torch.zeros(8)
+    _store_kernel[(1,)](other, 0, 8, 8)
+    x = torch.zeros(8)
+    elements_apart = (other.data_ptr() - x.data_ptr()) // 4
+    with pytest.raises(interpreter.OutOfBounds):
+        _store_kernel[(1,)](x, elements_apart, elements_apart + 8, 8)
+
+
+def test_a_view_may_reach_the_rest_of_its_storage():
+    x = torch.zeros(8)
+    _store_kernel[(1,)](x[4:], -4, 4, 8)
+    assert x.eq(1).all()
+
+
+def test_uninstall_gives_the_interpreter_back():
+    def current():
+        functions = [stock.ReduceOps.apply_impl, stock.ScanOps.apply_impl, stock.InterpretedFunction.run]
+        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor]
+        return [*functions, type(stock.interpreter_builder)]
+
+    repaired = current()
+    interpreter.install()
+    assert current() == repaired  # a second call does not wrap what the first has wrapped
+    interpreter.uninstall()
+    originals = current()
+    assert stock.interpreter_builder.options.sanitize_overflow
+    interpreter.install(check_bounds=True)
+    assert not set(repaired) & set(originals)
+    assert {original.__module__ for original in originals} == {"triton.runtime.interpreter"}
