@@ -66,11 +66,13 @@ def sequence_forward_config(
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
     chunk = chunk if aligned else chunk // 2
-    longest_of_four_warps = 2048 if limits.generation == 10 else 3072
+    longest_of_four_warps = 2048 if limits.generation == 10 else 3072  # bytes of a row
     for harder in (dtype.itemsize == 4, not aligned):
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
     if not stepwise and _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 256 // dtype.itemsize if aligned else 64) if row_bytes <= 3072 else (8,):
+        # With sixteen units, rows of more than 3072 bytes do not fit in registers.
+        units = _unit_blocks(H, 256 // dtype.itemsize if aligned else 64) if row_bytes <= 3072 else (8,)
+        for block_h in units:
             for block_b in blocks_b:
                 # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
                 chunk_bytes = 2 * chunk if block_b == 64 and limits.generation == 12 else chunk

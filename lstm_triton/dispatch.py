@@ -206,6 +206,18 @@ def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return _remembered(choose_readout, backend, device, dtype)
 
 
+def _launches(module, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
+    from .kernels import layer, sequence_config
+
+    sizes = (steps, batch, module.hidden_size, 2 if module.bidirectional else 1, dtype, module.precision, device)
+    forward = layer.is_persistent(*sizes, sequence_config.sequence_forward_config)
+    backward = layer.is_persistent(*sizes, sequence_config.sequence_backward_config)
+    if forward == backward:
+        return f"with B = {batch} " + ("all steps in one launch" if forward else "one launch per step")
+    once, stepwise = ("forward", "backward") if forward else ("backward", "forward")
+    return f"with B = {batch} all steps in one launch {once}, one launch per step {stepwise}"
+
+
 def explain(
     module: torch.nn.Module,
     *,
@@ -213,13 +225,15 @@ def explain(
     dtype: torch.dtype | None = None,
     steps: int = 1,
     segments: bool = False,
+    batch: int = 1,
 ) -> str:
     """What the module's backend ("auto" unless you chose another) comes to on a call, and why, in one sentence.
 
     Args:
         module: an `LSTM`, `LSTMCell` or `SoftmaxReadout`.
         device, dtype: those of the tensors; by default those of the module's parameters.
-        steps, segments: for an `LSTM`: the length of the sequence; whether the call has resets, lengths or cell states.
+        steps, segments, batch: for an `LSTM`: the length of the sequence; whether the call has resets, lengths or cell
+            states; its rows, on which it depends whether the kernels run all steps in one launch.
 
     Raises:
         TypeError: another kind of module. RuntimeError: a forced backend that cannot serve, with the reason.
@@ -236,6 +250,8 @@ def explain(
         )
         sizes = (module.input_size, module.hidden_size)
         choice = choose_layer(module.backend, device.type, dtype, environment(device), call)
+        if choice.backend == "triton":
+            choice = Choice("triton", f"{choice.reason}; {_launches(module, device, dtype, max(steps, 2), batch)}")
     elif isinstance(module, LSTMCell):
         sizes = (module.input_size, module.hidden_size)
         choice = choose_cell(module.backend, device.type, dtype, environment(device))

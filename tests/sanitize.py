@@ -15,6 +15,8 @@ import torch
 from support import cells, layers, readouts
 from torch import Tensor
 
+from lstm_triton import LSTM
+
 TOOLS = {
     "memcheck": "accesses out of bounds or misaligned",
     "racecheck": "hazards in shared memory",
@@ -55,6 +57,14 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
         layer = layers.draw(*shape, D, dtype, device=device, **options)
         name = f"layer {shape}, {D} direction(s), {dtype}, {backend}{', segments' if options is every else ''}"
         yield name, lambda layer=layer, backend=backend: layers.by_kernels(layer, backend)
+    lstm = LSTM(5, 19, 2, dropout=0.5, backend="triton", device=device)
+    yield "dropout, second derivatives", lambda: _second_derivatives(lstm, torch.randn(3, 3, 5, device=device))
+
+
+def _second_derivatives(lstm: LSTM, x: Tensor) -> Results:
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
+    return gradient, *torch.autograd.grad(gradient.square().sum(), [x, *lstm.parameters()], allow_unused=True)
 
 
 def run_cases(device: torch.device) -> None:

@@ -48,7 +48,6 @@ CASES = [
 FURTHER = {
     90: [
         ("bf16", 256, 256, 1, PLAIN),
-        ("bf16", 512, 64, 2, RESETS),
         ("bf16", 512, 64, 2, SEGMENTS),
         ("bf16", 512, 64, 2, DROPOUT),
         ("bf16", 1000, 16, 1, ALL),

@@ -9,6 +9,7 @@ from support.lstms import assert_close, flat, gradients
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, dispatch, explain, patch, to_torch
 from lstm_triton.dispatch import Call, Choice, Environment, choose_layer
+from lstm_triton.kernels import interpreter
 from lstm_triton.lstm import LSTMSubclass
 
 OPTIONS = {"backend": "triton", "precision": "ieee"}
@@ -282,6 +283,21 @@ def test_explain(monkeypatch):
         explain(LSTM(2, 3, backend="triton"))
     with pytest.raises(TypeError, match="explain.. knows LSTM, LSTMCell and SoftmaxReadout, got Linear"):
         explain(torch.nn.Linear(2, 3))
+
+
+def test_explain_tells_how_many_launches(monkeypatch):
+    """On a CPU the limits are those of an H100."""
+    monkeypatch.setattr(dispatch, "environment", lambda device: INTERPRETER)
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: False)
+    assert explain(LSTM(2, 512, backend="triton")).endswith("asked for; with B = 1 one launch per step.")
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
+    lstm = LSTM(2, 1024, backend="triton", precision="tf32")
+    for batch, dtype, expected in (
+        (16, torch.bfloat16, "all steps in one launch"),
+        (512, torch.bfloat16, "one launch per step"),
+        (16, torch.float32, "all steps in one launch forward, one launch per step backward"),
+    ):
+        assert explain(lstm, batch=batch, dtype=dtype).endswith(f"triton: asked for; with B = {batch} {expected}.")
 
 
 def test_explain_tells_what_runs(monkeypatch, device):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.interpreting import installed  # noqa: F401
 from triton.runtime import interpreter as stock
 
 from lstm_triton.kernels import interpreter

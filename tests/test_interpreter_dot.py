@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.interpreting import assert_identical, installed  # noqa: F401
+from support.interpreting import assert_identical
 
 from lstm_triton.kernels import interpreter
 

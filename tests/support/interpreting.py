@@ -1,14 +1,6 @@
-"""What the tests of the interpreter share: it is repaired and checks bounds, and results are equal bit for bit."""
+"""What the tests of the interpreter share."""
 
-import pytest
 import torch
-
-from lstm_triton.kernels import interpreter
-
-
-@pytest.fixture(autouse=True)
-def installed():
-    interpreter.install(check_bounds=True)
 
 
 def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
