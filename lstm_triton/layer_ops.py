@@ -19,8 +19,6 @@ library.define(
     f" int directions, Tensor h, Tensor c, Tensor gates, {_SEGMENTS}, float dropout, bool[] needs, str? precision,"
     " bool stepwise) -> Tensor[]"
 )
-
-
 library.define("lstm_dropout_kept(Tensor seed, float dropout, int T, int B, int N) -> Tensor")
 
 

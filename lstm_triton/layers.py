@@ -122,6 +122,8 @@ def run(
         return _dropped(y, dropout), h_n, c_n, c
     if not dropout:
         return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
+    if not 0 <= dropout <= 1:  # set after construction: the kernels would take it
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
     seed = dropout_seed(x)
     if not ops.is_batched(seed):
         return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, seed, dropout, *options)

@@ -39,7 +39,7 @@ CASES = [
     ("bf16", 1536, 16, 1, ALL),
     ("fp16", 512, 16, 1, PLAIN),
     ("tf32", 512, 64, 2, RESETS),
-    ("tf32", 768, 16, 1, RESETS),  # with all features at once Triton 3.6.0, not 3.7.1, spills 24 bytes here
+    ("tf32", 768, 16, 1, RESETS),  # with all features at once it may spill a few bytes
     ("fp32", 512, 64, 2, ALL),
     ("fp64", 19, 16, 2, ALL),
 ]

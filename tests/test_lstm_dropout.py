@@ -216,6 +216,14 @@ def test_a_checkpoint_replays_the_mask(device):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_a_probability_set_later_is_checked(p, device):
+    lstm = LSTM(2, 3, 2, dropout=0.5, backend="triton", device=device)
+    lstm.dropout = p
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        lstm(torch.zeros(3, 2, 2, device=device))
+
+
 def test_a_nan_is_not_dropped(device):
     """As in torch: it would show that something is wrong."""
     lstm = LSTM(2, 3, 2, dropout=0.9, backend="triton", device=device)
