@@ -176,7 +176,10 @@ def _lstm_sequence_backward_kernel(
                 w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K)
                 dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
-        dh_next = tl.sum(parts, axis=0)
+        # Every warp has all of the sum, and without the gather each would go on to compute all units: by a gather of what is in
+        # its place already, the compiler chooses anew which thread has which.
+        units = tl.broadcast_to(tl.arange(0, BLOCK_H)[None, :], (BLOCK_B, BLOCK_H))
+        dh_next = tl.gather(tl.sum(parts, axis=0), units, axis=1)
         if resets_ptr is not None:
             # A state that was cleared before the step t_next passes no gradient back to here.
             resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)

@@ -5,6 +5,7 @@ compiler reports for sm_80 to sm_120 (registers, local memory in the time loop, 
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,15 @@ class SequenceConfig(LaunchConfig):
     persistent: bool
 
 
-# Shared memory that a resident kernel needs besides W_hh and one chunk of state: layout conversions and reductions.
+# Shared memory that a resident kernel needs besides W_hh: for one chunk of state, and for layout conversions and reductions,
+# forward as the chunks arrive, backward after them, in the same place.
 _SCRATCH = 12 * 1024
 
 
-def _block_k(n: int, largest: int) -> int:
-    """The largest power of two that pads n by at most an eighth, or else the one that pads it least."""
+def _block_k(n: int, largest: int, padding: int) -> int:
+    """The largest power of two that pads n by at most n / padding, or else the one that pads it least."""
     blocks = [b for b in (256, 128, 64, 32, 16) if b <= max(largest, 16)]
-    return next((b for b in blocks if cdiv(n, b) * b <= n + n // 8), blocks[-1])
+    return next((b for b in blocks if cdiv(n, b) * b <= n + n // padding), blocks[-1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -65,7 +67,7 @@ def sequence_forward_config(
     )
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
-    chunk = chunk if aligned else chunk // 2
+    chunk = chunk if aligned or limits.generation == 10 else chunk // 2
     longest_of_four_warps = 2048 if limits.generation == 10 else 3072  # bytes of a row
     for harder in (dtype.itemsize == 4, not aligned):
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
@@ -76,21 +78,18 @@ def sequence_forward_config(
             for block_b in blocks_b:
                 # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
                 chunk_bytes = 2 * chunk if block_b == 64 and limits.generation == 12 else chunk
-                block_k = _block_k(H, chunk_bytes // block_b // dtype.itemsize) if block_h < 128 else 32
+                block_k = _block_k(H, chunk_bytes // block_b // dtype.itemsize, 8) if block_h < 128 else 32
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-                if _can_be_launched(programs, groups, weights + state, limits):
-                    warps = 8 if max(block_h, block_b) >= 64 or not aligned or row_bytes > longest_of_four_warps else 4
+                if _can_be_launched(programs, groups, weights + state + _SCRATCH, limits):
+                    large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
+                    many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
+                    warps = 8 if large or many_chunks or not aligned else 4
                     return SequenceConfig(
                         warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
-    return _stepwise_config(B, H, D, dtype, precision, few_rows=not aligned)
-
-
-# Bytes of a row of W_hh up to which the time loop backward needs no local memory, by rows and by whether more than 8 units.
-_LONGEST_ROWS_BACKWARD = {(16, True): 3072, (32, True): 2048, (16, False): 1792, (32, False): 1280}
-_LONGEST_ROWS_BACKWARD_10 = _LONGEST_ROWS_BACKWARD | {(16, True): 2048, (32, True): 768}
+    return _stepwise_config(B, H, D, dtype, precision, few_rows=not aligned, num_warps=4 if aligned else 8)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,34 +97,30 @@ def sequence_backward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
-    row_bytes = H * dtype.itemsize
+    split_k = 8
+    resident = not stepwise and _can_be_resident(dtype, precision, H * dtype.itemsize)
+    for block_h, block_b, block_k in _backward_tiles(H, split_k, dtype.itemsize) if resident else ():
+        depth = split_k * block_k
+        weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
+        state = block_b * depth * dtype.itemsize
+        programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
+        if _can_be_launched(programs, groups, weights + max(state, _SCRATCH), limits):
+            return SequenceConfig(
+                8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
+            )
+    return _stepwise_config(B, H, D, dtype, precision)
+
+
+def _backward_tiles(H: int, split_k: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """(block_h, block_b, block_k) to try, the best first."""
     aligned = H % 16 == 0
-    longest_rows = _LONGEST_ROWS_BACKWARD_10 if limits.generation == 10 else _LONGEST_ROWS_BACKWARD
-    if not stepwise and _can_be_resident(dtype, precision, row_bytes):
-        for block_h in _unit_blocks(H, 64 // dtype.itemsize if aligned else 32):
-            for block_b in (16, 32) if aligned else (16,):
-                if row_bytes > longest_rows[block_b, block_h > 8]:
-                    continue
-                split_k, block_k = 8, 32
-                if dtype.itemsize == 2 and block_h > 8:
-                    split_k, block_k = _chunk_of_long_rows(block_b, row_bytes)
-                block_k = _block_k(cdiv(4 * H, split_k), block_k if aligned else 16)
-                depth = split_k * block_k
-                weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
-                state = block_b * depth * dtype.itemsize
-                programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-                if _can_be_launched(programs, groups, weights + state, limits):
-                    return SequenceConfig(
-                        8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
-                    )
-    return _stepwise_config(B, H, D, dtype, precision, few_rows=limits.generation == 10)
-
-
-def _chunk_of_long_rows(block_b: int, row_bytes: int) -> tuple[int, int]:
-    """(split_k, block_k) for 16-bit weights: what two versions of Triton compile without local memory in the loop."""
-    if block_b == 16:
-        return (8, 32) if row_bytes <= 1024 else (8, 64) if row_bytes <= 2048 else (8, 16)
-    return (8, 32) if row_bytes <= 768 else (8, 128) if row_bytes <= 1024 else (4, 64)
+    for block_h in _unit_blocks(H, 64 // itemsize if aligned else 32):
+        for block_b in (16, 32) if aligned else (16,):
+            if itemsize == 4 and H > 512 and block_h > 8 and block_b > 16:
+                continue  # does not fit in registers
+            # Threads wait for each other twice a chunk: few chunks are worth some padding.
+            for chunk in (256, 128, 64, 32):  # bytes
+                yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 4)
 
 
 def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
@@ -138,7 +133,7 @@ def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool
 def _can_be_launched(programs: int, groups: int, shared_memory: int, limits: DeviceLimits) -> bool:
     """Whether the programs fit. Those that wait for each other must run at the same time; others may queue."""
     at_once = programs == 1 or programs * groups <= limits.multiprocessors
-    return at_once and shared_memory + _SCRATCH <= limits.shared_memory
+    return at_once and shared_memory <= limits.shared_memory
 
 
 def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
@@ -150,7 +145,9 @@ def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
     return (*alone, 16, 8)
 
 
-def _stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str, few_rows: bool) -> SequenceConfig:
+def _stepwise_config(
+    B: int, H: int, D: int, dtype: torch.dtype, precision: str, few_rows: bool = False, num_warps: int = 4
+) -> SequenceConfig:
     """One launch per step, with W_hh read again in each: fits every device.
 
     few_rows: more at once would not fit in registers.
@@ -160,4 +157,5 @@ def _stepwise_config(B: int, H: int, D: int, dtype: torch.dtype, precision: str,
     few_rows |= dtype == torch.float64 or (dtype == torch.float32 and precision != "ieee")
     block_b = 16 if B <= 16 or few_rows else 32
     groups = cdiv(B, block_b) * D
-    return SequenceConfig(4, 3, block_b, 16, 1, block_k, cdiv(H, 16), groups, False, max_registers=MAX_REGISTERS)
+    programs = cdiv(H, 16)
+    return SequenceConfig(num_warps, 3, block_b, 16, 1, block_k, programs, groups, False, max_registers=MAX_REGISTERS)
