@@ -108,7 +108,8 @@ def sequence_backward_config(
             return SequenceConfig(
                 8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
             )
-    return _stepwise_config(B, H, D, dtype, precision)
+    full_precision = dtype == torch.float32 and precision == "ieee"
+    return _stepwise_config(B, H, D, dtype, precision, num_warps=8 if full_precision and B <= 16 else 4)
 
 
 def _backward_tiles(H: int, split_k: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
@@ -116,11 +117,11 @@ def _backward_tiles(H: int, split_k: int, itemsize: int) -> Iterator[tuple[int, 
     aligned = H % 16 == 0
     for block_h in _unit_blocks(H, 64 // itemsize if aligned else 32):
         for block_b in (16, 32) if aligned else (16,):
-            if itemsize == 4 and H > 512 and block_h > 8 and block_b > 16:
+            if itemsize == 4 and block_h > 8 and H > (768 if block_b == 16 else 512):
                 continue  # does not fit in registers
             # Threads wait for each other twice a chunk: few chunks are worth some padding.
-            for chunk in (256, 128, 64, 32):  # bytes
-                yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 4)
+            for chunk in (256, 128, 64, 32) if aligned else (128, 64, 32):  # bytes
+                yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
 
 
 def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
