@@ -67,7 +67,7 @@ def sequence_forward_config(
     )
     # Elements of unaligned rows are loaded one by one, each with its address.
     aligned = H % 16 == 0
-    chunk = chunk if aligned or limits.generation == 10 else chunk // 2
+    chunk = chunk if aligned or (limits.generation == 10 and row_bytes > 2048) else chunk // 2
     longest_of_four_warps = 2048 if limits.generation == 10 else 3072  # bytes of a row
     for harder in (dtype.itemsize == 4, not aligned):
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
@@ -120,7 +120,8 @@ def _backward_tiles(H: int, split_k: int, itemsize: int) -> Iterator[tuple[int, 
             if itemsize == 4 and block_h > 8 and H > (768 if block_b == 16 else 512):
                 continue  # does not fit in registers
             # Threads wait for each other twice a chunk: few chunks are worth some padding.
-            for chunk in (256, 128, 64, 32) if aligned else (128, 64, 32):  # bytes
+            longest = 256 if aligned else 128 if H * itemsize <= 2048 else 64  # bytes; more does not fit in registers
+            for chunk in (n for n in (256, 128, 64, 32) if n <= longest):
                 yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
 
 

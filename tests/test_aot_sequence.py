@@ -4,6 +4,7 @@ One process per generation of architectures, without the interpreter: this file 
 """
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -126,14 +127,14 @@ def _faults(case, config, report):
         wide = case.way == "forward" and 4 * config.block_h >= 64
         if report.arch == 90 and wide and not report.counts["HGMMA"]:
             yield "no wgmma"
+    if not config.persistent:
+        return
     # Two functions of the special function unit (exp2, reciprocal) an activation.
     activations = 1 if case.way == "backward" and not case.recompute else 5
     each = max(config.block_b * config.block_h // (32 * config.num_warps), 1)
     computed = sum(instruction.opcode == "MUFU" for instruction in report.in_loops)
     if case.dtype != torch.float64 and computed > 2 * activations * each:
         yield f"{computed} special functions, not {2 * activations * each}: is a unit computed by several threads?"
-    if not config.persistent:
-        return
     waits = config.programs > 1 and not case.single_step
     exchanged, own = _loads_of_a_step(case, config)
     exact = case.features == ("training",) and case.H % 16 == 0
@@ -236,21 +237,34 @@ def _find_mutants():
         assert lint_grid_barrier(compile_case(case, 90)) == []
         [expected], _ = _loads_of_a_step(case, configuration(case, LIMITS[90]))
         assert loads_behind_grid_barrier(compile_case(case, 90)) == expected
-        with _waiting_after_the_loads(way):
+        with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
             assert loads_behind_grid_barrier(compile_case(case, 90)) == 0
+    with _mutated("backward", _computing_units_in_every_warp):
+        case = Case("backward", 256, 16, 1, torch.bfloat16, "ieee")
+        found = list(_faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
+        assert any("special functions" in text for text in found), found
     print("every mutant found")
 
 
+def _waiting_after_the_loads(way, source):
+    wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", source)[0]
+    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.gather("}[way]
+    return source.replace(wait, "").replace(behind, wait + behind)
+
+
+def _computing_units_in_every_warp(source):
+    return source.replace("tl.gather(tl.sum(parts, axis=0), units, axis=1)", "tl.sum(parts, axis=0)")
+
+
 @contextlib.contextmanager
-def _waiting_after_the_loads(way):
-    """The kernel of this way with its wait moved to behind the product."""
+def _mutated(way, change):
+    """The kernel of this way with its module's source changed."""
     from support import aot_sequence
 
     kernel = aot_sequence._KERNELS[way]
     path = Path(inspect.getsourcefile(kernel.fn))
-    wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", path.read_text())[0]
-    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.sum("}[way]
-    source = path.read_text().replace(wait, "").replace(behind, wait + behind)
+    source = change(path.read_text())
+    assert source != path.read_text()
     with tempfile.TemporaryDirectory() as folder:
         mutated = Path(folder, path.name)
         mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", source))
