@@ -295,7 +295,8 @@ def test_explain_tells_how_many_launches(monkeypatch):
     for batch, dtype, expected in (
         (16, torch.bfloat16, "all steps in one launch"),
         (512, torch.bfloat16, "one launch per step"),
-        (16, torch.float32, "all steps in one launch forward, one launch per step backward"),
+        (16, torch.float32, "all steps in one launch"),
+        (32, torch.float32, "all steps in one launch backward, one launch per step forward"),
     ):
         assert explain(lstm, batch=batch, dtype=dtype).endswith(f"triton: asked for; with B = {batch} {expected}.")
 
