@@ -65,7 +65,8 @@ def sequence_forward_config(
     blocks_b, chunk = (
         ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
     )
-    # Elements of unaligned rows are loaded one by one, each with its address.
+    # Elements of unaligned rows are loaded one by one, each with its address. On compute capability 10 it is many chunks of
+    # long rows that take more registers.
     aligned = H % 16 == 0
     chunk = chunk if aligned or (limits.generation == 10 and row_bytes > 2048) else chunk // 2
     longest_of_four_warps = 2048 if limits.generation == 10 else 3072  # bytes of a row
@@ -84,6 +85,7 @@ def sequence_forward_config(
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
                 if _can_be_launched(programs, groups, weights + state + _SCRATCH, limits):
                     large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
+                    # Here too mma.sync keeps the addresses of each chunk in registers.
                     many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
                     warps = 8 if large or many_chunks or not aligned else 4
                     return SequenceConfig(
@@ -108,6 +110,7 @@ def sequence_backward_config(
             return SequenceConfig(
                 8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
             )
+    # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
     full_precision = dtype == torch.float32 and precision == "ieee"
     return _stepwise_config(B, H, D, dtype, precision, num_warps=8 if full_precision and B <= 16 else 4)
 

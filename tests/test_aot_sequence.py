@@ -249,6 +249,7 @@ def _find_mutants():
 def _waiting_after_the_loads(way, source):
     wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", source)[0]
     behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.gather("}[way]
+    assert source.count(behind) == 1
     return source.replace(wait, "").replace(behind, wait + behind)
 
 
