@@ -16,7 +16,7 @@ from .dropout import Dropout, kernel_arguments
 from .grid_sync import COUNTER_STRIDE
 from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
 from .sequence import _lstm_sequence_forward_kernel
-from .sequence_config import DeviceLimits, SequenceConfig, sequence_forward_config
+from .sequence_config import DeviceLimits, SequenceConfig, exchanged_row, sequence_forward_config
 
 _forward = Launcher(_lstm_sequence_forward_kernel)
 
@@ -103,6 +103,14 @@ def reset_state(segments: Segments, state: Tensor | None, h0: Tensor) -> Tensor 
     return once.clone(memory_format=torch.contiguous_format).expand(state.shape)
 
 
+def padded(state: Tensor | None, units: int) -> Tensor | None:
+    """A state [..., H] with rows of `units` units, those past H zero; what is broadcast stays so."""
+    if state is None or state.shape[-1] == units:
+        return state
+    once = state[tuple(slice(None if s else 1) for s in state.stride()[:-1])]
+    return torch.nn.functional.pad(once, (0, units - state.shape[-1])).expand(*state.shape[:-1], units)
+
+
 def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, device, stepwise: bool) -> SequenceConfig:
     multiprocessors, *others = device_limits(device)
     limits = DeviceLimits(max(multiprocessors - launch.FREE_MULTIPROCESSORS, 1), *others)
@@ -161,7 +169,7 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
 
 
 def segment_strides(flags: Tensor | None, *states: Tensor | None) -> tuple[int, ...]:
-    """Of flags in elements, of states in rows of H units."""
+    """Of flags in elements, of states in rows."""
     resets = (0, 0) if flags is None else flags.stride()
     rows = ((0, 0, 0) if t is None else tuple(s // t.shape[3] for s in t.stride()[:3]) for t in states)
     return (*resets, *itertools.chain(*rows))
@@ -172,12 +180,9 @@ def recurrent_weights(directions: list[Direction]) -> tuple[Tensor, Tensor | Non
     return aligned(directions[0].w_hh), aligned(directions[1].w_hh) if len(directions) == 2 else None
 
 
-def reset_flags(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def reset_flags(resets: Tensor | None) -> Tensor | None:
     """Resets as integers that a kernel can load."""
-    if resets is None or dtype != torch.float64:
-        return None if resets is None else resets.view(torch.uint8)
-    # Where bytes are loaded on the way to a product of float64, Triton 3.6 ... 3.7 lays it out for bytes, and fails.
-    return resets.to(torch.int32)
+    return None if resets is None else resets.view(torch.uint8)
 
 
 def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> Tensor:
@@ -228,28 +233,36 @@ def lstm_layer_forward(
     precision = matmul_precision(x.dtype, precision, recurrent=True)
     pre = pre_activations(x, directions, precision)
     time_major = is_time_major(pre)
+    # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
+    row = exchanged_row(H, x.dtype)
+    stepwise |= T == 1 and row != H
     config = plan(sequence_forward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
+    row = row if config.persistent else H
 
-    h = new_states(x, time_major, T, B, D * H)
-    y = h if dropout is None else new_states(x, time_major, T, B, D * H)
+    h = new_states(x, time_major, T, B, D, row)
+    dropped = None if dropout is None else new_states(x, time_major, T, B, D * H)
     c = new_states(x, time_major, T, B, D * H) if save_cells else None
     gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
     h0, c0 = aligned(h0), aligned(c0)
     h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
     c_n = torch.empty_like(c0)
     seed, p = kernel_arguments(dropout)
-    constants = (H, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b, config.block_h,
-                 config.block_k)  # fmt: skip
-    flags = reset_flags(segments.resets, x.dtype)
+    constants = (H, row, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b,
+                 config.block_h, config.block_k)  # fmt: skip
+    flags = reset_flags(segments.resets)
     reset_h = reset_state(segments, segments.reset_h, h0)
     reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
-    strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *segment_strides(flags, reset_h, reset_c))
+    h0, reset_h = padded(h0, row), padded(reset_h, row)
+    strides = (h.stride(0) // (D * row), h.stride(1) // (D * row), *segment_strides(flags, reset_h, reset_c))
     weights = recurrent_weights(directions)
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
         tensors = (pre, *weights, h0, c_in, flags, reset_h, reset_c, segments.lengths,
-                   h, h_n, c_out, c, gates, seed, None if dropout is None else y)  # fmt: skip
+                   h, h_n, c_out, c, gates, seed, dropped)  # fmt: skip
         run(_forward, config, tensors, T, B, first, last, (*p, *strides), constants)
-    return Forward(y, h_n, c_n, c, gates, None if dropout is None else h)
+    if row != H:
+        h = new_states(x, time_major, T, B, D, H).copy_(h[..., :H])
+    h = h.flatten(2)
+    return Forward(h, h_n, c_n, c, gates) if dropped is None else Forward(dropped, h_n, c_n, c, gates, h)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

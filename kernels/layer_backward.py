@@ -99,7 +99,7 @@ def lstm_layer_backward(
     if dc_states is not None and (dc_states.stride() != h.stride() or dc_states.data_ptr() % 16 != 0):
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
-    flags, reset_c = reset_flags(segments.resets, x.dtype), reset_state(segments, segments.reset_c, h0)
+    flags, reset_c = reset_flags(segments.resets), reset_state(segments, segments.reset_c, h0)
     strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
                *segment_strides(flags, reset_c))  # fmt: skip
     constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,

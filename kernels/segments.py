@@ -39,7 +39,7 @@ def resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, 
 
 
 @triton.jit
-def reset_state_rows(state_ptr, t, direction, rows_b, stride_t, stride_d, stride_b, H: tl.constexpr):
-    """[BLOCK_B] pointers to the rows of a state [T, D, B, H] whose strides count rows of H units."""
+def reset_state_rows(state_ptr, t, direction, rows_b, stride_t, stride_d, stride_b, ROW: tl.constexpr):
+    """[BLOCK_B] pointers to the rows of a state [T, D, B, ROW] whose strides count its rows."""
     row = t * stride_t.to(tl.int64) + direction * stride_d.to(tl.int64)
-    return state_ptr + (row + rows_b.to(tl.int64) * stride_b) * H
+    return state_ptr + (row + rows_b.to(tl.int64) * stride_b) * ROW

@@ -25,12 +25,12 @@ def _load_weight_chunk(w_ptr, rows, mask_rows, k, H: tl.constexpr, BLOCK_K: tl.c
 
 
 @triton.jit
-def _load_state_chunk(rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_K, rows] of a state whose units are contiguous: transposed, the right operand of W h^T."""
     offs_k = k + tl.arange(0, BLOCK_K)
     pointers = rows[None, :] + offs_k[:, None]
-    if H % BLOCK_K != 0:
-        return tl.load(pointers, mask=(offs_k < H)[:, None], other=0.0)
+    if ROW % BLOCK_K != 0:
+        return tl.load(pointers, mask=(offs_k < ROW)[:, None], other=0.0)
     else:
         return tl.load(pointers)
 
@@ -49,13 +49,13 @@ def _lstm_sequence_forward_kernel(
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input
     w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
-    h0_ptr,  # [D, B, H]
+    h0_ptr,  # [D, B, ROW]
     c_in_ptr,  # [D, B, H] c before first_step
     resets_ptr,  # [T, B] integers, or None
-    reset_h_ptr,  # [T, D, B, H] broadcast, or None where resets are
-    reset_c_ptr,  # likewise
+    reset_h_ptr,  # [T, D, B, ROW] broadcast, or None where resets are
+    reset_c_ptr,  # [T, D, B, H] likewise
     lengths_ptr,  # [B] or None
-    y_ptr,  # [T, B, D, H] out, and the buffer through which programs exchange h
+    y_ptr,  # [T, B, D, ROW] out, and the buffer through which programs exchange h
     h_n_ptr,  # [D, B, H] out; rows of length 0 are left as they are
     c_out_ptr,  # [D, B, H] out: c after last_step
     c_ptr,  # [T, B, D, H] out, or None
@@ -67,11 +67,12 @@ def _lstm_sequence_forward_kernel(
     # sizes
     T, B, first_step, last_step,
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
-    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
+    # strides; those of [T, B, ...] tensors are common to all of them and count [D, H], those of reset states their own rows
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; INDEX is the integer type of offsets within one timestep
-    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    # meta-parameters; ROW: units from a row of h to the next, from H up to a multiple of BLOCK_H, those past H zero; INDEX is
+    # the integer type of offsets within one timestep
+    H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
@@ -98,8 +99,10 @@ def _lstm_sequence_forward_kernel(
     # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
     rows_b = tl.minimum(offs_b, B - 1)
     step_size = stride_t.to(tl.int64) * (D * H)
+    h_step_size = stride_t.to(tl.int64) * (D * ROW)
     output_rows = rows_b.to(INDEX) * stride_b * D + direction
     output_offsets = output_rows[:, None] * H + offs_h[None, :]
+    h_offsets = output_rows[:, None] * ROW + offs_h[None, :]
     state_rows = direction.to(INDEX) * B + rows_b
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
@@ -110,23 +113,24 @@ def _lstm_sequence_forward_kernel(
     c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
     x_i, x_f, x_g, x_o = load_gates(pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H)
+    if resets_ptr is not None:
+        resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
 
     # num_stages=1: the software pipeliner would move the loads of h above the wait.
     for step in tl.range(first_step, last_step, num_stages=1):
         t = step + direction * (T - 1 - 2 * step)
         t_prev = t - 1 + 2 * direction
         begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
-        previous_ptr = y_ptr + t_prev * step_size
+        previous_ptr = y_ptr + t_prev * h_step_size
         if lengths_ptr is None:
-            h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * H
+            h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * ROW
         else:
             # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
             begins |= (t_prev < 0) | (t_prev >= T)
-            h_rows = tl.where(begins, h0_ptr + state_rows * H, previous_ptr + output_rows * H)
+            h_rows = tl.where(begins, h0_ptr + state_rows * ROW, previous_ptr + output_rows * ROW)
         if resets_ptr is not None:
-            resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             reset_h_rows = reset_state_rows(
-                reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, H
+                reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW
             )
             h_rows = tl.where(resets, reset_h_rows, h_rows)
             reset_c_rows = reset_state_rows(
@@ -137,8 +141,10 @@ def _lstm_sequence_forward_kernel(
 
         # The next step's input does not depend on h: ask for it before waiting. The last step asks for its own again.
         n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
+        t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
+        if resets_ptr is not None:
+            resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
         if RESIDENT:
-            t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
             n_i, n_f, n_g, n_o = load_gates(
                 pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
             )
@@ -148,12 +154,12 @@ def _lstm_sequence_forward_kernel(
         z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
         if RESIDENT:
             for chunk in tl.static_range(CHUNKS):
-                h_prev = _load_state_chunk(h_rows, chunk * BLOCK_K, H, BLOCK_K)
+                h_prev = _load_state_chunk(h_rows, chunk * BLOCK_K, ROW, BLOCK_K)
                 z = tl.dot(weights[chunk], h_prev, z, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in range(0, H, BLOCK_K):
                 w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
-                h_prev = _load_state_chunk(h_rows, k, H, BLOCK_K)
+                h_prev = _load_state_chunk(h_rows, k, ROW, BLOCK_K)
                 z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
         z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
@@ -170,7 +176,8 @@ def _lstm_sequence_forward_kernel(
         c = c_new
 
         h = h.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + t * step_size + output_offsets, h, mask=mask)
+        # Units past H are 0, as all that they come from is.
+        tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_b[:, None] & (offs_h < ROW)[None, :])
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE)  # first let the others go on, then save
         else:

@@ -121,6 +121,10 @@ def _lstm_sequence_backward_kernel(
         dc = tl.load(dc_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = T - 1 - first_step + direction * (2 * first_step - T + 1)
     c = tl.load(c_ptr + t * step_size + output_offsets, mask=mask, other=0.0)
+    if resets_ptr is not None:
+        resets_next = resets_at(
+            t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
+        )
 
     for step in tl.range(first_step, last_step, num_stages=1):
         t = T - 1 - step + direction * (2 * step - T + 1)
@@ -182,8 +186,8 @@ def _lstm_sequence_backward_kernel(
         dh_next = tl.gather(tl.sum(parts, axis=0), units, axis=1)
         if resets_ptr is not None:
             # A state that was cleared before the step t_next passes no gradient back to here.
-            resets_next = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             dh_next = tl.where(resets_next[:, None], 0.0, dh_next)
+            resets_next = resets
         dh += dh_next
 
         dc_step = dc

@@ -54,31 +54,37 @@ def _block_k(n: int, largest: int, padding: int) -> int:
     return next((b for b in blocks if cdiv(n, b) * b <= n + n // padding), blocks[-1])
 
 
+def exchanged_row(H: int, dtype: torch.dtype) -> int:
+    """Units from a row of h to the next where programs exchange it: each row begins at a multiple of 16 bytes."""
+    return H if H * dtype.itemsize % 16 == 0 else cdiv(H, 8) * 8
+
+
 @functools.lru_cache(maxsize=4096)
 def sequence_forward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
-    row_bytes = H * dtype.itemsize
+    row_bytes = exchanged_row(H, dtype) * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
     blocks_b: tuple[int, ...]
     blocks_b, chunk = (
         ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
     )
-    # Elements of unaligned rows are loaded one by one, each with its address. On compute capability 10 it is many chunks of
-    # long rows that take more registers.
-    aligned = H % 16 == 0
-    chunk = chunk if aligned or (limits.generation == 10 and row_bytes > 2048) else chunk // 2
-    longest_of_four_warps = 2048 if limits.generation == 10 else 3072  # bytes of a row
-    for harder in (dtype.itemsize == 4, not aligned):
+    # Masks of units take registers, too.
+    masked = H % 16 != 0
+    longest_of_four_warps = 768 if masked else 2048 if limits.generation == 10 else 3072  # bytes of a row
+    for harder in (dtype.itemsize == 4, masked):
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
+    if masked and row_bytes > 2048 and limits.generation != 10:
+        chunk //= 2
     if not stepwise and _can_be_resident(dtype, precision, row_bytes):
         # With sixteen units, rows of more than 3072 bytes do not fit in registers.
-        units = _unit_blocks(H, 256 // dtype.itemsize if aligned else 64) if row_bytes <= 3072 else (8,)
+        units = _unit_blocks(H, 64 if masked else 256 // dtype.itemsize) if row_bytes <= 3072 else (8,)
         for block_h in units:
             for block_b in blocks_b:
                 # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
-                chunk_bytes = 2 * chunk if block_b == 64 and limits.generation == 12 else chunk
+                many_rows = block_b == 64 or (block_b == 32 and row_bytes > 1024)
+                chunk_bytes = 2 * chunk if limits.generation == 12 and many_rows else chunk
                 block_k = _block_k(H, chunk_bytes // block_b // dtype.itemsize, 8) if block_h < 128 else 32
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
@@ -87,11 +93,12 @@ def sequence_forward_config(
                     large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
                     # Here too mma.sync keeps the addresses of each chunk in registers.
                     many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
-                    warps = 8 if large or many_chunks or not aligned else 4
+                    warps = 8 if large or many_chunks or (masked and block_b > 16) else 4
                     return SequenceConfig(
                         warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
-    return _stepwise_config(B, H, D, dtype, precision, few_rows=not aligned, num_warps=4 if aligned else 8)
+    # Elements of rows that begin anywhere are loaded one by one, each with its address.
+    return _stepwise_config(B, H, D, dtype, precision, few_rows=masked, num_warps=8 if masked else 4)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from lstm_triton.kernels.launch import accumulator
 from lstm_triton.kernels.sequence_config import (
     DeviceLimits,
     SequenceConfig,
+    exchanged_row,
     sequence_backward_config,
     sequence_forward_config,
 )
@@ -82,7 +83,10 @@ def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) ->
         "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
         "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    if case.way == "backward":
+    if case.way == "forward":
+        row = exchanged_row(case.H, case.dtype) if config.persistent else case.H
+        constexprs |= {"ROW": row}
+    else:
         constexprs |= {"SPLIT_K": config.split_k, "ACTIVATED": not case.recompute}
     options = {"launch_cooperative_grid": True} if waits else {}
     signature = {p.name: _type(p, case, waits) for p in kernel.params if p.name not in constexprs}
@@ -109,7 +113,7 @@ def _type(parameter, case: Case, waits: bool) -> str | None:
     if name in ("lengths_ptr", "seed_ptr"):
         return "*i64" + hint
     if name == "resets_ptr":
-        return ("*i32" if case.dtype == torch.float64 else "*u8") + hint
+        return "*u8" + hint
     if name.endswith("_ptr"):
         return f"*{_POINTEES[case.dtype]}{hint}"
     return "i32:1" if name == "stride_dy_h" else "i32"  # no other integer is specialised
