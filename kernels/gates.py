@@ -43,28 +43,40 @@ def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def load_gates(ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+def load_gates(
+    ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ALL_UNITS: tl.constexpr = False
+):
     """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0.
 
-    mask_rows None promises that all rows exist, and so do all units when H is a constexpr multiple of BLOCK_H.
+    mask_rows None promises that all rows exist; ALL_UNITS that all units do, where no rows are masked either.
     """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
     offsets = rows[:, None] * (4 * H) + n[None, :]
     if mask_rows is not None:
         tile = tl.load(ptr + offsets, mask=mask_rows[:, None] & (n < 4 * H)[None, :], other=0.0)
-    elif H % BLOCK_H != 0:
-        tile = tl.load(ptr + offsets, mask=(n < 4 * H)[None, :], other=0.0)
-    else:
+    elif ALL_UNITS:
         tile = tl.load(ptr + offsets)
+    else:
+        tile = tl.load(ptr + offsets, mask=(n < 4 * H)[None, :], other=0.0)
     return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
 
 
 @triton.jit
-def store_gates(ptr, i, f, g, o, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there."""
+def store_gates(
+    ptr, i, f, g, o, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    ALL_UNITS: tl.constexpr = False,
+):  # fmt: skip
+    """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there.
+
+    ALL_UNITS promises that all units exist.
+    """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
+    pointers = ptr + rows[:, None] * (4 * H) + n[None, :]
     tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H)).to(ptr.dtype.element_ty)
-    tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
+    if ALL_UNITS:
+        tl.store(pointers, tile, mask=mask_rows[:, None])
+    else:
+        tl.store(pointers, tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def _lstm_sequence_forward_kernel(
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    ALL_UNITS: tl.constexpr = H % BLOCK_H == 0
     group = tl.program_id(0) // PROGRAMS
     direction = group % D
     first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
@@ -107,12 +108,11 @@ def _lstm_sequence_forward_kernel(
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
 
-    if seed_ptr is not None:
-        seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
-
     c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
-    x_i, x_f, x_g, x_o = load_gates(pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H)
+    x_i, x_f, x_g, x_o = load_gates(
+        pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
+    )
     if resets_ptr is not None:
         resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
 
@@ -144,9 +144,12 @@ def _lstm_sequence_forward_kernel(
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
         if resets_ptr is not None:
             resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+        if seed_ptr is not None:
+            # Not before the loop: all the random numbers need from the seed would stay in registers.
+            seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
         if RESIDENT:
             n_i, n_f, n_g, n_o = load_gates(
-                pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
+                pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
             )
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)

@@ -84,12 +84,20 @@ def _lstm_sequence_backward_kernel(
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
     group = tl.program_id(0) // PROGRAMS
     direction = group % D
-    first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
     offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    # Rows past the batch load the last row again, and only stores count: masks take registers, of which there are too few.
+    rows_b = tl.minimum(offs_b, B - 1)
     mask_b = offs_b < B
-    mask_h = offs_h < H
-    mask = mask_b[:, None] & mask_h[None, :]
+    # For the same reason, where the units do not fill the last program, it computes some of the one before, too, and both store
+    # the same bits. Not in launches of one step: they update dc in place.
+    ALL_UNITS: tl.constexpr = H % BLOCK_H == 0 or (RESIDENT and H > BLOCK_H)
+    first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
+    if ALL_UNITS:
+        first_unit = tl.minimum(first_unit, H - BLOCK_H)
+    offs_h = first_unit + tl.arange(0, BLOCK_H)
+    mask_h = tl.full((BLOCK_H,), True, tl.int1) if ALL_UNITS else offs_h < H
+    mask_loads = tl.broadcast_to(mask_h[None, :], (BLOCK_B, BLOCK_H))
+    mask_stores = mask_b[:, None] & mask_h[None, :]
 
     CHUNKS: tl.constexpr = (4 * H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
     weights = ()
@@ -101,8 +109,6 @@ def _lstm_sequence_backward_kernel(
                 _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K),
             )
 
-    # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
-    rows_b = tl.minimum(offs_b, B - 1)
     step_size = stride_t.to(tl.int64) * (D * H)
     output_rows = rows_b.to(INDEX) * stride_b * D + direction
     output_offsets = output_rows[:, None] * H + offs_h[None, :]
@@ -113,14 +119,11 @@ def _lstm_sequence_backward_kernel(
     lengths = row_lengths(lengths_ptr, rows_b, T)
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
 
-    if seed_ptr is not None:
-        seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
-
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if dc_in_ptr is not None:
-        dc = tl.load(dc_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+        dc = tl.load(dc_in_ptr + state_offsets, mask=mask_loads, other=0.0).to(ACC)
     t = T - 1 - first_step + direction * (2 * first_step - T + 1)
-    c = tl.load(c_ptr + t * step_size + output_offsets, mask=mask, other=0.0)
+    c = tl.load(c_ptr + t * step_size + output_offsets, mask=mask_loads, other=0.0)
     if resets_ptr is not None:
         resets_next = resets_at(
             t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
@@ -133,7 +136,7 @@ def _lstm_sequence_backward_kernel(
 
         # Everything that does not depend on the other programs: ask for it before waiting.
         i, f, g, o = load_gates(
-            gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H
+            gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
         )
         begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
         previous_ptr = c_ptr + t_prev * step_size
@@ -143,28 +146,30 @@ def _lstm_sequence_backward_kernel(
             # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
             begins |= (t_prev < 0) | (t_prev >= T)
             c_rows = tl.where(begins, c0_ptr + state_rows * H, previous_ptr + output_rows * H)
-        c_previous = tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0)
+        c_previous = tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_loads, other=0.0)
         c_prev = c_previous.to(ACC)
         if resets_ptr is not None:
             resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             reset_c_rows = reset_state_rows(
                 reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, H
             )
-            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask_loads & resets[:, None], other=0.0)
             c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         if dy_ptr is not None:
-            dy = tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask, other=0.0).to(ACC)
+            dy = tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask_loads, other=0.0).to(ACC)
             if seed_ptr is not None:
+                # Not before the loop: all the random numbers need from the seed would stay in registers.
+                seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
                 dy = drop(dy, seed, p, kept_scale, t, rows_b, direction * H + offs_h)
             dh += dy
         if dh_n_ptr is not None:
             if lengths_ptr is not None:
                 ends = tl.where(direction == 0, t == lengths - 1, t == 0)
-                dh += tl.load(dh_n_ptr + state_offsets, mask=mask & ends[:, None], other=0.0).to(ACC)
+                dh += tl.load(dh_n_ptr + state_offsets, mask=mask_loads & ends[:, None], other=0.0).to(ACC)
             elif step == 0:
-                dh += tl.load(dh_n_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+                dh += tl.load(dh_n_ptr + state_offsets, mask=mask_loads, other=0.0).to(ACC)
 
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
@@ -192,7 +197,7 @@ def _lstm_sequence_backward_kernel(
 
         dc_step = dc
         if dc_states_ptr is not None:
-            dc_states = tl.load(dc_states_ptr + t * step_size + output_offsets, mask=mask, other=0.0)
+            dc_states = tl.load(dc_states_ptr + t * step_size + output_offsets, mask=mask_loads, other=0.0)
             dc_step += dc_states.to(ACC)
         i, f, g, o = i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC)
         if not ACTIVATED:
@@ -206,7 +211,7 @@ def _lstm_sequence_backward_kernel(
             dz_o = tl.where(active, dz_o, 0.0)
             dc_prev = tl.where(active, dc_prev, dc)
         dz_t = dz_ptr + t * step_size * 4
-        store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS)
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE)
         else:
@@ -215,9 +220,9 @@ def _lstm_sequence_backward_kernel(
         if resets_ptr is not None:
             if dreset_c_ptr is not None:
                 dreset_c_t = dreset_c_ptr + t * step_size + output_offsets
-                tl.store(dreset_c_t, dc_prev.to(dreset_c_ptr.dtype.element_ty), mask=mask & resets[:, None])
+                tl.store(dreset_c_t, dc_prev.to(dreset_c_ptr.dtype.element_ty), mask=mask_stores & resets[:, None])
             dc_prev = tl.where(resets[:, None], 0.0, dc_prev)
         dc = dc_prev
         c = c_previous
 
-    tl.store(dc_out_ptr + state_offsets, dc.to(dc_out_ptr.dtype.element_ty), mask=mask)
+    tl.store(dc_out_ptr + state_offsets, dc.to(dc_out_ptr.dtype.element_ty), mask=mask_stores)

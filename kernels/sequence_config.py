@@ -108,7 +108,7 @@ def sequence_backward_config(
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     split_k = 8
     resident = not stepwise and _can_be_resident(dtype, precision, H * dtype.itemsize)
-    for block_h, block_b, block_k in _backward_tiles(H, split_k, dtype.itemsize) if resident else ():
+    for block_h, block_b, block_k in _backward_tiles(H, split_k, dtype.itemsize, limits.generation) if resident else ():
         depth = split_k * block_k
         weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
         state = block_b * depth * dtype.itemsize
@@ -122,15 +122,16 @@ def sequence_backward_config(
     return _stepwise_config(B, H, D, dtype, precision, num_warps=8 if full_precision and B <= 16 else 4)
 
 
-def _backward_tiles(H: int, split_k: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Iterator[tuple[int, int, int]]:
     """(block_h, block_b, block_k) to try, the best first."""
     aligned = H % 16 == 0
     for block_h in _unit_blocks(H, 64 // itemsize if aligned else 32):
         for block_b in (16, 32) if aligned else (16,):
-            if itemsize == 4 and block_h > 8 and H > (768 if block_b == 16 else 512):
+            many = block_b == 32 or (generation == 10 and not aligned)
+            if itemsize == 4 and block_h > 8 and H > (512 if many else 768):
                 continue  # does not fit in registers
             # Threads wait for each other twice a chunk: few chunks are worth some padding.
-            longest = 256 if aligned else 128 if H * itemsize <= 2048 else 64  # bytes; more does not fit in registers
+            longest = 256 if aligned else 128 if H <= 1024 else 64  # bytes; more does not fit in registers
             for chunk in (n for n in (256, 128, 64, 32) if n <= longest):
                 yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
 
