@@ -29,6 +29,11 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
+    if x.dtype == tl.float64:
+        # 1 / (1 + e) would round twice; near 1 the derivative s (1 - s) multiplies the error of s.
+        e = tl.exp(-tl.abs(x))
+        r = e / (1.0 + e)
+        return tl.where(x < 0, r, 1.0 - r)
     # exp(-x) overflows to inf for very negative x, and 1 / inf = 0 is the right answer.
     return 1.0 / (1.0 + tl.exp(-x))
 
