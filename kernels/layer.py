@@ -239,7 +239,7 @@ def lstm_layer_forward(
     config = plan(sequence_forward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
     row = row if config.persistent else H
 
-    h = new_states(x, time_major, T, B, D, row)
+    h = new_states(x, time_major, T, B, D * row)
     dropped = None if dropout is None else new_states(x, time_major, T, B, D * H)
     c = new_states(x, time_major, T, B, D * H) if save_cells else None
     gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
@@ -260,8 +260,8 @@ def lstm_layer_forward(
                    h, h_n, c_out, c, gates, seed, dropped)  # fmt: skip
         run(_forward, config, tensors, T, B, first, last, (*p, *strides), constants)
     if row != H:
-        h = new_states(x, time_major, T, B, D, H).copy_(h[..., :H])
-    h = h.flatten(2)
+        exchanged, h = h, new_states(x, time_major, T, B, D * H)
+        h.unflatten(2, (D, H)).copy_(exchanged.unflatten(2, (D, row))[..., :H])
     return Forward(h, h_n, c_n, c, gates) if dropped is None else Forward(dropped, h_n, c_n, c, gates, h)
 
 

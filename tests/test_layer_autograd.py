@@ -131,6 +131,16 @@ def _held(problem, **options):
     return sum(held.values()), torch.autograd.grad(outputs, leaves, problem.cotangents)
 
 
+@pytest.mark.parametrize("H", [5, 16])
+def test_an_output_changed_in_place_is_reported(H, device):
+    """As where cuDNN computed it: the gradient needs it as it was."""
+    layer, arguments = function_of(layers.draw(3, 2, 2, H, 2, device=device))
+    y = layer(*arguments)[0]
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("segments", [{}, SEGMENTS], ids=["plain", "segments"])
 @pytest.mark.parametrize("T, I", [(6, 4), (6, 23), (34, 4)])
 @pytest.mark.parametrize("batch_major", [False, True], ids=["time first", "batch first"])

@@ -86,8 +86,8 @@ def test_first_and_last_steps_of_a_long_sequence(recompute, monkeypatch, device)
             return
         for d in range(2):
             if "y_ptr" in arguments:
-                t = (step, T - 1 - step)[d]
-                arguments["y_ptr"][t, :, d], arguments["c_ptr"][t, :, 5 * d : 5 * d + 5] = hx[0][d], hx[1][d]
+                t, units = (step, T - 1 - step)[d], slice(5 * d, 5 * d + 5)
+                arguments["y_ptr"][t, :, units], arguments["c_ptr"][t, :, units] = hx[0][d], hx[1][d]
                 arguments["c_out_ptr"][d] = hx[1][d]
             else:
                 arguments["dz_ptr"][(T - 1 - step, step)[d], :, d] = 0
