@@ -48,7 +48,7 @@ def load_gates(
 ):
     """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0.
 
-    mask_rows None promises that all rows exist; ALL_UNITS that all units do, where no rows are masked either.
+    mask_rows None promises that all rows exist; ALL_UNITS, heeded only without mask_rows, that all units do.
     """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
     offsets = rows[:, None] * (4 * H) + n[None, :]

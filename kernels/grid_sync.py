@@ -19,7 +19,8 @@ Why it ends: the count only grows; step s waits for s * P arrivals, which needs 
 s - 1 and nothing else, so by induction over s all arrive, provided all P run at the same time. The launch is cooperative: a
 grid whose programs cannot all be resident is refused by the driver. Groups never wait for one another.
 
-Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused.
+Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused. Where two
+slices of dz_t overlap, both programs store the same bits before they arrive, and a reader waits for both.
 
 The counters must be zero at the start of a launch and belong to that launch alone. They lie 128 bytes apart, one L2 line each.
 """

@@ -247,7 +247,7 @@ def lstm_layer_forward(
     h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
     c_n = torch.empty_like(c0)
     seed, p = kernel_arguments(dropout)
-    constants = (H, row, D, accumulator(x.dtype), precision, index_type(pre), config.persistent, config.block_b,
+    constants = (H, row, D, accumulator(x.dtype), precision, index_type(pre, h), config.persistent, config.block_b,
                  config.block_h, config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets)
     reset_h = reset_state(segments, segments.reset_h, h0)

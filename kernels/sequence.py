@@ -67,11 +67,11 @@ def _lstm_sequence_forward_kernel(
     # sizes
     T, B, first_step, last_step,
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
-    # strides; those of [T, B, ...] tensors are common to all of them and count [D, H], those of reset states their own rows
+    # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; ROW: units from a row of h to the next, from H up to a multiple of BLOCK_H, those past H zero; INDEX is
-    # the integer type of offsets within one timestep
+    # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
+    # INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +179,8 @@ def _lstm_sequence_forward_kernel(
         c = c_new
 
         h = h.to(y_ptr.dtype.element_ty)
-        # Units past H are 0, as all that they come from is.
+        if ROW != H:
+            h = tl.where((offs_h < H)[None, :], h, 0.0)  # not so by itself: an infinite state times W's zeros is NaN
         tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_b[:, None] & (offs_h < ROW)[None, :])
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE)  # first let the others go on, then save

@@ -89,7 +89,7 @@ def _lstm_sequence_backward_kernel(
     rows_b = tl.minimum(offs_b, B - 1)
     mask_b = offs_b < B
     # For the same reason, where the units do not fill the last program, it computes some of the one before, too, and both store
-    # the same bits. Not in launches of one step: they update dc in place.
+    # the same bits. Not where each step is a launch of its own: those update dc in place.
     ALL_UNITS: tl.constexpr = H % BLOCK_H == 0 or (RESIDENT and H > BLOCK_H)
     first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
     if ALL_UNITS:

@@ -5,6 +5,7 @@ compiler reports for sm_80 to sm_120 (registers, local memory in the time loop, 
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ class SequenceConfig(LaunchConfig):
     persistent: bool
 
 
-# Shared memory that a resident kernel needs besides W_hh: for one chunk of state, and for layout conversions and reductions,
-# forward as the chunks arrive, backward after them, in the same place.
+# Shared memory that a resident kernel needs besides W_hh: for one chunk of state, and later, in the same place, for layout
+# conversions and reductions.
 _SCRATCH = 12 * 1024
 
 
@@ -77,28 +78,38 @@ def sequence_forward_config(
         blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
     if masked and row_bytes > 2048 and limits.generation != 10:
         chunk //= 2
-    if not stepwise and _can_be_resident(dtype, precision, row_bytes):
+    if not stepwise and _can_be_resident(dtype, precision, H):
         # With sixteen units, rows of more than 3072 bytes do not fit in registers.
         units = _unit_blocks(H, 64 if masked else 256 // dtype.itemsize) if row_bytes <= 3072 else (8,)
-        for block_h in units:
-            for block_b in blocks_b:
-                # With other chunks mma.sync keeps these weights in registers, or the addresses of their state.
-                many_rows = block_b == 64 or (block_b == 32 and row_bytes > 1024)
-                chunk_bytes = 2 * chunk if limits.generation == 12 and many_rows else chunk
-                block_k = _block_k(H, chunk_bytes // block_b // dtype.itemsize, 8) if block_h < 128 else 32
+        for block_h, block_b in itertools.product(units, blocks_b):
+            for block_k in _forward_chunks(H, block_h, block_b, chunk, dtype.itemsize, limits.generation):
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
                 state = block_b * block_k * dtype.itemsize
                 programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-                if _can_be_launched(programs, groups, weights + state + _SCRATCH, limits):
+                scratch = max(_SCRATCH, 16 * block_b * block_h)  # for the pre-activations, in float32
+                if _can_be_launched(programs, groups, weights + max(state, scratch), limits):
                     large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
-                    # Here too mma.sync keeps the addresses of each chunk in registers.
                     many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
-                    warps = 8 if large or many_chunks or (masked and block_b > 16) else 4
+                    many_rows = block_b > 16 and (masked or limits.generation == 12)
+                    warps = 8 if large or many_chunks or many_rows else 4
                     return SequenceConfig(
                         warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
                     )
     # Elements of rows that begin anywhere are loaded one by one, each with its address.
     return _stepwise_config(B, H, D, dtype, precision, few_rows=masked, num_warps=8 if masked else 4)
+
+
+def _forward_chunks(H: int, block_h: int, block_b: int, longest: int, itemsize: int, generation: int) -> Iterator[int]:
+    """block_k to try, the best first; longest in bytes of all rows."""
+    if block_h == 128:
+        yield 32
+        return
+    if generation == 12:
+        # Of shorter chunks the compiler keeps the weights in registers, or the addresses.
+        most = 16384 if block_b == 32 and H % 16 else 8192
+        yield min(max(_block_k(H, most // block_b // itemsize, 8), 128), max(1 << (H - 1).bit_length(), 16))
+    if generation != 12 or block_b == 16:
+        yield _block_k(H, longest // block_b // itemsize, 8)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,13 +118,14 @@ def sequence_backward_config(
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     split_k = 8
-    resident = not stepwise and _can_be_resident(dtype, precision, H * dtype.itemsize)
+    resident = not stepwise and _can_be_resident(dtype, precision, H)
     for block_h, block_b, block_k in _backward_tiles(H, split_k, dtype.itemsize, limits.generation) if resident else ():
         depth = split_k * block_k
         weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
         state = block_b * depth * dtype.itemsize
+        scratch = max(_SCRATCH, 4 * split_k * block_b * block_h)  # for the sum over the splits
         programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-        if _can_be_launched(programs, groups, weights + max(state, _SCRATCH), limits):
+        if _can_be_launched(programs, groups, weights + max(state, scratch), limits):
             return SequenceConfig(
                 8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
             )
@@ -131,16 +143,16 @@ def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Ite
             if itemsize == 4 and block_h > 8 and H > (512 if many else 768):
                 continue  # does not fit in registers
             # Threads wait for each other twice a chunk: few chunks are worth some padding.
-            longest = 256 if aligned else 128 if H <= 1024 else 64  # bytes; more does not fit in registers
-            for chunk in (n for n in (256, 128, 64, 32) if n <= longest):
+            # Outside these bounds, in bytes, chunks do not fit in registers: short ones are many, with many addresses.
+            longest, shortest = 256 if aligned else 128 if H <= 1024 else 64, 2 * block_b
+            for chunk in (n for n in (256, 128, 64, 32) if shortest <= n <= longest):
                 yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
 
 
-def _can_be_resident(dtype: torch.dtype, precision: str, row_bytes: int) -> bool:
-    # Ordinary cores want W_hh in registers, tf32x3 three copies of it. Longer rows spill or do not fit: H up to 1536 in
-    # 16 bits, 1024 in TF32.
-    longest = 4096 if dtype.itemsize == 4 and row_bytes % 64 == 0 else 3072
-    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and row_bytes <= longest
+def _can_be_resident(dtype: torch.dtype, precision: str, H: int) -> bool:
+    # Ordinary cores want W_hh in registers, tf32x3 three copies of it. Longer rows spill or do not fit.
+    largest = 1536 if dtype.itemsize == 2 else 1024 if H % 16 == 0 else 768
+    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and H <= largest
 
 
 def _can_be_launched(programs: int, groups: int, shared_memory: int, limits: DeviceLimits) -> bool:

@@ -227,6 +227,23 @@ def test_non_finite_values_stay_in_their_row(name, value, device):
                 assert found[:, 3].isnan().any()
 
 
+@pytest.mark.parametrize("name", ["h0", "reset_h"])
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_an_infinite_state_only_saturates_gates(kind, name, device):
+    """Also where rows are padded for one launch, and infinity times the padding's zeros would be NaN."""
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(
+        4, 5, 3, 6, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored"
+    )
+    tensors = [t.clone() for t in (*problem.inputs, *problem.cotangents)]
+    tensors[1 if name == "h0" else 3 + len(problem.weights)][..., 2] = torch.inf
+    problem = problem.with_tensors(tensors)
+    in_one, by_steps = (layers.by_kernels(problem, backend) for backend in ("triton", "triton-stepwise"))
+    for result, found, expected in list(zip(problem.names, in_one, by_steps))[:4]:
+        assert expected.isfinite().all(), result
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_cells_beyond_the_overflow_of_a_naive_tanh(kind, device):
     """With i = f = g = 1 the cells grow by one a step: beyond 45, exp(-2c) and exp(2c) leave float32 on either side."""
