@@ -103,9 +103,9 @@ def reset_state(segments: Segments, state: Tensor | None, h0: Tensor) -> Tensor 
     return once.clone(memory_format=torch.contiguous_format).expand(state.shape)
 
 
-def padded(state: Tensor | None, units: int) -> Tensor | None:
+def padded(state: Tensor, units: int) -> Tensor:
     """A state [..., H] with rows of `units` units, those past H zero; what is broadcast stays so."""
-    if state is None or state.shape[-1] == units:
+    if state.shape[-1] == units:
         return state
     once = state[tuple(slice(None if s else 1) for s in state.stride()[:-1])]
     return torch.nn.functional.pad(once, (0, units - state.shape[-1])).expand(*state.shape[:-1], units)
@@ -252,7 +252,7 @@ def lstm_layer_forward(
     flags = reset_flags(segments.resets)
     reset_h = reset_state(segments, segments.reset_h, h0)
     reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
-    h0, reset_h = padded(h0, row), padded(reset_h, row)
+    h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
     strides = (h.stride(0) // (D * row), h.stride(1) // (D * row), *segment_strides(flags, reset_h, reset_c))
     weights = recurrent_weights(directions)
     for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
