@@ -71,12 +71,11 @@ def store_gates(
     ALL_UNITS promises that all units exist.
     """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
-    pointers = ptr + rows[:, None] * (4 * H) + n[None, :]
     tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H)).to(ptr.dtype.element_ty)
     if ALL_UNITS:
-        tl.store(pointers, tile, mask=mask_rows[:, None])
+        tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None])
     else:
-        tl.store(pointers, tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
+        tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
 
 
 @triton.jit

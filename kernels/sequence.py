@@ -143,6 +143,7 @@ def _lstm_sequence_forward_kernel(
         n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
         if resets_ptr is not None:
+            # Also: loaded in the step that uses them, these bytes would decide how the compiler lays the operands out.
             resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
         if seed_ptr is not None:
             # Not before the loop: all the random numbers need from the seed would stay in registers.

@@ -240,7 +240,10 @@ def test_second_derivatives_of_segments(device):
         outputs = flat(torch.func.functional_call(module, dict(zip(names, inputs[3:])), call, options))
         first = torch.autograd.grad([t.pow(2).sum() for t in outputs], inputs, create_graph=True)
         drawn[backend] = [*first, *gradients([sum(g.pow(2).sum() for g in first)], inputs)]
-    assert_close(drawn["triton"], drawn["reference"])
+    for found, expected in zip(drawn["triton"], drawn["reference"], strict=True):
+        # Some ulps of the tensor's largest element: those of second order reach the thousands.
+        atol = 16 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
