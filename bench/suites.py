@@ -181,10 +181,18 @@ def features(sizes: Sizes, suite: str) -> Ordered:
 
 
 def memory(sizes: Sizes, suite: str) -> Ordered:
-    """Bytes held for the backward and at the peak, with and without recomputation."""
+    """Bytes held for the backward and at the peak, with and without recomputation, of one layer and of four."""
     return [
-        (2.2 + 0.5 * rank, Task(suite, Case(f"H{H} B{B} T{T}", H, B, T, dtype=dtype, mode="train"), "memory"))
+        (
+            2.2 + 0.5 * rank + (0.1 if layers > 1 else 0),
+            Task(
+                suite,
+                Case(f"H{H} B{B} T{T}{name}", H, B, T, dtype=dtype, mode="train", layers=layers),
+                "memory",
+            ),
+        )
         for rank, (H, B, T) in enumerate(sizes.memory)
+        for layers, name in ((1, ""), (4, " x4"))
         for dtype in sizes.dtypes
     ]
 

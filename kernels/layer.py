@@ -251,7 +251,8 @@ def lstm_layer_forward(
                  config.block_h, config.block_k)  # fmt: skip
     flags = reset_flags(segments.resets)
     reset_h = reset_state(segments, segments.reset_h, h0)
-    reset_c = reset_h if segments.reset_c is None else reset_state(segments, segments.reset_c, h0)
+    both_zero = segments.reset_h is None and segments.reset_c is None
+    reset_c = reset_h if both_zero else reset_state(segments, segments.reset_c, h0)
     h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
     strides = (h.stride(0) // (D * row), h.stride(1) // (D * row), *segment_strides(flags, reset_h, reset_c))
     weights = recurrent_weights(directions)

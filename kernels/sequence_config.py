@@ -67,20 +67,19 @@ def sequence_forward_config(
     """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
     row_bytes = exchanged_row(H, dtype) * dtype.itemsize
     # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
-    blocks_b: tuple[int, ...]
-    blocks_b, chunk = (
-        ((16, 32, 64), 8192) if row_bytes <= 1024 else ((16, 32), 4096) if row_bytes <= 2048 else ((16,), 2048)
-    )
-    # Masks of units take registers, too.
+    most_rows, chunk = (64, 8192) if row_bytes <= 1024 else (32, 4096) if row_bytes <= 2048 else (16, 2048)
+    # Wide elements and masks of units take registers, too.
     masked = H % 16 != 0
+    most_rows = max(most_rows * 2 // dtype.itemsize, 16)
+    if masked:
+        most_rows = min(most_rows, 64 // dtype.itemsize)
     longest_of_four_warps = 768 if masked else 2048 if limits.generation == 10 else 3072  # bytes of a row
-    for harder in (dtype.itemsize == 4, masked):
-        blocks_b = blocks_b[: max(len(blocks_b) - harder, 1)]
     if masked and row_bytes > 2048 and limits.generation != 10:
         chunk //= 2
     if not stepwise and _can_be_resident(dtype, precision, H):
         # With sixteen units, rows of more than 3072 bytes do not fit in registers.
         units = _unit_blocks(H, 64 if masked else 256 // dtype.itemsize) if row_bytes <= 3072 else (8,)
+        blocks_b = [rows for rows in (16, 32, 64) if rows <= most_rows]
         for block_h, block_b in itertools.product(units, blocks_b):
             for block_k in _forward_chunks(H, block_h, block_b, chunk, dtype.itemsize, limits.generation):
                 weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
@@ -90,7 +89,8 @@ def sequence_forward_config(
                 if _can_be_launched(programs, groups, weights + max(state, scratch), limits):
                     large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
                     many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
-                    many_rows = block_b > 16 and (masked or limits.generation == 12)
+                    on_mma_sync = limits.generation == 12 or (limits.generation == 8 and dtype.itemsize == 4)
+                    many_rows = block_b > 16 and (masked or on_mma_sync)
                     warps = 8 if large or many_chunks or many_rows else 4
                     return SequenceConfig(
                         warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
@@ -104,7 +104,9 @@ def _forward_chunks(H: int, block_h: int, block_b: int, longest: int, itemsize: 
     if block_h == 128:
         yield 32
         return
-    if generation == 12:
+    if block_h == 8 and generation == 10 and H % 16:
+        yield 64
+    elif generation == 12 or block_h == 8:
         # Of shorter chunks the compiler keeps the weights in registers, or the addresses.
         most = 16384 if block_b == 32 and H % 16 else 8192
         yield min(max(_block_k(H, most // block_b // itemsize, 8), 128), max(1 << (H - 1).bit_length(), 16))
@@ -138,7 +140,8 @@ def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Ite
     """(block_h, block_b, block_k) to try, the best first."""
     aligned = H % 16 == 0
     for block_h in _unit_blocks(H, 64 // itemsize if aligned else 32):
-        for block_b in (16, 32) if aligned else (16,):
+        # Odd rows of dz in 16 bits are read in pieces, each with its address.
+        for block_b in (16, 32) if aligned or (itemsize == 2 and H % 2 == 0 and H <= 1024) else (16,):
             many = block_b == 32 or (generation == 10 and not aligned)
             if itemsize == 4 and block_h > 8 and H > (512 if many else 768):
                 continue  # does not fit in registers
@@ -151,7 +154,7 @@ def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Ite
 
 def _can_be_resident(dtype: torch.dtype, precision: str, H: int) -> bool:
     # Ordinary cores want W_hh in registers, tf32x3 three copies of it. Longer rows spill or do not fit.
-    largest = 1536 if dtype.itemsize == 2 else 1024 if H % 16 == 0 else 768
+    largest = 1536 if dtype.itemsize == 2 else 1024
     return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and H <= largest
 
 

@@ -1,6 +1,7 @@
 """One LSTM layer over a sequence, in one or two directions: checks, choice of backend, call."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,8 +60,11 @@ def lstm(
         raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
     if x.dim() != 3:
         raise ValueError(f"LSTM: Expected input to be 3D, got {x.dim()}D instead")
-    if len(weights) < 2:
+    if len(weights) < 2 or weights[1].dim() != 2:
         raise RuntimeError("lstm() needs w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
+    if hx is not None:
+        check_pair(hx)
+    check_device(x.device)
     x, hx, reset_state, weights = autocast(x, hx, reset_state, weights)
     (T, B, _), H = x.shape, weights[1].shape[1]
     directions = 2 if len(weights) > 4 or (len(weights) == 4 and weights[2].dim() == 2) else 1
@@ -222,6 +226,21 @@ def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], dire
         if state.shape != (directions, B, H):
             raise RuntimeError(f"Expected hidden[{k}] size {(directions, B, H)}, got {list(state.shape)}")
     check_alike(x, hx, weights)
+
+
+def check_pair(hx: Any) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError("LSTM: hx must be a tuple of two Tensors, not a Tensor")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+
+
+def check_device(device: torch.device) -> None:
+    """RuntimeError where a kernel gave up waiting, before anything is asked of a device whose context is lost."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return
+    if stall := sys.modules.get(f"{__package__}.kernels.stall"):  # imported with the first launch
+        stall.check()
 
 
 def check_alike(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]) -> None:

@@ -37,6 +37,7 @@ class LSTMForward(torch.nn.RNNBase):
     ):
         # Weights may have been replaced since the last call: functional_call, parametrizations, a move to another device.
         self._update_flat_weights()
+        layers.check_device(self._flat_weights[0].device)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, resets, reset_state, lengths, return_cell_states)
         if input.dim() not in (2, 3):
@@ -53,7 +54,7 @@ class LSTMForward(torch.nn.RNNBase):
                     f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                 )
             self.check_forward_args(input, hx, None)
-            _check_pair(hx)
+            layers.check_pair(hx)
         # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
         x = input.transpose(0, 1) if self.batch_first else input
         if self.batch_first and resets is not None:
@@ -93,7 +94,7 @@ class LSTMForward(torch.nn.RNNBase):
             raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
         T, B = len(batch_sizes), int(batch_sizes[0])
         hx = self._zero_state(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
-        _check_pair(hx)
+        layers.check_pair(hx)
         weight = self._flat_weights[0]
         if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             # Here torch has no check of its own, and fails otherwise than for a padded input.
@@ -190,13 +191,6 @@ class LSTMForward(torch.nn.RNNBase):
         with layers.cudnn_precision(x, self.precision):
             y, h_n, c_n = torch_ops.lstm(x, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional)
         return y, (h_n, c_n)
-
-
-def _check_pair(hx) -> None:
-    if isinstance(hx, Tensor):
-        raise TypeError("LSTM: hx must be a tuple of two Tensors, not a Tensor")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
 
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:

@@ -38,6 +38,7 @@ CASES = [
     ("bf16", 768, 16, 1, PLAIN),
     ("bf16", 1024, 64, 1, RESETS),
     ("bf16", 1536, 16, 1, ALL),
+    ("bf16", 1536, 16, 1, PLAIN),
     ("fp16", 512, 16, 1, PLAIN),
     ("tf32", 512, 64, 2, RESETS),
     ("tf32", 768, 16, 1, RESETS),
@@ -53,11 +54,15 @@ FURTHER = {
         ("bf16", 1000, 16, 1, ALL),
         ("bf16", 1024, 16, 2, ("lengths",)),
         ("tf32", 64, 16, 1, PLAIN),
+        ("tf32", 512, 16, 1, PLAIN),
+        ("tf32", 1001, 16, 1, ALL),
+        ("tf32", 1024, 16, 1, PLAIN),
         ("tf32", 1024, 16, 1, RESETS),
+        ("bf16", 650, 64, 1, ALL),
         ("tf32x3", 64, 64, 1, PLAIN),
         ("bf16", 1501, 64, 1, ALL),
     ],
-    100: [("bf16", 1600, 64, 1, PLAIN), ("fp32", 1000, 64, 1, PLAIN)],
+    100: [("bf16", 1600, 64, 1, PLAIN), ("fp32", 1000, 64, 1, PLAIN), ("tf32", 1001, 16, 1, ALL)],
     120: [("bf16", 384, 128, 2, DROPOUT), ("fp32", 1000, 64, 1, ALL)],
 }
 
@@ -199,7 +204,7 @@ def _find_mutants():
     """What the threads of one program do among themselves shows in the compiled code alone."""
     import triton
     import triton.language as tl
-    from support.aot import lint_grid_barrier, loads_behind_grid_barrier
+    from support.aot import RELEASE_COLLECTS_STORES, lint_grid_barrier, loads_behind_grid_barrier
     from support.aot_sequence import LIMITS, Case, compile_case, configuration
 
     from lstm_triton.kernels import sequence, sequence_backward
@@ -229,6 +234,8 @@ def _find_mutants():
         ("wait", wait_relaxed, "no acquire"),
         ("wait", no_wait, "no acquire"),
     ]
+    if RELEASE_COLLECTS_STORES:
+        del mutants[0]
     for way, module in (("forward", sequence), ("backward", sequence_backward)):
         case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
         for name, mutant, fault in mutants:
@@ -242,6 +249,10 @@ def _find_mutants():
         assert loads_behind_grid_barrier(compile_case(case, 90)) == expected
         with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
             assert loads_behind_grid_barrier(compile_case(case, 90)) == 0
+        case = case._replace(features=("training",))
+        with _mutated(way, _loading_weights_in_every_step):
+            found = list(_faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
+            assert any("is W_hh among them?" in text for text in found), found
     with _mutated("backward", _computing_units_in_every_warp):
         case = Case("backward", 256, 16, 1, torch.bfloat16, "ieee")
         found = list(_faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
@@ -258,6 +269,11 @@ def _waiting_after_the_loads(way, source):
     behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.gather("}[way]
     assert source.count(behind) == 1
     return source.replace(wait, "").replace(behind, wait + behind)
+
+
+def _loading_weights_in_every_step(source):
+    [load] = re.findall(r"weights \+ \(.*\n\s*(_load_weight_chunk\(.*\)),\n", source)
+    return source.replace("weights[chunk]", load)
 
 
 def _computing_units_in_every_warp(source):

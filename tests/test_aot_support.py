@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import triton
 import triton.language as tl
-from support.aot import GENERATIONS, SHARED_MEMORY_PER_BLOCK, compile_ahead, compile_for, lint_grid_barrier
+from support.aot import (
+    GENERATIONS,
+    RELEASE_COLLECTS_STORES,
+    SHARED_MEMORY_PER_BLOCK,
+    compile_ahead,
+    compile_for,
+    lint_grid_barrier,
+)
 from support.process import run_checks, run_without_interpreter
 
 
@@ -285,7 +292,7 @@ def check_right_barriers_have_no_faults():
 
 def check_stores_of_other_threads_left_out_of_the_release():
     faulty = [_barrier_in_assembly_without_first_bar_sync]
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):  # later ones put a bar.sync before every release
+    if not RELEASE_COLLECTS_STORES:
         faulty.append(_barrier_without_bar_sync)
     for barrier in faulty:
         (fault,) = _faults(barrier)

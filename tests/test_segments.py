@@ -143,6 +143,25 @@ def test_nothing_past_the_end_of_a_row_matters(value, batch_major, recompute, de
         assert name in ("h_n", "c_n") or torch.equal(result, wanted), name
 
 
+@pytest.mark.parametrize("given", ["h", "c"])
+def test_a_reset_state_not_given_is_zero(given, device):
+    """The operator takes either without the other."""
+    problem = layers.draw(5, 3, 3, 5, 2, device=device, **SEGMENTS["resets to a stored state"])
+    h, c = (s.expand(5, 2, 3, 5) for s in problem.reset_state)
+    h, c = (h, None) if given == "h" else (None, c)
+    arguments = problem.x, *problem.hx, problem.weights, 2, problem.resets
+
+    def run(h, c):
+        found = torch.ops.lstm_triton.lstm_layer(*arguments, h, c, None, None, 0.0, "ieee", True, True, False)
+        assert len(found) == 6
+        return found
+
+    zeros = torch.zeros(5, 2, 3, 5, device=device)
+    found, expected = run(h, c), run(zeros if h is None else h, zeros if c is None else c)
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], run(None, None)[0])
+
+
 def test_no_resets_is_no_reset_argument(device):
     problem = layers.draw(5, 3, 3, 5, 2, torch.float64, device=device, cells=True)
     never = replace(problem, resets=torch.zeros(5, 3, dtype=torch.bool, device=device))

@@ -13,8 +13,17 @@ from lstm_triton.kernels.sequence_config import (
     sequence_forward_config,
 )
 
-# Multiprocessors and KiB of shared memory: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, and two slices of an H100.
-DEVICES = ((108, 163), (82, 99), (128, 99), (132, 227), (148, 227), (170, 99), (60, 227), (14, 227))
+# Multiprocessors, KiB of shared memory, generation.
+DEVICES = {
+    "A100": (108, 163, 8),
+    "RTX 3090": (82, 99, 8),
+    "RTX 4090": (128, 99, 8),
+    "H100": (132, 227, 9),
+    "B200": (148, 227, 10),
+    "RTX 5090": (170, 99, 12),
+    "a slice of an H100": (60, 227, 9),
+    "its smallest slice": (14, 227, 9),
+}
 KINDS = (
     (torch.bfloat16, "ieee"),
     (torch.float16, "ieee"),
@@ -32,17 +41,25 @@ WAYS = (sequence_forward_config, sequence_backward_config)
 
 
 def _bytes(way, config, H, itemsize):
-    """What a program takes of shared memory: W_hh and one piece of state, as padded by the tile, and room to work."""
+    """What a program takes of shared memory: W_hh, and in one place a piece of state, padded by the tile, or room to work."""
     forward = way is sequence_forward_config
     inner, columns = (H, 4 * config.block_h) if forward else (4 * H, config.block_h)
     depth = config.split_k * config.block_k
     weights, state = cdiv(inner, depth) * depth * columns * itemsize, config.block_b * depth * itemsize
-    return weights + (state + sequence_config._SCRATCH if forward else max(state, sequence_config._SCRATCH))
+    converted = (
+        16 * config.block_b * config.block_h if forward else 4 * config.split_k * config.block_b * config.block_h
+    )
+    return weights + max(state, converted, sequence_config._SCRATCH)
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
+def _limits(device):
+    multiprocessors, kib, generation = DEVICES[device]
+    return DeviceLimits(multiprocessors, kib * 1024, generation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_configuration_can_be_launched(device):
-    limits = DeviceLimits(device[0], device[1] * 1024)
+    limits = _limits(device)
     for (dtype, precision), H, B, D, way in itertools.product(KINDS, UNITS, ROWS, (1, 2), WAYS):
         config = way.__wrapped__(B, H, D, dtype, precision, limits)
         case = way.__name__, H, B, D, dtype, precision, config
@@ -62,7 +79,7 @@ def test_every_configuration_can_be_launched(device):
 @pytest.mark.parametrize("way", WAYS)
 def test_large_layers_run_in_one_launch(way):
     """The sweep would also hold if every configuration were one launch per step."""
-    h100 = DeviceLimits(132, 227 * 1024)
+    h100 = _limits("H100")
     for dtype, precision, H, B in (
         (torch.bfloat16, "ieee", 512, 64),
         (torch.bfloat16, "ieee", 1024, 16),
@@ -76,3 +93,17 @@ def test_large_layers_run_in_one_launch(way):
         (torch.float32, "ieee", 64, 1),
     ):
         assert not way(B, H, 1, dtype, precision, h100).persistent, (H, B)
+
+
+@pytest.mark.parametrize("device", ["H100", "A100", "RTX 4090"])
+def test_smaller_layers_run_in_one_launch_too(device):
+    """As docs/design.md says beside the largest: up to 16 rows all of them, in larger batches those of even or aligned rows."""
+    for (dtype, precision), D, B in itertools.product(KINDS[::2][:2], (1, 2), (1, 16, 64, 256)):
+        every = 1 if B <= 16 else 2 if dtype == torch.bfloat16 else 16
+        both = [
+            all(way.__wrapped__(B, H, D, dtype, precision, _limits(device)).persistent for way in WAYS)
+            for H in range(every, 1601, every)
+        ]
+        aligned = [k for k, fits in enumerate(both) if fits and (k + 1) * every % 32 == 0]
+        assert all(both[: max(aligned, default=0)]), (dtype, D, B, every * (1 + both.index(False)))
+        assert aligned, (dtype, D, B)

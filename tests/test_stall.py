@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer, layer_backward, stall
 
 
@@ -32,6 +33,18 @@ def test_the_next_layer_names_the_kernel(stalled):
     for run in (layer.lstm_layer_forward, layer_backward.lstm_layer_backward):
         with pytest.raises(RuntimeError, match=NAMED):
             run(*(None,) * len(inspect.signature(run).parameters))
+
+
+def test_a_layer_names_the_kernel_before_it_asks_for_zeros(stalled):
+    """Neither of these is given a state; on the CPU nothing is lost."""
+    lstm, x = LSTM(3, 4, backend="reference"), torch.zeros(2, 1, 3)
+    weights = [w.detach() for w in lstm.parameters()]
+    for run in (lstm, lambda x: functional.lstm(x, None, [w.to(x.device) for w in weights], backend="reference")):
+        y, _ = run(x)
+        assert y.shape == (2, 1, 4)
+        lstm.to("meta")
+        with pytest.raises(RuntimeError, match=NAMED):
+            run(x.to("meta"))
 
 
 def test_an_error_inside_a_layer_names_the_kernel(monkeypatch):

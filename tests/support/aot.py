@@ -32,6 +32,9 @@ SHARED_MEMORY_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 <<
 # Architectures for which Triton writes the same PTX, products of float64 apart: one process of a test compiles for all of them.
 GENERATIONS = ((80, 86, 89), (90,), (100,), (120,))
 
+# Whether Triton puts a bar.sync before every release by itself.
+RELEASE_COLLECTS_STORES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
 _GLOBAL_LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
 _LOCAL_MEMORY = {"LDL", "STL"}
 
