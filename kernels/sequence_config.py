@@ -72,7 +72,8 @@ def sequence_forward_config(
     masked = H % 16 != 0
     most_rows = max(most_rows * 2 // dtype.itemsize, 16)
     if masked:
-        most_rows = min(most_rows, 64 // dtype.itemsize)
+        longest_of_many = {8: 1792, 12: 1024}.get(limits.generation, 2048)
+        most_rows = min(most_rows, 64 // dtype.itemsize) if row_bytes <= longest_of_many else 16
     longest_of_four_warps = 768 if masked else 2048 if limits.generation == 10 else 3072  # bytes of a row
     if masked and row_bytes > 2048 and limits.generation != 10:
         chunk //= 2
