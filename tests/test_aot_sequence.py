@@ -101,10 +101,16 @@ def _cases(archs, everything):
 
 
 def _largest_of_each_tile(way, arch):
-    """For each tile that is ever launched, the case with most units: tiles do with fewer what they do with more."""
+    """For each tile that is ever launched, the cases with most units: tiles do with fewer what they do with more.
+
+    Of each kind of row: aligned, of an even number of units, of an odd one.
+    """
     from support.aot_sequence import LIMITS, Case, configuration
 
-    sizes = (*range(16, 1601, 16), *(n + k for n in (16, 32, 64, 128, 256, 500, 1000, 1500) for k in (-1, 1)))
+    sizes = (
+        *range(16, 1601, 16),
+        *(n + k for n in (16, 32, 64, 128, 256, 500, 896, 1000, 1024, 1500) for k in (-6, -1, 1)),
+    )
     found = {}
     for H, kind, B, D in itertools.product(sorted(sizes), KINDS, (16, 32, 64, 128, 256, 512), (1, 2)):
         if kind == "fp16":  # as bf16
@@ -112,7 +118,7 @@ def _largest_of_each_tile(way, arch):
         case = Case(way, H, B, D, *KINDS[kind])
         config = configuration(case, LIMITS[arch])
         tile = replace(config, programs=0, groups=0)
-        found[kind, tile, config.programs > 1, H % 16 == 0] = case
+        found[kind, tile, config.programs > 1, H % 16 == 0, H % 2] = case
     return found.values()
 
 
