@@ -110,6 +110,8 @@ def _forward_chunks(H: int, block_h: int, block_b: int, longest: int, itemsize: 
     elif generation == 12 or block_h == 8:
         # Of shorter chunks the compiler keeps the weights in registers, or the addresses.
         most = 16384 if block_b == 32 and H % 16 else 8192
+        if generation == 12 and H % 16 and 1024 < H <= 1152:
+            yield 256  # nine chunks of 128 do not fit
         yield min(max(_block_k(H, most // block_b // itemsize, 8), 128), max(1 << (H - 1).bit_length(), 16))
     if generation != 12 or block_b == 16:
         yield _block_k(H, longest // block_b // itemsize, 8)
@@ -148,7 +150,8 @@ def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Ite
                 continue  # does not fit in registers
             # Threads wait for each other twice a chunk: few chunks are worth some padding.
             # Outside these bounds, in bytes, chunks do not fit in registers: short ones are many, with many addresses.
-            longest, shortest = 256 if aligned else 128 if H <= 1024 else 64, 2 * block_b
+            fits_long = H <= 1024 or (generation == 10 and H > 1080)
+            longest, shortest = 256 if aligned else 128 if fits_long else 64, 2 * block_b
             for chunk in (n for n in (256, 128, 64, 32) if shortest <= n <= longest):
                 yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
 
