@@ -192,7 +192,7 @@ def memory(sizes: Sizes, suite: str) -> Ordered:
             ),
         )
         for rank, (H, B, T) in enumerate(sizes.memory)
-        for layers, name in ((1, ""), (4, " x4"))
+        for layers, name in ((1, ""), (4, " 4 layers"))
         for dtype in sizes.dtypes
     ]
 
