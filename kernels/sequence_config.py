@@ -110,8 +110,8 @@ def _forward_chunks(H: int, block_h: int, block_b: int, longest: int, itemsize: 
     elif generation == 12 or block_h == 8:
         # Of shorter chunks the compiler keeps the weights in registers, or the addresses.
         most = 16384 if block_b == 32 and H % 16 else 8192
-        if generation == 12 and H % 16 and 1024 < H <= 1152:
-            yield 256  # nine chunks of 128 do not fit
+        if generation == 12 and H % 16 and 896 < H <= 1152:
+            yield 256  # eight or nine chunks of 128 do not fit
         yield min(max(_block_k(H, most // block_b // itemsize, 8), 128), max(1 << (H - 1).bit_length(), 16))
     if generation != 12 or block_b == 16:
         yield _block_k(H, longest // block_b // itemsize, 8)
