@@ -115,11 +115,15 @@ def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, ...], 
         programs, groups = -(-H // h), -(-B // b) * D
         chunks = -(-inner // (split * k))
         weights = (4 if forward else 1) * h * chunks * split * k * itemsize
-        if shipped.persistent and (programs * groups > limits[0] or weights + b * split * k * itemsize > limits[1]):
+        chunk = b * split * k * itemsize
+        at_once = max(min((limits[1] - weights) // chunk, chunks), 1)
+        if shipped.persistent and (programs * groups > limits[0] or weights + at_once * chunk > limits[1]):
             continue
-        yield dataclasses.replace(
-            shipped, num_warps=warps, block_b=b, block_h=h, split_k=split, block_k=k, programs=programs, groups=groups
-        )
+        for in_flight in sorted({1, -(-at_once // 2), at_once}) if shipped.persistent else {1}:
+            yield dataclasses.replace(
+                shipped, num_warps=warps, block_b=b, block_h=h, split_k=split, block_k=k, in_flight=in_flight,
+                programs=programs, groups=groups,
+            )  # fmt: skip
 
 
 def _product(*choices: Sequence[Any]) -> Iterator[tuple]:

@@ -248,7 +248,7 @@ def lstm_layer_forward(
     c_n = torch.empty_like(c0)
     seed, p = kernel_arguments(dropout)
     constants = (H, row, D, accumulator(x.dtype), precision, index_type(pre, h), config.persistent, config.block_b,
-                 config.block_h, config.block_k)  # fmt: skip
+                 config.block_h, config.block_k, config.in_flight)  # fmt: skip
     flags = reset_flags(segments.resets)
     reset_h = reset_state(segments, segments.reset_h, h0)
     both_zero = segments.reset_h is None and segments.reset_c is None

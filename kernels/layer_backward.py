@@ -103,7 +103,8 @@ def lstm_layer_backward(
     strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
                *segment_strides(flags, reset_c))  # fmt: skip
     constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
-                 config.block_b, config.block_h, config.split_k, config.block_k)  # fmt: skip
+                 config.block_b, config.block_h, config.split_k, config.block_k,
+                 config.in_flight)  # fmt: skip
     weights = recurrent_weights(directions)
     state_in = dc_n
     for first, last in [(0, T)] if gates is not None else _recomputed_ranges(T):

@@ -73,7 +73,7 @@ def _lstm_sequence_forward_kernel(
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
     # INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -116,8 +116,9 @@ def _lstm_sequence_forward_kernel(
     if resets_ptr is not None:
         resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
 
-    # num_stages=1: the software pipeliner would move the loads of h above the wait.
-    for step in tl.range(first_step, last_step, num_stages=1):
+    # num_stages=1: the software pipeliner would move the loads of h above the wait. disable_licm: out of the loop, each address
+    # of W_hh in shared memory would take a register.
+    for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = step + direction * (T - 1 - 2 * step)
         t_prev = t - 1 + 2 * direction
         begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
@@ -157,9 +158,15 @@ def _lstm_sequence_forward_kernel(
 
         z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
         if RESIDENT:
-            for chunk in tl.static_range(CHUNKS):
-                h_prev = _load_state_chunk(h_rows, chunk * BLOCK_K, ROW, BLOCK_K)
-                z = tl.dot(weights[chunk], h_prev, z, input_precision=PRECISION, out_dtype=ACC)
+            for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
+                # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
+                state = ()
+                for k in tl.static_range(IN_FLIGHT):
+                    if first + k < CHUNKS:
+                        state = state + (_load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),)
+                for k in tl.static_range(IN_FLIGHT):
+                    if first + k < CHUNKS:
+                        z = tl.dot(weights[first + k], state[k], z, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in range(0, H, BLOCK_K):
                 w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)

@@ -78,7 +78,7 @@ def _lstm_sequence_backward_kernel(
     # meta-parameters; INDEX is the integer type of offsets within one timestep
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -129,7 +129,8 @@ def _lstm_sequence_backward_kernel(
             t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
         )
 
-    for step in tl.range(first_step, last_step, num_stages=1):
+    # As forward: nothing moves above the wait, nor addresses out of the loop.
+    for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = T - 1 - step + direction * (2 * step - T + 1)
         t_prev = t - 1 + 2 * direction  # the step before in the recurrence, the next one here
         t_next = t + 1 - 2 * direction
@@ -177,9 +178,15 @@ def _lstm_sequence_backward_kernel(
         next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
         parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
         if RESIDENT:
-            for chunk in tl.static_range(CHUNKS):
-                dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
-                parts = tl.dot(dz, weights[chunk], parts, input_precision=PRECISION, out_dtype=ACC)
+            for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
+                # All asked for before the first is used, as forward.
+                dz = ()
+                for k in tl.static_range(IN_FLIGHT):
+                    if first + k < CHUNKS:
+                        dz = dz + (_load_dz_chunk(next_rows, step > 0, first + k, H, SPLIT_K, BLOCK_K),)
+                for k in tl.static_range(IN_FLIGHT):
+                    if first + k < CHUNKS:
+                        parts = tl.dot(dz[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)
         else:
             for chunk in range(CHUNKS):
                 w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K)

@@ -30,29 +30,20 @@ class DeviceLimits:
 class SequenceConfig(LaunchConfig):
     """Tile of one program of a sequence kernel, and how the launch runs.
 
-    A program owns block_b rows x block_h units; the recurrent product takes split_k x block_k of its inner dimension (H
-    forward, 4H backward) at a time. persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups
-    (row blocks times directions) of `programs` programs exchange their state; otherwise one launch computes one step.
+    A program owns block_b rows x block_h units; the recurrent product takes chunks of split_k x block_k of its inner dimension
+    (H forward, 4H backward). persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups (row
+    blocks times directions) of `programs` programs exchange their state, and load in_flight chunks of it at once; otherwise
+    one launch computes one step.
     """
 
     block_b: int
     block_h: int
     split_k: int
     block_k: int
+    in_flight: int
     programs: int
     groups: int
     persistent: bool
-
-
-# Shared memory that a resident kernel needs besides W_hh: for one chunk of state, and later, in the same place, for layout
-# conversions and reductions.
-_SCRATCH = 12 * 1024
-
-
-def _block_k(n: int, largest: int, padding: int) -> int:
-    """The largest power of two that pads n by at most n / padding, or else the one that pads it least."""
-    blocks = [b for b in (256, 128, 64, 32, 16) if b <= max(largest, 16)]
-    return next((b for b in blocks if cdiv(n, b) * b <= n + n // padding), blocks[-1])
 
 
 def exchanged_row(H: int, dtype: torch.dtype) -> int:
@@ -65,56 +56,23 @@ def sequence_forward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
-    row_bytes = exchanged_row(H, dtype) * dtype.itemsize
-    # One wgmma each 32 bytes of a weight row, each with a descriptor in registers: long rows leave room for little else.
-    most_rows, chunk = (64, 8192) if row_bytes <= 1024 else (32, 4096) if row_bytes <= 2048 else (16, 2048)
-    # Wide elements and masks of units take registers, too.
-    masked = H % 16 != 0
-    most_rows = max(most_rows * 2 // dtype.itemsize, 16)
-    if masked:
-        longest_of_many = {8: 1792, 12: 1024}.get(limits.generation, 2048)
-        most_rows = min(most_rows, 64 // dtype.itemsize) if row_bytes <= longest_of_many else 16
-    longest_of_four_warps = 768 if masked else 2048 if limits.generation == 10 else 3072  # bytes of a row
-    if masked and row_bytes > 2048 and limits.generation != 10:
-        chunk //= 2
-    if not stepwise and _can_be_resident(dtype, precision, H):
-        # With sixteen units, rows of more than 3072 bytes do not fit in registers.
-        units = _unit_blocks(H, 64 if masked else 256 // dtype.itemsize) if row_bytes <= 3072 else (8,)
-        blocks_b = [rows for rows in (16, 32, 64) if rows <= most_rows]
-        for block_h, block_b in itertools.product(units, blocks_b):
-            for block_k in _forward_chunks(H, block_h, block_b, chunk, dtype.itemsize, limits.generation):
-                weights = 4 * block_h * cdiv(H, block_k) * block_k * dtype.itemsize
-                state = block_b * block_k * dtype.itemsize
-                programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-                scratch = max(_SCRATCH, 16 * block_b * block_h)  # for the pre-activations, in float32
-                if _can_be_launched(programs, groups, weights + max(state, scratch), limits):
-                    large = max(block_h, block_b) >= 64 or row_bytes > longest_of_four_warps
-                    many_chunks = limits.generation == 12 and cdiv(H, block_k) > 8
-                    on_mma_sync = limits.generation == 12 or (limits.generation == 8 and dtype.itemsize == 4)
-                    many_rows = block_b > 16 and (masked or on_mma_sync)
-                    warps = 8 if large or many_chunks or many_rows else 4
-                    return SequenceConfig(
-                        warps, 1, block_b, block_h, 1, block_k, programs, groups, True, max_registers=MAX_REGISTERS
-                    )
+    product = _Product(H, 4, 1, dtype.itemsize)
+    row_bytes, generation = H * dtype.itemsize, limits.generation
+    many = generation == 12 and H % 16 > 0 and row_bytes > 2048  # addresses, for the registers of four warps
+    configs = []
+    for block_h, block_b in _tiles(product, H, 256 // dtype.itemsize, dtype, precision, limits) if not stepwise else ():
+        num_warps = 4 if block_b == 16 and block_h <= 16 and not many else 8
+        scratch = 16 * block_b * block_h  # the sums in float32, for the layout of the pre-activations
+        # Short chunks take fewer registers, but the tensor cores of compute capability 10 are waited for after each chunk.
+        chunk_bytes = 16384 if generation == 10 and block_h >= 16 else 2048 if many else 8192
+        longest = 32 if block_h == 128 else chunk_bytes // block_b // dtype.itemsize
+        # There, of shorter ones by 64 rows Triton (to 3.7) makes a kernel that does nothing.
+        shortest = 64 if generation == 10 and block_b == 64 else 16
+        configs += _resident(product, B, H, D, block_b, block_h, num_warps, (shortest, longest), scratch, limits)
+    if configs:
+        return min(configs, key=functools.partial(_clocks, product, limits))
     # Elements of rows that begin anywhere are loaded one by one, each with its address.
-    return _stepwise_config(B, H, D, dtype, precision, few_rows=masked, num_warps=8 if masked else 4)
-
-
-def _forward_chunks(H: int, block_h: int, block_b: int, longest: int, itemsize: int, generation: int) -> Iterator[int]:
-    """block_k to try, the best first; longest in bytes of all rows."""
-    if block_h == 128:
-        yield 32
-        return
-    if block_h == 8 and generation == 10 and H % 16:
-        yield 64
-    elif generation == 12 or block_h == 8:
-        # Of shorter chunks the compiler keeps the weights in registers, or the addresses.
-        most = 16384 if block_b == 32 and H % 16 else 8192
-        if generation == 12 and H % 16 and 896 < H <= 1152:
-            yield 256  # eight or nine chunks of 128 do not fit
-        yield min(max(_block_k(H, most // block_b // itemsize, 8), 128), max(1 << (H - 1).bit_length(), 16))
-    if generation != 12 or block_b == 16:
-        yield _block_k(H, longest // block_b // itemsize, 8)
+    return _stepwise_config(B, H, D, dtype, precision, few_rows=H % 16 != 0, num_warps=8 if H % 16 else 4)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,59 +80,119 @@ def sequence_backward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
-    split_k = 8
-    resident = not stepwise and _can_be_resident(dtype, precision, H)
-    for block_h, block_b, block_k in _backward_tiles(H, split_k, dtype.itemsize, limits.generation) if resident else ():
-        depth = split_k * block_k
-        weights = cdiv(4 * H, depth) * depth * block_h * dtype.itemsize
-        state = block_b * depth * dtype.itemsize
-        scratch = max(_SCRATCH, 4 * split_k * block_b * block_h)  # for the sum over the splits
-        programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
-        if _can_be_launched(programs, groups, weights + max(state, scratch), limits):
-            return SequenceConfig(
-                8, 1, block_b, block_h, split_k, block_k, programs, groups, True, max_registers=MAX_REGISTERS
-            )
+    product = _Product(4 * H, 1, 8, dtype.itemsize)
+    configs = []
+    for block_h, block_b in _tiles(product, H, 64, dtype, precision, limits) if not stepwise else ():
+        scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
+        longest = 16 if block_h == 64 else 4096 // block_b // dtype.itemsize
+        configs += _resident(product, B, H, D, block_b, block_h, 8, (16, longest), scratch, limits)
+    if configs:
+        return min(configs, key=functools.partial(_clocks, product, limits))
     # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
     full_precision = dtype == torch.float32 and precision == "ieee"
     return _stepwise_config(B, H, D, dtype, precision, num_warps=8 if full_precision and B <= 16 else 4)
 
 
-def _backward_tiles(H: int, split_k: int, itemsize: int, generation: int) -> Iterator[tuple[int, int, int]]:
-    """(block_h, block_b, block_k) to try, the best first."""
-    aligned = H % 16 == 0
-    for block_h in _unit_blocks(H, 64 // itemsize if aligned else 32):
-        # Odd rows of dz in 16 bits are read in pieces, each with its address.
-        for block_b in (16, 32) if aligned or (itemsize == 2 and H % 2 == 0 and H <= 1024) else (16,):
-            many = block_b == 32 or (generation == 10 and not aligned)
-            if itemsize == 4 and block_h > 8 and H > (512 if many else 768):
-                continue  # does not fit in registers
-            # Threads wait for each other twice a chunk: few chunks are worth some padding.
-            # Outside these bounds, in bytes, chunks do not fit in registers: short ones are many, with many addresses.
-            fits_long = H <= 1024 or (generation == 10 and H > 1080)
-            longest, shortest = 256 if aligned else 128 if fits_long else 64, 2 * block_b
-            for chunk in (n for n in (256, 128, 64, 32) if shortest <= n <= longest):
-                yield block_h, block_b, _block_k(cdiv(4 * H, split_k), chunk // itemsize, 3)
+@dataclass(frozen=True)
+class _Product:
+    """The recurrent product of one step in one program: [block_b, inner] by [inner, columns * block_h]."""
+
+    inner: int
+    columns: int  # for each unit
+    split_k: int
+    itemsize: int
 
 
-def _can_be_resident(dtype: torch.dtype, precision: str, H: int) -> bool:
-    # Ordinary cores want W_hh in registers, tf32x3 three copies of it. Longer rows spill or do not fit.
-    largest = 1536 if dtype.itemsize == 2 else 1024
-    return uses_tensor_cores(dtype, precision) and precision != "tf32x3" and H <= largest
+# Of the exchanged state, by each thread at once: what registers have room for.
+_BYTES_IN_FLIGHT = 256
+# More ways to the L2 cache and back take longer than a launch for each step.
+_MOST_ROUNDS = 16
+# Of more chunks than this the addresses do not fit in registers.
+_MOST_CHUNKS = 48
+# Shared memory of the barriers with which the compiler waits for tensor cores.
+_BARRIERS = 256
 
 
-def _can_be_launched(programs: int, groups: int, shared_memory: int, limits: DeviceLimits) -> bool:
-    """Whether the programs fit. Those that wait for each other must run at the same time; others may queue."""
-    at_once = programs == 1 or programs * groups <= limits.multiprocessors
-    return at_once and shared_memory <= limits.shared_memory
+def _tiles(
+    product: _Product, H: int, most_units: int, dtype: torch.dtype, precision: str, limits: DeviceLimits
+) -> list[tuple[int, int]]:
+    """(block_h, block_b) of which, as far as is known, the compiler keeps all but W_hh in registers.
 
-
-def _unit_blocks(H: int, most: int) -> tuple[int, ...]:
-    """Units per program to try: all of them, which needs no barrier; else the most that fit, since each reads the whole state.
-
-    most: where more at once would not fit in registers.
+    Many units, since each program reads the whole state; all of them, up to most_units, need no barrier.
     """
-    alone = next(((n,) for n in (32, 64, 128) if n // 2 < H <= n <= most), ())
-    return (*alone, 16, 8)
+    # Ordinary cores want W_hh in registers, too, and tf32x3 three copies of it. Longer rows do not fit.
+    if not uses_tensor_cores(dtype, precision) or precision == "tf32x3" or H > (1536 if dtype.itemsize == 2 else 1024):
+        return []
+    alone = [(n, 16) for n in (32, 64, 128) if n // 2 < H <= n <= most_units]
+    return alone + [
+        (block_h, block_b)
+        for block_h, block_b in itertools.product((32, 16, 8), (16, 32, 64))
+        if (block_h == 8 or block_h // 2 < H) and _fits_in_registers(product, H, block_b, block_h, limits.generation)
+    ]
+
+
+def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, generation: int) -> bool:
+    row_bytes, backward = H * product.itemsize, product.split_k > 1
+    if generation == 12:
+        return block_b * block_h <= 512 and (block_b == 16 or (H % 2 == 0 and block_b * row_bytes <= 32768))
+    if generation == 10:
+        most = 49152 if not backward or block_b * block_h <= 256 else 32768 if block_b == 16 else 24576
+        if block_h * row_bytes > most or (backward and block_b * block_h * product.itemsize > 2048):
+            return False
+    # mma.sync takes W_hh through registers, wgmma and its successor from shared memory.
+    most = 1024 if generation == 8 or backward else 2048
+    return block_b * block_h <= most and (block_b == 16 or block_b * row_bytes <= 65536)
+
+
+def _resident(
+    product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, bounds: tuple[int, int],
+    scratch: int, limits: DeviceLimits,
+) -> Iterator[SequenceConfig]:  # fmt: skip
+    """The configuration with this tile that keeps W_hh on chip, or none where that does not fit.
+
+    bounds: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
+    """
+    programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
+    # Programs that wait for each other must run at the same time; others may queue.
+    if programs > 1 and programs * groups > limits.multiprocessors:
+        return
+    each = cdiv(product.inner, product.split_k)
+    for block_k in (1024, 512, 256, 128, 64, 32, 16):
+        depth = product.split_k * block_k
+        chunks = cdiv(product.inner, depth)
+        chunk = block_b * depth * product.itemsize
+        much_padding = block_k > bounds[0] and chunks * block_k > each + each // 8
+        free = limits.shared_memory - chunks * depth * product.columns * block_h * product.itemsize - _BARRIERS
+        at_once = min(free, _BYTES_IN_FLIGHT * 32 * num_warps) // chunk
+        if (
+            bounds[0] <= block_k <= bounds[1]
+            and not much_padding
+            and free >= scratch
+            and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS)
+        ):
+            rounds = cdiv(chunks, at_once)
+            yield SequenceConfig(
+                num_warps, 1, block_b, block_h, product.split_k, block_k, cdiv(chunks, rounds), programs, groups, True,
+                max_registers=MAX_REGISTERS,
+            )  # fmt: skip
+            return
+
+
+def _clocks(product: _Product, limits: DeviceLimits, config: SequenceConfig) -> float:
+    """A model of what one step takes, in clocks, by which to choose among configurations.
+
+    The barrier between programs; the way to the L2 cache and back, for each round of loads; the cache's throughput; and the
+    slowest of shared memory, from which tensor cores take W_hh, the cores themselves, and the chain of sums in one of them.
+    """
+    inner, itemsize = product.inner, product.itemsize
+    state, columns = config.block_b * inner * itemsize, product.columns * config.block_h
+    rounds = cdiv(cdiv(inner, config.split_k * config.block_k), config.in_flight)
+    share = limits.multiprocessors / (config.programs * config.groups)
+    on_warpgroups = limits.generation in (9, 10) and config.split_k == 1 and columns >= 64
+    chain = inner / config.split_k * itemsize / 32 * (17 if on_warpgroups else 33)
+    products = state / 2 * columns / {9: 2048, 10: 4096}.get(limits.generation, 512)
+    barrier = 1500 if config.programs > 1 else 0
+    return barrier + rounds * 500 + state / min(24 * share, 64) + max(columns * inner * itemsize / 128, products, chain)
 
 
 def _stepwise_config(
@@ -190,4 +208,6 @@ def _stepwise_config(
     block_b = 16 if B <= 16 or few_rows else 32
     groups = cdiv(B, block_b) * D
     programs = cdiv(H, 16)
-    return SequenceConfig(num_warps, 3, block_b, 16, 1, block_k, programs, groups, False, max_registers=MAX_REGISTERS)
+    return SequenceConfig(
+        num_warps, 3, block_b, 16, 1, block_k, 1, programs, groups, False, max_registers=MAX_REGISTERS
+    )

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from lstm_triton.kernels import sequence_config
 from lstm_triton.kernels.config import cdiv, uses_tensor_cores
 from lstm_triton.kernels.sequence_config import (
     DeviceLimits,
@@ -41,7 +40,7 @@ WAYS = (sequence_forward_config, sequence_backward_config)
 
 
 def _bytes(way, config, H, itemsize):
-    """What a program takes of shared memory: W_hh, and in one place a piece of state, padded by the tile, or room to work."""
+    """What a program takes of shared memory: W_hh, and in one place pieces of state, padded by the tile, or room to work."""
     forward = way is sequence_forward_config
     inner, columns = (H, 4 * config.block_h) if forward else (4 * H, config.block_h)
     depth = config.split_k * config.block_k
@@ -49,7 +48,7 @@ def _bytes(way, config, H, itemsize):
     converted = (
         16 * config.block_b * config.block_h if forward else 4 * config.split_k * config.block_b * config.block_h
     )
-    return weights + max(state, converted, sequence_config._SCRATCH)
+    return weights + max(config.in_flight * state, converted)
 
 
 def _limits(device):
@@ -97,13 +96,12 @@ def test_large_layers_run_in_one_launch(way):
 
 @pytest.mark.parametrize("device", ["H100", "A100", "RTX 4090"])
 def test_smaller_layers_run_in_one_launch_too(device):
-    """As docs/design.md says beside the largest: up to 16 rows all of them, in larger batches those of even or aligned rows."""
+    """As docs/design.md says beside the largest."""
     for (dtype, precision), D, B in itertools.product(KINDS[::2][:2], (1, 2), (1, 16, 64, 256)):
-        every = 1 if B <= 16 else 2 if dtype == torch.bfloat16 else 16
         both = [
             all(way.__wrapped__(B, H, D, dtype, precision, _limits(device)).persistent for way in WAYS)
-            for H in range(every, 1601, every)
+            for H in range(1, 1601)
         ]
-        aligned = [k for k, fits in enumerate(both) if fits and (k + 1) * every % 32 == 0]
-        assert all(both[: max(aligned, default=0)]), (dtype, D, B, every * (1 + both.index(False)))
+        aligned = [H for H, fits in enumerate(both, 1) if fits and H % 32 == 0]
         assert aligned, (dtype, D, B)
+        assert all(both[: aligned[-1]]), (dtype, D, B, 1 + both.index(False))

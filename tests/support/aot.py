@@ -271,11 +271,12 @@ def lint_grid_barrier(report: Report) -> list[str]:
     return sorted({*faults, *_pipelined_barriers(report.ttgir)})
 
 
-def loads_behind_grid_barrier(report: Report) -> int:
-    """Global loads in the PTX on the paths from an acquire to the next release.
+def loads_behind_grid_barrier(report: Report) -> list[int]:
+    """Global loads in the PTX on the paths from an acquire to the next release: how many up to each bar.sync that parts them.
 
     What the programs exchange is loaded there and nowhere else: fewer loads than that takes have moved above the wait, where
-    they read what need not be written yet. The assembler moves no load across an acquire or a bar.sync.
+    they read what need not be written yet. The assembler moves no load across an acquire or a bar.sync, so each number counts
+    loads that are asked for before any of them is used.
     """
     code, labels = _parse_ptx(report.ptx)
     to_visit = [position for position, (_, instruction) in enumerate(code) if _ACQUIRE.match(instruction)]
@@ -286,7 +287,14 @@ def loads_behind_grid_barrier(report: Report) -> int:
             continue
         seen.add(position)
         to_visit += _next_positions(code, labels, position)
-    return sum(bool(_LOAD.match(code[k][1]) and not _ACQUIRE.match(code[k][1])) for k in seen)
+    rounds = [0]
+    for position in sorted(seen):
+        instruction = code[position][1]
+        if _CTA_BARRIER.match(instruction):
+            rounds.append(0)
+        elif _LOAD.match(instruction) and not _ACQUIRE.match(instruction):
+            rounds[-1] += 1
+    return [number for number in rounds if number]
 
 
 def _next_positions(code: list[tuple[bool, str]], labels: dict[str, int], position: int) -> list[int]:

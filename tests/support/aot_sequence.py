@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 import triton.language as tl
 
 from lstm_triton.kernels import sequence, sequence_backward
+from lstm_triton.kernels.config import cdiv, uses_tensor_cores
 from lstm_triton.kernels.launch import accumulator
 from lstm_triton.kernels.sequence_config import (
     DeviceLimits,
@@ -20,7 +22,14 @@ from lstm_triton.kernels.sequence_config import (
     sequence_forward_config,
 )
 
-from .aot import SHARED_MEMORY_PER_BLOCK, Report, assemble, compile_ahead
+from .aot import (
+    SHARED_MEMORY_PER_BLOCK,
+    Report,
+    assemble,
+    compile_ahead,
+    lint_grid_barrier,
+    loads_behind_grid_barrier,
+)
 
 # A GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -82,6 +91,7 @@ def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) ->
     constexprs = {
         "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
         "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
+        "IN_FLIGHT": config.in_flight,
     }  # fmt: skip
     if case.way == "forward":
         row = exchanged_row(case.H, case.dtype) if config.persistent else case.H
@@ -117,3 +127,72 @@ def _type(parameter, case: Case, waits: bool) -> str | None:
     if name.endswith("_ptr"):
         return f"*{_POINTEES[case.dtype]}{hint}"
     return "i32:1" if name == "stride_dy_h" else "i32"  # no other integer is specialised
+
+
+def faults(case: Case, config: SequenceConfig, report: Report) -> Iterator[str]:
+    """What is wrong with a kernel compiled for this case."""
+    if report.local_memory_in_loops():
+        yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
+    if report.shared_memory > LIMITS[report.arch].shared_memory:
+        yield f"{report.shared_memory} bytes of shared memory"
+    if uses_tensor_cores(case.dtype, case.precision):
+        if not report.matrix_instructions():
+            yield "no matrix instructions"
+        wide = case.way == "forward" and 4 * config.block_h >= 64
+        if report.arch == 90 and wide and not report.counts["HGMMA"]:
+            yield "no wgmma"
+    # The compiler lays operands out for the narrowest type loaded on the way to them: anything else costs a move per element.
+    if other := set(re.findall(r"kWidth = (\d+)", report.ttgir)) - {str(max(4 // case.dtype.itemsize, 1))}:
+        yield f"operands laid out for elements of another width: kWidth {other}"
+    if not config.persistent:
+        return
+    # Two functions of the special function unit (exp2, reciprocal) an activation.
+    activations = 1 if case.way == "backward" and not case.recompute else 5
+    each = max(config.block_b * config.block_h // (32 * config.num_warps), 1)
+    computed = sum(instruction.opcode == "MUFU" for instruction in report.in_loops)
+    if case.dtype != torch.float64 and computed > 2 * activations * each:
+        yield f"{computed} special functions, not {2 * activations * each}: is a unit computed by several threads?"
+    waits = config.programs > 1 and not case.single_step
+    exchanged, own = loads_of_a_step(case, config)
+    exact = case.features == ("training",) and case.H % 16 == 0
+    if waits:
+        yield from lint_grid_barrier(report)
+        # Features and odd rows make more loads of it, never fewer.
+        rounds = loads_behind_grid_barrier(report)
+        if sum(rounds) < exchanged[0] or (exact and sum(rounds) > exchanged[-1]):
+            yield f"{sum(rounds)} loads between wait and arrive, not {' to '.join(map(str, exchanged))}"
+        if case.features == ("training",) and len(rounds) != rounds_of_a_step(case, config):
+            yield f"{rounds} loads at once, in {len(rounds)} rounds instead of {rounds_of_a_step(case, config)}"
+    loads = [i.text for i in report.in_loops if i.opcode in ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")]
+    data = [text for text in loads if ".STRONG.GPU" not in text]
+    polls = len(loads) - len(data)
+    if polls > (2 if waits else 0):
+        yield f"{polls} polls"
+    if exact and not exchanged[0] <= len(data) - own <= exchanged[-1]:
+        yield f"{len(data)} loads in the time loop, not {own} + {' to '.join(map(str, exchanged))}: is W_hh among them?"
+
+
+def rounds_of_a_step(case: Case, config: SequenceConfig) -> int:
+    """In how many rounds the exchanged state of a step is loaded."""
+    inner = case.H if case.way == "forward" else 4 * case.H
+    return cdiv(cdiv(inner, config.split_k * config.block_k), config.in_flight)
+
+
+def loads_of_a_step(case: Case, config: SequenceConfig) -> tuple[list[int], int]:
+    """Of the exchanged state of all units, fewest and most; and of what belongs to the program's own units and rows."""
+
+    def loads(elements, most_bytes=16):
+        """By each thread."""
+        return max(elements * case.dtype.itemsize // (most_bytes * 32 * config.num_warps), 1)
+
+    own = config.block_b * config.block_h
+    depth = config.split_k * config.block_k
+    inner = case.H if case.way == "forward" else 4 * case.H
+    chunks, rest = divmod(inner, depth)
+    exchanged = chunks * loads(config.block_b * depth)
+    # Of the last chunk what is past the end may be left out.
+    exchanged = [exchanged + loads(config.block_b * n) for n in (rest, depth)] if rest else [exchanged]
+    if case.way == "forward":
+        return exchanged, loads(4 * own)  # the pre-activations
+    # The gates, dh_n and the c before the step; and dy, of whose alignment nothing is known.
+    return exchanged, loads(4 * own) + 2 * loads(own) + loads(own, case.dtype.itemsize)

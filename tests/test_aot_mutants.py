@@ -1,0 +1,137 @@
+"""Faults put into the sequence kernels, each of which has to show in the code compiled ahead of time.
+
+In a process without the interpreter, which cannot show what the threads of one program do among themselves: this file is also
+the script that it runs.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from support.process import run_without_interpreter
+
+
+def test_faults_show_in_the_compiled_code():
+    assert "every mutant found" in run_without_interpreter(__file__)
+
+
+def _find_mutants():
+    import triton
+    import triton.language as tl
+    from support.aot import RELEASE_COLLECTS_STORES, lint_grid_barrier, loads_behind_grid_barrier
+    from support.aot_sequence import LIMITS, Case, compile_case, configuration, faults, loads_of_a_step
+
+    from lstm_triton.kernels import sequence, sequence_backward
+
+    @triton.jit
+    def arrive_without_barrier(counter_ptr):
+        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+    @triton.jit
+    def relaxed_arrive(counter_ptr):
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
+
+    @triton.jit
+    def wait_relaxed(counter_ptr, target, stall_ptr):
+        while tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < target:
+            pass
+        tl.debug_barrier()
+
+    @triton.jit
+    def no_wait(counter_ptr, target, stall_ptr):
+        pass
+
+    mutants = [
+        ("arrive", arrive_without_barrier, "no bar.sync between the stores and the release"),
+        ("arrive", relaxed_arrive, "no release"),
+        ("wait", wait_relaxed, "no acquire"),
+        ("wait", no_wait, "no acquire"),
+    ]
+    if RELEASE_COLLECTS_STORES:
+        del mutants[0]
+    for way, module in (("forward", sequence), ("backward", sequence_backward)):
+        case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
+        for name, mutant, fault in mutants:
+            sound = getattr(module, name)
+            setattr(module, name, mutant)
+            found = lint_grid_barrier(compile_case(case, 90))
+            setattr(module, name, sound)
+            assert any(fault in text for text in found), (way, fault, found)
+        assert lint_grid_barrier(compile_case(case, 90)) == []
+        [expected], _ = loads_of_a_step(case, configuration(case, LIMITS[90]))
+        assert loads_behind_grid_barrier(compile_case(case, 90)) == [expected]
+        with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
+            assert loads_behind_grid_barrier(compile_case(case, 90)) == []
+        case = case._replace(features=("training",), H=768)
+        with _mutated(way, functools.partial(_loading_chunk_by_chunk, way)):
+            found = list(faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
+            assert any("rounds instead of" in text for text in found), found
+        with _mutated(way, _loading_weights_in_every_step):
+            found = list(faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
+            assert any("is W_hh among them?" in text for text in found), found
+    with _mutated("backward", _computing_units_in_every_warp):
+        case = Case("backward", 256, 16, 1, torch.bfloat16, "ieee")
+        found = list(faults(case, configuration(case, LIMITS[90]), compile_case(case, 90)))
+        assert any("special functions" in text for text in found), found
+    with _mutated("forward", _loading_resets_on_the_way_to_the_product):
+        case = Case("forward", 256, 16, 1, torch.bfloat16, "ieee", ("resets", "training"))
+        found = list(faults(case, configuration(case, LIMITS[120]), compile_case(case, 120)))
+        assert any("another width" in text for text in found), found
+    print("every mutant found")
+
+
+def _waiting_after_the_loads(way, source):
+    wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", source)[0]
+    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.gather("}[way]
+    assert source.count(behind) == 1
+    return source.replace(wait, "").replace(behind, wait + behind)
+
+
+def _loading_weights_in_every_step(source):
+    [load] = re.findall(r"weights \+ \(.*\n\s*(_load_weight_chunk\(.*\)),\n", source)
+    return source.replace("weights[first + k]", re.sub(r"\bchunk\b", "(first + k)", load))
+
+
+def _loading_chunk_by_chunk(way, source):
+    [load] = re.findall(r" = \w+ \+ \((_load_\w+\(.*\)),\)\n", source)
+    return source.replace({"forward": "state[k]", "backward": "dz[k]"}[way], load)
+
+
+def _computing_units_in_every_warp(source):
+    return source.replace("tl.gather(tl.sum(parts, axis=0), units, axis=1)", "tl.sum(parts, axis=0)")
+
+
+def _loading_resets_on_the_way_to_the_product(source):
+    load = re.search(r"    resets = resets_at\(t, .*\n", source)[0]
+    use = "            reset_h_rows = reset_state_rows("
+    return source.replace(use, 12 * " " + load.lstrip() + use)
+
+
+@contextlib.contextmanager
+def _mutated(way, change):
+    """The kernel of this way with its module's source changed."""
+    from support import aot_sequence
+
+    kernel = aot_sequence._KERNELS[way]
+    path = Path(inspect.getsourcefile(kernel.fn))
+    source = change(path.read_text())
+    assert source != path.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        mutated = Path(folder, path.name)
+        mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", source))
+        spec = importlib.util.spec_from_file_location("mutated", mutated)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        aot_sequence._KERNELS[way] = getattr(module, kernel.fn.__name__)
+        yield
+        aot_sequence._KERNELS[way] = kernel
+
+
+if __name__ == "__main__":
+    _find_mutants()
