@@ -139,6 +139,8 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
         most = 49152 if not backward or block_b * block_h <= 256 else 32768 if block_b == 16 else 24576
         if block_h * row_bytes > most or (backward and block_b * block_h * product.itemsize > 2048):
             return False
+    if generation == 8 and not backward and block_b * product.itemsize > 128:
+        return False
     # mma.sync takes W_hh through registers, wgmma and its successor from shared memory.
     most = 1024 if generation == 8 or backward else 2048
     return block_b * block_h <= most and (block_b == 16 or block_b * row_bytes <= 65536)
