@@ -116,7 +116,8 @@ def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, ...], 
         chunks = -(-inner // (split * k))
         weights = (4 if forward else 1) * h * chunks * split * k * itemsize
         chunk = b * split * k * itemsize
-        at_once = max(min((limits[1] - weights) // chunk, chunks), 1)
+        # As many at once as have room in shared memory, and by twice what the shipped ones ask of registers.
+        at_once = max(min((limits[1] - weights) // chunk, 512 * 32 * warps // chunk, chunks), 1)
         if shipped.persistent and (programs * groups > limits[0] or weights + at_once * chunk > limits[1]):
             continue
         for in_flight in sorted({1, -(-at_once // 2), at_once}) if shipped.persistent else {1}:

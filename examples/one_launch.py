@@ -7,10 +7,10 @@ import torch
 
 from lstm_triton.kernels.sequence_config import DeviceLimits, sequence_backward_config, sequence_forward_config
 
-GPUS = {  # multiprocessors, bytes of shared memory that one program may have
-    "H100": DeviceLimits(132, 227 << 10),
-    "A100": DeviceLimits(108, 163 << 10),
-    "RTX 4090": DeviceLimits(128, 99 << 10),
+GPUS = {  # multiprocessors, bytes of shared memory that one program may have, generation
+    "H100": DeviceLimits(132, 227 << 10, 9),
+    "A100": DeviceLimits(108, 163 << 10, 8),
+    "RTX 4090": DeviceLimits(128, 99 << 10, 8),
 }
 KINDS = {"bfloat16, float16": (torch.bfloat16, "ieee"), "float32 in TF32": (torch.float32, "tf32")}
 BATCHES = (16, 64, 256)

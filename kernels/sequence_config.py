@@ -1,7 +1,7 @@
 """Launch configurations of the sequence kernels: pure functions from the problem and the device to tiles and kind of launch.
 
-No number here has been measured on a GPU yet: they come from a cost model of the exchange between programs and from what the
-compiler reports for sm_80 to sm_120 (registers, local memory in the time loop, shared memory).
+No number here has been measured on a GPU yet: they come from a model of a step's time and from what the compiler reports for
+sm_80 to sm_120 (registers, local memory in the time loop, shared memory).
 """
 
 import functools
@@ -18,12 +18,13 @@ from .config import MAX_REGISTERS, LaunchConfig, cdiv, uses_tensor_cores
 class DeviceLimits:
     """What bounds a launch: multiprocessors, and shared memory in bytes that one program may have.
 
-    generation: the first number of the compute capability, as the assembler needs more registers for some than for others.
+    generation: the first number of the compute capability. It tells the tensor cores' kind, and how many registers the
+    assembler needs.
     """
 
     multiprocessors: int
     shared_memory: int
-    generation: int = 9
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class SequenceConfig(LaunchConfig):
     groups: int
     persistent: bool
 
+    def rounds(self, inner: int) -> int:
+        """How often a step waits for loads of the exchanged state, of an inner dimension of this size."""
+        return cdiv(cdiv(inner, self.split_k * self.block_k), self.in_flight)
+
 
 def exchanged_row(H: int, dtype: torch.dtype) -> int:
     """Units from a row of h to the next where programs exchange it: each row begins at a multiple of 16 bytes."""
@@ -58,17 +63,18 @@ def sequence_forward_config(
     """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
     product = _Product(H, 4, 1, dtype.itemsize)
     row_bytes, generation = H * dtype.itemsize, limits.generation
-    many = generation == 12 and H % 16 > 0 and row_bytes > 2048  # addresses, for the registers of four warps
+    long_unaligned = generation == 12 and H % 16 > 0 and row_bytes > 2048  # addresses, for the registers of four warps
     configs = []
-    for block_h, block_b in _tiles(product, H, 256 // dtype.itemsize, dtype, precision, limits) if not stepwise else ():
-        num_warps = 4 if block_b == 16 and block_h <= 16 and not many else 8
+    for block_h, block_b in () if stepwise else _tiles(product, H, 256 // dtype.itemsize, dtype, precision, limits):
+        num_warps = 4 if block_b == 16 and block_h <= 16 and not long_unaligned else 8
         scratch = 16 * block_b * block_h  # the sums in float32, for the layout of the pre-activations
         # Short chunks take fewer registers, but the tensor cores of compute capability 10 are waited for after each chunk.
-        chunk_bytes = 16384 if generation == 10 and block_h >= 16 else 2048 if many else 8192
+        few = 2048 if long_unaligned else 4096 if generation == 8 and block_b == 64 else 8192
+        chunk_bytes = 16384 if generation == 10 and block_h >= 16 else few
         longest = 32 if block_h == 128 else chunk_bytes // block_b // dtype.itemsize
         # There, of shorter ones by 64 rows Triton (to 3.7) makes a kernel that does nothing.
         shortest = 64 if generation == 10 and block_b == 64 else 16
-        configs += _resident(product, B, H, D, block_b, block_h, num_warps, (shortest, longest), scratch, limits)
+        configs += _resident(product, B, H, D, block_b, block_h, num_warps, shortest, longest, scratch, limits)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Elements of rows that begin anywhere are loaded one by one, each with its address.
@@ -82,10 +88,10 @@ def sequence_backward_config(
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     product = _Product(4 * H, 1, 8, dtype.itemsize)
     configs = []
-    for block_h, block_b in _tiles(product, H, 64, dtype, precision, limits) if not stepwise else ():
+    for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
         longest = 16 if block_h == 64 else 4096 // block_b // dtype.itemsize
-        configs += _resident(product, B, H, D, block_b, block_h, 8, (16, longest), scratch, limits)
+        configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
@@ -102,14 +108,17 @@ class _Product:
     split_k: int
     itemsize: int
 
+    @property
+    def backward(self) -> bool:
+        return self.columns == 1
 
-# Of the exchanged state, by each thread at once: what registers have room for.
+
+# What registers have room for: bytes of the exchanged state that each thread loads at once, and the addresses of chunks.
 _BYTES_IN_FLIGHT = 256
-# More ways to the L2 cache and back take longer than a launch for each step.
-_MOST_ROUNDS = 16
-# Of more chunks than this the addresses do not fit in registers.
 _MOST_CHUNKS = 48
-# Shared memory of the barriers with which the compiler waits for tensor cores.
+# More waits for the L2 cache take longer than a launch for each step.
+_MOST_ROUNDS = 16
+# Bytes of shared memory for the barriers with which the compiler waits for tensor cores.
 _BARRIERS = 256
 
 
@@ -123,6 +132,8 @@ def _tiles(
     # Ordinary cores want W_hh in registers, too, and tf32x3 three copies of it. Longer rows do not fit.
     if not uses_tensor_cores(dtype, precision) or precision == "tf32x3" or H > (1536 if dtype.itemsize == 2 else 1024):
         return []
+    if limits.generation == 10 and H % 2:
+        most_units = min(most_units, 64)
     alone = [(n, 16) for n in (32, 64, 128) if n // 2 < H <= n <= most_units]
     return alone + [
         (block_h, block_b)
@@ -132,69 +143,85 @@ def _tiles(
 
 
 def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, generation: int) -> bool:
-    row_bytes, backward = H * product.itemsize, product.split_k > 1
+    """By what the compiler makes of tiles around these bounds, with every feature."""
+    tile, row_bytes = block_b * block_h, H * product.itemsize
+    state_bytes = block_b * row_bytes if block_b > 16 else 0  # of H units, where there are many rows
     if generation == 12:
-        return block_b * block_h <= 512 and (block_b == 16 or (H % 2 == 0 and block_b * row_bytes <= 32768))
-    if generation == 10:
-        most = 49152 if not backward or block_b * block_h <= 256 else 32768 if block_b == 16 else 24576
-        if block_h * row_bytes > most or (backward and block_b * block_h * product.itemsize > 2048):
-            return False
-    if generation == 8 and not backward and block_b * product.itemsize > 128:
+        return tile <= 512 and state_bytes <= 32768 and (block_b == 16 or H % 2 == 0)
+    if state_bytes > 65536:
         return False
+    if product.backward:
+        weight_bytes = block_h * row_bytes  # of one gate
+        most = 49152 if tile == 256 else 32768 if block_b == 16 else 24576
+        few = block_b <= 32 and tile * product.itemsize <= 2048 and weight_bytes <= most
+        return tile <= 1024 and (generation != 10 or few)
     # mma.sync takes W_hh through registers, wgmma and its successor from shared memory.
-    most = 1024 if generation == 8 or backward else 2048
-    return block_b * block_h <= most and (block_b == 16 or block_b * row_bytes <= 65536)
+    if generation == 8:
+        return tile <= 1024 and block_b * product.itemsize <= 128
+    return tile <= 2048 and (generation != 10 or block_h * row_bytes <= 49152)
 
 
 def _resident(
-    product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, bounds: tuple[int, int],
+    product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, shortest: int, longest: int,
     scratch: int, limits: DeviceLimits,
 ) -> Iterator[SequenceConfig]:  # fmt: skip
     """The configuration with this tile that keeps W_hh on chip, or none where that does not fit.
 
-    bounds: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
+    shortest, longest: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
     """
     programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
     # Programs that wait for each other must run at the same time; others may queue.
     if programs > 1 and programs * groups > limits.multiprocessors:
         return
     each = cdiv(product.inner, product.split_k)
-    for block_k in (1024, 512, 256, 128, 64, 32, 16):
+    for block_k in (n for n in (1024, 512, 256, 128, 64, 32, 16) if shortest <= n <= longest):
         depth = product.split_k * block_k
         chunks = cdiv(product.inner, depth)
+        if block_k > shortest and chunks * block_k > each + each // 8:
+            continue  # too much padding
         chunk = block_b * depth * product.itemsize
-        much_padding = block_k > bounds[0] and chunks * block_k > each + each // 8
         free = limits.shared_memory - chunks * depth * product.columns * block_h * product.itemsize - _BARRIERS
         at_once = min(free, _BYTES_IN_FLIGHT * 32 * num_warps) // chunk
-        if (
-            bounds[0] <= block_k <= bounds[1]
-            and not much_padding
-            and free >= scratch
-            and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS)
-        ):
-            rounds = cdiv(chunks, at_once)
+        if free >= scratch and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS):
+            in_flight = cdiv(chunks, cdiv(chunks, at_once))  # the same in every round
             yield SequenceConfig(
-                num_warps, 1, block_b, block_h, product.split_k, block_k, cdiv(chunks, rounds), programs, groups, True,
+                num_warps, 1, block_b, block_h, product.split_k, block_k, in_flight, programs, groups, True,
                 max_registers=MAX_REGISTERS,
             )  # fmt: skip
             return
 
 
+# The model of a step, in clocks of a multiprocessor, and bytes a clock.
+_BARRIER = 1500  # between programs: an arrival, and seeing it
+_L2_LATENCY = 500
+_L2_SHARE, _L2_MOST = 24, 64  # of each multiprocessor where all read, and where few do
+_SHARED_MEMORY = 128
+_MMA_SYNC_LATENCY, _WGMMA_LATENCY = 33, 17  # of one in a chain, which multiplies 32 bytes of each row
+# Multiply-adds of 16 bits; of TF32 half as many.
+_MMA_SYNC = {9: 1024, 10: 1024}  # else 512
+_WGMMA = {9: 2048, 10: 4096}
+
+
 def _clocks(product: _Product, limits: DeviceLimits, config: SequenceConfig) -> float:
-    """A model of what one step takes, in clocks, by which to choose among configurations.
+    """What one step takes, by a model, to choose among configurations.
 
     The barrier between programs; the way to the L2 cache and back, for each round of loads; the cache's throughput; and the
     slowest of shared memory, from which tensor cores take W_hh, the cores themselves, and the chain of sums in one of them.
     """
-    inner, itemsize = product.inner, product.itemsize
-    state, columns = config.block_b * inner * itemsize, product.columns * config.block_h
-    rounds = cdiv(cdiv(inner, config.split_k * config.block_k), config.in_flight)
-    share = limits.multiprocessors / (config.programs * config.groups)
-    on_warpgroups = limits.generation in (9, 10) and config.split_k == 1 and columns >= 64
-    chain = inner / config.split_k * itemsize / 32 * (17 if on_warpgroups else 33)
-    products = state / 2 * columns / {9: 2048, 10: 4096}.get(limits.generation, 512)
-    barrier = 1500 if config.programs > 1 else 0
-    return barrier + rounds * 500 + state / min(24 * share, 64) + max(columns * inner * itemsize / 128, products, chain)
+    row_bytes, columns = product.inner * product.itemsize, product.columns * config.block_h
+    launched = config.programs * config.groups
+    share = max(limits.multiprocessors / launched, 1)  # of the multiprocessors, for each program
+    wgmma = limits.generation in _WGMMA and not product.backward and columns >= 64
+    rate = (_WGMMA if wgmma else _MMA_SYNC).get(limits.generation, 512)
+    products = config.block_b * columns * row_bytes / 2 / rate
+    chain = row_bytes / product.split_k / 32 * (_WGMMA_LATENCY if wgmma else _MMA_SYNC_LATENCY)
+    step = (
+        (_BARRIER if config.programs > 1 else 0)
+        + config.rounds(product.inner) * _L2_LATENCY
+        + config.block_b * row_bytes / min(_L2_SHARE * share, _L2_MOST)
+        + max(columns * row_bytes / _SHARED_MEMORY, products, chain)
+    )
+    return step * cdiv(launched, limits.multiprocessors)  # programs that are alone with their rows may queue
 
 
 def _stepwise_config(

@@ -106,9 +106,10 @@ def _cases(archs, everything):
 
 
 def _largest_of_each_tile(way, arch):
-    """For each tile that is ever launched, the case with most units: tiles do with fewer what they do with more.
+    """For each tile that is ever launched, the cases with most units and, of those with most chunks in flight, with most units.
 
-    Of each kind of row: of a multiple of 16 units, of 8, of an even number, of an odd one.
+    Of each kind of row: of a multiple of 16 units, of 8, of an even number, of an odd one. Tiles do with less what they do with
+    more.
     """
     from support.aot_sequence import LIMITS, Case, configuration
 
@@ -119,8 +120,12 @@ def _largest_of_each_tile(way, arch):
         case = Case(way, H, B, D, *KINDS[kind])
         config = configuration(case, LIMITS[arch])
         tile = replace(config, programs=0, groups=0, in_flight=0)
-        found[kind, tile, config.programs > 1, H % 16 == 0, H % 8 == 0, H % 2] = case
-    return found.values()
+        key = (kind, tile, config.programs > 1, H % 16 == 0, H % 8 == 0, H % 2)
+        _, most, of_most = found.get(key, (case, 0, case))
+        if config.in_flight >= most:
+            most, of_most = config.in_flight, case
+        found[key] = case, most, of_most
+    return dict.fromkeys(case for largest, _, of_most in found.values() for case in (largest, of_most))
 
 
 def _compile_all(archs, everything):

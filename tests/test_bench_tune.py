@@ -19,7 +19,7 @@ def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
     shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
     for H, B, dtype in ((768, 16, "bfloat16"), (128, 1, "float32"), (2048, 256, "float16")):
         case = Case("tune", H, B, dtype=dtype, precision="tf32", **shape)
-        found = tune.candidates(kernel, case, (132, 232448))
+        found = tune.candidates(kernel, case, (132, 232448, 9))
         assert len(found) > 2 and len(set(found)) == len(found)
         if kernel.startswith("sequence"):
             assert all(c.persistent == found[0].persistent for c in found)

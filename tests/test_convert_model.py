@@ -291,13 +291,13 @@ def test_explain_tells_how_many_launches(monkeypatch):
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: False)
     assert explain(LSTM(2, 512, backend="triton")).endswith("asked for; with B = 1 one launch per step.")
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
-    lstm = LSTM(2, 1024, backend="triton", precision="tf32")
-    for batch, dtype, expected in (
-        (16, torch.bfloat16, "all steps in one launch"),
-        (512, torch.bfloat16, "one launch per step"),
-        (16, torch.float32, "all steps in one launch"),
-        (32, torch.float32, "all steps in one launch backward, one launch per step forward"),
+    for hidden_size, batch, dtype, expected in (
+        (1024, 16, torch.bfloat16, "all steps in one launch"),
+        (1024, 512, torch.bfloat16, "one launch per step"),
+        (1024, 16, torch.float32, "all steps in one launch"),
+        (512, 512, torch.bfloat16, "all steps in one launch forward, one launch per step backward"),
     ):
+        lstm = LSTM(2, hidden_size, backend="triton", precision="tf32")
         assert explain(lstm, batch=batch, dtype=dtype).endswith(f"triton: asked for; with B = {batch} {expected}.")
 
 

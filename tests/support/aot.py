@@ -272,11 +272,10 @@ def lint_grid_barrier(report: Report) -> list[str]:
 
 
 def loads_behind_grid_barrier(report: Report) -> list[int]:
-    """Global loads in the PTX on the paths from an acquire to the next release: how many up to each bar.sync that parts them.
+    """Global loads in the PTX on the paths from an acquire to the next release: how many with no bar.sync between them.
 
     What the programs exchange is loaded there and nowhere else: fewer loads than that takes have moved above the wait, where
-    they read what need not be written yet. The assembler moves no load across an acquire or a bar.sync, so each number counts
-    loads that are asked for before any of them is used.
+    they read what need not be written yet. The assembler moves no load across an acquire or up across a bar.sync.
     """
     code, labels = _parse_ptx(report.ptx)
     to_visit = [position for position, (_, instruction) in enumerate(code) if _ACQUIRE.match(instruction)]
