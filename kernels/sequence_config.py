@@ -148,7 +148,7 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
     state_bytes = block_b * row_bytes if block_b > 16 else 0  # of H units, where there are many rows
     if generation == 12:
         return tile <= 512 and state_bytes <= 32768 and (block_b == 16 or H % 2 == 0)
-    if state_bytes > 65536:
+    if state_bytes > 65536 or (generation == 8 and block_b * product.itemsize > 128):
         return False
     if product.backward:
         weight_bytes = block_h * row_bytes  # of one gate
@@ -156,9 +156,7 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
         few = block_b <= 32 and tile * product.itemsize <= 2048 and weight_bytes <= most
         return tile <= 1024 and (generation != 10 or few)
     # mma.sync takes W_hh through registers, wgmma and its successor from shared memory.
-    if generation == 8:
-        return tile <= 1024 and block_b * product.itemsize <= 128
-    return tile <= 2048 and (generation != 10 or block_h * row_bytes <= 49152)
+    return tile <= (1024 if generation == 8 else 2048) and (generation != 10 or block_h * row_bytes <= 49152)
 
 
 def _resident(
