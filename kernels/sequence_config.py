@@ -146,7 +146,7 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
     """By what the compiler makes of tiles around these bounds, with every feature."""
     tile, row_bytes = block_b * block_h, H * product.itemsize
     state_bytes = block_b * row_bytes if block_b > 16 else 0  # of H units, where there are many rows
-    if generation == 12:
+    if generation not in (8, 9, 10):  # 12, and what nothing is known of
         return tile <= 512 and state_bytes <= 32768 and (block_b == 16 or H % 2 == 0)
     if state_bytes > 65536 or (generation == 8 and block_b * product.itemsize > 128):
         return False
