@@ -163,7 +163,9 @@ def _lstm_sequence_forward_kernel(
                 state = ()
                 for k in tl.static_range(IN_FLIGHT):
                     if first + k < CHUNKS:
-                        state = state + (_load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),)
+                        state = state + (  # type: ignore[assignment]
+                            _load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),
+                        )
                 for k in tl.static_range(IN_FLIGHT):
                     if first + k < CHUNKS:
                         z = tl.dot(weights[first + k], state[k], z, input_precision=PRECISION, out_dtype=ACC)

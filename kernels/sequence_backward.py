@@ -183,7 +183,9 @@ def _lstm_sequence_backward_kernel(
                 dz = ()
                 for k in tl.static_range(IN_FLIGHT):
                     if first + k < CHUNKS:
-                        dz = dz + (_load_dz_chunk(next_rows, step > 0, first + k, H, SPLIT_K, BLOCK_K),)
+                        dz = dz + (  # type: ignore[assignment]
+                            _load_dz_chunk(next_rows, step > 0, first + k, H, SPLIT_K, BLOCK_K),
+                        )
                 for k in tl.static_range(IN_FLIGHT):
                     if first + k < CHUNKS:
                         parts = tl.dot(dz[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)

@@ -64,7 +64,7 @@ def sequence_forward_config(
     product = _Product(H, 4, 1, dtype.itemsize)
     row_bytes, generation = H * dtype.itemsize, limits.generation
     long_unaligned = generation == 12 and H % 16 > 0 and row_bytes > 2048  # addresses, for the registers of four warps
-    configs = []
+    configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 256 // dtype.itemsize, dtype, precision, limits):
         num_warps = 4 if block_b == 16 and block_h <= 16 and not long_unaligned else 8
         scratch = 16 * block_b * block_h  # the sums in float32, for the layout of the pre-activations
@@ -87,7 +87,7 @@ def sequence_backward_config(
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
     product = _Product(4 * H, 1, 8, dtype.itemsize)
-    configs = []
+    configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
         longest = 16 if block_h == 64 else 4096 // block_b // dtype.itemsize

@@ -99,7 +99,7 @@ def _loading_weights_in_every_step(source):
 
 
 def _loading_chunk_by_chunk(way, source):
-    [load] = re.findall(r" = \w+ \+ \((_load_\w+\(.*\)),\)\n", source)
+    [load] = re.findall(r"(?:state|dz) \+ \(.*\n\s*(_load_\w+\(.*\)),\n", source)
     return source.replace({"forward": "state[k]", "backward": "dz[k]"}[way], load)
 
 
