@@ -91,7 +91,8 @@ def sequence_backward_config(
     for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
         large = block_b > 16 and block_b * block_h == 1024 and limits.generation != 10
-        chunk_bytes = 2048 if large else 4096  # of each split
+        long_odd = block_b > 16 and H % 2 and H > 768 and limits.generation == 8
+        chunk_bytes = 1024 if long_odd else 2048 if large else 4096  # of each split
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
         configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits)
     if configs:

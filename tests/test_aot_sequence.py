@@ -41,7 +41,13 @@ CASES = [
 ]
 # Where else registers are short.
 FURTHER = {
-    80: [("bf16", 127, 512, 1, ALL), ("bf16", 415, 256, 1, SEGMENTS), ("tf32", 255, 256, 1, ALL)],
+    80: [
+        ("bf16", 127, 512, 1, ALL),
+        ("bf16", 415, 256, 1, SEGMENTS),
+        ("bf16", 831, 64, 1, ALL),
+        ("bf16", 1023, 32, 1, SEGMENTS),
+        ("tf32", 255, 256, 1, ALL),
+    ],
     90: [
         ("bf16", 127, 16, 1, SEGMENTS),
         ("bf16", 512, 256, 1, PLAIN),
