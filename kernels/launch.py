@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import threading
 from typing import Any
 
 import torch
@@ -115,15 +116,24 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 _torch_precision = torch._C._get_fp32_precision_getter
 
 
+# torch's settings belong to the process, and the threads of torch.nn.DataParallel or of autograd change them at the same time:
+# while one has them its own way, the others wait.
+_settings = threading.RLock()
+
+
 @contextlib.contextmanager
 def torch_matmul_precision(dtype: torch.dtype, precision: str):
     """torch's own float32 products on a GPU, inside: in TF32 where the kernels' are, else in full precision."""
     wanted = "tf32" if precision == "tf32" else "ieee"
-    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == wanted:
+    if dtype != torch.float32:
         yield
         return
-    with fp32_precision(torch.backends.cuda.matmul, wanted):
-        yield
+    with _settings:
+        if torch.backends.cuda.matmul.fp32_precision == wanted:
+            yield
+        else:
+            with fp32_precision(torch.backends.cuda.matmul, wanted):
+                yield
 
 
 @contextlib.contextmanager

@@ -119,6 +119,7 @@ def lstm_layer_backward(
                        reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
             run(_backward, config, tensors, T, B, step, stop, (*p, *starts, *strides), constants)
         state_in = state_out
+        del pieces, tensors  # else what was rebuilt is held while the next is, and during the products below
 
     dx = dw_ih = dw_hh = db = dh0 = dreset_h = None
     with torch_matmul_precision(x.dtype, precision):

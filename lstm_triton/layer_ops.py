@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import implements, library, sees_operators
+from .ops import implements, library, outside_autocast, sees_operators
 
 # seed: of the random numbers of dropout. Without dropout it is None and its probability 0.
 _SEGMENTS = "Tensor? resets, Tensor? reset_h, Tensor? reset_c, Tensor? lengths, Tensor? seed"
@@ -84,18 +84,13 @@ def _lstm_layer(
 ):  # fmt: skip
     from .kernels import layer
 
-    forward = layer.lstm_layer_forward(
-        x,
-        h0,
-        c0,
-        [layer.Direction(*w) for w in by_direction(weights, directions)],
-        _segments(resets, reset_h, reset_c, lengths),
-        dropout=_dropout(dropout, seed),
-        precision=precision,
-        save_cells=save_cells,
-        save_gates=save_gates,
-        stepwise=stepwise,
-    )
+    with outside_autocast():
+        forward = layer.lstm_layer_forward(
+            x, h0, c0,
+            [layer.Direction(*w) for w in by_direction(weights, directions)],
+            _segments(resets, reset_h, reset_c, lengths), dropout=_dropout(dropout, seed),
+            precision=precision, save_cells=save_cells, save_gates=save_gates, stepwise=stepwise,
+        )  # fmt: skip
     return (*forward[:3], *(x.new_empty(0) if t is None else t for t in forward[3:]))
 
 
@@ -119,14 +114,15 @@ def _lstm_layer_backward(
     from .kernels import layer, layer_backward
 
     needs_dx, needs_states, needs_resets, needs_weights = needs
-    grads = layer_backward.lstm_layer_backward(
-        dy, dh_n, dc_n, dc, x, h0, c0,
-        [layer.Direction(*w) for w in by_direction(weights, directions)],
-        _forward_results(h, h0, c0, c, gates),
-        _segments(resets, reset_h, reset_c, lengths), dropout=_dropout(dropout, seed),
-        needs_dx=needs_dx, needs_weights=needs_weights, needs_h0=needs_states, needs_resets=needs_resets,
-        precision=precision, stepwise=stepwise,
-    )  # fmt: skip
+    with outside_autocast():
+        grads = layer_backward.lstm_layer_backward(
+            dy, dh_n, dc_n, dc, x, h0, c0,
+            [layer.Direction(*w) for w in by_direction(weights, directions)],
+            _forward_results(h, h0, c0, c, gates),
+            _segments(resets, reset_h, reset_c, lengths), dropout=_dropout(dropout, seed),
+            needs_dx=needs_dx, needs_weights=needs_weights, needs_h0=needs_states, needs_resets=needs_resets,
+            precision=precision, stepwise=stepwise,
+        )  # fmt: skip
     results: list[Tensor | None] = [grads.dx, grads.dh0, grads.dc0, grads.dreset_h, grads.dreset_c]
     if grads.dw_ih is not None and grads.dw_hh is not None and grads.db is not None:
         for of_direction in zip(grads.dw_ih, grads.dw_hh, grads.db):

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -173,16 +174,20 @@ def cudnn_precision(x: Tensor, precision: str | None) -> contextlib.AbstractCont
     return _cudnn_precision(precision)
 
 
+_cudnn_setting = threading.Lock()  # it belongs to the process
+
+
 @contextlib.contextmanager
 def _cudnn_precision(precision: str) -> Iterator[None]:
     rnn: Any = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, precision
-    try:
-        yield
-    finally:
-        rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
-        if rnn.fp32_precision != before:
-            rnn.fp32_precision = before
+    with _cudnn_setting:
+        before, rnn.fp32_precision = rnn.fp32_precision, precision
+        try:
+            yield
+        finally:
+            rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
+            if rnn.fp32_precision != before:
+                rnn.fp32_precision = before
 
 
 def _require_persistent(

@@ -5,8 +5,9 @@ something has to see the operator: while compiling or tracing, under a dispatch 
 tensors. Where no kernel can serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference formula does.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -161,11 +162,19 @@ def call(function: type[torch.autograd.Function], *args):
     return (function if torch.compiler.is_compiling() else _with_context(function)).apply(*args)
 
 
-def formula_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False):
-    """torch's own products inside, those of the reference formulas: in the precision of the kernels'."""
+def outside_autocast() -> contextlib.AbstractContextManager:
+    """What torch computes inside keeps its dtype: arguments were cast before, and a backward may be called under autocast."""
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def formula_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> Iterator[None]:
+    """torch's own products inside, those of the reference formulas: in the dtype and precision of the kernels'."""
     from .kernels import launch
 
-    return launch.torch_matmul_precision(dtype, launch.matmul_precision(dtype, precision, recurrent=recurrent))
+    precision = launch.matmul_precision(dtype, precision, recurrent=recurrent)
+    with outside_autocast(), launch.torch_matmul_precision(dtype, precision):
+        yield
 
 
 def _forward(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, save_gates):
@@ -227,7 +236,8 @@ class LSTMCellFunction(torch.autograd.Function):
         inputs = x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh
         if takes_formula(dh, dc):
             zeros = torch.zeros_like(c)
-            grads = reference.lstm_cell_backward(zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
+            with formula_precision(c.dtype, ctx.precision):
+                grads = reference.lstm_cell_backward(zeros if dh is None else dh, zeros if dc is None else dc, *inputs)
         else:
             grads = call(LSTMCellBackwardFunction, dh, dc, *inputs, gates, c.detach(), needs, ctx.precision)
         dx, dh_prev, dc_prev, dw_ih, dw_hh, db = (g if n else None for g, n in zip(grads, needs))

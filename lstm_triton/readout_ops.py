@@ -121,7 +121,8 @@ class SoftmaxReadoutFunction(torch.autograd.Function):
             return (None,) * 5
         needs = list(ctx.needs_input_grad[:3])
         if takes_formula(dy):
-            grads = _backward_formula(dy, h, weight, bias)
+            with formula_precision(h.dtype, ctx.precision):
+                grads = _backward_formula(dy, h, weight, bias)
         else:
             grads = call(SoftmaxReadoutBackwardFunction, dy, h, weight, bias, y.detach(), needs, ctx.precision)
         return (*(g if n else None for g, n in zip(grads, needs)), None, None)

@@ -1,5 +1,7 @@
 """A layer under autograd: derivatives by differences and of second order, partial ones, held bytes, autocast."""
 
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from support import layers
 from torch.autograd import gradcheck, gradgradcheck
 
-from lstm_triton import functional, layer_ops
+from lstm_triton import LSTM, functional, layer_ops
+from lstm_triton.kernels import layer_backward
 
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
 
@@ -161,6 +164,20 @@ def test_recomputing_is_as_accurate(dtype, precision, device):
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, recompute=True), problem)
 
 
+def test_recomputing_holds_one_range_of_gates_at_a_time(device, monkeypatch):
+    rebuild, made, held = layer_backward._rebuilt_pre_activations, [], []
+
+    def rebuilding(*args):
+        held.append(sum(piece() is not None for piece in made))
+        piece = rebuild(*args)
+        made.append(weakref.ref(piece))
+        return piece
+
+    monkeypatch.setattr(layer_backward, "_rebuilt_pre_activations", rebuilding)
+    layers.by_kernels(layers.draw(70, 2, 3, 4, 2, device=device), recompute=True)
+    assert held == [0, 0, 0]
+
+
 def test_recomputing_is_deterministic(device):
     problem = layers.draw(40, 3, 4, 5, 2, device=device, **SEGMENTS)
     first, second = (layers.by_kernels(problem, recompute=True) for _ in range(2))
@@ -189,6 +206,62 @@ def test_autocast_leaves_float64_alone(device):
     with torch.autocast(device.type, torch.bfloat16):
         found = layer(*leaves)
     assert all(map(torch.equal, found, layer(*leaves)))
+
+
+@pytest.mark.parametrize("dtype, low", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(batch_major=True), dict(recompute=True), SEGMENTS, dict(create_graph=True)],
+    ids=["plain", "batch first", "recompute", "segments", "second derivatives"],
+)
+def test_a_backward_under_autocast_is_that_of_the_forward(options, dtype, low, device):
+    """Which ran outside: the products of the backward stay in its dtype."""
+    options = dict(options)
+    recompute, create_graph = options.pop("recompute", False), options.pop("create_graph", False)
+    layer, leaves = function_of(layers.draw(4, 2, 3, 4, 2, dtype, device=device, **options), recompute=recompute)
+    results = []
+    for enabled in (False, True):
+        outputs = layer(*leaves)
+        with torch.autocast(device.type, low, enabled=enabled):
+            gradients = torch.autograd.grad(outputs, leaves, outputs, create_graph=create_graph)
+            if create_graph:
+                gradients += torch.autograd.grad(gradients, leaves, [g.detach() for g in gradients])
+        results.append(gradients)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_backward_through_a_projection_under_autocast_is_that_of_the_forward(device):
+    lstm = LSTM(3, 4, proj_size=2, backend="triton", device=device)
+    x = torch.randn(3, 2, 3, device=device)
+    results = []
+    for enabled in (False, True):
+        y = lstm(x)[0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(y, list(lstm.parameters()), y))
+    assert all(map(torch.equal, *results))
+
+
+def test_threads_do_not_disturb_each_others_precision():
+    """As replicas of torch.nn.DataParallel would, and the threads in which autograd serves several GPUs."""
+    from lstm_triton.kernels.launch import torch_matmul_precision
+
+    matmul = torch.backends.cuda.matmul
+    before, found = matmul.fp32_precision, []
+
+    def other():
+        with torch_matmul_precision(torch.float32, "ieee"):
+            found.append(matmul.fp32_precision)
+
+    thread = threading.Thread(target=other)
+    with torch_matmul_precision(torch.float32, "tf32"):
+        thread.start()
+        thread.join(0.2)
+        assert matmul.fp32_precision == "tf32" and not found
+        with torch_matmul_precision(torch.float32, "ieee"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    thread.join()
+    assert found == ["ieee"] and matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
