@@ -4,7 +4,7 @@ A barrier group is P programs that own the P slices of the hidden units for one 
 reads the h (forward) or dz (backward) that all P have written in the step before. One counter per group counts arrivals:
 
     program A: store its slice   ->  arrive: CTA barrier; atomic add, release, gpu scope
-    program B: wait: atomic read, acquire, gpu scope, until the count is reached; CTA barrier  ->  load A's slice
+    program B: wait: read, acquire, gpu scope, until the count is reached; CTA barrier  ->  load A's slice
 
 Why B sees A's slice (PTX memory model, the same order in four links):
 1. Each thread of A stores, then passes the CTA barrier: the stores happen before the one thread that does the atomic goes on.
@@ -17,7 +17,8 @@ Why B sees A's slice (PTX memory model, the same order in four links):
 
 Why it ends: the count only grows; step s waits for s * P arrivals, which needs every program of the group to have finished step
 s - 1 and nothing else, so by induction over s all arrive, provided all P run at the same time. The launch is cooperative: a
-grid whose programs cannot all be resident is refused by the driver. Groups never wait for one another.
+grid whose programs cannot all be resident is refused by the driver. Beside kernels that are running already, it assumes that
+those end: until they make room, the programs that have started wait for the others. Groups never wait for one another.
 
 Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused. Where two
 slices of dz_t overlap, both programs store the same bits before they arrive, and a reader waits for both.
@@ -30,8 +31,10 @@ import triton.language as tl
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 
-# A wait this long means that a program is missing. A poll takes about a microsecond, so this is a few seconds.
-_MAX_POLLS = tl.constexpr(1 << 22)
+# A wait this long means that a program is missing, or that another kernel keeps its place: communication may wait long for
+# another process (`launch.FREE_MULTIPROCESSORS` leaves room for it). A poll should take about a microsecond, not measured yet,
+# and all of them some fifteen seconds.
+_MAX_POLLS = tl.constexpr(1 << 24)
 
 
 @triton.jit
@@ -47,6 +50,7 @@ def wait(counter_ptr, target, stall_ptr):
 
     A wait that does not end in seconds stops the device, after it has written to stall_ptr, a word of host memory.
     """
+    # Adding nothing is how Triton spells a load with acquire, and what it compiles to.
     arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     polls = 0
     while arrived < target:

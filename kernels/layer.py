@@ -152,14 +152,20 @@ def run(
         device = next(t for t in tensors if t is not None).device
         stalled = stall.word(launcher.kernel.__name__, device.type == "cuda")
         counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
-    launcher(
-        (config.programs * config.groups, 1, 1),
-        (*tensors, counters, stalled),
-        (T, B, first, last, *strides),
-        constants,
-        config,
-        **options,
-    )
+    programs = config.programs * config.groups
+    try:
+        launcher(
+            (programs, 1, 1), (*tensors, counters, stalled), (T, B, first, last, *strides), constants, config, **options
+        )
+    except RuntimeError as error:
+        if not waits or "cooperative launch" not in str(error):
+            raise
+        # A part of a GPU that its properties do not tell: of a green context, or a client of MPS.
+        raise RuntimeError(
+            f"{launcher.kernel.__name__} needs {programs} programs that run at the same time, and this process may use fewer"
+            " multiprocessors: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
+            " backend='triton-stepwise'"
+        ) from error
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:

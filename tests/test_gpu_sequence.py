@@ -13,6 +13,7 @@ from support.gpu_checks import (
     BF16,
     Unserved,
     after_out_of_memory,
+    beside_a_kernel_that_stays,
     both_do_not_fit,
     both_fit,
     captured_training_step,
@@ -41,6 +42,9 @@ CHECKS = {
     "two streams": (two_streams, dict(T=512, sizes=both_fit, rounds=10), dict(T=2, sizes=both_fit, rounds=1)),
     "two streams that take turns": (
         two_streams, dict(T=256, sizes=both_do_not_fit, rounds=10), dict(T=2, sizes=both_do_not_fit, rounds=1)
+    ),
+    "beside a kernel that stays": (
+        beside_a_kernel_that_stays, dict(T=256, seconds=4), dict(T=2, seconds=0)
     ),
     **{
         f"poisoned runs of {H} units in {kind}": (

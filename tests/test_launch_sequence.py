@@ -57,6 +57,24 @@ def test_a_last_range_of_one_step_waits_for_nothing(recorded):
     assert steps == [(0, 32, True), (32, 33, False)]
 
 
+def test_a_launch_that_is_refused_says_what_to_do(recorded, monkeypatch):
+    """By a driver that has fewer multiprocessors for this process than the GPU has."""
+
+    def refusing(message):
+        def refuse(*args, **options):
+            raise RuntimeError(message)
+
+        return refuse
+
+    for message, told in (
+        ("[CUDA]: too many blocks in cooperative launch", "16 programs .* LSTM_TRITON_FREE_MULTIPROCESSORS"),
+        ("[CUDA]: out of memory", "out of memory"),
+    ):
+        monkeypatch.setattr(type(recorded[0]), "__call__", refusing(message))
+        with pytest.raises(RuntimeError, match=told):
+            _run(2, 16, 256)
+
+
 def test_multiprocessors_are_left_free(recorded, monkeypatch):
     """Of an H100's 132: 32 programs in 4 groups fit, but not beside others."""
     from lstm_triton.kernels import launch

@@ -11,9 +11,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer, layer_backward, sequence_config
+from lstm_triton.kernels.launch import device_limits
 
 from . import layers, tolerance
 
@@ -126,6 +130,33 @@ def two_streams(device, backend, T, sizes, rounds):
         synchronize(device)
         for step, results, expected in zip(steps, found, alone):
             _assert_equal(results, expected, step.problem.names)
+
+
+def beside_a_kernel_that_stays(device, backend, T, seconds):
+    """A layer that needs multiprocessors which another kernel holds, as communication may, waits for it to end."""
+    B, H = both_do_not_fit(device)
+    _require_waiting(T, B, H, BF16, device)
+    step = _Training(device, backend, T, B, H)
+    alone = _kept(step())
+    synchronize(device)
+    if device.type == "cuda":
+        blocks = device_limits(device)[0] // 2
+        started = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            _stay_kernel[(blocks,)](started, int(seconds * 1e9), num_warps=32)
+        while not started.item():  # before the layer takes the places
+            time.sleep(0.001)
+    _assert_equal(step(), alone, step.problem.names)
+
+
+@triton.jit
+def _stay_kernel(started_ptr, nanoseconds):
+    """Each program, of 1024 threads, leaves too few registers of its multiprocessor for another of 256 times 255."""
+    tl.store(started_ptr, 1)
+    began = globaltimer()
+    now = began
+    while now - began < nanoseconds:
+        now = globaltimer()
 
 
 def both_fit(device):
