@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 from support import layers
 from support.layouts import LAYOUTS
 
 from lstm_triton import functional
+from lstm_triton.kernels import layer as sequence_layer
+from lstm_triton.kernels import layer_backward
 
 KINDS = {
     "fp32": (torch.float32, "ieee"),
@@ -264,6 +267,26 @@ def test_inputs_are_left_alone(device):
     before = [t.clone() for t in tensors]
     layers.by_kernels(problem)
     assert all(map(torch.equal, before, tensors))
+
+
+@pytest.mark.parametrize("options", [{}, dict(resets=True, reset_state="stored", lengths=True, cells=True)])
+def test_offsets_of_64_bits_give_the_same(options, device, monkeypatch):
+    """Those within one step take them where a step's tensors have 2**31 elements or more, too many for a test."""
+    problem = layers.draw(3, 17, 4, 19, 2, batch_major=True, precision="tf32", device=device, **options)
+    expected = layers.by_kernels(problem)
+    assert all(layer.index_type(problem.x) == tl.int32 for layer in (sequence_layer, layer_backward))
+    for layer in (sequence_layer, layer_backward):
+        monkeypatch.setattr(layer, "index_type", lambda *tensors: tl.int64)
+    assert all(map(torch.equal, layers.by_kernels(problem), expected))
+
+
+def test_64_bits_are_taken_where_a_step_is_so_large():
+    narrow = torch.empty(1).expand(2, 3, 5)
+    assert sequence_layer.index_type(narrow, None) == tl.int32
+    # The last element is 2 strides + 4 from the first.
+    for stride, wanted in ((2**30 - 3, tl.int32), (2**30 - 2, tl.int64)):
+        step = torch.empty(0, device="meta").as_strided((2, 3, 5), (1, stride, 1))
+        assert sequence_layer.index_type(narrow, step) == wanted
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
