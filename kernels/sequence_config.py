@@ -63,22 +63,35 @@ def sequence_forward_config(
     """How to run the recurrence of B rows, H units and D directions forward; stepwise: one launch per step, whatever fits."""
     product = _Product(H, 4, 1, dtype.itemsize)
     row_bytes, generation = H * dtype.itemsize, limits.generation
-    long_unaligned = generation == 12 and H % 16 > 0 and row_bytes > 2048  # addresses, for the registers of four warps
     configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 256 // dtype.itemsize, dtype, precision, limits):
-        num_warps = 4 if block_b == 16 and block_h <= 16 and not long_unaligned else 8
+        # 16 rows by 32 columns keep four warps busy; by 64, the addresses of long rows take the registers of eight, on 10.
+        few_warps = block_h == 8 or (block_h == 16 and not (generation == 10 and row_bytes > 1024))
+        num_warps = 4 if block_b == 16 and few_warps else 8
         scratch = 16 * block_b * block_h  # the sums in float32, for the layout of the pre-activations
-        # Short chunks take fewer registers, but the tensor cores of compute capability 10 are waited for after each chunk.
-        few = 2048 if long_unaligned else 4096 if generation == 8 and block_b == 64 else 8192
-        chunk_bytes = 16384 if generation == 10 and block_h >= 16 else few
-        longest = 32 if block_h == 128 else chunk_bytes // block_b // dtype.itemsize
-        # There, of shorter ones by 64 rows Triton (to 3.7) makes a kernel that does nothing.
-        shortest = 64 if generation == 10 and block_b == 64 else 16
-        configs += _resident(product, B, H, D, block_b, block_h, num_warps, shortest, longest, scratch, limits)
+        longest = _forward_chunk_bytes(block_b, block_h, H, row_bytes, generation) // block_b // dtype.itemsize
+        shortest = 16
+        if generation == 10 and block_b == 64:
+            # Of shorter ones, Triton (to 3.7) makes a kernel that does nothing.
+            shortest, longest = 64, 128
+        configs += _resident(
+            product, B, H, D, block_b, block_h, num_warps, shortest, longest, scratch, limits, _BYTES_IN_FLIGHT
+        )
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Elements of rows that begin anywhere are loaded one by one, each with its address.
     return _stepwise_config(B, H, D, dtype, precision, few_rows=H % 16 != 0, num_warps=8 if H % 16 else 4)
+
+
+def _forward_chunk_bytes(block_b: int, block_h: int, H: int, row_bytes: int, generation: int) -> int:
+    """Of the exchanged state, at most. Short chunks take fewer registers, where tensor cores take W_hh through them."""
+    if block_h == 128:
+        return 64 * block_b
+    if generation == 10 and block_h >= 16:
+        return 16384  # the tensor cores there are waited for after each chunk
+    if block_h == 8 and row_bytes > 2048 and generation != 8:
+        return 2048 if generation == 9 or (generation == 10 and H % 2 == 0) else 1024 if H % 16 else 8192
+    return 4096 if generation == 8 and block_b == 64 else 8192
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,15 +99,22 @@ def sequence_backward_config(
     B: int, H: int, D: int, dtype: torch.dtype, precision: str, limits: DeviceLimits, stepwise: bool = False
 ) -> SequenceConfig:
     """How to run it backward: the inner dimension is 4H, split over eight warps."""
-    product = _Product(4 * H, 1, 8, dtype.itemsize)
+    product, generation = _Product(4 * H, 1, 8, dtype.itemsize), limits.generation
     configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
-        large = block_b > 16 and block_b * block_h == 1024 and limits.generation != 10
-        long_odd = block_b > 16 and H % 2 and H > 768 and limits.generation == 8
-        chunk_bytes = 1024 if long_odd else 2048 if large else 4096  # of each split
+        tile, bytes_in_flight = block_b * block_h, _BYTES_IN_FLIGHT
+        chunk_bytes = 4096  # of each split
+        # Many rows leave fewer registers.
+        if generation == 10 and block_b > 16 and tile >= 512:
+            bytes_in_flight = 128 if tile == 1024 else 192
+            chunk_bytes = 4096 if tile == 1024 else 2048
+        elif block_b > 16 and tile == 1024:
+            chunk_bytes = 2048
+        elif generation == 8 and block_b > 16 and H > 768 and H % 2:
+            chunk_bytes = 1024
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
-        configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits)
+        configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits, bytes_in_flight)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
@@ -116,9 +136,9 @@ class _Product:
         return self.columns == 1
 
 
-# What registers have room for: bytes of the exchanged state that each thread loads at once, and the addresses of chunks.
+# What registers mostly have room for: bytes of the exchanged state that each thread loads at once, and addresses of chunks.
 _BYTES_IN_FLIGHT = 256
-_MOST_CHUNKS = 48
+_MOST_CHUNKS = 64
 # More waits for the L2 cache take longer than a launch for each step.
 _MOST_ROUNDS = 16
 # Bytes of shared memory for the barriers with which the compiler waits for tensor cores.
@@ -159,16 +179,19 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
         few = block_b <= 32 and tile * product.itemsize <= 2048 and weight_bytes <= most
         return tile <= 1024 and (generation != 10 or few)
     # mma.sync takes W_hh through registers, wgmma and its successor from shared memory.
-    return tile <= (1024 if generation == 8 else 2048) and (generation != 10 or block_h * row_bytes <= 49152)
+    if generation == 10 and (block_h * row_bytes > 49152 or (H % 2 and tile * product.itemsize > 4096)):
+        return False
+    return tile <= (1024 if generation == 8 else 2048)
 
 
 def _resident(
     product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, shortest: int, longest: int,
-    scratch: int, limits: DeviceLimits,
+    scratch: int, limits: DeviceLimits, bytes_in_flight: int,
 ) -> Iterator[SequenceConfig]:  # fmt: skip
     """The configuration with this tile that keeps W_hh on chip, or none where that does not fit.
 
     shortest, longest: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
+    bytes_in_flight: of the exchanged state that each thread loads at once, at most.
     """
     programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
     # Programs that wait for each other must run at the same time; others may queue.
@@ -182,7 +205,7 @@ def _resident(
             continue  # too much padding
         chunk = block_b * depth * product.itemsize
         free = limits.shared_memory - chunks * depth * product.columns * block_h * product.itemsize - _BARRIERS
-        at_once = min(free, _BYTES_IN_FLIGHT * 32 * num_warps) // chunk
+        at_once = min(free, bytes_in_flight * 32 * num_warps) // chunk
         if free >= scratch and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS):
             in_flight = cdiv(chunks, cdiv(chunks, at_once))  # the same in every round
             yield SequenceConfig(

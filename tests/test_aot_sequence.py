@@ -65,17 +65,24 @@ FURTHER = {
         ("bf16", 650, 64, 1, ALL),
         ("tf32x3", 64, 64, 1, PLAIN),
         ("bf16", 1501, 64, 1, ALL),
+        ("tf32", 905, 16, 1, ALL),
     ],
     100: [
         ("bf16", 455, 512, 1, ALL),
         ("bf16", 1022, 16, 1, ALL),
         ("bf16", 1600, 64, 1, PLAIN),
+        ("bf16", 320, 256, 1, SEGMENTS),
+        ("bf16", 1360, 16, 1, SEGMENTS),
         ("fp32", 1000, 64, 1, PLAIN),
+        ("tf32", 254, 512, 2, ALL),
+        ("tf32", 451, 64, 1, ALL),
+        ("tf32", 907, 16, 1, SEGMENTS),
         ("tf32", 1001, 16, 1, ALL),
     ],
     120: [
         ("bf16", 384, 128, 2, DROPOUT),
         ("bf16", 1279, 16, 1, ALL),
+        ("tf32", 734, 16, 1, ALL),
         ("bf16", 1359, 16, 1, SEGMENTS),
         ("fp32", 1000, 64, 1, ALL),
     ],
@@ -114,8 +121,8 @@ def _cases(archs, everything):
 def _largest_of_each_tile(way, arch):
     """For each tile that is ever launched, the cases with most units and, of those with most chunks in flight, with most units.
 
-    Of each kind of row: of a multiple of 16 units, of 8, of an even number, of an odd one. Tiles do with less what they do with
-    more.
+    Of each kind of row: of a multiple of 16 units, of 8, of an even number, of an odd one; and of these that next below a
+    multiple of 16, to which masks come cheaper. Tiles do with less what they do with more.
     """
     from support.aot_sequence import LIMITS, Case, configuration
 
@@ -126,7 +133,7 @@ def _largest_of_each_tile(way, arch):
         case = Case(way, H, B, D, *KINDS[kind])
         config = configuration(case, LIMITS[arch])
         tile = replace(config, programs=0, groups=0, in_flight=0)
-        key = (kind, tile, config.programs > 1, H % 16 == 0, H % 8 == 0, H % 2)
+        key = (kind, tile, config.programs > 1, H % 16 == 0, H % 8 == 0, H % 2, H % 16 >= 14)
         _, most, of_most = found.get(key, (case, 0, case))
         if config.in_flight >= most:
             most, of_most = config.in_flight, case
