@@ -19,9 +19,9 @@ _MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with 
 class Launcher:
     """Calls one @triton.jit kernel.
 
-    Triton's own launch works out, on every call, which specialization the arguments need. That depends only on dtypes, 16-byte
-    alignment, meta-parameters and the integers that the kernel specialises: the compiled kernel is kept under those, and later
-    called directly. Names of pointers end in _ptr.
+    Triton's own launch works out, on every call, which specialization the arguments need. It depends on dtypes, 16-byte
+    alignment, meta-parameters and the integers that the kernel specialises, at most: the compiled kernel is kept under those,
+    and later called directly. Names of pointers end in _ptr.
     """
 
     def __init__(self, kernel) -> None:

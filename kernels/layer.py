@@ -209,7 +209,7 @@ def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> T
     return z
 
 
-@stall.named
+@stall.names_the_kernel
 def lstm_layer_forward(
     x: Tensor,
     h0: Tensor,

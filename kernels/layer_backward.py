@@ -56,7 +56,7 @@ def _gate_major(w: Tensor) -> Tensor:
     return w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
-@stall.named
+@stall.names_the_kernel
 def lstm_layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -176,7 +176,7 @@ def _rebuilt_pre_activations(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _reset_flags(segments: Segments, d: int, start: int, n: int) -> Tensor:
+def _cleared_before(segments: Segments, d: int, start: int, n: int) -> Tensor:
     """[n, B] whether direction d clears its state before steps t = start ... start + n - 1: `segments.resets_at` for all."""
     resets = segments.resets
     assert resets is not None
@@ -204,7 +204,7 @@ def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: i
         t = torch.arange(start, start + n, device=y.device)
         h_prev = torch.where((t[:, None] == segments.lengths - 1)[..., None], initial, h_prev)
     if segments.resets is not None:
-        flags = _reset_flags(segments, d, start, n)[..., None]
+        flags = _cleared_before(segments, d, start, n)[..., None]
         cleared = h_prev.new_zeros(()) if segments.reset_h is None else segments.reset_h[start : start + n, d]
         h_prev = torch.where(flags, cleared, h_prev)
     return h_prev
@@ -228,7 +228,7 @@ def _recurrent_weight_gradient(
 
 def _gradient_at_resets(dz: Tensor, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
     """[T, B, H]: the gradient of the state that direction d was reset to, 0 where there was no reset."""
-    flags = _reset_flags(segments, d, 0, dz.shape[0])
+    flags = _cleared_before(segments, d, 0, dz.shape[0])
     dh = dz[:, :, d].flatten(2) @ unit_major(w_hh)
     return torch.where(flags[..., None], dh, dh.new_zeros(()))
 
@@ -242,7 +242,7 @@ def _initial_state_gradient(dz: Tensor, dh_n: Tensor | None, w_hh: Tensor, d: in
         first = dz[(segments.lengths - 1).clamp(min=0).long(), torch.arange(B, device=dz.device), d]
     dh0 = first.flatten(1) @ unit_major(w_hh)
     if segments.resets is not None:
-        dh0 = torch.where(_reset_flags(segments, d, 0 if d == 0 else T - 1, 1)[0][:, None], dh0.new_zeros(()), dh0)
+        dh0 = torch.where(_cleared_before(segments, d, 0 if d == 0 else T - 1, 1)[0][:, None], dh0.new_zeros(()), dh0)
     if segments.lengths is not None and dh_n is not None:
         dh0 = torch.where((segments.lengths == 0)[:, None], dh_n[d], dh0)  # a row without steps ends where it begins
     return dh0

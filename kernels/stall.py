@@ -48,7 +48,7 @@ def check() -> None:
         raise RuntimeError(told)
 
 
-def named(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def names_the_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Where a kernel gave up waiting, before or inside this function, its error says so: not only that CUDA failed."""
 
     @functools.wraps(function)

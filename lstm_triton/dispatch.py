@@ -19,7 +19,7 @@ _MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloa
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend ("triton", "torch" or "reference") and the reason, in one sentence."""
+    """What serves a call, one of the backends or "torch" for its own kernels on a CPU, and the reason in one sentence."""
 
     backend: str
     reason: str

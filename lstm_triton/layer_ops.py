@@ -70,7 +70,10 @@ def _forward_results(h, h_n, c_n, c, gates):
 
 
 def _new_like_input(x: Tensor, size: int) -> Tensor:
-    """[T, B, size] in the memory order that the kernels give their results: that of x forward, of y backward."""
+    """[T, B, size] in the memory order that the kernels give their results: that of x forward, of y backward.
+
+    What `kernels.layer` does with `is_time_major` and `new_states`; but compilers ask for it where there may be no triton.
+    """
     T, B = x.shape[:2]
     if x.stride(0) >= x.stride(1) or T == 1 or B == 1:
         return x.new_empty((T, B, size))

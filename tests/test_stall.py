@@ -52,7 +52,7 @@ def test_an_error_inside_a_layer_names_the_kernel(monkeypatch):
     word = ctypes.c_int32(0)
     monkeypatch.setattr(stall, "_values", {"_some_kernel": word})
 
-    @stall.named
+    @stall.names_the_kernel
     def run(polls):
         word.value = polls
         raise RuntimeError("CUDA error: unspecified launch failure")
