@@ -35,7 +35,8 @@ def resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, 
     """[BLOCK_B] whether the state before step t is cleared."""
     at = t + direction
     pointers = resets_ptr + at * stride_resets_t.to(tl.int64) + rows_b.to(tl.int64) * stride_resets_b
-    return tl.load(pointers, mask=(at < lengths) & (rows_b >= 0), other=0) != 0
+    in_rows = (at < lengths) & (rows_b >= 0)  # the latter always: without lengths it gives the mask its shape
+    return tl.load(pointers, mask=in_rows, other=0) != 0
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def sequence_backward_config(
             chunk_bytes = 4096 if tile == 1024 else 2048
         elif block_b > 16 and tile == 1024:
             chunk_bytes = 2048
-        elif generation == 8 and block_b > 16 and H > 768 and H % 2:
+        elif (generation == 8 and block_b > 16 and H > 768 and H % 2) or (generation == 10 and H > 1280):
             chunk_bytes = 1024
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
         configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits, bytes_in_flight)
