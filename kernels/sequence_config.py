@@ -103,18 +103,22 @@ def sequence_backward_config(
     configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
-        tile, bytes_in_flight = block_b * block_h, _BYTES_IN_FLIGHT
+        tile, bytes_in_flight, even_rounds = block_b * block_h, _BYTES_IN_FLIGHT, True
         chunk_bytes = 4096  # of each split
         # Many rows leave fewer registers.
-        if generation == 10 and block_b > 16 and tile >= 512:
-            bytes_in_flight = 128 if tile == 1024 else 192
-            chunk_bytes = 4096 if tile == 1024 else 2048
+        if generation == 10 and block_b > 16 and tile == 512:
+            bytes_in_flight, chunk_bytes = 192, 2048
+        elif generation == 10 and block_b > 16 and tile == 1024:
+            # 5, 5 and 1 chunks take far fewer than 4, 4 and 3.
+            bytes_in_flight, even_rounds = (128, True) if H <= 320 else (160, False)
         elif block_b > 16 and tile == 1024:
             chunk_bytes = 2048
         elif (generation == 8 and block_b > 16 and H > 768 and H % 2) or (generation == 10 and H > 1280):
             chunk_bytes = 1024
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
-        configs += _resident(product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits, bytes_in_flight)
+        configs += _resident(
+            product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits, bytes_in_flight, even_rounds
+        )
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
@@ -186,12 +190,13 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
 
 def _resident(
     product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, shortest: int, longest: int,
-    scratch: int, limits: DeviceLimits, bytes_in_flight: int,
+    scratch: int, limits: DeviceLimits, bytes_in_flight: int, even_rounds: bool = True,
 ) -> Iterator[SequenceConfig]:  # fmt: skip
     """The configuration with this tile that keeps W_hh on chip, or none where that does not fit.
 
     shortest, longest: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
-    bytes_in_flight: of the exchanged state that each thread loads at once, at most.
+    bytes_in_flight: of the exchanged state that each thread loads at once, at most. even_rounds: as many chunks in every round
+    of loads, rather than most in the first ones.
     """
     programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
     # Programs that wait for each other must run at the same time; others may queue.
@@ -207,7 +212,7 @@ def _resident(
         free = limits.shared_memory - chunks * depth * product.columns * block_h * product.itemsize - _BARRIERS
         at_once = min(free, bytes_in_flight * 32 * num_warps) // chunk
         if free >= scratch and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS):
-            in_flight = cdiv(chunks, cdiv(chunks, at_once))  # the same in every round
+            in_flight = cdiv(chunks, cdiv(chunks, at_once)) if even_rounds else min(chunks, at_once)
             yield SequenceConfig(
                 num_warps, 1, block_b, block_h, product.split_k, block_k, in_flight, programs, groups, True,
                 max_registers=MAX_REGISTERS,
