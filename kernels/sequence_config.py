@@ -113,7 +113,11 @@ def sequence_backward_config(
             bytes_in_flight, even_rounds = (128, True) if H <= 320 else (160, False)
         elif block_b > 16 and tile == 1024:
             chunk_bytes = 2048
-        elif (generation == 8 and block_b > 16 and H > 768 and H % 2) or (generation == 10 and H > 1280):
+        elif (
+            (generation == 8 and block_b > 16 and H > 768 and H % 2)
+            or (generation == 9 and block_h == 16 and dtype == torch.float32 and H > 768)
+            or (generation == 10 and H > 1280)
+        ):
             chunk_bytes = 1024
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
         configs += _resident(
