@@ -106,7 +106,7 @@ def sequence_backward_config(
         tile, bytes_in_flight, even_rounds = block_b * block_h, _BYTES_IN_FLIGHT, True
         chunk_bytes = 4096  # of each split
         # Many rows leave fewer registers.
-        if generation == 10 and block_b > 16 and tile == 512:
+        if generation == 10 and block_b > 16 and tile == 512 and dtype.itemsize == 2:
             bytes_in_flight, chunk_bytes = 192, 2048
         elif generation == 10 and block_b > 16 and tile == 1024:
             # 5, 5 and 1 chunks take far fewer than 4, 4 and 3.
