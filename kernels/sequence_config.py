@@ -107,7 +107,7 @@ def sequence_backward_config(
         chunk_bytes = 4096  # of each split
         # Many rows leave fewer registers.
         if generation == 10 and block_b > 16 and tile == 512 and dtype.itemsize == 2:
-            bytes_in_flight, chunk_bytes = 192, 2048
+            bytes_in_flight, chunk_bytes = 256 if H % 2 and H > 704 else 192, 2048
         elif generation == 10 and block_b > 16 and tile == 1024:
             # 5, 5 and 1 chunks take far fewer than 4, 4 and 3.
             bytes_in_flight, even_rounds = (128, True) if H <= 320 else (160, False)

@@ -74,6 +74,7 @@ FURTHER = {
         ("bf16", 1600, 64, 1, PLAIN),
         ("bf16", 320, 256, 1, SEGMENTS),
         ("bf16", 766, 64, 1, PLAIN),
+        ("bf16", 767, 64, 1, RESETS),
         ("bf16", 1352, 16, 1, DROPOUT),
         ("bf16", 1360, 16, 1, SEGMENTS),
         ("fp32", 1000, 64, 1, PLAIN),
