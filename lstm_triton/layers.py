@@ -1,9 +1,7 @@
 """One LSTM layer over a sequence, in one or two directions: checks, choice of backend, call."""
 
-import contextlib
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,8 +77,8 @@ def lstm(
     bias = len(weights) // directions == 4
     if chosen in ("torch", "cudnn"):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
-        with cudnn_precision(x, precision):
-            y, h_n, c_n = torch_ops.lstm(x, hx, weights, bias, 1, 0.0, torch.is_grad_enabled(), directions == 2)
+        options = torch_ops.Options(bias, 1, 0.0, torch.is_grad_enabled(), directions == 2, precision)
+        y, h_n, c_n = torch_ops.lstm(x, hx, weights, options)
         return y, (h_n, c_n)
     y, h_n, c_n, c = run(
         chosen, x, hx, weights, directions, bias, segments, return_cell_states, recompute, precision
@@ -165,29 +163,6 @@ def autocast(
         return [casting.cast(t, dtype) for t in tensors]
 
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
-
-
-def cudnn_precision(x: Tensor, precision: str | None) -> contextlib.AbstractContextManager:
-    """cuDNN's recurrent layers on float32 inside: in this precision, if one is given."""
-    if precision is None or not x.is_cuda or x.dtype != torch.float32:
-        return contextlib.nullcontext()
-    return _cudnn_precision(precision)
-
-
-_cudnn_setting = threading.Lock()  # it belongs to the process
-
-
-@contextlib.contextmanager
-def _cudnn_precision(precision: str) -> Iterator[None]:
-    rnn: Any = torch.backends.cudnn.rnn
-    with _cudnn_setting:
-        before, rnn.fp32_precision = rnn.fp32_precision, precision
-        try:
-            yield
-        finally:
-            rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
-            if rnn.fp32_precision != before:
-                rnn.fp32_precision = before
 
 
 def _require_persistent(

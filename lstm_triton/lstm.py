@@ -105,12 +105,9 @@ class LSTMForward(torch.nn.RNNBase):
         plain = resets is None and reset_state is None and not return_cell_states
         chosen = self._choose(data, plain, T)
         if chosen in ("torch", "cudnn"):
-            train, dropout = self._mode()
             data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
-            with layers.cudnn_precision(data, self.precision), casting.without_autocast(data.device.type):
-                y, *hidden = torch_ops.packed_lstm(
-                    data, batch_sizes, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional
-                )
+            with casting.without_autocast(data.device.type):
+                y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, self._torch_options())
         else:
             if self.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
                 resets = resets.transpose(0, 1)
@@ -138,9 +135,10 @@ class LSTMForward(torch.nn.RNNBase):
         c = input.new_zeros(rows, batch, self.hidden_size)
         return (input.new_zeros(rows, batch, self.proj_size) if self.proj_size else c), c
 
-    def _mode(self) -> tuple[bool, float]:
-        """(train, dropout) for torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise."""
-        return self.training or torch.is_grad_enabled(), self.dropout if self.training else 0.0
+    def _torch_options(self) -> torch_ops.Options:
+        """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise."""
+        train, dropout = self.training or torch.is_grad_enabled(), self.dropout if self.training else 0.0
+        return torch_ops.Options(self.bias, self.num_layers, dropout, train, self.bidirectional, self.precision)
 
     def _choose(self, x: Tensor, plain: bool, T: int) -> str:
         return dispatch.layer_backend(
@@ -160,7 +158,8 @@ class LSTMForward(torch.nn.RNNBase):
             x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0]
         )
         if chosen in ("torch", "cudnn"):
-            return self._run_torch(x, hx, weights)
+            y, h_n, c_n = torch_ops.lstm(x, hx, weights, self._torch_options())
+            return y, (h_n, c_n)
         directions = 2 if self.bidirectional else 1
         layers.check_alike(x, hx, weights)
         checked = segments.checked_segments(
@@ -183,14 +182,6 @@ class LSTMForward(torch.nn.RNNBase):
             last.append((h_n, c_n))
         h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
         return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
-
-    def _run_torch(
-        self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        train, dropout = self._mode()
-        with layers.cudnn_precision(x, self.precision):
-            y, h_n, c_n = torch_ops.lstm(x, hx, weights, self.bias, self.num_layers, dropout, train, self.bidirectional)
-        return y, (h_n, c_n)
 
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:

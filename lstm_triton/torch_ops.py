@@ -4,46 +4,70 @@ Traced, the CPU's kernel fails under aot_eager and inductor; as one operator who
 everywhere.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import casting
+from . import casting, ops
 from .ops import implements, library
 
 library.define(
-    "torch_lstm(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias, int num_layers, bool train, bool bidirectional)"
-    " -> (Tensor, Tensor, Tensor)"
+    "torch_lstm(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias, int num_layers, bool train, bool bidirectional,"
+    " str? precision) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "torch_lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias,"
-    " int num_layers, bool bidirectional) -> Tensor[]"
+    " int num_layers, bool bidirectional, str? precision) -> Tensor[]"
 )
+
+_setting = threading.RLock()  # it belongs to the process, and backward runs on threads of its own
+
+
+@contextlib.contextmanager
+def _products(precision: str | None) -> Iterator[None]:
+    """cuDNN's recurrent layers on float32 inside: in this precision, or None for what torch's setting says."""
+    if precision is None:
+        yield
+        return
+    rnn: Any = torch.backends.cudnn.rnn
+    with _setting:
+        before, rnn.fp32_precision = rnn.fp32_precision, precision
+        try:
+            yield
+        finally:
+            rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
+            if rnn.fp32_precision != before:
+                rnn.fp32_precision = before
 
 
 @implements("torch_lstm")
-def _torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional):
-    results = torch._VF.lstm(x, (h0, c0), weights, bias, num_layers, 0.0, train, bidirectional, False)
+def _torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional, precision):
+    with _products(precision):
+        results = torch._VF.lstm(x, (h0, c0), weights, bias, num_layers, 0.0, train, bidirectional, False)
     return tuple(t.contiguous() for t in results)
 
 
 @torch.library.register_fake("lstm_triton::torch_lstm", lib=library)
-def _(x, h0, c0, weights, bias, num_layers, train, bidirectional):
+def _(x, h0, c0, weights, bias, num_layers, train, bidirectional, precision):
     y = x.new_empty((x.shape[0], x.shape[1], h0.shape[2] * (2 if bidirectional else 1)))
     return y, h0.new_empty(h0.shape), c0.new_empty(c0.shape)
 
 
 @implements("torch_lstm_backward")
-def _torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional):
-    with torch.enable_grad():
+def _torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional, precision):
+    with torch.enable_grad(), _products(precision):
         inputs = [t.detach().requires_grad_() for t in (x, h0, c0, *weights)]
         results = torch._VF.lstm(inputs[0], inputs[1:3], inputs[3:], bias, num_layers, 0.0, True, bidirectional, False)
         return [g.contiguous() for g in torch.autograd.grad(results, inputs, (dy, dh_n, dc_n))]
 
 
 @torch.library.register_fake("lstm_triton::torch_lstm_backward", lib=library)
-def _(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional):
+def _(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional, precision):
     return [t.new_empty(t.shape) for t in (x, h0, c0, *weights)]
 
 
@@ -51,12 +75,8 @@ class _LSTMBackwardFunction(torch.autograd.Function):
     """The backward as a Function of its own, so that differentiating it again is an error and not wrong."""
 
     @staticmethod
-    def forward(ctx, dy, dh_n, dc_n, bias, num_layers, bidirectional, x, h0, c0, *weights):
-        return tuple(
-            torch.ops.lstm_triton.torch_lstm_backward(
-                dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional
-            )
-        )
+    def forward(ctx, dy, dh_n, dc_n, options, x, h0, c0, *weights):
+        return tuple(torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, *options))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -64,81 +84,130 @@ class _LSTMBackwardFunction(torch.autograd.Function):
 
 
 def _save(ctx, inputs, output):
-    x, h0, c0, weights, bias, num_layers, _, bidirectional = inputs
+    x, h0, c0, weights, bias, num_layers, _, bidirectional, precision = inputs
     ctx.save_for_backward(x, h0, c0, *weights)
-    ctx.options = bias, num_layers, bidirectional
+    ctx.options = bias, num_layers, bidirectional, precision
 
 
 def _backward(ctx, dy, dh_n, dc_n):
-    dx, dh0, dc0, *dweights = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, *ctx.options, *ctx.saved_tensors)
-    return dx, dh0, dc0, dweights, None, None, None, None
+    dx, dh0, dc0, *dweights = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, ctx.options, *ctx.saved_tensors)
+    return dx, dh0, dc0, dweights, None, None, None, None, None
 
 
 # The backward operator has no autograd of its own: it would not let torch's LSTM record one inside.
 torch.library.register_autograd("lstm_triton::torch_lstm", _backward, setup_context=_save, lib=library)
 
 
-def lstm(
-    x: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class _InPrecision(torch.autograd.Function):
+    """run(*tensors), whose backward, too, computes in this precision: cuDNN's reads the setting when it runs.
+
+    It keeps the graph that torch records of run, as long as torch would, and has no second derivatives, as cuDNN has none.
+    """
+
+    @staticmethod
+    def forward(ctx, run, precision, *tensors):
+        ctx.precision = precision
+        with torch.enable_grad(), _products(precision):
+            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            ctx.results = run(*ctx.inputs)
+        return tuple(t.detach() for t in ctx.results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        wanted = [t for t in ctx.inputs if t.requires_grad]
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        with _products(ctx.precision):
+            found = iter(torch.autograd.grad(ctx.results, wanted, gradients, retain_graph=keep))
+        return None, None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
+
+
+def _in_precision(run, precision: str | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """run(*tensors) and its backward with cuDNN's float32 products in this precision."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if precision is not None and recorded and torch._C._are_functorch_transforms_active():
+        if torch.backends.cudnn.rnn.fp32_precision != precision:
+            raise RuntimeError(
+                f"under torch.func precision={precision!r} does not reach cuDNN's backward: set"
+                " torch.backends.cudnn.rnn.fp32_precision to it as well, or take backend='triton'"
+            )
+    elif precision is not None and recorded and not ops.is_jit_tracing():
+        return _InPrecision.apply(run, precision, *tensors)
+    with _products(precision):
+        return run(*tensors)
+
+
+class Options(NamedTuple):
+    """What torch's own layers are told beside tensors. precision: of float32 products on a GPU; None for torch's setting."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    precision: str | None = None
+
+
+def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy.
 
     Under autocast all are in its dtype already: torch's own would take float16 for bfloat16 on a GPU.
     """
     if casting.is_autocast(x.device.type):
         with casting.without_autocast(x.device.type):
-            return lstm(x, hx, weights, bias, num_layers, dropout, train, bidirectional)
+            return lstm(x, hx, weights, options)
     compiling = torch.compiler.is_compiling()
     batch_first = x.stride(1) > x.stride(0) and not compiling
     x = x.transpose(0, 1) if batch_first else x
+    bias, _, dropout, train, bidirectional, precision = options
+    precision = precision if _has_cudnn(x) else None
 
     def run(x, states, weights, layers):
         if compiling:
-            return torch.ops.lstm_triton.torch_lstm(x, *states, weights, bias, layers, train, bidirectional)
-        drop = dropout if layers > 1 else 0.0
-        return torch._VF.lstm(x, states, weights, bias, layers, drop, train, bidirectional, batch_first)
+            return torch.ops.lstm_triton.torch_lstm(x, *states, weights, bias, layers, train, bidirectional, precision)
 
-    y, h_n, c_n = _in_steps(run, x, hx, weights, num_layers, dropout, bidirectional, compiling)
+        def torchs(x, h0, c0, *weights):
+            drop = dropout if layers > 1 else 0.0
+            return torch._VF.lstm(x, (h0, c0), weights, bias, layers, drop, train, bidirectional, batch_first)
+
+        return _in_precision(torchs, precision, x, *states, *weights)
+
+    y, h_n, c_n = _in_steps(run, x, hx, weights, options, compiling)
     return (y.transpose(0, 1) if batch_first else y), h_n, c_n
 
 
 def packed_lstm(
-    data: Tensor,
-    batch_sizes: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
+    data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(data of y, h_n, c_n) of torch._VF.lstm on a packed sequence."""
+    bias, _, dropout, train, bidirectional, precision = options
+    precision = precision if _has_cudnn(data) else None
 
     def run(data, states, weights, layers):
-        drop = dropout if layers > 1 else 0.0
-        return torch._VF.lstm(data, batch_sizes, states, weights, bias, layers, drop, train, bidirectional)
+        def torchs(data, h0, c0, *weights):
+            drop = dropout if layers > 1 else 0.0
+            return torch._VF.lstm(data, batch_sizes, (h0, c0), weights, bias, layers, drop, train, bidirectional)
 
-    return _in_steps(run, data, hx, weights, num_layers, dropout, bidirectional, False)
+        return _in_precision(torchs, precision, data, *states, *weights)
+
+    return _in_steps(run, data, hx, weights, options, False)
+
+
+def _has_cudnn(x: Tensor) -> bool:
+    """Whether cuDNN would take its float32 products in a precision of choice."""
+    return x.is_cuda and x.dtype == torch.float32
 
 
 def _in_steps(
-    run, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], num_layers: int, dropout: float,
-    bidirectional: bool, compiling: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    run, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options, compiling: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """run(x, states, weights, layers) for all layers at once, or one by one with torch's own dropout between them.
 
     One by one where a compiler has random numbers of its own, and on a GPU: cuDNN's own dropout takes its seed once in the life
     of a process, and would not give the same result for the same seed.
     """
-    directions = 2 if bidirectional else 1
+    num_layers, dropout = options.num_layers, options.dropout
+    directions = 2 if options.bidirectional else 1
     step = 1 if dropout and (compiling or x.is_cuda) else num_layers
     per_layer = len(weights) // num_layers
     last = []

@@ -1,9 +1,10 @@
-"""torch's own kernels, all layers at once or one by one, where cuDNN's dropout would not follow the seed."""
+"""torch's own kernels: all layers at once or one by one, where cuDNN's dropout would not follow the seed; and the precision
+that cuDNN finds set when its forward and its backward run."""
 
 import pytest
 import torch
 
-from lstm_triton import torch_ops
+from lstm_triton import LSTM, functional, torch_ops
 
 
 class _OnGPU(torch.Tensor):
@@ -20,7 +21,11 @@ def _arguments(packed):
     x, sizes = torch.randn(5, 2, 3), [2] * 5
     function = torch_ops.packed_lstm if packed else torch_ops.lstm
     x, first = (x.flatten(0, 1), (torch.tensor(sizes),)) if packed else (x, ())
-    return lambda x, dropout: function(x, *first, hx, lstm._flat_weights, True, 3, dropout, True, True), x
+
+    def options(dropout):
+        return torch_ops.Options(bias=True, num_layers=3, dropout=dropout, train=True, bidirectional=True)
+
+    return lambda x, dropout: function(x, *first, hx, lstm._flat_weights, options(dropout)), x
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -41,3 +46,120 @@ def test_on_a_gpu_dropout_is_torchs_own(packed, monkeypatch):
     assert calls == []
     run(x.as_subclass(_OnGPU), 0.5)
     assert calls == [0.5, 0.5]
+
+
+class _RecordedProduct(torch.autograd.Function):
+    """x, and a note of the setting in forward and backward: as cuDNN does, it reads the setting when it runs."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        seen.append(("forward", torch.backends.cudnn.rnn.fp32_precision))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(("backward", torch.backends.cudnn.rnn.fp32_precision))
+        return grad.clone(), None
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings that a stand-in for cuDNN read, in the order in which it ran; a CPU is taken to have one."""
+    found, torchs = [], torch._VF.lstm
+
+    def recording(x, *rest):
+        return torchs(_RecordedProduct.apply(x, found), *rest)
+
+    monkeypatch.setattr(torch._VF, "lstm", recording)
+    monkeypatch.setattr(torch_ops, "_has_cudnn", lambda x: x.dtype == torch.float32)
+    before = torch.backends.cudnn.rnn.fp32_precision
+    yield found
+    assert torch.backends.cudnn.rnn.fp32_precision == before
+
+
+def _eager(lstm, x):
+    return lstm(x)[0]
+
+
+def _functional(lstm, x):
+    return functional.lstm(x, None, list(lstm.parameters()), precision=lstm.precision)[0]
+
+
+def _packed(lstm, x):
+    return lstm(torch.nn.utils.rnn.pack_sequence(list(x.unbind(1))))[0].data
+
+
+def _compiled(lstm, x):
+    torch._dynamo.reset()
+    return torch.compile(lstm, backend="aot_eager", fullgraph=True)(x)[0]
+
+
+def _checkpointed(lstm, x):
+    return torch.utils.checkpoint.checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("run", [_eager, _functional, _packed, _compiled, _checkpointed])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_forward_and_backward_find_the_precision_set(run, precision, seen):
+    """Whatever is set when the backward runs; and the gradients are those of no precision given."""
+    lstm, x = LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    expected = torch.autograd.grad(_eager(lstm, x).square().sum(), [x, *lstm.parameters()])
+    seen.clear()
+    lstm.precision = precision
+    found = torch.autograd.grad(run(lstm, x).square().sum(), [x, *lstm.parameters()])
+    assert {way for way, _ in seen} == {"forward", "backward"} and {setting for _, setting in seen} == {precision}
+    for gradient, wanted in zip(found, expected):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_without_a_precision_it_is_what_is_set(seen):
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    LSTM(3, 4)(x)[0].sum().backward()
+    assert seen == [(way, torch.backends.cudnn.rnn.fp32_precision) for way in ("forward", "backward")]
+
+
+def test_the_graph_is_kept_as_long_as_torchs(seen):
+    """And what torch refuses is refused: a second backward, a second derivative, an output changed in place."""
+    lstm, x = LSTM(3, 4, precision="ieee"), torch.randn(5, 2, 3, requires_grad=True)
+    loss = lstm(x)[0].square().sum()
+    first, again = (torch.autograd.grad(loss, x, retain_graph=keep)[0] for keep in (True, False))
+    torch.testing.assert_close(first, again)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    (gradient,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+    _, (h, c) = lstm(x)
+    (h.mul_(2) + c).sum().backward()
+    weight = lstm.weight_hh_l0
+    y = lstm(x)[0]
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_failing_backward_leaves_the_setting(seen, monkeypatch):
+    lstm, x = LSTM(3, 4, precision="ieee"), torch.randn(5, 2, 3, requires_grad=True)
+    y = lstm(x)[0]
+
+    def fail(ctx, grad):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(_RecordedProduct, "backward", staticmethod(fail))
+    with pytest.raises(torch.OutOfMemoryError):
+        y.sum().backward()
+    assert seen == [("forward", "ieee")]  # the fixture looks at the setting
+
+
+def test_under_torch_func_the_setting_must_be_the_precision(seen, monkeypatch):
+    lstm, x = LSTM(3, 4, precision="ieee"), torch.randn(5, 2, 3)
+    gradient = torch.func.grad(lambda x: lstm(x)[0].square().sum())
+    with pytest.raises(RuntimeError, match="set torch.backends.cudnn.rnn.fp32_precision"):
+        gradient(x)
+    monkeypatch.setattr(torch._VF, "lstm", torch._C._VariableFunctions.lstm)  # the stand-in knows no transforms
+    with torch_ops._products("ieee"):
+        found = gradient(x)
+    x.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(lstm(x)[0].square().sum(), x)[0])
