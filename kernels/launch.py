@@ -71,10 +71,21 @@ class Launcher:
         if compiled is not None:
             compiled[grid](*tensors, *integers, *constants)
             return
+        if device.type == "cuda":
+            refuse_capture(self.kernel.__name__)
         compiled = self.kernel[grid](*tensors, *integers, *constants, **config.options, **options)
         if len(self._compiled) >= _MAX_KEPT:
             self._compiled.clear()
         self._compiled[key] = compiled
+
+
+def refuse_capture(kernel: str) -> None:
+    """RuntimeError while a CUDA graph is captured on the current stream: what a first launch asks of CUDA breaks a capture."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel} is launched with these sizes and dtypes for the first time, which compiles and loads it: that cannot be"
+            " captured in a CUDA graph. Make the same call once before the capture."
+        )
 
 
 @functools.cache

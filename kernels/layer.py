@@ -158,12 +158,12 @@ def run(
             (programs, 1, 1), (*tensors, counters, stalled), (T, B, first, last, *strides), constants, config, **options
         )
     except RuntimeError as error:
-        if not waits or "cooperative launch" not in str(error):
+        if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):
             raise
-        # A part of a GPU that its properties do not tell: of a green context, or a client of MPS.
+        # A part of a GPU that its properties do not tell: of a green context, or a client of MPS; or a virtual one.
         raise RuntimeError(
             f"{launcher.kernel.__name__} needs {programs} programs that run at the same time, and this process may use fewer"
-            " multiprocessors: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
+            " multiprocessors, or launch none so: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
             " backend='triton-stepwise'"
         ) from error
 

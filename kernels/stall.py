@@ -14,6 +14,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from .launch import refuse_capture
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -24,6 +26,8 @@ _values: dict[str, ctypes.c_int32] = {}
 @functools.cache
 def word(kernel: str, pinned: bool) -> torch.Tensor:
     """The word [1] int32 of the kernel of this name: zero, or how often it polled before it gave up waiting."""
+    if pinned:
+        refuse_capture(kernel)
     if not _values:
         atexit.register(_report)
     memory = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pinned)

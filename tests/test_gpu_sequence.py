@@ -43,6 +43,14 @@ CHECKS = {
     "two streams that take turns": (
         two_streams, dict(T=256, sizes=both_do_not_fit, rounds=10), dict(T=2, sizes=both_do_not_fit, rounds=1)
     ),
+    "two streams of unequal priority": (
+        two_streams, dict(T=512, sizes=both_fit, rounds=10, priorities=(0, -1)),
+        dict(T=2, sizes=both_fit, rounds=1, priorities=(0, -1)),
+    ),
+    "two streams of unequal priority that take turns": (
+        two_streams, dict(T=256, sizes=both_do_not_fit, rounds=10, priorities=(0, -1)),
+        dict(T=2, sizes=both_do_not_fit, rounds=1, priorities=(0, -1)),
+    ),
     "beside a kernel that stays": (
         beside_a_kernel_that_stays, dict(T=256, seconds=4), dict(T=2, seconds=0)
     ),

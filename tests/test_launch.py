@@ -113,6 +113,39 @@ def test_outputs_own_dense_storage(device, without_kernels):
     assert lstm_cell_forward(*inputs)[2] is None, "no gates unless asked for"
 
 
+class _StandIn:
+    """For a compiled kernel: called as such, it notes its arguments; subscripted and called, it is compiled first."""
+
+    __name__ = "_some_kernel"
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append(options) or self
+
+
+def test_a_first_launch_is_not_captured(monkeypatch):
+    """A kernel that is kept is launched while a CUDA graph is captured, one that must be compiled is an error."""
+    from lstm_triton.kernels import config, launch
+
+    kernel, capturing = _StandIn(), False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    launcher = launch.Launcher(kernel)
+
+    def call(n):
+        device = torch.device("cuda", 0)
+        launcher._launch(device, (1, 1, 1), (torch.empty(4),), (), (n,), config.LaunchConfig(1, 1), {})
+
+    call(1)
+    capturing = True
+    call(1)
+    assert len(kernel.calls) == 2 and kernel.calls[1] == {}
+    with pytest.raises(RuntimeError, match="^_some_kernel is launched .* for the first time"):
+        call(2)
+    assert len(kernel.calls) == 2
+
+
 def test_the_suite_poisons_every_output():
     """conftest sees torch.empty and its kin in the kernels' modules, and no method of tensors."""
     from conftest import KERNEL_MODULES

@@ -68,6 +68,7 @@ def test_a_launch_that_is_refused_says_what_to_do(recorded, monkeypatch):
 
     for message, told in (
         ("[CUDA]: too many blocks in cooperative launch", "16 programs .* LSTM_TRITON_FREE_MULTIPROCESSORS"),
+        ("[CUDA]: operation not supported", "16 programs .* launch none so: .* backend='triton-stepwise'"),
         ("[CUDA]: out of memory", "out of memory"),
     ):
         monkeypatch.setattr(type(recorded[0]), "__call__", refusing(message))

@@ -70,6 +70,13 @@ def test_a_default_device_is_not_where_the_word_lies():
     assert stall.message() is None
 
 
+def test_no_word_is_pinned_while_a_graph_is_captured(monkeypatch):
+    """Which would break the capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="^_another_kernel_of_this_test is launched .* once before the capture"):
+        stall.word("_another_kernel_of_this_test", True)
+
+
 def test_the_end_of_the_process_names_the_kernel():
     script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

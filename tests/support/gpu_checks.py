@@ -109,23 +109,24 @@ def captured_training_step(device, backend, T, B, H, replays):
         previous = found[0]
 
 
-def two_streams(device, backend, T, sizes, rounds):
-    """Two layers at once give what each of them gives alone."""
+def two_streams(device, backend, T, sizes, rounds, priorities=(0, 0)):
+    """Two layers at once give what each of them gives alone, also where the second may overtake the first (priority -1)."""
     B, H = sizes(device)
     _require_waiting(T, B, H, BF16, device)
     steps = [_Training(device, backend, T, B, H, seed=seed) for seed in (0, 1)]
     alone = [_kept(step()) for step in steps]
     synchronize(device)
-    streams = [torch.cuda.Stream() if device.type == "cuda" else contextlib.nullcontext() for _ in steps]
+    is_cuda = device.type == "cuda"
+    streams = [torch.cuda.Stream(priority=p) if is_cuda else contextlib.nullcontext() for p in priorities]
     for _ in range(rounds):
         found = []
         for stream in streams:
-            if device.type == "cuda":
+            if is_cuda:
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(20_000_000)  # until both layers are under way
         for stream, step in zip(streams, steps):
-            with torch.cuda.stream(stream) if device.type == "cuda" else stream:
+            with torch.cuda.stream(stream) if is_cuda else stream:
                 found.append(step())
         synchronize(device)
         for step, results, expected in zip(steps, found, alone):
