@@ -20,6 +20,11 @@ s - 1 and nothing else, so by induction over s all arrive, provided all P run at
 grid whose programs cannot all be resident is refused by the driver. Beside kernels that are running already, it assumes that
 those end: until they make room, the programs that have started wait for the others. Groups never wait for one another.
 
+On sm_100 it takes more than a place on an SM to run: tcgen05.alloc blocks a program while others on its SM hold the columns of
+tensor memory that it needs, and they give them back only when they end. Neither occupancy nor a cooperative launch counts them.
+Therefore the columns of a program, times the programs of its launch that may share an SM, are at most the 512 that an SM has
+(sequence_config.py): no program ever blocks on one that waits for it. Other kernels on the SM are assumed to end, as above.
+
 Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused. Where two
 slices of dz_t overlap, both programs store the same bits before they arrive, and a reader waits for both.
 

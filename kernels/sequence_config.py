@@ -72,7 +72,7 @@ def sequence_forward_config(
         longest = _forward_chunk_bytes(block_b, block_h, H, row_bytes, generation) // block_b // dtype.itemsize
         shortest = 16
         if generation == 10 and block_b == 64:
-            # Of shorter ones, Triton (to 3.7) makes a kernel that does nothing.
+            # Shorter ones take more than the 512 columns of tensor memory, and Triton refuses to launch the kernel.
             shortest, longest = 64, 128
         configs += _resident(
             product, B, H, D, block_b, block_h, num_warps, shortest, longest, scratch, limits, _BYTES_IN_FLIGHT
@@ -151,6 +151,8 @@ _MOST_CHUNKS = 64
 _MOST_ROUNDS = 16
 # Bytes of shared memory for the barriers with which the compiler waits for tensor cores.
 _BARRIERS = 256
+# Of an SM of sm_100.
+_TENSOR_MEMORY_COLUMNS = 512
 
 
 def _tiles(
@@ -217,11 +219,34 @@ def _resident(
         at_once = min(free, bytes_in_flight * 32 * num_warps) // chunk
         if free >= scratch and chunks <= min(_MOST_ROUNDS * at_once, _MOST_CHUNKS):
             in_flight = cdiv(chunks, cdiv(chunks, at_once)) if even_rounds else min(chunks, at_once)
+            if programs > 1 and limits.generation == 10:  # programs that wait: see grid_sync
+                columns = _tensor_memory_columns(product, block_b, block_h, block_k)
+                used = limits.shared_memory - _BARRIERS - free + max(in_flight * chunk, scratch)
+                if columns * _programs_per_sm(num_warps, used) > _TENSOR_MEMORY_COLUMNS:
+                    continue
             yield SequenceConfig(
                 num_warps, 1, block_b, block_h, product.split_k, block_k, in_flight, programs, groups, True,
                 max_registers=MAX_REGISTERS,
             )  # fmt: skip
             return
+
+
+def _tensor_memory_columns(product: _Product, block_b: int, block_h: int, block_k: int) -> int:
+    """Columns of tensor memory that a program allocates on sm_100: one accumulator for each chunk of the product.
+
+    An accumulator [4 * block_h, block_b] in float32 fills columns of 128 lanes. Smaller products than 64 rows, and batched
+    ones, run on mma.sync. The compiler allocates a power of two, at least 32.
+    """
+    if product.backward or block_h < 16:
+        return 0
+    columns = cdiv(product.inner, block_k) * block_b * block_h // 32
+    return max(1 << (columns - 1).bit_length(), 32)
+
+
+def _programs_per_sm(num_warps: int, shared_memory: int) -> int:
+    """The most programs of this much shared memory that share an SM of sm_100: 228 KiB, 1 KiB of it reserved for each program,
+    and 64 warps."""
+    return min((228 << 10) // (shared_memory + 1024), 64 // num_warps)
 
 
 # The model of a step, in clocks of a multiprocessor, and bytes a clock.

@@ -78,6 +78,12 @@ FURTHER = {
         ("bf16", 1352, 16, 1, DROPOUT),
         ("bf16", 1360, 16, 1, SEGMENTS),
         ("fp32", 1000, 64, 1, PLAIN),
+        # Programs of few units, of which several could share an SM and its tensor memory.
+        ("bf16", 136, 256, 2, PLAIN),
+        ("bf16", 168, 128, 1, PLAIN),
+        ("bf16", 264, 256, 2, PLAIN),
+        ("bf16", 328, 128, 2, PLAIN),
+        ("tf32", 168, 256, 2, PLAIN),
         ("tf32", 254, 512, 2, ALL),
         ("tf32", 383, 128, 1, RESETS),
         ("tf32", 451, 64, 1, ALL),

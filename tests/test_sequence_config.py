@@ -51,6 +51,16 @@ def _bytes(way, config, H, itemsize):
     return weights + max(config.in_flight * state, converted)
 
 
+def _tensor_memory(way, config, H):
+    """Columns of a program on sm_100: [4 * block_h, block_b] in float32 for each chunk, in columns of 128 lanes."""
+    if way is not sequence_forward_config or 4 * config.block_h < 64:
+        return 0  # such products run on mma.sync
+    columns = 32
+    while columns < cdiv(H, config.block_k) * config.block_b * 4 * config.block_h / 128:
+        columns *= 2
+    return columns
+
+
 def _limits(device):
     multiprocessors, kib, generation = DEVICES[device]
     return DeviceLimits(multiprocessors, kib * 1024, generation)
@@ -68,6 +78,12 @@ def test_every_configuration_can_be_launched(device):
             assert uses_tensor_cores(dtype, precision), case
             assert config.programs == 1 or config.programs * config.groups <= limits.multiprocessors, case
             assert _bytes(way, config, H, dtype.itemsize) <= limits.shared_memory, case
+        if config.persistent and limits.generation == 10:
+            columns = _tensor_memory(way, config, H)
+            assert columns <= 512, case
+            if config.programs > 1:
+                per_sm = min(228 * 1024 // (_bytes(way, config, H, dtype.itemsize) + 1024), 64 // config.num_warps)
+                assert columns * per_sm <= 512, case
         assert config.programs * config.block_h >= H > (config.programs - 1) * config.block_h, case
         assert config.groups == cdiv(B, config.block_b) * D, case
         assert config == way(B, H, D, dtype, precision, limits), case

@@ -55,6 +55,7 @@ class Report:
     stack_bytes: int  # local memory per thread, for whatever reason
     shared_memory: int  # bytes per block
     threads: int  # per block
+    tensor_memory: int  # columns per block
     options: Mapping[str, Any] = field(repr=False)  # of the compiler
     asm: Mapping[str, Any] = field(repr=False)
 
@@ -110,6 +111,11 @@ class Report:
         """Whether one block has room in the shared memory of `arch`, by default the one compiled for."""
         return self.shared_memory <= SHARED_MEMORY_PER_BLOCK[arch or self.arch]
 
+    def blocks_per_sm(self) -> int:
+        """The most blocks of this kernel that share an SM of sm_90 or sm_100: by its registers, shared memory and warps."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min((64 << 10) // registers, (228 << 10) // (self.shared_memory + 1024), 2048 // self.threads)
+
     def local_memory_in_loops(self) -> int:
         """Loads from and stores to local memory inside loops: spills that are paid for again and again."""
         return sum(instruction.opcode in _LOCAL_MEMORY for instruction in self.in_loops)
@@ -150,8 +156,9 @@ def compile_ahead(
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata = compiled.metadata
     return Report(
-        metadata.name, arch, *_resources(log), metadata.shared, metadata.num_warps * 32, options, compiled.asm
-    )
+        metadata.name, arch, *_resources(log), metadata.shared, metadata.num_warps * 32, metadata.tmem_size, options,
+        compiled.asm,
+    )  # fmt: skip
 
 
 def compile_for(archs: Sequence[int], kernel: Any, signature: Any, constexprs: Mapping[str, Any], **options: Any):

@@ -153,6 +153,8 @@ def faults(case: Case, config: SequenceConfig, report: Report) -> Iterator[str]:
     if case.dtype != torch.float64 and computed > 2 * activations * each:
         yield f"{computed} special functions, not {2 * activations * each}: is a unit computed by several threads?"
     waits = config.programs > 1 and not case.single_step
+    if waits and report.tensor_memory * report.blocks_per_sm() > 512:
+        yield f"{report.tensor_memory} columns of tensor memory, of which {report.blocks_per_sm()} blocks may share an SM's 512"
     exchanged, own = loads_of_a_step(case, config)
     exact = case.features == ("training",) and case.H % 16 == 0
     if waits:
