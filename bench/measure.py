@@ -12,6 +12,7 @@ from . import accuracy, floor, memory, providers, roofs, timing
 from . import problem as problems
 from .built import Built, build, precision
 from .cases import Task
+from .lost import why_lost
 from .problem import Problem
 from .providers import Model, Provider, Unavailable
 from .rows import RowMaker
@@ -223,17 +224,9 @@ def brief(error: BaseException) -> str:
 
 
 def reraise_fatal(error: BaseException) -> None:
-    """Raise Fatal for errors after which a CUDA context answers nothing any more."""
-    text = str(error)
-    stays = (
-        "CUDA error",
-        "device-side assert",
-        "unspecified launch failure",
-        "illegal memory access",
-        "illegal instruction",
-    )
-    if any(s in text for s in stays) and "out of memory" not in text:
-        raise Fatal(brief(error)) from error
+    """Raise Fatal from an error after which the device answers nothing any more."""
+    if why := why_lost():
+        raise Fatal(why.splitlines()[0][:300]) from error
 
 
 def _free(device: torch.device) -> None:

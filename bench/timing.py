@@ -191,8 +191,12 @@ def graphed(call: Call) -> tuple[Call, Any]:
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    current = torch.cuda.current_stream()
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
     return graph.replay, result

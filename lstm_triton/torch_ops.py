@@ -126,7 +126,8 @@ def _in_precision(run, precision: str | None, *tensors: Tensor) -> tuple[Tensor,
     """run(*tensors) and its backward with cuDNN's float32 products in this precision."""
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if precision is not None and recorded and torch._C._are_functorch_transforms_active():
-        if torch.backends.cudnn.rnn.fp32_precision != precision:
+        rnn: Any = torch.backends.cudnn.rnn
+        if rnn.fp32_precision != precision:
             raise RuntimeError(
                 f"under torch.func precision={precision!r} does not reach cuDNN's backward: set"
                 " torch.backends.cudnn.rnn.fp32_precision to it as well, or take backend='triton'"

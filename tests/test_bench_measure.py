@@ -154,13 +154,6 @@ def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
     assert found["torch.nn.LSTM"]["status"] == "ok"
 
 
-def test_a_lost_device_is_fatal():
-    with pytest.raises(measure.Fatal):
-        measure.reraise_fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    measure.reraise_fatal(RuntimeError("CUDA out of memory"))
-    measure.reraise_fatal(ValueError("no"))
-
-
 def test_precision_is_set_alike_on_both_sides_and_put_back():
     settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
     before = [s.fp32_precision for s in settings]
