@@ -1,12 +1,18 @@
 """One suite for CPU and GPU: without a GPU, or with TRITON_INTERPRET=1, kernels run in Triton's interpreter on CPU tensors."""
 
 import os
+import shutil
+from pathlib import Path
 
 import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 if INTERPRETING:  # before triton is imported: it reads the variable when it decorates a kernel
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Compiled kernels are kept for the next run, and shared by all processes of this one.
+COMPILED = Path(__file__).parent.parent / ".ci-cache" / "triton"
+os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
 
 import importlib  # noqa: E402
 import pkgutil  # noqa: E402
@@ -32,6 +38,13 @@ KERNEL_MODULES = [
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: on a GPU a few workers, since persistent kernels want it nearly to themselves; otherwise xdist decides."""
     return None if INTERPRETING else 4
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Kernels of sources long changed must not fill the disk."""
+    first = not hasattr(session.config, "workerinput")  # of pytest-xdist's processes
+    if first and sum(file.stat().st_size for file in COMPILED.glob("*/*")) > 4 << 30:
+        shutil.rmtree(COMPILED)
 
 
 class _PoisoningTorch(types.ModuleType):

@@ -99,10 +99,8 @@ def _compilations():
 
 
 def _faults(report, tensor_cores):
-    if report.spill_bytes:
-        yield f"{report.spill_bytes} bytes spilled"
-    if report.stack_bytes and report.local_memory_in_loops():
-        yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
+    if report.stack_bytes:
+        yield f"{report.stack_bytes} bytes of local memory"
     if not report.fits():
         yield f"{report.shared_memory} bytes of shared memory"
     matrix_instructions = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", report.ptx)

@@ -23,10 +23,8 @@ def test_faults_show_in_the_compiled_code():
 def _find_mutants():
     import triton
     import triton.language as tl
-    from support.aot import RELEASE_COLLECTS_STORES, lint_grid_barrier, loads_behind_grid_barrier
     from support.aot_sequence import LIMITS, Case, compile_case, configuration, faults, loads_of_a_step
-
-    from lstm_triton.kernels import sequence, sequence_backward
+    from support.barrier_lint import RELEASE_COLLECTS_STORES, lint_grid_barrier, loads_behind_grid_barrier
 
     @triton.jit
     def arrive_without_barrier(counter_ptr):
@@ -55,13 +53,11 @@ def _find_mutants():
     ]
     if RELEASE_COLLECTS_STORES:
         del mutants[0]
-    for way, module in (("forward", sequence), ("backward", sequence_backward)):
+    for way in ("forward", "backward"):
         case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
         for name, mutant, fault in mutants:
-            sound = getattr(module, name)
-            setattr(module, name, mutant)
-            found = lint_grid_barrier(compile_case(case, 90))
-            setattr(module, name, sound)
+            with _mutated(way, **{name: mutant}):
+                found = lint_grid_barrier(compile_case(case, 90))
             assert any(fault in text for text in found), (way, fault, found)
         assert lint_grid_barrier(compile_case(case, 90)) == []
         [expected], _ = loads_of_a_step(case, configuration(case, LIMITS[90]))
@@ -114,20 +110,25 @@ def _loading_resets_on_the_way_to_the_product(source):
 
 
 @contextlib.contextmanager
-def _mutated(way, change):
-    """The kernel of this way with its module's source changed."""
+def _mutated(way, change=None, **functions):
+    """The kernel of this way with its module's source changed, or other functions in the place of those that it calls."""
     from support import aot_sequence
 
     kernel = aot_sequence._KERNELS[way]
     path = Path(inspect.getsourcefile(kernel.fn))
-    source = change(path.read_text())
-    assert source != path.read_text()
+    source = path.read_text()
+    if change:
+        source = change(source)
+        assert source != path.read_text()
     with tempfile.TemporaryDirectory() as folder:
         mutated = Path(folder, path.name)
         mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", source))
         spec = importlib.util.spec_from_file_location("mutated", mutated)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        for name, function in functions.items():
+            assert hasattr(module, name)
+            setattr(module, name, function)
         aot_sequence._KERNELS[way] = getattr(module, kernel.fn.__name__)
         yield
         aot_sequence._KERNELS[way] = kernel

@@ -161,7 +161,7 @@ def _compile_all(archs, everything):
     compiled, found = 0, []
     signature = {"seed_ptr": "*i64:16", "out_ptr": "*u8:16", "B": "i32", "N": "i32", "p_hi": "i32", "p_lo": "i32"}
     masks = compile_ahead(_lstm_kept_kernel, signature, {"BLOCK": 128}, arch=archs[0], num_warps=1, num_stages=1)
-    if masks.spill_bytes:
+    if masks.stack_bytes:
         found.append(f"{masks}")
     for case, config, report in compile_cases(dict.fromkeys(_cases(archs, everything)), archs):
         found += [f"sm_{report.arch} {case}, {config}: {fault}" for fault in faults(case, config, report)]

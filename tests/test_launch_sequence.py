@@ -206,6 +206,25 @@ def check_sizes_and_layouts_do_not_recompile():
                             assert compiled() == first, (name, T, B, batch_major, k)
 
 
+def check_what_is_compiled_ahead_is_what_is_launched():
+    """The same code: the types, hints and options assumed are those of a launch."""
+    from support.aot_sequence import Case, compile_case
+
+    from lstm_triton.kernels import layer, layer_backward
+
+    segments = "resets", "lengths", "cells", "learned reset state"
+    for H, D, dtype, precision, features, case in (
+        (256, 1, torch.bfloat16, "ieee", (), {}),
+        (256, 2, torch.bfloat16, "ieee", ("dropout",), dict(dropped=True)),
+        (151, 2, torch.float32, "tf32", segments, dict(resets=True, lengths=True, cells=True, reset_state="stored")),
+    ):
+        with _kernels_compiled():
+            _run(2, 16, H, D, dtype, precision=precision, **case)
+            for way, launcher in (("forward", layer._forward), ("backward", layer_backward._backward)):
+                ahead = compile_case(Case(way, H, 16, D, dtype, precision, (*features, "training")), 90)
+                assert ahead.ptx in {kernel.asm["ptx"] for kernel in launcher._compiled.values()}, (way, H, features)
+
+
 def check_one_launch_per_step_compiles_nothing_more():
     """Between launches c is kept in float32: the first, the last and other steps, and a single one, have their own kernels."""
     from lstm_triton.kernels import layer, layer_backward

@@ -22,14 +22,8 @@ from lstm_triton.kernels.sequence_config import (
     sequence_forward_config,
 )
 
-from .aot import (
-    SHARED_MEMORY_PER_BLOCK,
-    Report,
-    assemble,
-    compile_ahead,
-    lint_grid_barrier,
-    loads_behind_grid_barrier,
-)
+from .aot import SHARED_MEMORY_PER_BLOCK, Report, compile_ahead
+from .barrier_lint import lint_grid_barrier, loads_behind_grid_barrier
 
 # A GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -77,7 +71,7 @@ def compile_cases(cases: Iterable[Case], archs: Sequence[int]) -> Iterator[tuple
         if arch in reports:
             continue
         if reports and case.dtype != torch.float64:
-            reports[arch] = assemble(next(iter(reports.values())), arch)
+            reports[arch] = replace(next(iter(reports.values())), arch=arch)
         else:
             reports[arch] = compile_case(case, arch, config)
         yield case, config, reports[arch]
