@@ -1,10 +1,12 @@
 """Errors of the fused cell, forward and every gradient, against the float64 reference, beside torch's own cell.
 
 Every error is divided by the largest true value of its tensor. Each shape is judged as the test suite judges, by
-`tolerance`: largest and RMS error beside those of torch.nn.LSTMCell in the same dtype and on the same device. Only in
-float64 are the floors wider: there the reference rounds as much as what it is to judge, and in the same places as torch's
-cell, which so looks better than it is. The suite judges float64 by a truth in numpy's long double, which not every platform
-has, and which is too slow for the shapes of a GPU. What would show here, a sum or product in float32, is off by 1e8 ulp.
+`tolerance`: largest and RMS error beside those of torch.nn.LSTMCell in the same dtype and on the same device; in TF32 beside
+those of plain PyTorch, its products as a tensor core takes them.
+
+Only in float64 are the floors wider: there the reference rounds as much as what it is to judge, and in the same places as
+torch's cell, which so looks better than it is. The suite judges float64 by a truth in numpy's long double, which not every
+platform has, and which is too slow for the shapes of a GPU. What would show here, a sum or product in float32, is off by 1e8 ulp.
 """
 
 import argparse
@@ -101,14 +103,14 @@ def run_here(device: str, label: str, seed: int = 0) -> Report:
         "float16": (torch.float16, "ieee"),
         "float64": (torch.float64, "ieee"),
     }
-    if device == "cpu":  # TF32 is a matter of the hardware: torch's cell does not round to it on a CPU
+    if device == "cpu":  # TF32 is a matter of the hardware
         del kinds["tf32"]
     from lstm_triton.kernels.launch import fp32_precision
 
     shapes = SMALL_SHAPES + (() if device == "cpu" else LARGE_SHAPES)
     rows: list[Row] = []
     for name, (dtype, precision) in kinds.items():
-        # For torch's cell and for this one, which follows the same setting.
+        # For this cell, and torch's where it is the yardstick.
         with fp32_precision(torch.backends.cuda.matmul, precision):
             rows += _check_dtype(name, dtype, device, shapes, seed)
     return Report(label, len(shapes), tuple(rows))
@@ -127,6 +129,10 @@ def table(report: Report) -> str:
                 cells.append(f"{getattr(row, ours):>9.1e}/{getattr(row, theirs):.1e}")
             lines.append(f"{quantity:<10}" + "".join(f"{cell:>17}" for cell in cells))
     lines += ["", "Each entry: this package / torch.nn.LSTMCell, relative to the largest true value."]
+    if "tf32" in dtypes:
+        lines.append(
+            "For tf32 plain PyTorch, its products as a tensor core takes them, stands in for torch.nn.LSTMCell."
+        )
     for row in report.rows:
         lines += [f"FAILED {row.dtype} {row.quantity}: {failure}" for failure in row.failures]
     lines.append(f"{'Passed' if report.passed else 'FAILED'}: {bar(report)}.")
@@ -178,6 +184,7 @@ def _check_dtype(name: str, dtype: torch.dtype, device: str, shapes: Sequence[tu
     def fused(x, h, c, w_ih, w_hh, b_ih, b_hh):
         return functional.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh, backend="triton")
 
+    yardstick = _tf32_cell if name == "tf32" else _torch_cell
     floors = FLOAT64_FLOORS if dtype == torch.float64 else 1
     ours: dict[str, list[Errors]] = {q: [] for q in QUANTITIES}
     torchs: dict[str, list[Errors]] = {q: [] for q in QUANTITIES}
@@ -185,7 +192,7 @@ def _check_dtype(name: str, dtype: torch.dtype, device: str, shapes: Sequence[tu
     for case, (B, I, H, scale) in enumerate(shapes):
         problem = _problem(B, I, H, scale, dtype, seed + case)
         found = _errors(fused, problem, device)
-        theirs = [_errors(_torch_cell, neighbour, device) for neighbour in tolerance.neighbours(problem)]
+        theirs = [_errors(yardstick, neighbour, device) for neighbour in tolerance.neighbours(problem)]
         for quantity, error, *torch_errors in zip(QUANTITIES, found, *theirs):
             for missed in tolerance.misses(error, tolerance.worst(torch_errors), dtype, floors):
                 failures[quantity].append(f"B={B} I={I} H={H} x{scale:g}: {missed}")
@@ -235,6 +242,13 @@ def _torch_cell(x, h, c, w_ih, w_hh, b_ih, b_hh):
     cell = torch.nn.LSTMCell(x.shape[1], h.shape[1], device=x.device, dtype=x.dtype)
     parameters = {"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
     return torch.func.functional_call(cell, parameters, (x, (h, c)))
+
+
+def _tf32_cell(*tensors):
+    from lstm_triton import reference
+
+    with tolerance.Tf32Products():
+        return reference.lstm_cell(*tensors)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ For every tensor of n elements, with errors taken against the truth (float64, or
     largest error of ours <= 2 * largest error of torch + 2 ulp
     RMS error of ours     <= 1.25 * (1 + 3 / sqrt(2n)) * RMS error of torch + 1/4 ulp
 
-* torch computes in the same dtype and with the same input precision of float32 products. Its error is the worst on this
+* torch computes in the same dtype and with the same input precision of float32 products. In TF32 that is the specification in
+  plain PyTorch, its products truncated as tensor cores do (`Tf32Products`): what cuBLAS and cuDNN make of TF32 differs from
+  size to size, from rounding to nearest to full float32. Its error is the worst on this
   problem and on a few next to it (`neighbours`), because on one problem torch is often right, or wrong, by luck. Moving the
   inputs by a few ulps redraws most roundings and keeps every cancellation; moving them by some three percent also redraws
   those of a nearly saturated 1 - sigmoid.
@@ -82,3 +84,28 @@ def misses(ours: Errors, torchs: Errors, dtype: torch.dtype, floors: float = 1.0
         )
         if not error <= limit or math.isinf(error)  # NaN and infinity miss whatever torch does
     ]
+
+
+class Tf32Products(torch.overrides.TorchFunctionMode):
+    """`@` reads the 19 high bits of its float32 operands, as a tensor core does, and so does its backward; on any device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return _Tf32Product.apply(*args)
+        return function(*args, **(kwargs or {}))
+
+
+class _Tf32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _tf32(a).mm(_tf32(b))
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return _tf32(grad).mm(_tf32(b).t()), _tf32(a).t().mm(_tf32(grad))
+
+
+def _tf32(t: Tensor) -> Tensor:
+    return (t.contiguous().view(torch.int32) & -(2**13)).view(torch.float32)

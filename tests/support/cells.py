@@ -68,15 +68,15 @@ def by_kernels(problem: Problem) -> list[Tensor | None]:
 
 
 def by_torch(problem: Problem) -> list[Tensor | None]:
-    """The same through torch's own cell, its float32 products in the same precision."""
+    """The same through torch's own cell; for TF32 in plain PyTorch with such products, as `tolerance.Tf32Products` has them."""
 
     def cell(x, h, c, *weights):
         return torch.lstm_cell(x, (h, c), *weights)
 
-    if problem.precision == "tf32" and problem.inputs[0].device.type == "cpu":
-        with Tf32Products():
-            return with_gradients(reference.lstm_cell, problem.inputs, problem.cotangents)
-    with matmul_precision("tf32" if problem.precision == "tf32" else "ieee"):
+    with matmul_precision("ieee"):
+        if problem.precision == "tf32":
+            with tolerance.Tf32Products():
+                return with_gradients(reference.lstm_cell, problem.inputs, problem.cotangents)
         return with_gradients(cell, problem.inputs, problem.cotangents)
 
 
@@ -129,28 +129,3 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-class Tf32Products(torch.overrides.TorchFunctionMode):
-    """On a CPU: `@` reads the 19 high bits of its float32 operands, as a tensor core does, and so does its backward."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
-            return _Tf32Product.apply(*args)
-        return function(*args, **(kwargs or {}))
-
-
-class _Tf32Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return _tf32(a).mm(_tf32(b))
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        return _tf32(grad).mm(_tf32(b).t()), _tf32(a).t().mm(_tf32(grad))
-
-
-def _tf32(t: Tensor) -> Tensor:
-    return (t.contiguous().view(torch.int32) & -(2**13)).view(torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lstm_triton import functional, reference
 
 from . import tolerance
-from .cells import Tf32Products
+from .cells import matmul_precision
 from .extended import Extended
 
 OUTPUTS = ("y", "h_n", "c_n", "c")
@@ -131,8 +131,8 @@ def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Ten
 
 
 def by_torch(problem: Problem) -> list[Tensor]:
-    """The same through torch's own layer, or where it cannot through the reference, in the same dtype and precision."""
-    own = problem.is_plain and (problem.precision != "tf32" or problem.x.is_cuda)
+    """The same through torch's own layer; where it cannot, and for TF32, through the reference in the same dtype."""
+    own = problem.is_plain and problem.precision != "tf32"
 
     def layer(x, h0, c0, weights, reset_state):
         if own:
@@ -155,17 +155,18 @@ def by_torch(problem: Problem) -> list[Tensor]:
             : len(problem.cotangents)
         ]
 
-    tf32 = problem.precision == "tf32"
-    with Tf32Products() if tf32 and not own else _cudnn_precision("tf32" if tf32 else "ieee"):
+    with _full_precision(), tolerance.Tf32Products() if problem.precision == "tf32" else contextlib.nullcontext():
         return with_gradients(layer, problem)
 
 
 @contextlib.contextmanager
-def _cudnn_precision(precision: str) -> Iterator[None]:
+def _full_precision() -> Iterator[None]:
+    """torch's float32 products on a GPU in full precision, cuDNN's layers and all others."""
     before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
     try:
-        yield
+        with matmul_precision("ieee"):
+            yield
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
 

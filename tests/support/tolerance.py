@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from lstm_triton.tolerance import Errors, misses, neighbours, worst
+from lstm_triton.tolerance import Errors, Tf32Products, misses, neighbours, worst
 
 from .extended import Extended, difference
 
-__all__ = ["Errors", "assert_as_accurate", "errors", "neighbours", "worst"]
+__all__ = ["Errors", "Tf32Products", "assert_as_accurate", "errors", "neighbours", "worst"]
 
 
 def errors(actual: Tensor, truth: Tensor | Extended) -> Errors:

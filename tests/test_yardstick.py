@@ -1,0 +1,54 @@
+"""What results in TF32 are judged by is the same on every device: products of operands truncated as a tensor core does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import cells, layers, readouts
+
+from lstm_triton import check
+from lstm_triton.kernels.launch import fp32_precision
+
+
+class _OnGPU(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU, whose library takes TF32 for full float32, as a CPU's does."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def _on_gpu(tensors):
+    return tuple(None if t is None else t.as_subclass(_OnGPU) for t in tensors)
+
+
+def _cell():
+    problem = cells.draw(3, 7, 19, precision="tf32")
+    return cells.by_torch, problem, replace(problem, inputs=_on_gpu(problem.inputs))
+
+
+def _readout():
+    problem = readouts.draw(5, 19, 37, precision="tf32")
+    return readouts.by_torch, problem, replace(problem, inputs=_on_gpu(problem.inputs))
+
+
+def _layer():
+    problem = layers.draw(4, 3, 7, 19, precision="tf32")
+    x, hx, weights = _on_gpu([problem.x]), _on_gpu(problem.hx), _on_gpu(problem.weights)
+    return layers.by_torch, problem, replace(problem, x=x[0], hx=hx, weights=weights)
+
+
+@pytest.mark.parametrize("kind", [_cell, _readout, _layer])
+def test_a_gpus_library_is_not_asked(kind):
+    by_torch, problem, on_gpu = kind()
+    full = by_torch(replace(problem, precision="ieee"))
+    for found, wanted, other in zip(by_torch(on_gpu), by_torch(problem), full):
+        assert torch.equal(found, wanted)
+        assert wanted.shape[-1] == 0 or not torch.equal(wanted, other)
+
+
+def test_the_check_judges_tf32_by_the_same(device, monkeypatch):
+    monkeypatch.setattr(check, "_torch_cell", None)
+    with fp32_precision(torch.backends.cuda.matmul, "tf32"):
+        rows = check._check_dtype("tf32", torch.float32, device.type, check.SMALL_SHAPES[1:2], 0)
+    assert len(rows) == len(check.QUANTITIES) and not [row for row in rows if row.failures]
+    assert all(row.torch_rms_error > 1e-5 for row in rows if row.quantity.startswith("dW"))
