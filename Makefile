@@ -1,7 +1,7 @@
 # make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
 # make test      the test suite (in Triton's interpreter where there is no GPU)
 # make check     ruff, formatting, types
-# make gpu       on an NVIDIA GPU: tests, compute-sanitizer, benchmarks (BUDGET=300 seconds) and their report, resumable
+# make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
@@ -62,7 +62,6 @@ demo: ready-demo
 test: ready-test
 	@$(PYTEST) $(ARGS)
 
-# Speed is measured only of what passes.
 gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
 	@.ci/gpu $(PY) $(BUDGET)

@@ -6,7 +6,8 @@ those of plain PyTorch, its products as a tensor core takes them.
 
 Only in float64 are the floors wider: there the reference rounds as much as what it is to judge, and in the same places as
 torch's cell, which so looks better than it is. The suite judges float64 by a truth in numpy's long double, which not every
-platform has, and which is too slow for the shapes of a GPU. What would show here, a sum or product in float32, is off by 1e8 ulp.
+platform has, and which is too slow for the shapes of a GPU. What would show here, a sum or product in float32, is off by
+1e8 ulp.
 """
 
 import argparse

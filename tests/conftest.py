@@ -36,8 +36,14 @@ KERNEL_MODULES = [
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """`-n auto`: on a GPU a few workers, since persistent kernels want it nearly to themselves; otherwise xdist decides."""
-    return None if INTERPRETING else 4
+    """`-n auto`: on a GPU, where most of the time goes into compiling, half of the cores; otherwise xdist decides."""
+    return None if INTERPRETING else max(4, (os.cpu_count() or 1) // 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -76,6 +76,7 @@ def _in_a_process(name, limit=LIMIT):
     assert "passed" in told
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_a_gpu(name):

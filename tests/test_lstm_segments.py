@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from support import segmented
 from support.lstms import assert_close, flat, gradients, pair, states, trained
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -28,10 +26,7 @@ FEATURES = {
     "cells": [False, True],
     "recompute": [False, True],
 }
-SIZES = {"T": st.integers(1, 6), "B": st.integers(1, 4), "I": st.integers(1, 3), "H": st.sampled_from([1, 3, 16, 17])}
-CASES = st.builds(
-    segmented.Case, seed=st.integers(0, 1000), **SIZES, **{name: st.sampled_from(f) for name, f in FEATURES.items()}
-)
+SIZES = {"T": (1, 6), "B": (1, 4), "I": (1, 3)}
 
 
 @pytest.mark.parametrize("row", segmented.pairwise(FEATURES), ids=lambda row: " ".join(map(str, row.values())))
@@ -41,10 +36,19 @@ def test_every_pair_of_features(row, device):
 
 @pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_features_together(examples, device):
-    @settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(CASES)
-    @example(segmented.Case(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True))
-    @example(segmented.Case(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True))
+    hypothesis = pytest.importorskip("hypothesis")
+    st = pytest.importorskip("hypothesis.strategies")
+    sizes = {name: st.integers(*bounds) for name, bounds in SIZES.items()}
+    features = {name: st.sampled_from(values) for name, values in FEATURES.items()}
+    cases = st.builds(segmented.Case, seed=st.integers(0, 1000), H=st.sampled_from([1, 3, 16, 17]), **sizes, **features)
+    everything = list(hypothesis.HealthCheck)
+
+    @hypothesis.settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=everything)
+    @hypothesis.given(cases)
+    @hypothesis.example(
+        segmented.Case(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True)
+    )
+    @hypothesis.example(segmented.Case(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True))
     def check(case):
         segmented.judge(case, device)
 

@@ -104,6 +104,7 @@ layer(x)
 """
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="stops an NVIDIA GPU")
 def test_a_wait_without_end_stops_the_kernel_and_names_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_END], capture_output=True, text=True, timeout=300)
