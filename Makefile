@@ -3,6 +3,7 @@
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
+# make step-model  cycles of a step of the sequence kernels, by a model of their compiled code: no GPU needed
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
 # uses that Python as it is, with nothing installed and no network. ARGS is passed on: make test ARGS="-k cell -m slow".
@@ -69,6 +70,9 @@ gpu: ready-test
 sanitize: ready-test
 	@$(PY) tests/sanitize.py $(ARGS)
 
+step-model: ready-test
+	@$(PY) tests/step_model.py $(ARGS)
+
 # mypy does not follow the mapping of folders to sub-packages: it reads a copy laid out as an install would be.
 check: ready-dev
 	@$(PY) -m ruff check .
@@ -78,7 +82,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test check gpu sanitize clean
+.PHONY: help demo test check gpu sanitize step-model clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench
