@@ -33,8 +33,9 @@ tags = words % 5
 before = model(words)
 
 lstm_triton.convert(model)  # every nn.LSTM and nn.LSTMCell of the model, in place
-assert type(model.lstm) is lstm_triton.LSTM
-print(lstm_triton.explain(model.lstm))
+assert type(model.lstm) is nn.LSTM  # the class stays
+assert "backend='auto'" in repr(model.lstm)
+print(lstm_triton.explain(model))
 
 torch.testing.assert_close(model(words), before, rtol=1e-4, atol=1e-4)
 print("The converted model gives the same outputs.")
@@ -50,7 +51,7 @@ for _ in range(30):
 assert losses[-1] < 0.5 * losses[0]
 print(f"It trains: loss {losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps.")
 
-state = lstm_triton.to_torch(model).state_dict()  # plain torch.nn again, for scripting or other libraries
-assert type(model.lstm) is nn.LSTM
+state = lstm_triton.to_torch(model).state_dict()  # torch's own kernels again
+assert repr(model.lstm) == repr(Tagger().lstm)
 Tagger().load_state_dict(state)
 print("Its state_dict loads into the unchanged model.")

@@ -1,16 +1,19 @@
 """Models and weights from and to torch.nn and other notations."""
 
 import contextlib
+import functools
+import logging
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .lstm import LSTM, LSTMSubclass
+from . import hooks
+from .lstm import LSTM
 from .modules import LSTMCell, check_options
 
-_OPTIONS = ("precision", "backend", "recompute")
-_TORCH_LSTM, _TORCH_CELL = torch.nn.LSTM, torch.nn.LSTMCell  # also inside `patch`
+_log = logging.getLogger(__package__)
 
 
 def convert(
@@ -19,53 +22,95 @@ def convert(
     precision: str | None = None,
     backend: str = "auto",
     recompute: bool = False,
-    subclass: bool = False,
+    compilable: bool = False,
 ) -> torch.nn.Module:
-    """Turn every torch.nn.LSTM and torch.nn.LSTMCell of a model into this package's, in place.
+    """Have this package run every torch.nn.LSTM and torch.nn.LSTMCell of a model, in place.
 
-    Modules, parameters, hooks and state stay the same objects, so optimizers and references to them go on working. Classes
-    derived from torch's, parametrized modules among them, are left as they are.
+    Modules, their classes, parameters, hooks and state stay the same objects: isinstance(module, torch.nn.LSTM) holds,
+    optimizers and references go on working. Classes derived from torch's, parametrized modules among them, are converted too
+    unless they have a forward of their own. `print(model)` shows a backend where a module has been converted;
+    `lstm_triton.explain(model)` says more.
+
+    torch.compile refuses every instance of torch.nn.LSTM, converted or not, unless torch._dynamo.config.allow_rnn is set. With
+    compilable=True the LSTMs become instances of `lstm_triton.LSTM`, which it takes whole.
 
     Args:
         model: the model, or a single module.
         precision, backend, recompute: as in `LSTM` and `LSTMCell`.
-        subclass: make the LSTMs instances of torch.nn.LSTM too, for code that asks; torch.compile refuses those.
+        compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`. It is no instance of torch.nn.LSTM any more.
 
     Returns:
         The model.
+
+    Warns:
+        UserWarning: a module was left as it was, and why; or there was nothing to convert. What was converted, and what had
+            been before, is logged by the logger "lstm_triton" at level INFO. Modules converted before keep their options.
     """
     check_options(precision, backend)
-    for module in model.modules():
-        if type(module) is _TORCH_LSTM:
-            module.__class__ = LSTMSubclass if subclass else LSTM  # type: ignore[assignment]
-            module.recompute = recompute
-        elif type(module) is _TORCH_CELL:
-            module.__class__ = LSTMCell
+    converted, already, left = [], [], []
+    for name, module in model.named_modules():
+        name = f"{name or 'the module itself'} ({type(module).__name__})"
+        if not hooks.is_torchs(module):
+            if hooks.kind(module) in (LSTM, LSTMCell):
+                already.append(name)
+        elif reason := hooks.why_not(module):
+            left.append(f"{name}: {reason}")
+        elif compilable and isinstance(module, torch.nn.LSTM) and type(module) is not torch.nn.LSTM:
+            left.append(f"{name}: torch.compile refuses its class, which compilable=True would have to change")
         else:
-            continue
-        module.precision, module.backend = precision, backend
+            hooks.mark(module, precision, backend, recompute)
+            if compilable and isinstance(module, torch.nn.LSTM):
+                hooks.rename(module, LSTM)
+            converted.append(name)
+    for verb, names in (("converted", converted), ("had been converted before", already)):
+        if names:
+            _log.info("%s: %s", verb, ", ".join(names))
+    if not converted and not left:
+        found = f"; {', '.join(already)} had been converted before" if already else ""
+        warnings.warn(f"convert() found nothing to convert in {type(model).__name__}{found}", stacklevel=2)
+    for text in left:
+        warnings.warn(f"convert() left {text}", stacklevel=2)
     return model
 
 
 def to_torch(model: torch.nn.Module) -> torch.nn.Module:
-    """The inverse of `convert`, in place: plain torch.nn modules again, for scripting, export or other libraries."""
+    """The inverse of `convert`, in place: plain torch.nn modules again."""
     for module in model.modules():
-        if type(module) in (LSTM, LSTMSubclass, LSTMCell):
-            module.__class__ = _TORCH_CELL if type(module) is LSTMCell else _TORCH_LSTM
-            for name in _OPTIONS:
-                module.__dict__.pop(name, None)
+        if hooks.is_marked(module):
+            hooks.unmark(module)
+        elif type(module) in (LSTM, LSTMCell):
+            hooks.unmark(module)
+            module.__class__ = torch.nn.LSTMCell if type(module) is LSTMCell else torch.nn.LSTM
     return model
 
 
 @contextlib.contextmanager
-def patch() -> Iterator[None]:
-    """Inside, torch.nn.LSTM and torch.nn.LSTMCell are this package's: models built there use it without a change of code."""
-    before = torch.nn.LSTM, torch.nn.LSTMCell
-    torch.nn.LSTM, torch.nn.LSTMCell = LSTMSubclass, LSTMCell  # type: ignore[misc]
+def patch(*, precision: str | None = None, backend: str = "auto", recompute: bool = False) -> Iterator[None]:
+    """Every torch.nn.LSTM and torch.nn.LSTMCell that is constructed inside is converted, whoever constructs it and however its
+    class was imported; those of derived classes too, unless they have a forward of their own.
+
+    Args: as those of `convert`.
+    """
+    check_options(precision, backend)
+    classes = torch.nn.LSTM, torch.nn.LSTMCell
+    before = [theirs.__init__ for theirs in classes]
+
+    def converting(construct):
+        @functools.wraps(construct)
+        def __init__(self, *args, **kwargs):
+            construct(self, *args, **kwargs)
+            if hooks.is_marked(self) or (hooks.is_torchs(self) and hooks.why_not(self) is None):
+                hooks.mark(self, precision, backend, recompute)
+
+        return __init__
+
+    for theirs, construct in zip(classes, before):
+        theirs.__init__ = converting(construct)  # type: ignore[misc]
     try:
         yield
     finally:
-        torch.nn.LSTM, torch.nn.LSTMCell = before  # type: ignore[misc]
+        for theirs, construct in zip(classes, before):
+            theirs.__init__ = construct  # type: ignore[misc]
 
 
 def from_gate_matrices(

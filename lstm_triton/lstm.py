@@ -6,182 +6,201 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import casting, dispatch, layers, segments, torch_ops
-from .modules import check_options, options_repr
+from . import casting, dispatch, layers, ops, segments, torch_ops
+from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
 
 
-class LSTMForward(torch.nn.RNNBase):
-    """The forward of `LSTM`, for a class that otherwise is a torch.nn.RNNBase with mode "LSTM"."""
-
-    precision: str | None = None
-    backend: str = "auto"
-    recompute: bool = False
-    _flat_weights: list[Any]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + options_repr(self) + (", recompute=True" if self.recompute else "")
-
-    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args: Any = torch.nn.LSTM.check_forward_args
-    permute_hidden: Any = torch.nn.LSTM.permute_hidden
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
-        *,
-        resets: Tensor | None = None,
-        reset_state: tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | None = None,
-        return_cell_states: bool = False,
-    ):
-        # Weights may have been replaced since the last call: functional_call, parametrizations, a move to another device.
-        self._update_flat_weights()
-        layers.check_device(self._flat_weights[0].device)
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, resets, reset_state, lengths, return_cell_states)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if input.dim() == 2:
-            return self._forward_unbatched(input, hx, resets, reset_state, lengths, return_cell_states)
-        if hx is None:
-            self.check_input(input, None)
-            hx = self._zero_state(input, input.shape[0 if self.batch_first else 1])
-        else:
-            if hx[0].dim() != 3 or hx[1].dim() != 3:
-                raise RuntimeError(
-                    "For batched 3-D input, hx and cx should "
-                    f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            self.check_forward_args(input, hx, None)
-            layers.check_pair(hx)
-        # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
-        x = input.transpose(0, 1) if self.batch_first else input
-        if self.batch_first and resets is not None:
-            resets = resets.transpose(0, 1) if resets.dim() == 2 else resets
-        y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths, return_cell_states)
-        if self.batch_first:
-            y, cells = y.transpose(0, 1), [c.transpose(0, 1) for c in cells]
-        return y, hidden, *cells
-
-    def _forward_unbatched(self, input, hx, resets, reset_state, lengths, return_cell_states):
-        """A batch of one; resets are [T], lengths a single number, reset_state broadcasts as in a batch."""
-        if hx is not None:
-            if hx[0].dim() != 2 or hx[1].dim() != 2:
-                raise RuntimeError(
-                    "For unbatched 2-D input, hx and cx should "
-                    f"also be 2-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        batch_dim = 0 if self.batch_first else 1
-        resets = resets.unsqueeze(batch_dim) if resets is not None and resets.dim() == 1 else resets
-        lengths = lengths.unsqueeze(0) if lengths is not None and lengths.dim() == 0 else lengths
-        y, (h, c), *cells = LSTMForward.forward(
-            self,
-            input.unsqueeze(batch_dim),
-            hx,
-            resets=resets,
-            reset_state=reset_state,
-            lengths=lengths,
-            return_cell_states=return_cell_states,
-        )
-        return y.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1)), *(c.squeeze(batch_dim) for c in cells)
-
-    def _forward_packed(self, packed, hx, resets, reset_state, lengths, return_cell_states):
-        """resets [T, B] ([B, T] with batch_first) and reset_state are in the caller's order of rows, as hx is."""
-        data, batch_sizes, sorted_indices, unsorted_indices = packed
-        if lengths is not None:
-            raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
-        T, B = len(batch_sizes), int(batch_sizes[0])
-        hx = self._zero_state(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
-        layers.check_pair(hx)
-        weight = self._flat_weights[0]
-        if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
-            # Here torch has no check of its own, and fails otherwise than for a padded input.
-            raise RuntimeError(
-                f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}"
-            )
-        self.check_forward_args(data, hx, batch_sizes)
-        plain = resets is None and reset_state is None and not return_cell_states
-        chosen = self._choose(data, plain, T)
-        if chosen in ("torch", "cudnn"):
-            data, hx, _, weights = layers.autocast(data, hx, None, self._flat_weights)
-            with casting.without_autocast(data.device.type):
-                y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, self._torch_options())
-        else:
-            if self.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
-                resets = resets.transpose(0, 1)
-            segments.check_resets(resets, reset_state, T, B)
-            if resets is not None and sorted_indices is not None:
-                resets = segments.sent(resets, data.device).index_select(1, sorted_indices)
-            if reset_state is not None and sorted_indices is not None:
-                reset_state = tuple(
-                    s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
-                )
-            # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
-            lengths = segments.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
-            at = segments.sent(_packed_rows(batch_sizes, B), data.device)
-            x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
-            y, hidden, *cells = self._run(x, hx, resets, reset_state, lengths, return_cell_states)
-            y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
-            if return_cell_states:
-                packed_cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)
-        packed_y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        hidden = self.permute_hidden(tuple(hidden), unsorted_indices)
-        return (packed_y, hidden, packed_cells) if return_cell_states else (packed_y, hidden)
-
-    def _zero_state(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What TorchScript compiles: torch's own kernels, as for a torch.nn.LSTM, on a padded or an unbatched input."""
+    self.check_input(input, None)
+    batch_dim = 0 if self.batch_first else 1
+    x = input if input.dim() == 3 else input.unsqueeze(batch_dim)
+    if hx is None:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        c = input.new_zeros(rows, batch, self.hidden_size)
-        return (input.new_zeros(rows, batch, self.proj_size) if self.proj_size else c), c
+        c = x.new_zeros(rows, x.size(batch_dim), self.hidden_size)
+        hx = (c[:, :, : self.proj_size] if self.proj_size > 0 else c, c)
+    elif input.dim() == 2:
+        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    self.check_forward_args(x, hx, None)
+    y, h_n, c_n = torch._VF.lstm(
+        x, hx, self._flat_weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+        self.batch_first,
+    )  # fmt: skip
+    if input.dim() == 2:
+        return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+    return y, (h_n, c_n)
 
-    def _torch_options(self) -> torch_ops.Options:
-        """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise."""
-        train, dropout = self.training or torch.is_grad_enabled(), self.dropout if self.training else 0.0
-        return torch_ops.Options(self.bias, self.num_layers, dropout, train, self.bidirectional, self.precision)
 
-    def _choose(self, x: Tensor, plain: bool, T: int) -> str:
-        return dispatch.layer_backend(
-            self.backend,
-            x.device,
-            x.dtype,
-            plain and not self.recompute,
-            dispatch.is_long(T, x.device),
-            self.precision,
-            self.proj_size > 0,
-        )
+@scripted_as(_scripted)
+def forward(
+    module,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    return_cell_states: bool = False,
+):
+    """`LSTM.forward` of any torch.nn.RNNBase with mode "LSTM" that has the options: an `LSTM`, or a converted torch.nn.LSTM."""
+    if is_proxy(input):
+        options = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
+        return leaf(module, input, hx, **options)
+    # Weights may have been replaced since the last call: functional_call, parametrizations, a move to another device.
+    module._update_flat_weights()
+    layers.check_device(module._flat_weights[0].device)
+    if isinstance(input, PackedSequence):
+        return _forward_packed(module, input, hx, resets, reset_state, lengths, return_cell_states)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    forward_of = _forward_unbatched if input.dim() == 2 else _forward_batched
+    return forward_of(module, input, hx, resets, reset_state, lengths, return_cell_states)
 
-    def _run(self, x, hx, resets, reset_state, lengths, return_cell_states):
-        """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
-        x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, self._flat_weights)
-        chosen = self._choose(
-            x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0]
-        )
-        if chosen in ("torch", "cudnn"):
-            y, h_n, c_n = torch_ops.lstm(x, hx, weights, self._torch_options())
-            return y, (h_n, c_n)
-        directions = 2 if self.bidirectional else 1
-        layers.check_alike(x, hx, weights)
-        checked = segments.checked_segments(
-            x, (x.shape[0], self.num_layers * directions, x.shape[1]), (self.proj_size or self.hidden_size, self.hidden_size),
-            resets, reset_state, lengths,
+
+def _forward_batched(module, input, hx, resets, reset_state, lengths, return_cell_states):
+    if hx is None:
+        module.check_input(input, None)
+        hx = _zero_state(module, input, input.shape[0 if module.batch_first else 1])
+    else:
+        if hx[0].dim() != 3 or hx[1].dim() != 3:
+            raise RuntimeError(
+                "For batched 3-D input, hx and cx should "
+                f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        module.check_forward_args(input, hx, None)
+        layers.check_pair(hx)
+    # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
+    x = input.transpose(0, 1) if module.batch_first else input
+    if module.batch_first and resets is not None:
+        resets = resets.transpose(0, 1) if resets.dim() == 2 else resets
+    y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
+    if module.batch_first:
+        y, cells = y.transpose(0, 1), [c.transpose(0, 1) for c in cells]
+    return y, hidden, *cells
+
+
+def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states):
+    """A batch of one; resets are [T], lengths a single number, reset_state broadcasts as in a batch."""
+    if hx is not None:
+        if hx[0].dim() != 2 or hx[1].dim() != 2:
+            raise RuntimeError(
+                "For unbatched 2-D input, hx and cx should "
+                f"also be 2-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    batch_dim = 0 if module.batch_first else 1
+    resets = resets.unsqueeze(batch_dim) if resets is not None and resets.dim() == 1 else resets
+    lengths = lengths.unsqueeze(0) if lengths is not None and lengths.dim() == 0 else lengths
+    input = input.unsqueeze(batch_dim)
+    y, (h, c), *cells = _forward_batched(module, input, hx, resets, reset_state, lengths, return_cell_states)
+    return y.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1)), *(c.squeeze(batch_dim) for c in cells)
+
+
+def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cell_states):
+    """resets [T, B] ([B, T] with batch_first) and reset_state are in the caller's order of rows, as hx is."""
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if lengths is not None:
+        raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
+    T, B = len(batch_sizes), int(batch_sizes[0])
+    hx = _zero_state(module, data, B) if hx is None else module.permute_hidden(hx, sorted_indices)
+    layers.check_pair(hx)
+    weight = module._flat_weights[0]
+    if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        # Here torch has no check of its own, and fails otherwise than for a padded input.
+        raise RuntimeError(f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}")
+    module.check_forward_args(data, hx, batch_sizes)
+    plain = resets is None and reset_state is None and not return_cell_states
+    chosen = _choose(module, data, plain, T)
+    if chosen in ("torch", "cudnn"):
+        data, hx, _, weights = layers.autocast(data, hx, None, module._flat_weights)
+        with casting.without_autocast(data.device.type):
+            y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, _torch_options(module))
+    else:
+        if module.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
+            resets = resets.transpose(0, 1)
+        segments.check_resets(resets, reset_state, T, B)
+        if resets is not None and sorted_indices is not None:
+            resets = segments.sent(resets, data.device).index_select(1, sorted_indices)
+        if reset_state is not None and sorted_indices is not None:
+            reset_state = tuple(
+                s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
+            )
+        # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
+        lengths = segments.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
+        at = segments.sent(_packed_rows(batch_sizes, B), data.device)
+        x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
+        y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
+        y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
+        if return_cell_states:
+            packed_cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)
+    packed_y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+    hidden = module.permute_hidden(tuple(hidden), unsorted_indices)
+    return (packed_y, hidden, packed_cells) if return_cell_states else (packed_y, hidden)
+
+
+def _zero_state(module, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    c = input.new_zeros(rows, batch, module.hidden_size)
+    return (input.new_zeros(rows, batch, module.proj_size) if module.proj_size else c), c
+
+
+def _torch_options(module) -> torch_ops.Options:
+    """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise.
+
+    A trace is of the module's mode, as torch's is: it must not depend on whether gradients are enabled.
+    """
+    train = module.training or (torch.is_grad_enabled() and not ops.is_jit_tracing())
+    dropout = module.dropout if module.training else 0.0
+    return torch_ops.Options(module.bias, module.num_layers, dropout, train, module.bidirectional, module.precision)
+
+
+def _choose(module, x: Tensor, plain: bool, T: int) -> str:
+    return dispatch.layer_backend(
+        module.backend,
+        x.device,
+        x.dtype,
+        plain and not module.recompute,
+        dispatch.is_long(T, x.device),
+        module.precision,
+        module.proj_size > 0,
+    )
+
+
+def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
+    """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
+    x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, module._flat_weights)
+    chosen = _choose(
+        module, x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0]
+    )
+    if chosen in ("torch", "cudnn"):
+        y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
+        return y, (h_n, c_n)
+    directions = 2 if module.bidirectional else 1
+    layers.check_alike(x, hx, weights)
+    checked = segments.checked_segments(
+        x,
+        (x.shape[0], module.num_layers * directions, x.shape[1]),
+        (module.proj_size or module.hidden_size, module.hidden_size),
+        resets,
+        reset_state,
+        lengths,
+    )
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    per_layer = len(weights) // module.num_layers
+    last = []
+    c = None
+    for k in range(module.num_layers):
+        rows = slice(k * directions, (k + 1) * directions)
+        wants_cells = return_cell_states and k == module.num_layers - 1
+        x, h_n, c_n, c = layers.run(
+            chosen, x, (hx[0][rows], hx[1][rows]), weights[k * per_layer : (k + 1) * per_layer], directions, module.bias,
+            checked.of_rows(rows), wants_cells, module.recompute, module.precision,
+            float(module.dropout) if module.training and k < module.num_layers - 1 else 0.0,
         )  # fmt: skip
-        if x.shape[0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        per_layer = len(weights) // self.num_layers
-        last = []
-        c = None
-        for k in range(self.num_layers):
-            rows = slice(k * directions, (k + 1) * directions)
-            wants_cells = return_cell_states and k == self.num_layers - 1
-            x, h_n, c_n, c = layers.run(
-                chosen, x, (hx[0][rows], hx[1][rows]), weights[k * per_layer : (k + 1) * per_layer], directions, self.bias,
-                checked.of_rows(rows), wants_cells, self.recompute, self.precision,
-                float(self.dropout) if self.training and k < self.num_layers - 1 else 0.0,
-            )  # fmt: skip
-            last.append((h_n, c_n))
-        h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
-        return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
+        last.append((h_n, c_n))
+    h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
+    return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
 
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
@@ -190,7 +209,7 @@ def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
     return padded[torch.arange(B) < batch_sizes[:, None]]
 
 
-class LSTM(LSTMForward):
+class LSTM(torch.nn.RNNBase):
     """torch.nn.LSTM, with the whole sequence of a layer in one kernel launch on NVIDIA GPUs, and what cuDNN cannot do.
 
     Same constructor, parameters, initial values for one seed, state_dict and errors as torch.nn.LSTM.
@@ -218,7 +237,18 @@ class LSTM(LSTMForward):
 
     Raises ValueError, TypeError and RuntimeError where torch.nn.LSTM does; for resets, lengths and reset_state as
     `functional.lstm` does. Unlike cuDNN it runs backward in evaluation mode.
+
+    It is no instance of torch.nn.LSTM, which torch.compile refuses; `convert` makes those that are.
     """
+
+    # Those of instances pickled before an option existed.
+    precision: str | None = None
+    backend: str = "auto"
+    recompute: bool = False
+
+    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
 
     def __init__(
         self,
@@ -238,26 +268,13 @@ class LSTM(LSTMForward):
         recompute: bool = False,
     ) -> None:
         check_options(precision, backend)
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__("LSTM", *sizes, device, dtype)
         self.precision = precision
         self.backend = backend
         self.recompute = recompute
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self) + (", recompute=True" if self.recompute else "")
 
-class LSTMSubclass(LSTMForward, torch.nn.LSTM):
-    """`LSTM` for code that asks isinstance(module, torch.nn.LSTM); torch.compile refuses every such class.
-
-    Takes the arguments of torch.nn.LSTM; precision, backend and recompute are attributes.
-    """
+    forward = forward

@@ -1,7 +1,14 @@
 """Modules: drop-ins for torch.nn.LSTMCell, and the softmax readout."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import (
+    _VF,  # noqa: F401, a name in the source of torch.nn.LSTMCell.forward
+    Tensor,
+)
 
 from . import dispatch, functional
 
@@ -16,6 +23,29 @@ def check_options(precision: str | None, backend: str) -> None:
 def options_repr(module: torch.nn.Module) -> str:
     text = "" if module.precision is None else f", precision={module.precision!r}"
     return text + ("" if module.backend == "auto" else f", backend={module.backend!r}")
+
+
+def scripted_as(source: Callable) -> Callable:
+    """A decorator of methods that TorchScript cannot read: it compiles the source of another, with this module's names."""
+
+    def decorate(method: Callable) -> Callable:
+        method.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+        method.__wrapped__ = source  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+def is_proxy(input: object) -> bool:
+    """Whether torch.fx.symbolic_trace records the call."""
+    return isinstance(input, torch.fx.Proxy)
+
+
+def leaf(module: torch.nn.Module, input: Any, *args, **kwargs) -> Any:
+    """The call as one node of the graph that torch.fx records, as that of a module of torch.nn is."""
+    tracer: Any = input.tracer
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), given)
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -57,7 +87,10 @@ class LSTMCell(torch.nn.LSTMCell):
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self)
 
+    @scripted_as(torch.nn.LSTMCell.forward)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if is_proxy(input):
+            return leaf(self, input, hx)
         if hx is None:
             if input.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -108,4 +141,11 @@ class SoftmaxReadout(torch.nn.Linear):
         return super().extra_repr() + options_repr(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.softmax_readout(input, self.weight, self.bias, precision=self.precision, backend=self.backend)
+        if torch.jit.is_scripting():  # TorchScript compiles this branch alone
+            return torch.nn.functional.linear(input, self.weight, self.bias).softmax(-1)
+        elif is_proxy(input):
+            return leaf(self, input)
+        else:
+            return functional.softmax_readout(
+                input, self.weight, self.bias, precision=self.precision, backend=self.backend
+            )

@@ -157,8 +157,9 @@ def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Op
     if casting.is_autocast(x.device.type):
         with casting.without_autocast(x.device.type):
             return lstm(x, hx, weights, options)
-    compiling = torch.compiler.is_compiling()
-    batch_first = x.stride(1) > x.stride(0) and not compiling
+    tracing = torch.compiler.is_compiling()
+    compiling = tracing and not torch.onnx.is_in_onnx_export()  # which knows torch's own operator
+    batch_first = x.stride(1) > x.stride(0) and not tracing
     x = x.transpose(0, 1) if batch_first else x
     bias, _, dropout, train, bidirectional, precision = options
     precision = precision if _has_cudnn(x) else None

@@ -1,22 +1,24 @@
-"""convert, to_torch, patch and explain on models, and the choice of a layer's backend."""
+"""convert, to_torch and explain on models, and the choice of a layer's backend."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from support.lstms import assert_close, flat, gradients
+from support.lstms import assert_close, flat
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, dispatch, explain, patch, to_torch
+from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, dispatch, explain, to_torch
 from lstm_triton.dispatch import Call, Choice, Environment, choose_layer
 from lstm_triton.kernels import interpreter
-from lstm_triton.lstm import LSTMSubclass
 
 OPTIONS = {"backend": "triton", "precision": "ieee"}
 
 
 class Own(torch.nn.LSTM):
-    """A class of somebody else's, which may rely on anything in torch's."""
+    """A class of somebody else's, with a forward that may rely on anything in torch's."""
+
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
 
 
 class Model(torch.nn.Module):
@@ -25,7 +27,7 @@ class Model(torch.nn.Module):
         self.layer = torch.nn.LSTM(2, 3, 2, bidirectional=True, dropout=0.25, dtype=torch.float64, device=device)
         cell = torch.nn.LSTMCell(6, 3, dtype=torch.float64, device=device)
         self.nested = torch.nn.ModuleDict({"cells": torch.nn.ModuleList([cell]), "again": self.layer})
-        self.others = torch.nn.ModuleList([torch.nn.GRU(2, 3), torch.nn.RNN(2, 3), torch.nn.GRUCell(2, 3), Own(2, 3)])
+        self.others = torch.nn.ModuleList([torch.nn.GRU(2, 3), torch.nn.RNN(2, 3), torch.nn.GRUCell(2, 3)])
         self.eval()
 
     def forward(self, x):
@@ -50,11 +52,13 @@ def _lstms(model):
 
 def test_everything_of_torchs_is_converted_in_place(model, x):
     expected = flat(model(x))
+    model.others.append(Own(2, 3))
     before = {name: id(p) for name, p in model.named_parameters()}
     others = [type(m) for m in model.others]
-    assert convert(model, **OPTIONS, recompute=True) is model
+    with pytest.warns(UserWarning, match=r"convert\(\) left others.3 \(Own\): its class Own has a forward of its own"):
+        assert convert(model, **OPTIONS, recompute=True) is model
     layer, cell = _lstms(model)
-    assert type(layer) is LSTM and type(cell) is LSTMCell and model.nested["again"] is layer
+    assert type(layer) is torch.nn.LSTM and type(cell) is torch.nn.LSTMCell and model.nested["again"] is layer
     for module in (layer, cell):
         assert (module.backend, module.precision) == ("triton", "ieee")
     assert layer.recompute and (layer.num_layers, layer.dropout, layer.training) == (2, 0.25, False)
@@ -74,12 +78,15 @@ def test_round_trip(model, x):
     assert all(map(torch.equal, flat(model(x)), expected))
     assert list(model.state_dict()) == list(original.state_dict())
     assert to_torch(model) is model, "nothing to do"
-    assert type(to_torch(convert(model, subclass=True)).layer) is torch.nn.LSTM
+    assert type(convert(model, compilable=True).layer) is LSTM
+    to_torch(model)
+    assert type(model.layer) is torch.nn.LSTM and set(model.layer.__dict__) == attributes[0]
 
 
 def test_a_single_module():
-    assert type(convert(torch.nn.LSTM(2, 3))) is LSTM
-    assert type(convert(torch.nn.LSTMCell(2, 3))) is LSTMCell
+    x = torch.randn(4, 1, 2)
+    assert convert(torch.nn.LSTM(2, 3))(x, return_cell_states=True)[2].shape == (4, 1, 3)
+    assert convert(torch.nn.LSTMCell(2, 3), backend="reference").backend == "reference"
     assert type(to_torch(LSTM(2, 3))) is torch.nn.LSTM
     assert type(to_torch(LSTMCell(2, 3))) is torch.nn.LSTMCell
 
@@ -98,39 +105,26 @@ def test_optimizers_hooks_and_gradients_go_on(model, x):
             candidate(x)[0].pow(2).sum().backward()
             optimizer.step()
         results.append([p.detach() for p in candidate.layer.parameters()])
-    assert calls == [torch.nn.LSTM] * 6 + [LSTM] * 2
+    assert calls == [torch.nn.LSTM] * 8
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)  # Adam divides small gradients by their size
 
 
-def test_subclass(model, x):
+def test_compilable(model, x):
     expected = flat(model(x))
-    convert(model, **OPTIONS, subclass=True)
+    convert(model, **OPTIONS, compilable=True)
     layer = model.layer
-    assert isinstance(layer, torch.nn.LSTM) and type(layer) is LSTMSubclass
+    assert type(layer) is LSTM and (layer.backend, layer.precision) == ("triton", "ieee")
     assert_close(flat(model(x)), expected)
-    assert layer(x, return_cell_states=True)[2].shape == expected[0].shape
-    again = pickle.loads(pickle.dumps(layer))
-    assert type(again) is LSTMSubclass and again.backend == "triton"
-    assert_close(flat(again(x)), flat(layer(x)))
-    assert not isinstance(convert(torch.nn.LSTM(2, 3)), torch.nn.LSTM)
+    assert_close(flat(torch.compile(model.layer, backend="eager", fullgraph=True)(x))[:1], expected[:1])
+    assert type(pickle.loads(pickle.dumps(layer))) is LSTM
 
 
 def test_copies_and_pickles_of_converted_models(model, x):
     expected = flat(model(x))
-    for again in (copy.deepcopy(convert(model, **OPTIONS)), pickle.loads(pickle.dumps(model))):
-        assert type(again.layer) is LSTM and again.layer.backend == "triton"
+    for again in (copy.deepcopy(convert(model, **OPTIONS)), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        assert type(again.layer) is torch.nn.LSTM and again.layer.backend == "triton"
         assert_close(flat(again(x)), expected)
-
-
-def test_parametrized_modules_and_subclasses_are_left_alone():
-    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.LSTM(2, 3), "weight_hh_l0")
-    own = Own(2, 3)
-    for module in (normed, own):
-        before = type(module)
-        assert type(convert(module)) is before and type(to_torch(module)) is before
-    # The other order works: parametrizing what has been converted.
-    normed = torch.nn.utils.parametrizations.weight_norm(convert(torch.nn.LSTM(2, 3)), "weight_hh_l0")
-    assert isinstance(normed, LSTM) and normed(torch.randn(4, 1, 2))[0].shape == (4, 1, 3)
+        assert again.layer(x, return_cell_states=True)[2].shape == expected[0].shape
 
 
 @pytest.mark.parametrize("options", [{"backend": "cuda"}, {"precision": "fp32"}], ids=str)
@@ -138,31 +132,6 @@ def test_unknown_options_change_nothing(options, model):
     with pytest.raises(ValueError, match="must be one of"):
         convert(model, **options)
     assert type(model.layer) is torch.nn.LSTM
-
-
-def test_patch(x):
-    lstm, cell = torch.nn.LSTM, torch.nn.LSTMCell
-    with pytest.raises(KeyError), patch():
-        torch.manual_seed(1)
-        inside = Model(x.device)
-        assert isinstance(inside.layer, torch.nn.LSTM) and type(torch.nn.GRU(2, 3)) is torch.nn.GRU
-        raise KeyError
-    assert torch.nn.LSTM is lstm and torch.nn.LSTMCell is cell
-    torch.manual_seed(1)
-    outside = Model(x.device)
-    assert type(inside.layer) is LSTMSubclass and type(inside.nested["cells"][0]) is LSTMCell
-    assert isinstance(inside.layer, torch.nn.LSTM) and type(outside.layer) is torch.nn.LSTM
-    found, expected = flat(inside(x)), flat(outside(x))
-    assert_close(found, expected)
-    assert_close(gradients(found, inside.layer.parameters()), gradients(expected, outside.layer.parameters()))
-    assert type(pickle.loads(pickle.dumps(inside.layer))) is LSTMSubclass
-
-
-def test_converting_inside_patch(model):
-    with patch(), patch():
-        assert type(convert(model).layer) is LSTM
-        to_torch(model)
-    assert type(model.layer) is torch.nn.LSTM and type(_lstms(model)[1]) is torch.nn.LSTMCell
 
 
 # ---- the choice of a backend ---------------------------------------------------------------------------------------
@@ -276,12 +245,12 @@ def test_explain(monkeypatch):
     assert "cuDNN takes no more than 65535 steps" in explain(lstm, device="cuda", steps=65536)
     assert NO_CUDNN in explain(lstm, device="cuda", dtype=torch.bfloat16, segments=True)
     assert "reference: torch's own kernels have no resets" in explain(LSTM(2, 3, recompute=True))
-    assert explain(convert(torch.nn.LSTM(2, 3), subclass=True)).startswith("LSTMSubclass(2, 3) on cpu")
+    assert explain(convert(torch.nn.LSTM(2, 3))).startswith("LSTM(2, 3) on cpu")
     assert "LSTMCell(2, 3) on cuda, torch.float32: triton: " in explain(LSTMCell(2, 3), device="cuda")
     assert "SoftmaxReadout(2, 3)" in explain(SoftmaxReadout(2, 3))
     with pytest.raises(RuntimeError, match="backend='triton' cannot serve: on a CPU"):
         explain(LSTM(2, 3, backend="triton"))
-    with pytest.raises(TypeError, match="explain.. knows LSTM, LSTMCell and SoftmaxReadout, got Linear"):
+    with pytest.raises(TypeError, match="explain.. knows LSTM, LSTMCell and SoftmaxReadout, and models.*, got Linear"):
         explain(torch.nn.Linear(2, 3))
 
 

@@ -1,0 +1,111 @@
+"""torch.nn.LSTM and torch.nn.LSTMCell run by this package, each module for itself and with its class unchanged.
+
+A converted module keeps its type: isinstance, tables of types, pickles, torch.fx and TorchScript take it for what it was. What
+changes is the `forward` of torch's two classes: it asks whether the module is marked, and calls torch's own if it is not.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import lstm, modules
+
+OPTIONS = ("precision", "backend", "recompute")
+_MARK = "_lstm_triton"
+_OURS = (lstm.LSTM, modules.LSTMCell, modules.SoftmaxReadout)
+
+
+class _Mark:
+    """The attribute that marks a module. A pickle or a copy of it installs the hooks where it is loaded."""
+
+    def __reduce__(self):
+        return _installed_mark, ()
+
+
+_mark = _Mark()
+
+
+def _installed_mark() -> _Mark:
+    install()
+    return _mark
+
+
+@functools.cache
+def install() -> None:
+    """Let torch.nn.LSTM and torch.nn.LSTMCell ask each of their modules whether this package runs it."""
+    for theirs, forward in ((torch.nn.LSTM, lstm.forward), (torch.nn.LSTMCell, modules.LSTMCell.forward)):
+        theirs.forward = _unless_marked(theirs.forward, forward)  # type: ignore[method-assign]
+        theirs.extra_repr = _unless_marked(theirs.extra_repr, _options_after(theirs.extra_repr))  # type: ignore[method-assign]
+
+
+def _unless_marked(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    mark = _MARK
+
+    def method(self, *args, **kwargs):
+        return (ours if mark in self.__dict__ else original)(self, *args, **kwargs)
+
+    # TorchScript compiles the source of what is wrapped, and looks its names up among the globals of the wrapper.
+    wrapper = types.FunctionType(method.__code__, original.__globals__, original.__name__, None, method.__closure__)
+    return functools.wraps(original)(wrapper)
+
+
+def _options_after(original: Callable[..., str]) -> Callable[..., str]:
+    def extra_repr(self) -> str:
+        """With the backend always, so that a printed model shows what has been converted."""
+        text = f"{original(self)}, backend={self.backend!r}"
+        text += "" if self.precision is None else f", precision={self.precision!r}"
+        return text + (", recompute=True" if self.recompute else "")
+
+    return extra_repr
+
+
+def mark(module: torch.nn.Module, precision: str | None, backend: str, recompute: bool) -> None:
+    """Have this package run a torch.nn.LSTM or torch.nn.LSTMCell."""
+    install()
+    for name, value in zip(OPTIONS, (precision, backend, recompute)):
+        setattr(module, name, value)
+    setattr(module, _MARK, _mark)
+
+
+def rename(module: torch.nn.Module, ours: type) -> None:
+    """Give a marked module this package's own class, which needs no mark."""
+    del module.__dict__[_MARK]
+    module.__class__ = ours
+
+
+def unmark(module: torch.nn.Module) -> None:
+    for name in (*OPTIONS, _MARK):
+        module.__dict__.pop(name, None)
+
+
+def is_marked(module: torch.nn.Module) -> bool:
+    return _MARK in module.__dict__
+
+
+def kind(module: torch.nn.Module) -> type | None:
+    """`LSTM`, `LSTMCell` or `SoftmaxReadout`, whichever runs the module; None if it is not run by this package."""
+    if is_marked(module):
+        return lstm.LSTM if isinstance(module, torch.nn.LSTM) else modules.LSTMCell
+    return next((ours for ours in _OURS if isinstance(module, ours)), None)
+
+
+def is_torchs(module: torch.nn.Module) -> bool:
+    """Whether torch runs it: a torch.nn.LSTM or torch.nn.LSTMCell, or of a class derived from these, not converted."""
+    return isinstance(module, (torch.nn.LSTM, torch.nn.LSTMCell)) and kind(module) is None
+
+
+def why_not(module: torch.nn.Module) -> str | None:
+    """Why a module that torch runs cannot be marked, or None."""
+    theirs = torch.nn.LSTM if isinstance(module, torch.nn.LSTM) else torch.nn.LSTMCell
+    name = type(module).__name__
+    if type(module).forward is not theirs.forward:
+        return f"its class {name} has a forward of its own"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    for option in OPTIONS:
+        if hasattr(module, option):
+            return f"its class {name} has an attribute {option!r} of its own"
+    return None
