@@ -82,7 +82,7 @@ def test_without_what_everything_needs_nothing_is_tried(project):
 
 def test_nothing_is_left_running_at_the_limit(project, tmp_path):
     """make dies at the interrupt, what it started does not."""
-    project.script.write_text(project.script.read_text().replace("TESTS_S=330", "TESTS_S=1"))
+    project.script.write_text(re.sub(r"TESTS_S=\d+", "TESTS_S=1", project.script.read_text()))
     left = tmp_path / "left"
     project.make.write_text(f"#!/bin/sh\nsleep 120 & echo $! > {left}\nwait\n")
     began = time.monotonic()
