@@ -3,6 +3,7 @@
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
+# make clients   other packages and torch's tools with converted LSTMs, in an environment of their own: prints a table
 # make step-model  cycles of a step of the sequence kernels, by a model of their compiled code: no GPU needed
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=
@@ -73,6 +74,17 @@ sanitize: ready-test
 step-model: ready-test
 	@$(PY) tests/step_model.py $(ARGS)
 
+CLIENTS := $(CACHE)/clients
+
+clients: $(CLIENTS)/.installed
+	@$(CLIENTS)/bin/python tests/clients.py $(ARGS)
+
+$(CLIENTS)/.installed: tests/clients.txt constraints.txt pyproject.toml
+	@rm -rf $(CLIENTS) && mkdir -p $(CACHE)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r tests/clients.txt -e .
+	@touch $@
+
 # mypy does not follow the mapping of folders to sub-packages: it reads a copy laid out as an install would be.
 check: ready-dev
 	@$(PY) -m ruff check .
@@ -82,7 +94,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test check gpu sanitize step-model clean
+.PHONY: help demo test check gpu sanitize step-model clients clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

@@ -12,7 +12,8 @@ from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
 
 def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """What TorchScript compiles: torch's own kernels, as for a torch.nn.LSTM, on a padded or an unbatched input."""
-    self.check_input(input, None)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batch_dim = 0 if self.batch_first else 1
     x = input if input.dim() == 3 else input.unsqueeze(batch_dim)
     if hx is None:

@@ -111,6 +111,15 @@ def test_the_derivation_quotes_the_activations_whole(function):
     assert quoted and quoted[1].rstrip("\n") == code, f"docs/derivation.md should quote\n{code}"
 
 
+def test_the_table_of_clients_is_the_scripts():
+    """Its outcomes are what `make clients` printed; its lines are those of the script."""
+    page = (ROOT / "docs/exporting.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- clients: begin")[2].partition("<!-- clients: end")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| ")][1:]
+    cases = _script("../tests/clients.py").CASES
+    assert [(row[0], row[-1]) for row in rows] == [(name, case.__doc__) for name, case in cases.items()]
+
+
 def test_every_example_is_named_in_the_documentation():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for example in (ROOT / "examples").glob("*.py"):
