@@ -1,5 +1,6 @@
 # make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
 # make test      the test suite (in Triton's interpreter where there is no GPU)
+# make quick     of the test suite what takes little time, while you change things
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
@@ -64,6 +65,9 @@ demo: ready-demo
 test: ready-test
 	@$(PYTEST) $(ARGS)
 
+quick: ready-test
+	@$(PYTEST) -m "not slow and not long" --ignore-glob="*/test_bench_*" --ignore-glob="*/test_demo*" $(ARGS)
+
 gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
 	@.ci/gpu $(PY) $(BUDGET)
@@ -94,7 +98,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test check gpu sanitize step-model clients clean
+.PHONY: help demo test quick check gpu sanitize step-model clients clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

@@ -19,6 +19,8 @@ from lstm_triton.kernels.config import (
     cell_forward_config,
 )
 
+pytestmark = pytest.mark.long
+
 # dtype, precision, and whether the products run on the tensor cores (None: up to the architecture).
 KINDS = {
     "fp32": (torch.float32, "ieee", False),
@@ -33,6 +35,12 @@ KINDS = {
 @pytest.mark.parametrize("archs", GENERATIONS, ids=str)
 def test_every_configuration_compiles_well(archs):
     assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), timeout=1800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", GENERATIONS, ids=str)
+def test_the_full_product_compiles_well(archs):
+    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=3600)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,22 +83,34 @@ def _signature(kernel, constants, pointer, aligned, absent=()):
     return signature
 
 
-def _compilations():
-    """(kernel, configuration, constants, signature, kind, in words) of what is launched."""
+def _compilations(archs, everything):
+    """(kernel, configuration, constants, signature, kind, in words) of what is launched.
+
+    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration one variant,
+    another one on the next architectures and in the next kind.
+    """
     from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
     from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
     from lstm_triton.kernels.launch import accumulator
 
+    turn = GENERATIONS.index(archs)
     for kind, (dtype, precision, _) in KINDS.items():
+        if kind == "fp16" and not everything:
+            continue
+        turn += 1
         shared = {"ACC": accumulator(dtype), "PRECISION": precision}
         for kernel, configs, block, absent in (
             (forward, all_cell_forward_configs(dtype, precision), "block_k", INFERENCE),
             (backward, all_cell_backward_configs(dtype, precision), "block_n", WEIGHTS_OF_H),
         ):
             largest = max(configs, key=lambda config: (config.block_b, config.block_h))
-            variants = [(config, aligned, ()) for config in sorted(configs, key=repr) for aligned in (True, False)]
-            variants.append((largest, True, absent))
-            for config, aligned, without in variants:
+            launches = []
+            for position, config in enumerate(sorted(configs, key=repr)):
+                variants = [(True, ()), (False, ()), *([(True, absent)] if config == largest else [])]
+                if not everything:
+                    variants = [variants[(turn + position) % len(variants)]]
+                launches += [(config, *variant) for variant in variants]
+            for config, aligned, without in launches:
                 tile = {name.upper(): getattr(config, name) for name in ("block_b", "block_h", block)}
                 constants = {**shared, **tile}
                 signature = _signature(kernel, constants, POINTERS[kind], aligned, without)
@@ -108,11 +128,11 @@ def _faults(report, tensor_cores):
         yield f"{len(matrix_instructions)} matrix instructions"
 
 
-def _compile_all(archs):
+def _compile_all(archs, everything):
     from support.aot import compile_for
 
     count, failures = 0, []
-    for kernel, config, constants, signature, kind, words in _compilations():
+    for kernel, config, constants, signature, kind, words in _compilations(archs, everything):
         for report in compile_for(archs, kernel, signature, constants, **config.options):
             what = f"{report.name} sm_{report.arch} {kind} {words} {config}"
             failures += [f"{what}: {fault}" for fault in _faults(report, KINDS[kind][2])]
@@ -123,4 +143,4 @@ def _compile_all(archs):
 
 
 if __name__ == "__main__":
-    _compile_all([int(arch) for arch in sys.argv[1:]])
+    _compile_all(tuple(int(arch) for arch in sys.argv[1:] if arch != "all"), everything="all" in sys.argv)

@@ -12,8 +12,11 @@ import re
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from support.process import run_without_interpreter
+
+pytestmark = pytest.mark.long
 
 
 def test_faults_show_in_the_compiled_code():

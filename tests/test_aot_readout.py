@@ -3,6 +3,7 @@
 What runs without the interpreter runs in processes of its own: one per architecture, and one for the JIT's behaviour.
 """
 
+import itertools
 import re
 import sys
 
@@ -15,6 +16,8 @@ from support.process import run_checks, run_without_interpreter
 
 from lstm_triton.kernels import config as configs
 from lstm_triton.kernels import readout, readout_backward
+
+pytestmark = pytest.mark.long
 
 KINDS = [
     (torch.bfloat16, "ieee"),
@@ -87,27 +90,24 @@ def _others(dtype):
     yield readout_backward._readout_sum_parts_kernel, common | {"BLOCK_P": c.block_parts, "BLOCK": c.block}, c
 
 
-def _cases(everything):
+def _cases(archs, everything):
     """(kernel, constants, configuration, dtype, dtype of y, aligned, whether on tensor cores) to be compiled.
 
-    Unless everything: without float16, which is the code of bfloat16 but for the type, and of unaligned tensors only the
-    largest tiles.
+    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration that
+    multiplies matrices one variant, another one on the next architectures and in the next kind.
     """
+    turn = GENERATIONS.index(archs)
     for dtype, precision in KINDS:
         if dtype == torch.float16 and not everything:
             continue
         tensor_cores = configs.uses_tensor_cores(dtype, precision)
-        products = list(_products(dtype, precision))
-        largest = {
-            kernel: max(c.block_b * c.block_v for k, _, c in products if k is kernel) for kernel, _, _ in products
-        }
-        for kernel, constants, c in products:
+        turn += 1
+        for position, (kernel, constants, c) in enumerate(_products(dtype, precision)):
             # Under autocast y and dy are float32.
-            for result in (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,):
-                if result == dtype or everything or kernel is readout_backward._readout_backward_kernel:
-                    yield kernel, constants, c, dtype, result, True, tensor_cores
-                if everything or (result == dtype and c.block_b * c.block_v == largest[kernel]):
-                    yield kernel, constants, c, dtype, result, False, tensor_cores
+            results = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+            variants = list(itertools.product(results, (True, False)))
+            for result, aligned in variants if everything else [variants[(turn + position) % len(variants)]]:
+                yield kernel, constants, c, dtype, result, aligned, tensor_cores
         if precision == "ieee":
             for aligned in (True, False) if everything else (True,):
                 for launch in _others(dtype):
@@ -116,7 +116,7 @@ def _cases(everything):
 
 def _compile_all(archs, everything):
     compiled, failures = 0, []
-    for kernel, constants, c, dtype, result, aligned, tensor_cores in _cases(everything):
+    for kernel, constants, c, dtype, result, aligned, tensor_cores in _cases(archs, everything):
         signature = _signature(kernel, constants, dtype, result, aligned)
         for report in compile_for(archs, kernel, signature, constants, **c.options):
             what = f"{report.name} sm_{report.arch} {dtype} {result} {'' if aligned else 'un'}aligned {constants} {c}"
@@ -189,6 +189,6 @@ def check_sizes_recompile_only_by_divisibility():
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _compile_all([int(arch) for arch in sys.argv[1:] if arch != "all"], everything="all" in sys.argv)
+        _compile_all(tuple(int(arch) for arch in sys.argv[1:] if arch != "all"), everything="all" in sys.argv)
     else:
         run_checks(globals())

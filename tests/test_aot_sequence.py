@@ -12,6 +12,8 @@ import torch
 from support.aot import GENERATIONS
 from support.process import run_without_interpreter
 
+pytestmark = pytest.mark.long
+
 KINDS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
@@ -39,6 +41,16 @@ CASES = [
     ("fp32", 512, 64, 2, ALL),
     ("fp64", 19, 16, 2, ALL),
 ]
+# Programs of few units, of which several could share an SM and its tensor memory.
+SHARING = {
+    100: [
+        ("bf16", 136, 256, 2, PLAIN),
+        ("bf16", 168, 128, 1, PLAIN),
+        ("bf16", 264, 256, 2, PLAIN),
+        ("bf16", 328, 128, 2, PLAIN),
+        ("tf32", 168, 256, 2, PLAIN),
+    ]
+}
 # Where else registers are short.
 FURTHER = {
     80: [
@@ -78,12 +90,6 @@ FURTHER = {
         ("bf16", 1352, 16, 1, DROPOUT),
         ("bf16", 1360, 16, 1, SEGMENTS),
         ("fp32", 1000, 64, 1, PLAIN),
-        # Programs of few units, of which several could share an SM and its tensor memory.
-        ("bf16", 136, 256, 2, PLAIN),
-        ("bf16", 168, 128, 1, PLAIN),
-        ("bf16", 264, 256, 2, PLAIN),
-        ("bf16", 328, 128, 2, PLAIN),
-        ("tf32", 168, 256, 2, PLAIN),
         ("tf32", 254, 512, 2, ALL),
         ("tf32", 383, 128, 1, RESETS),
         ("tf32", 451, 64, 1, ALL),
@@ -107,19 +113,32 @@ def test_representative_configurations_compile_well(archs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("archs", GENERATIONS, ids=str)
+def test_the_full_product_compiles_well(archs):
+    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", GENERATIONS, ids=str)
 def test_every_tile_compiles_well(archs):
-    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=6 * 3600)
+    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), "tiles", timeout=6 * 3600)
 
 
 # ---- in a process without the interpreter --------------------------------------------------------------------------
 
 
-def _cases(archs, everything):
+def _cases(archs, extent):
+    """What is compiled. Unless extent says "all" or "tiles", CASES in one way each, in the other for the next architectures."""
     from support.aot_sequence import Case
 
-    for way, (kind, H, B, D, features) in itertools.product(("forward", "backward"), CASES + FURTHER.get(archs[0], [])):
+    ways = ("forward", "backward")
+    turn = GENERATIONS.index(archs)
+    launches = [(ways[(turn + position) % 2], case) for position, case in enumerate(CASES)]
+    launches += [("forward", case) for case in SHARING.get(archs[0], [])]
+    if extent:
+        launches += itertools.product(ways, (*CASES, *SHARING.get(archs[0], []), *FURTHER.get(archs[0], [])))
+    for way, (kind, H, B, D, features) in launches:
         yield Case(way, H, B, D, *KINDS[kind], (*features, "training"))
-    if everything:
+    if extent == "tiles":
         for arch, way in itertools.product(archs, ("forward", "backward")):
             for largest in _largest_of_each_tile(way, arch):
                 for features in (PLAIN, RESETS, ("lengths",), ("resets", "lengths"), DROPOUT, SEGMENTS, ALL):
@@ -152,7 +171,7 @@ def _largest_of_each_tile(way, arch):
     return dict.fromkeys(case for largest, _, of_most in found.values() for case in (largest, of_most))
 
 
-def _compile_all(archs, everything):
+def _compile_all(archs, extent):
     from support.aot import compile_ahead
     from support.aot_sequence import compile_cases, faults
 
@@ -163,7 +182,7 @@ def _compile_all(archs, everything):
     masks = compile_ahead(_lstm_kept_kernel, signature, {"BLOCK": 128}, arch=archs[0], num_warps=1, num_stages=1)
     if masks.stack_bytes:
         found.append(f"{masks}")
-    for case, config, report in compile_cases(dict.fromkeys(_cases(archs, everything)), archs):
+    for case, config, report in compile_cases(dict.fromkeys(_cases(archs, extent)), archs):
         found += [f"sm_{report.arch} {case}, {config}: {fault}" for fault in faults(case, config, report)]
         compiled += 1
     if found:
@@ -172,4 +191,5 @@ def _compile_all(archs, everything):
 
 
 if __name__ == "__main__":
-    _compile_all([int(arch) for arch in sys.argv[1:] if arch != "all"], everything="all" in sys.argv)
+    numbers = [argument for argument in sys.argv[1:] if argument.isdecimal()]
+    _compile_all(tuple(map(int, numbers)), "".join(sys.argv[1 + len(numbers) :]))

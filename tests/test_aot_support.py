@@ -11,6 +11,7 @@ from support.barrier_lint import RELEASE_COLLECTS_STORES, lint_grid_barrier
 from support.process import run_checks, run_without_interpreter
 
 
+@pytest.mark.long
 def test_compiled_kernels():
     assert "checks passed" in run_without_interpreter(__file__)
 

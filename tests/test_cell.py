@@ -37,6 +37,7 @@ def test_small_shapes(shape, scale, kind, device):
     _check(shape, kind, device, scale=scale)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [0.1, 0.01])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp64"])
 def test_values_near_zero(kind, scale, device):
@@ -55,6 +56,7 @@ def test_tile_edges_of_the_hidden_size(shape, device):
     _check(shape, "bf16", device)
 
 
+@pytest.mark.long
 @kinds
 def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocessors):
     multiprocessors(1)
@@ -102,6 +104,7 @@ def test_any_strides(kind, layout, device):
     assert all(t.is_contiguous() for t in results)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("along", ["rows", "columns"])
 def test_64_bit_offsets(along, device, tmp_path):
     """Rows 2^29 elements apart, eight of them, or columns 2^25 apart, 66 of them: no such offset fits in 32 bits."""

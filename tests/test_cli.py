@@ -1,7 +1,6 @@
 """The command line, and the accuracy check behind it."""
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -61,6 +60,7 @@ def test_info_finds_triton_s_own_cache_folder(tmp_path, monkeypatch):
         assert environment.cache_folder() == Path(knobs.cache.dir)
 
 
+@pytest.mark.long
 def test_info_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; from lstm_triton.cli import main; sys.exit(main(['info']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -106,17 +106,6 @@ def test_bench_runs_the_harness_or_says_that_there_is_none(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "--anything"]) == 2
     assert "python -m lstm_triton.bench" in capsys.readouterr().err
-
-
-def test_check_runs_the_kernels_in_the_interpreter_and_passes():
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "lstm_triton.cli", "check", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Triton interpreter on the CPU" in done.stdout
-    assert "Passed: at most 2 times torch's largest error + 2 ulp and 1.25 times its RMS error" in done.stdout
-    for name in (*check.QUANTITIES, "float32", "bfloat16", "float16", "float64"):
-        assert name in done.stdout
 
 
 def _cell_with(change):

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lstm_triton import LSTMCell, functional
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def cell(device):

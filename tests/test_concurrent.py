@@ -11,7 +11,10 @@ from triton.runtime.errors import InterpreterError
 
 from lstm_triton.kernels import interpreter
 
-pytestmark = pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1"),
+]
 
 
 @triton.jit

@@ -75,6 +75,7 @@ def test_this_machine(device):
     assert cell_backend("auto", torch.device("cpu"), torch.float32) == "torch"
 
 
+@pytest.mark.long
 def test_without_the_interpreter_a_cpu_is_served_by_torch():
     script = """
 import torch, lstm_triton
@@ -94,6 +95,7 @@ assert "triton" not in sys.modules, "nothing needs triton here"
     _run(script)
 
 
+@pytest.mark.long
 def test_without_triton_everything_but_the_kernels_works():
     script = """
 import sys

@@ -1,11 +1,14 @@
 """The documentation is true: links lead somewhere, quoted outputs are what the commands print, equations are the code's."""
 
 import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from lstm_triton import check, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,6 +57,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", sorted({c for p in PAGES for c in quote.commands(p.read_text(encoding="utf-8"))}))
 def test_quoted_outputs_are_what_the_commands_print(command):
     printed = quote.output(command)
@@ -68,10 +72,22 @@ def test_the_picture_is_the_scripts():
     assert (ROOT / "docs/images/launches.svg").read_text(encoding="utf-8") == _script("images/make.py").picture()
 
 
-def test_the_accuracy_table_is_what_the_check_finds():
+@pytest.mark.long
+def test_the_check_passes_and_finds_what_the_accuracy_table_says(capsys, monkeypatch):
+    """`lstm-triton check` runs the kernels in the interpreter where there is no GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    once = functools.cache(check.run)
+    monkeypatch.setattr(check, "run", lambda device, seed=0: once(device, seed))
+    assert cli.main(["check", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Triton interpreter on the CPU" in printed
+    assert "Passed: at most 2 times torch's largest error + 2 ulp and 1.25 times its RMS error" in printed
+    for name in (*check.QUANTITIES, "float32", "bfloat16", "float16", "float64"):
+        assert name in printed
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- accuracy: begin" in page
     assert quote.refreshed_accuracy(page) == page, "`python docs/quote.py` renews the table"
+    assert once.cache_info().misses == 1
 
 
 def test_what_counts_as_the_same_errors():

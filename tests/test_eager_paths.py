@@ -9,6 +9,8 @@ from support import cells, layers, readouts
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, functional, layer_autograd, layer_ops, ops, readout_ops
 
+pytestmark = pytest.mark.long
+
 
 def cell(x, h, c, *weights, **options):
     return functional.lstm_cell(x, (h, c), *weights, backend="triton", **options)

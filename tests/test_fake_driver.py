@@ -13,6 +13,7 @@ from triton.runtime import driver as drivers
 from triton.runtime.errors import OutOfResources
 
 
+@pytest.mark.long
 def test_jit_without_a_gpu():
     assert "checks passed" in run_without_interpreter(__file__)
 

@@ -27,6 +27,8 @@ from support.process import run_without_interpreter
 
 from lstm_triton.kernels import interpreter
 
+pytestmark = pytest.mark.long
+
 LIMIT = 300  # seconds a check may take
 CPU = torch.device("cpu")
 

@@ -17,6 +17,7 @@ from support.process import run_checks, run_without_interpreter
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
 
 
+@pytest.mark.long
 def test_real_jit():
     assert "checks passed" in run_without_interpreter(__file__)
 

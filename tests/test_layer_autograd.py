@@ -34,10 +34,12 @@ def tiny(device):
     return layers.draw(3, 2, 2, 2, 2, torch.float64, device=device, **SEGMENTS)
 
 
+@pytest.mark.long
 def test_gradients_by_differences(tiny):
     assert gradcheck(*function_of(tiny), fast_mode=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("check, recompute", [(gradcheck, True), (gradgradcheck, False)])
 def test_some_derivatives_by_differences(check, recompute, tiny):
     """Of x, c0, W_hh backward in time and the h of resets; the slow test below has all."""
@@ -144,9 +146,19 @@ def _held(problem, **options):
     return sum(held.values()), torch.autograd.grad(outputs, leaves, problem.cotangents)
 
 
-@pytest.mark.parametrize("segments", [{}, SEGMENTS], ids=["plain", "segments"])
-@pytest.mark.parametrize("T, I", [(6, 4), (6, 23), (34, 4)])
-@pytest.mark.parametrize("batch_major", [False, True], ids=["time first", "batch first"])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "batch_major, T, I, segments",
+    [
+        (False, 6, 4, SEGMENTS),
+        (True, 6, 4, {}),
+        (False, 6, 23, {}),
+        (True, 6, 23, SEGMENTS),
+        (False, 34, 4, SEGMENTS),
+        (True, 34, 4, {}),
+    ],
+    ids=lambda value: (", ".join(value) or "plain") if isinstance(value, dict) else None,
+)
 def test_recomputing_holds_at_most_half(batch_major, T, I, segments, device):
     problem = layers.draw(T, 3, I, 5, 2, torch.float64, batch_major=batch_major, device=device, **segments)
     default, expected = _held(problem)
@@ -164,6 +176,7 @@ def test_recomputing_is_as_accurate(dtype, precision, device):
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, recompute=True), problem)
 
 
+@pytest.mark.long
 def test_recomputing_holds_one_range_of_gates_at_a_time(device, monkeypatch):
     rebuild, made, held = layer_backward._rebuilt_pre_activations, [], []
 

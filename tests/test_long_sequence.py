@@ -8,6 +8,8 @@ from support import layers
 
 from lstm_triton.kernels import interpreter, layer, layer_backward
 
+pytestmark = pytest.mark.long
+
 T = 66_000
 EDGE = 4  # steps at either end that are computed where the others are left out
 ways = pytest.mark.parametrize("recompute", [False, True], ids=["saved gates", "rebuilt gates"])

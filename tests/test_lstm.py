@@ -145,6 +145,7 @@ def test_second_derivatives_are_torchs(options, device):
     assert_close(*results)
 
 
+@pytest.mark.long
 def test_second_derivatives_by_differences(device):
     _, module = pair(1, 2, backend="triton", device=device)
     x = torch.randn(2, 1, 1, dtype=torch.float64, device=device, requires_grad=True)

@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import LSTM, dispatch
 
+pytestmark = pytest.mark.long
+
 T, B, I, H = 3, 2, 2, 3
 both = pytest.mark.parametrize("backend", ["auto", "triton"])
 

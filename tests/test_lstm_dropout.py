@@ -56,6 +56,7 @@ def test_dropout_is_a_scaled_bernoulli_and_so_is_its_backward(p, backend, device
     torch.testing.assert_close(lstm.bias_ih_l0.grad.chunk(4)[2], slope * kept.double().sum((0, 1)), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @backends
 def test_dropout_is_deterministic_per_seed_and_only_in_training(backend, device):
     theirs, lstm = pair(3, 4, 3, dropout=0.5, bidirectional=True, backend=backend, device=device)
@@ -140,8 +141,9 @@ def test_the_kernels_drop_without_a_pass_of_their_own(monkeypatch, device):
     assert saved[1] == saved[0] + h + seed
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_derivatives_by_differences(recompute, same_seed, device):
+@pytest.mark.long
+@pytest.mark.parametrize("check, recompute", [(torch.autograd.gradcheck, True), (torch.autograd.gradgradcheck, False)])
+def test_derivatives_by_differences(check, recompute, same_seed, device):
     lstm = LSTM(2, 2, 2, dropout=0.4, dtype=torch.float64, backend="triton", recompute=recompute, device=device)
     x = torch.randn(2, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -149,10 +151,10 @@ def test_derivatives_by_differences(recompute, same_seed, device):
         return torch.func.functional_call(lstm.requires_grad_(False), {"weight_hh_l0": w}, (x,))[0]
 
     leaves = [x, lstm.weight_hh_l0.detach().requires_grad_()]
-    assert torch.autograd.gradcheck(output, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(output, leaves, fast_mode=True)
+    assert check(output, leaves, fast_mode=True)
 
 
+@pytest.mark.long
 def test_batched_gradients(same_seed, device):
     lstm = LSTM(2, 3, 2, dropout=0.4, dtype=torch.float64, backend="triton", device=device)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -160,6 +162,7 @@ def test_batched_gradients(same_seed, device):
     torch.testing.assert_close(*jacobians)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("transform", ["jacrev", "grad of grad", "vjp of vjp", "jvp", "jacfwd"])
 def test_derivatives_under_torch_func(transform, device):
     """Of a function that sets the seed: the mask is the same under every transform, and is no part of the derivative."""
@@ -190,6 +193,7 @@ def test_derivatives_under_torch_func(transform, device):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 def test_a_traced_second_derivative_draws_its_mask(device):
     lstm = LSTM(2, 3, 2, dropout=0.4, dtype=torch.float64, backend="triton", device=device)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -241,6 +245,7 @@ def test_under_vmap_each_is_dropped_for_itself(device):
 # ---- autocast ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast(dtype, backend, device):

@@ -29,12 +29,14 @@ FEATURES = {
 SIZES = {"T": (1, 6), "B": (1, 4), "I": (1, 3)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", segmented.pairwise(FEATURES), ids=lambda row: " ".join(map(str, row.values())))
 def test_every_pair_of_features(row, device):
     segmented.judge(segmented.Case(**row), device)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=pytest.mark.slow)])
 def test_features_together(examples, device):
     hypothesis = pytest.importorskip("hypothesis")
     st = pytest.importorskip("hypothesis.strategies")
@@ -111,8 +113,9 @@ def test_lengths_are_torchs_packed_run(batch_first, backend, device):
 
 
 @both
-@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
-@pytest.mark.parametrize("proj_size", [0, 2], ids=["", "projection"])
+@pytest.mark.parametrize(
+    "batch_first, proj_size", [(False, 2), (True, 0)], ids=["time first, projection", "batch first"]
+)
 def test_padding_that_is_not_finite_changes_no_gradient(proj_size, batch_first, backend, device):
     """As in torch's packed run, which has no padding: also where a gradient of the padding's outputs is not finite."""
     options = dict(bidirectional=True, batch_first=batch_first, proj_size=proj_size, device=device)

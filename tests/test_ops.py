@@ -52,6 +52,7 @@ def test_every_gradient_by_differences(leaves):
     assert gradgradcheck(kernels, leaves)
 
 
+@pytest.mark.long
 def test_second_derivatives_by_differences(leaves):
     assert gradgradcheck(kernels, leaves, fast_mode=True)
 

@@ -193,6 +193,7 @@ def test_any_strides(kind, layout, device):
     assert all(t.is_contiguous() for t in results)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_64_bit_offsets(far, device, tmp_path):
     """Rows 2^30 elements apart, or the columns of a row over more than that: no such offset fits in 32 bits."""

@@ -115,6 +115,7 @@ def test_export(device):
     torch.testing.assert_close(found, torch.autograd.grad(_loss(readout(h)), list(readout.parameters())))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, device):
     leaves = _leaves(2, 4, 5, device=device)

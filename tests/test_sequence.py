@@ -56,6 +56,7 @@ def test_tile_edges_of_the_hidden_size(shape, kind, device):
     _check(shape, kind, device, D=2 if shape[3] % 2 else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_layers(shape, device):
     _check(shape, "bf16", device)
@@ -96,6 +97,7 @@ def test_batch_major_input(kind, device):
         assert named[name].transpose(0, 1).is_contiguous(), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_any_strides(kind, layout, device):
@@ -247,6 +249,7 @@ def test_an_infinite_state_only_saturates_gates(kind, name, device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_cells_beyond_the_overflow_of_a_naive_tanh(kind, device):
     """With i = f = g = 1 the cells grow by one a step: beyond 45, exp(-2c) and exp(2c) leave float32 on either side."""

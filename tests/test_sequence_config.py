@@ -66,6 +66,7 @@ def _limits(device):
     return DeviceLimits(multiprocessors, kib * 1024, generation)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_configuration_can_be_launched(device):
     limits = _limits(device)
@@ -110,6 +111,7 @@ def test_large_layers_run_in_one_launch(way):
         assert not way(B, H, 1, dtype, precision, h100).persistent, (H, B)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["H100", "A100", "RTX 4090"])
 def test_smaller_layers_run_in_one_launch_too(device):
     """As docs/design.md says beside the largest."""

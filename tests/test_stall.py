@@ -77,6 +77,7 @@ def test_no_word_is_pinned_while_a_graph_is_captured(monkeypatch):
         stall.word("_another_kernel_of_this_test", True)
 
 
+@pytest.mark.long
 def test_the_end_of_the_process_names_the_kernel():
     script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

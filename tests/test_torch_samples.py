@@ -9,6 +9,10 @@ import sys
 import types
 import unittest
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 
 def test_torchs_own_samples(device):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

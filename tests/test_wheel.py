@@ -16,6 +16,8 @@ from packaging.utils import canonicalize_name
 
 import lstm_triton
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 
 
