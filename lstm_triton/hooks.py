@@ -57,7 +57,10 @@ def _options_after(original: Callable[..., str]) -> Callable[..., str]:
         """With the backend always, so that a printed model shows what has been converted."""
         text = f"{original(self)}, backend={self.backend!r}"
         text += "" if self.precision is None else f", precision={self.precision!r}"
-        return text + (", recompute=True" if self.recompute else "")
+        text += ", recompute=True" if self.recompute else ""
+        # The error with which torch.compile refuses every torch.nn.LSTM quotes this text, and nothing else of the module.
+        is_refused = isinstance(self, torch.nn.LSTM) and torch._guards.CompileContext.try_get() is not None
+        return text + ("; convert(model, compilable=True) gives a class that compiles" if is_refused else "")
 
     return extra_repr
 

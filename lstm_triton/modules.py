@@ -44,6 +44,8 @@ def is_proxy(input: object) -> bool:
 def leaf(module: torch.nn.Module, input: Any, *args, **kwargs) -> Any:
     """The call as one node of the graph that torch.fx records, as that of a module of torch.nn is."""
     tracer: Any = input.tracer
+    if module is tracer.root:
+        raise torch.fx.proxy.TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a model that holds it")
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), given)
 

@@ -119,13 +119,15 @@ def test_replicas_of_data_parallel(no_warnings):
     assert replica(X, return_cell_states=True)[0].abs().max() == 0 and module(X)[0].abs().max() > 0
 
 
-def test_torch_compile_names_its_option_and_takes_it(no_warnings):
-    """torch refuses torch.nn.LSTM of any kind, and says under which setting it does not."""
+def test_the_error_of_torch_compile_names_both_ways(no_warnings):
+    """torch refuses torch.nn.LSTM of any kind, and names the setting under which it does not; this package names its option."""
     torch._dynamo.reset()
     model = convert(torch.nn.Sequential(torch.nn.LSTM(3, 5, 2)))
     x = X.clone().requires_grad_()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\._dynamo\.config\.allow_rnn=True"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\._dynamo\.config\.allow_rnn=True") as error:
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert "convert(model, compilable=True) gives a class that compiles" in str(error.value)
+    assert repr(model[0]) == "LSTM(3, 5, num_layers=2, backend='auto')"
     with torch._dynamo.config.patch(allow_rnn=True):
         found = flat(torch.compile(model, backend="aot_eager", fullgraph=True)(x))
     expected = flat(model(x))

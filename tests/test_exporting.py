@@ -164,6 +164,12 @@ def test_symbolic_trace(make, options):
         assert_close(graph(x), _tagger(**options)(x))
 
 
+@pytest.mark.parametrize("module", [LSTM(3, 5), LSTMCell(3, 5), SoftmaxReadout(3, 5)], ids=lambda m: type(m).__name__)
+def test_symbolic_trace_of_a_leaf_alone(module):
+    with pytest.raises(torch.fx.proxy.TraceError, match="is a leaf of torch.fx: trace a model that holds it"):
+        torch.fx.symbolic_trace(module)
+
+
 def test_symbolic_trace_of_what_torch_has_not():
     class Episodes(torch.nn.Module):
         def __init__(self):
@@ -259,3 +265,20 @@ def test_onnx(make, options):
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close([torch.from_numpy(t) for t in found], list(_tagger(**options)(x)))
+
+
+@makers
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_onnx_from_a_trace(make, options):
+    """The older exporter, whose result takes any number of rows and steps."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, file = _tagger(make, **options), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "a", 1: "b"}}}
+        torch.onnx.export(model, (_x(),), file, dynamo=False, **axes)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for x in (_x(), _x(7, 3)):
+        found = session.run(None, {"x": x.numpy()})
+        assert_close([torch.from_numpy(t) for t in found], list(_tagger(**options)(x)))
