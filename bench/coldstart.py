@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.zeros(1, device=device)  # CUDA itself starts before the clock does
         torch.cuda.synchronize()
     with_driver = device.type != "cuda" and null_driver.serves(request["provider"])
-    with null_driver.active() if with_driver else contextlib.nullcontext():
+    with null_driver.active(null_driver.NullDriver()) if with_driver else contextlib.nullcontext():
         case = Case.from_json(request["case"])
         built = measuring.build(providers.all_providers()[request["provider"]], problem.make(case, device))
         times = []

@@ -1,11 +1,14 @@
 """A driver for Triton that launches nothing: the host's part of a launch, measured where there is no GPU.
 
+    with active(NullDriver()):
+        ...
+
 Kernels are specialised, compiled and cached by Triton's real JIT, for one imaginary GPU whose tensors are CPU tensors.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -18,20 +21,27 @@ def serves(provider: str) -> bool:
     return provider.startswith("lstm_triton triton")
 
 
-class _NullDriver:
-    """What Triton asks of a driver."""
+class NullDriver:
+    """What Triton asks of a driver, for one imaginary GPU.
 
-    def __init__(self) -> None:
+    device: its number, under which Triton keeps compiled kernels: none that exists.
+    """
+
+    def __init__(
+        self, arch: int = 90, multiprocessors: int = 132, shared_memory: int = 227 << 10, device: int = 4711
+    ) -> None:
         from triton.backends.compiler import GPUTarget
 
         self.utils = self
-        self._target = GPUTarget("cuda", 90, 32)
+        self.limits = multiprocessors, shared_memory, arch // 10
+        self._target = GPUTarget("cuda", arch, 32)
+        self._device = device
 
     def get_current_target(self) -> Any:
         return self._target
 
     def get_current_device(self) -> int:
-        return 4711  # Triton caches kernels by device: none that exists
+        return self._device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -43,12 +53,20 @@ class _NullDriver:
         return ty
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+        multiprocessors, shared_memory, _ = self.limits
+        return {
+            "max_shared_mem": shared_memory,
+            "max_num_regs": 65536,
+            "multiprocessor_count": multiprocessors,
+            "warpSize": 32,
+        }
 
     def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024
+        module, function, registers, spills, max_threads = 1, 1, 32, 0, 1024
+        return module, function, registers, spills, max_threads
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """The function that Triton calls for every launch of one compiled kernel."""
         return _launch_nothing
 
 
@@ -56,9 +74,12 @@ def _launch_nothing(*args: Any) -> None:
     pass
 
 
+_Driver = TypeVar("_Driver", bound=NullDriver)
+
+
 @contextlib.contextmanager
-def active() -> Iterator[None]:
-    """Within, Triton compiles for and launches on nothing, and this package takes CPU tensors for a GPU's.
+def active(driver: _Driver) -> Iterator[_Driver]:
+    """Within, Triton compiles for and launches by this driver, and this package takes CPU tensors for its GPU's.
 
     Raises RuntimeError in a process with TRITON_INTERPRET, which has no JIT.
     """
@@ -66,15 +87,16 @@ def active() -> Iterator[None]:
     from triton.runtime import driver as drivers
 
     from lstm_triton import dispatch
+    from lstm_triton.kernels import launch
 
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("a process with TRITON_INTERPRET=1 has no JIT")
-    previous = drivers._active
-    drivers.set_active(_NullDriver())
+        raise RuntimeError("a process with TRITON_INTERPRET=1 has no JIT to give a driver to")
+    previous = drivers._active  # None before the first use: asking for `active` would look for a GPU
+    drivers.set_active(driver)
     dispatch._remembered.cache_clear()
     try:
-        with mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None):
-            yield
+        with mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None), launch.cpu_as(driver.limits):
+            yield driver
     finally:
         dispatch._remembered.cache_clear()
         drivers.set_active(previous)

@@ -36,7 +36,7 @@ def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple
         label = null_driver.LABEL if with_driver else None
         if without_gpu and not with_driver:
             label = "no GPU: with the CPU's own arithmetic, on one row"
-        driver = null_driver.active() if with_driver else contextlib.nullcontext()
+        driver = null_driver.active(null_driver.NullDriver()) if with_driver else contextlib.nullcontext()
         try:
             training = torch.set_grad_enabled(case.mode == "train")
             with precision(case), driver, _few_threads(without_gpu), training:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ class Launcher:
     and later called directly. Names of pointers end in _ptr.
     """
 
+    _all: weakref.WeakSet["Launcher"] = weakref.WeakSet()
+
     def __init__(self, kernel) -> None:
+        self._all.add(self)
         self.kernel = kernel
         self._compiled: dict[tuple, Any] = {}
         self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
@@ -94,10 +98,28 @@ def _cuda_limits(index: int) -> tuple[int, int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
 
 
+_cpu_limits = 132, 227 * 1024, 9  # an H100's
+
+
 def device_limits(device: torch.device) -> tuple[int, int, int]:
     """Multiprocessors (a MIG slice: its share), bytes of shared memory a program may have, and the first number of the compute
-    capability; on a CPU, those of an H100."""
-    return _cuda_limits(device.index) if device.type == "cuda" else (132, 227 * 1024, 9)
+    capability; on a CPU, those of the GPU that it stands for."""
+    return _cuda_limits(device.index) if device.type == "cuda" else _cpu_limits
+
+
+@contextlib.contextmanager
+def cpu_as(limits: tuple[int, int, int]):
+    """Inside, the CPU stands for a GPU with these `device_limits`: for a driver of Triton that takes CPU tensors."""
+    global _cpu_limits
+    before, _cpu_limits = _cpu_limits, limits
+    for launcher in Launcher._all:
+        launcher._compiled.clear()
+    try:
+        yield
+    finally:
+        _cpu_limits = before
+        for launcher in Launcher._all:
+            launcher._compiled.clear()
 
 
 def _free_multiprocessors() -> int:

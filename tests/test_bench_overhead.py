@@ -51,7 +51,7 @@ def check_the_latency_kernel_compiles():
 
     from lstm_triton.bench import null_driver
 
-    with null_driver.active():
+    with null_driver.active(null_driver.NullDriver()):
         for exchange in (True, False):
             grid_latency.launch(4, 10, exchange, CPU)
             grid_latency.launch(4, 7, exchange, CPU)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as drivers
+
+from lstm_triton.bench.null_driver import NullDriver, active
 
 from .aot import SHARED_MEMORY_PER_BLOCK
 
@@ -32,46 +32,14 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
 
 
-class FakeDriver:
-    """What Triton asks of a driver, for one imaginary GPU whose tensors are CPU tensors."""
+class FakeDriver(NullDriver):
+    """Records what it is asked to launch."""
 
     def __init__(self, arch: int, sm_count: int):
+        super().__init__(arch, sm_count, SHARED_MEMORY_PER_BLOCK[arch], next(_device_numbers))
         self.launches: list[Launch] = []
-        self.utils = self  # get_device_properties and load_binary
-        self._target = GPUTarget("cuda", arch, 32)
-        self._device = next(_device_numbers)
-        self._properties = {
-            "max_shared_mem": SHARED_MEMORY_PER_BLOCK[arch],
-            "max_num_regs": 65536,
-            "multiprocessor_count": sm_count,
-            "warpSize": 32,
-        }
 
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return self._device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self._properties
-
-    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        module, function, registers, spills, max_threads = 1, 1, 32, 0, 1024
-        return module, function, registers, spills, max_threads
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """The function Triton calls for every launch of one compiled kernel."""
-
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:
             self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))
 
@@ -81,15 +49,8 @@ class FakeDriver:
 @contextlib.contextmanager
 def fake_driver(arch: int = 90, sm_count: int = 132) -> Iterator[FakeDriver]:
     """Within this context kernels are compiled for `arch`, and launches are recorded in `.launches`, not executed."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("a process with TRITON_INTERPRET=1 has no JIT to give a driver to")
-    previous = drivers._active  # None before the first use: asking for `active` would look for a GPU
-    driver = FakeDriver(arch, sm_count)
-    drivers.set_active(driver)
-    try:
+    with active(FakeDriver(arch, sm_count)) as driver:
         yield driver
-    finally:
-        drivers.set_active(previous)
 
 
 def count_compiled(jit_function: Any) -> int:

@@ -1,0 +1,99 @@
+"""The machine (machine.c), compiled once for all kernels and kept by its content under .ci-cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from .encode import Operation
+
+CACHE = Path(__file__).parents[3] / ".ci-cache"
+# Lanes are vectorised at -O3; no product and sum may be fused that PTX keeps apart.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC")
+
+
+class KernelStruct(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("code", "operands", "specials", "image", "constants")] + [
+        (name, ctypes.c_int32)
+        for name in (
+            "instructions",
+            "registers",
+            "file_size",
+            "special_count",
+            "constant_count",
+            "waits",
+            "uses_tensor",
+        )
+    ]
+
+
+class LaunchStruct(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_int32 * 3),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("threads", "shared", "tensors", "concurrent", "programs_per_sm", "check")
+        ),
+        ("seed", ctypes.c_uint32),
+        ("parameters", ctypes.c_void_p),
+        ("starts", ctypes.POINTER(ctypes.c_uint64)),
+        ("ends", ctypes.POINTER(ctypes.c_uint64)),
+        ("names", ctypes.POINTER(ctypes.c_char_p)),
+        ("message", ctypes.c_void_p),
+        ("message_size", ctypes.c_int32),
+        ("parameter_bytes", ctypes.c_int32),
+        *((name, ctypes.c_uint64) for name in ("steps", "benign", "unfenced", "serialized")),
+    ]
+
+
+class _OperationStruct(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("run", ctypes.c_void_p), ("kind", ctypes.c_int)] + [
+        ("results", ctypes.c_int), ("inputs", ctypes.c_int), ("sizes", ctypes.c_int * 5),
+    ]  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why the executor cannot run here, or None where it can."""
+    return None if _compiler() else "no C compiler (cc, gcc or clang)"
+
+
+@functools.cache
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
+
+
+@functools.cache
+def machine() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_compiled()))
+    library.execute.argtypes = [ctypes.POINTER(KernelStruct), ctypes.POINTER(LaunchStruct)]
+    library.operation_at.restype = ctypes.POINTER(_OperationStruct)
+    return library
+
+
+@functools.cache
+def operations() -> dict[str, Operation]:
+    found = [machine().operation_at(k).contents for k in range(machine().operations_known())]
+    named = {o.name.decode(): Operation(k, o.results, o.inputs, tuple(o.sizes)) for k, o in enumerate(found)}
+    assert len(named) == len(found), "two operations of one name"
+    return named
+
+
+def _compiled() -> Path:
+    compiler = _compiler()
+    assert compiler is not None, why_not()
+    folder = Path(__file__).parent
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]")))
+    built_with = f"{compiler} {_FLAGS} {platform.machine()} {platform.node()}"
+    path = CACHE / "executor" / f"{hashlib.sha256(content + built_with.encode()).hexdigest()[:20]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")  # other processes see the whole file or none
+        subprocess.run([compiler, *_FLAGS, str(folder / "machine.c"), "-o", str(unfinished), "-lm"], check=True)
+        unfinished.rename(path)
+    return path

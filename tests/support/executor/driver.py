@@ -1,0 +1,185 @@
+"""A driver for Triton whose launches are executed by the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import struct
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.runtime import driver as drivers
+from triton.runtime.cache import get_cache_manager
+
+from lstm_triton.bench.null_driver import NullDriver, active
+
+from ..aot_sequence import LIMITS
+from . import encode_matrix  # noqa: F401  declares its families
+from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
+from .encode import Program, encode
+from .ptx import SIZES, Statement
+
+_REPORT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """One thing that is wrong with a launch, where it was seen first."""
+
+    kind: str
+    kernel: str
+    program: int
+    thread: int  # of the program; -1 of the launch as a whole
+    message: str
+    statement: Statement | None
+
+    def __str__(self) -> str:
+        where = f"{self.kernel}, program {self.program}, thread {self.thread}" if self.program >= 0 else self.kernel
+        line = f"\n    at {self.statement.source}: `{self.statement.text}`" if self.statement else ""
+        return f"{self.kind}: {where}: {self.message}{line}"
+
+
+class KernelFault(RuntimeError):
+    """A launch did what no correct kernel does; the message has the `reports`."""
+
+    def __init__(self, reports: list[Report]):
+        super().__init__("\n".join(map(str, reports)))
+        self.reports = reports
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A launch that was executed."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    steps: int  # instructions of warps
+    benign: int  # bytes written again, by a thread that nothing orders, with the value they had
+    unfenced: int  # accesses to tensor memory behind a barrier without tcgen05.fence::after_thread_sync
+    serialized: int  # registers overwritten that a wgmma in flight reads: ptxas makes each such product wait
+    reports: tuple[Report, ...]
+
+
+class _Encoded:
+    """A program, and the arrays that the machine reads."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self._arrays = [array("i", part) for part in (program.code, program.operands, program.specials)]
+        self._arrays += [array("B", program.image), array("i", program.constants)]
+        self.struct = KernelStruct(
+            *(a.buffer_info()[0] for a in self._arrays), len(program.origin), program.registers,
+            len(program.image), len(program.specials) // 3, len(program.constants), program.waits, program.uses_tensor_memory,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded(ptx: str) -> _Encoded:
+    return _Encoded(encode(ptx, operations().get))
+
+
+class ExecutingDriver(NullDriver):
+    """See `executing`. The attributes may be changed between launches."""
+
+    def __init__(self, arch: int, seed: int = 1, programs_per_sm: int = 1):
+        limits = LIMITS[arch]
+        super().__init__(arch, limits.multiprocessors, limits.shared_memory, device=2000 + arch)
+        self.seed, self.programs_per_sm, self.check = seed, programs_per_sm, True
+        self.change: Callable[[str, str], str] | None = None  # (kernel, its PTX) -> the PTX to execute instead
+        self.raises = True  # False: what is reported only stands in `executed`
+        self.executed: list[Executed] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        types = list(source.signature.items())
+        group = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json")
+        ptx = Path(group[f"{metadata.name[:150]}.ptx"]).read_text()
+
+        def launch(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
+            device = drivers.active  # Triton keeps this function for every later driver of the same device number
+            changed = device.change(metadata.name, ptx) if device.change else ptx
+            given = [(str(name), type_, value) for (name, type_), value in zip(types, arguments, strict=True)]
+            at_once = None if metadata.launch_cooperative_grid else 8
+            device._execute(_encoded(changed), metadata.name, metadata.shared, (grid_x, grid_y, grid_z), given, at_once)
+
+        return launch
+
+    def run(self, ptx: str, grid: tuple[int, int, int], *arguments: Any, shared: int = 0) -> Executed:
+        """Execute PTX that was written by hand; also in a process with TRITON_INTERPRET=1."""
+        encoded = _encoded(ptx)
+        given = [(f"argument {k}", "", value) for k, value in enumerate(arguments)]
+        self._execute(encoded, encoded.program.kernel.name, shared, grid, given, None)
+        return self.executed[-1]
+
+    def _execute(
+        self,
+        encoded: _Encoded,
+        name: str,
+        shared: int,
+        grid: tuple[int, int, int],
+        arguments: list,
+        at_once: int | None,
+    ) -> None:
+        kernel = encoded.program.kernel
+        parameters = _parameters(encoded, arguments)
+        storages: dict[tuple[int, int], list[str]] = {}
+        for argument, _, value in arguments:
+            if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes():
+                start = value.untyped_storage().data_ptr()
+                storages.setdefault((start, start + value.untyped_storage().nbytes()), []).append(argument)
+        programs, n = grid[0] * grid[1] * grid[2], len(storages)
+        message = ctypes.create_string_buffer(_REPORT_BYTES)
+        launch = LaunchStruct(
+            grid=grid, threads=kernel.threads, shared=shared, tensors=n,
+            concurrent=min(programs, at_once or programs), programs_per_sm=self.programs_per_sm,
+            check=self.check, seed=self.seed, parameters=ctypes.cast(parameters, ctypes.c_void_p),
+            starts=(ctypes.c_uint64 * n)(*(start for start, _ in storages)),
+            ends=(ctypes.c_uint64 * n)(*(end for _, end in storages)),
+            names=(ctypes.c_char_p * n)(*("/".join(names).encode() for names in storages.values())),
+            message=ctypes.cast(message, ctypes.c_void_p), message_size=_REPORT_BYTES, parameter_bytes=kernel.parameter_bytes,
+        )  # fmt: skip
+        machine().execute(encoded.struct, launch)
+        reports = [_report(name, encoded.program, line) for line in message.value.decode().splitlines()]
+        self.executed.append(
+            Executed(name, grid, launch.steps, launch.benign, launch.unfenced, launch.serialized, tuple(reports))
+        )
+        if reports and self.raises:
+            raise KernelFault(reports)
+
+
+def _report(kernel: str, encoded: Program, line: str) -> Report:
+    kind, program, thread, instruction, message = line.split("\t")
+    at = int(instruction)
+    statement = encoded.kernel.statements[encoded.origin[at]] if at >= 0 else None
+    return Report(kind, kernel, int(program), int(thread), message, statement)
+
+
+def _parameters(encoded: _Encoded, arguments: list[tuple[str, str, Any]]) -> ctypes.Array:
+    kernel = encoded.program.kernel
+    values = [value for _, type_, value in arguments if type_ != "constexpr"]
+    values += [0] * (len(kernel.parameters) - len(values))  # pointers to Triton's own scratch memory
+    packed = bytearray(kernel.parameter_bytes)
+    for parameter, value in zip(kernel.parameters, values, strict=True):
+        size = SIZES[parameter.type]
+        if hasattr(value, "data_ptr"):
+            value = value.data_ptr()
+        elif isinstance(value, float):
+            value = int.from_bytes(struct.pack({4: "<f", 8: "<d"}[size], value), "little")
+        packed[parameter.offset : parameter.offset + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+    return (ctypes.c_uint8 * max(len(packed), 1)).from_buffer(packed or bytearray(1))
+
+
+@contextlib.contextmanager
+def executing(target: str = "sm_90", *, seed: int = 1, programs_per_sm: int = 1) -> Iterator[ExecutingDriver]:
+    """Within, kernels launched on CPU tensors are compiled for `target` ("sm_80", "sm_90", ...), executed and checked.
+
+    seed: of the order in which programs, warps and lanes take turns.
+    programs_per_sm: how many programs share an SM, and so its tensor memory.
+    """
+    with knobs.cache.scope(), active(ExecutingDriver(int(target.removeprefix("sm_")), seed, programs_per_sm)) as driver:
+        knobs.cache.dir = str(CACHE / "triton")
+        yield driver

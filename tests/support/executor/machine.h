@@ -1,0 +1,245 @@
+// The state of a launch: programs (CTAs), warps, registers, and the reports about them.
+//
+// A warp executes one instruction for a set of its lanes at once. Every register is an array of 32 lanes; a predicate is a
+// word of 32 bits. Beside its value each register has a mask of the lanes in which it is defined.
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int8_t i8;
+typedef int16_t i16;
+typedef int32_t i32;
+typedef int64_t i64;
+typedef float f32;
+typedef double f64;
+
+enum { FULL_WARP = -1, SHARED_BASE = 1024, COLUMNS = 512, MAX_WARPS = 32, SYNC_WORDS = 1024 };
+
+typedef struct { i32 at, id; } Operand; // byte offset in the register file of a warp, and the register's number
+typedef struct {
+    i32 op, guard, guard_at, negated, target, first, results, inputs, value[8];
+} Instruction;
+
+typedef struct Program Program;
+typedef struct Warp Warp;
+
+// Who accessed a byte last. thread: 1 + 1024 * program + thread, 0 for nobody; epoch: how many CTA barriers its program
+// had passed; sync: how many warp barriers its warp had.
+typedef struct { u32 thread, epoch; u16 sync; u8 strong, several; } Access;
+typedef struct { Access write, read, other; } GlobalByte; // the last write, and the last reads by two programs
+typedef struct {
+    Access write;
+    u32 read_epoch, read_lanes, write_time, async[4];
+    u16 read_warps, read_sync;
+    u8 read_warp, in_flight, generic;
+} SharedByte;
+typedef struct { u64 start, end; GlobalByte *bytes; const char *name; } Tensor;
+typedef struct { u64 address; u32 *clock; } SyncWord; // what a release to this address has published: epochs of each program
+typedef struct { u32 destination, size, source_size, group; u64 source; } Copy;
+typedef struct { Copy *list; u32 count, capacity, group; } Copies;
+
+struct Warp {
+    Program *program;
+    u32 index, ready, at_barrier, at_collective, done; // masks of lanes
+    u32 sync, fence_epoch, wgmma_fence, group, group_done, group_done_at_barrier, mma_seen, busy_count, unfenced;
+    i32 pc[32];
+    u32 fence_time[32];
+    u8 *file;
+    u32 *defined, *written, *busy; // by register. busy: why its value must not be touched, 0 for no reason
+    u32 (*parts)[5];               // of a register put together from parts: in which lanes each is defined, and when that was
+    u32 *clock[32];                // what a lane has acquired since the last CTA barrier
+    Copies copies[32];
+};
+enum { ACCUMULATOR = 1 << 24, OPERAND = 2 << 24, TENSOR_LOAD = 3 << 24, GROUP = (1 << 24) - 1 };
+
+typedef struct { u32 stored_by, stored_epoch, stored_sync, store_pending, loaded_by, loaded_epoch, load_pending, product; } Cell;
+typedef struct {
+    const Instruction *instruction;
+    u64 a, b;
+    u32 destination, descriptor, a_in_tensor, add;
+} Product;
+typedef struct { u32 address, seen; } Barrier;   // an mbarrier, and the products that are complete where its phase is
+typedef struct { u32 barrier, last; } Commit;    // an arrival at an mbarrier, due after the product `last`
+struct Program {
+    u32 number, id[3], warps, epoch, fenced_epoch, slot, live;
+    u8 *shared;
+    SharedByte *bytes;
+    u32 *clock;
+    Warp *warp;
+    // Tensor memory: columns, allocated ones, and the products (tcgen05.mma) issued, completed and known to all threads.
+    u32 *tensor, columns, products, completed, capacity, seen_at_barrier, commits, barriers;
+    Cell (*cell)[4]; // [column][quarter of the lanes]
+    Product *queue;
+    Commit commit[64];
+    Barrier barrier[64];
+};
+
+typedef int (*Handler)(Warp *, const Instruction *, u32 mask); // 1: cannot proceed yet
+typedef enum { LANES, WARP, WARPGROUP, BRANCH, EXIT, BARRIER } Kind;
+typedef struct { const char *name; Handler run; Kind kind; int results, inputs, size[5]; } Operation;
+static Operation operations[1024];
+static int operation_count;
+static void add(const char *name, Handler run, Kind kind, int results, int inputs, int r, int a, int b, int c, int d) {
+    operations[operation_count++] = (Operation){name, run, kind, results, inputs, {r, a, b, c, d}};
+}
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { add(__VA_ARGS__); }
+// An operation with modifiers and operands of its own, decoded by encode.py.
+#define FAMILY(NAME, KIND, FUNCTION) FAMILY_(__COUNTER__, NAME, KIND, FUNCTION)
+#define FAMILY_(N, NAME, KIND, FUNCTION) REGISTER(N, NAME, FUNCTION, KIND, -1, -1, 0, 0, 0, 0, 0)
+
+typedef struct { i32 kind, at, id; } Special; // %tid.x and the like, kept as registers
+typedef struct {
+    const Instruction *code;
+    const Operand *operands;
+    const Special *specials;
+    const u8 *image;       // the register file of a warp at its start: constants
+    const i32 *constants;  // their register numbers
+    i32 instructions, registers, file_size, special_count, constant_count, waits, uses_tensor_memory;
+} Kernel;
+typedef struct {
+    i32 grid[3], threads, shared, tensors, concurrent, programs_per_sm, check;
+    u32 seed;
+    const u8 *parameters;
+    const u64 *starts, *ends;
+    const char **names;
+    char *message;
+    i32 message_size, parameter_bytes;
+    // Counted: instructions of warps, rewrites of the same value, accesses to tensor memory without a thread-sync fence, and
+    // operands of a wgmma in flight that are overwritten. PTX forbids the last; ptxas sees it, and waits for each such product.
+    u64 steps, benign, unfenced, serialized;
+} Launch;
+
+enum { RACE_SHARED, RACE_GLOBAL, UNDEFINED, UNINITIALISED, BOUNDS, IN_FLIGHT, PROXY, DIVERGENCE, DEADLOCK, TENSOR, WGMMA, TRAP, LEFT };
+static const char *const KINDS[] = {
+    "race in shared memory", "race in global memory", "undefined register", "uninitialised shared memory", "out of bounds or misaligned",
+    "asynchronous copy or product not waited for", "proxy fence missing", "divergence", "deadlock", "tensor memory", "wgmma", "trap", "left over",
+};
+
+static struct {
+    const Kernel *kernel;
+    Launch *launch;
+    Tensor *tensor;
+    SyncWord *sync;
+    u8 *reported; // by instruction and kind
+    u32 sync_count, program_count, time, random, idle, *columns;
+    int length, reports;
+    jmp_buf end;
+} M;
+
+static u32 draw(void) {
+    M.random ^= M.random << 13;
+    M.random ^= M.random >> 17;
+    return M.random ^= M.random << 5;
+}
+
+static const Operand *operand(const Instruction *i, int k) { return &M.kernel->operands[i->first + k]; }
+static void *lanes(const Warp *w, const Operand *o) { return w->file + o->at; }
+static u32 number_of(const Warp *w, int lane) { return 1 + 1024 * w->program->number + 32 * w->index + lane; }
+
+// One report a kind and instruction. Python completes it with the source line.
+static void report(const Warp *w, int lane, const Instruction *i, int kind, const char *format, ...) {
+    const int at = i ? (int)(i - M.kernel->code) : -1;
+    u8 *seen = &M.reported[(at + 1) * 16 + kind];
+    if (*seen || M.launch->message_size - M.length < 600) return;
+    *seen = 1;
+    M.reports++;
+    M.length += sprintf(M.launch->message + M.length, "%s\t%d\t%d\t%d\t", KINDS[kind], w ? (int)w->program->number : -1,
+                        w ? (int)(32 * w->index + lane) : -1, at);
+    va_list arguments;
+    va_start(arguments, format);
+    M.length += vsnprintf(M.launch->message + M.length, 400, format, arguments);
+    va_end(arguments);
+    M.length += sprintf(M.launch->message + M.length, "\n");
+}
+#define FATAL(...) (report(__VA_ARGS__), longjmp(M.end, 1))
+
+static int first_lane(u32 mask) { return __builtin_ctz(mask); }
+#define EACH(l, mask) for (u32 l##_ = (mask), l = 0; l##_ && (l = first_lane(l##_), 1); l##_ &= l##_ - 1)
+
+// What an instruction reads; 1 if some of it must not be read yet, which is reported.
+static void check_busy(Warp *w, const Instruction *i, const Operand *o) {
+    const u32 why = w->busy[o->id] & ~GROUP;
+    if (why == ACCUMULATOR) report(w, 0, i, WGMMA, "reads an accumulator before wgmma.wait_group");
+    if (why == TENSOR_LOAD) report(w, 0, i, IN_FLIGHT, "reads what tcgen05.ld loads before tcgen05.wait::ld");
+}
+static u32 defined(Warp *w, const Instruction *i, const Operand *o, u32 mask) {
+    const u32 ok = w->defined[o->id];
+    if (mask & ~ok && w->busy_count) check_busy(w, i, o);
+    return ok;
+}
+// Values that become visible outside of registers, or decide what is executed, have to be defined.
+static void *used(Warp *w, const Instruction *i, int k, u32 mask, const char *as) {
+    const Operand *o = operand(i, k);
+    const u32 bad = mask & ~defined(w, i, o, mask);
+    if (bad && !w->busy[o->id]) {
+        report(w, first_lane(bad), i, UNDEFINED, "%s is a register that nothing has written", as);
+        w->defined[o->id] |= bad;
+    }
+    return lanes(w, o);
+}
+static void define(Warp *w, const Instruction *i, const Operand *o, u32 mask, u32 ok) {
+    if (w->busy_count && (w->busy[o->id] & ~GROUP) == OPERAND) M.launch->serialized++;
+    else if (w->busy_count && w->busy[o->id]) report(w, 0, i, WGMMA, "writes a register that an asynchronous instruction still writes");
+    w->defined[o->id] = (w->defined[o->id] & ~mask) | (mask & ok);
+    w->written[o->id] = M.time;
+}
+// The same for a register that consists of parts.
+static u32 part_defined(Warp *w, const Instruction *i, const Operand *o, u32 mask, int k) {
+    const u32 *parts = w->parts[o->id], all = w->defined[o->id];
+    if (!(mask & ~all)) return all;
+    return parts[4] == w->written[o->id] ? all | parts[k] : defined(w, i, o, mask);
+}
+static void define_parts(Warp *w, const Instruction *i, const Operand *o, u32 mask, int count, const u32 *ok) {
+    u32 all = FULL_WARP, *parts = w->parts[o->id];
+    for (int k = 0; k < count; k++) all &= parts[k] = ok[k];
+    define(w, i, o, mask, all);
+    parts[4] = M.time;
+}
+static void make_busy(Warp *w, const Operand *o, u32 why) {
+    w->busy_count += !w->busy[o->id];
+    w->busy[o->id] = why;
+    if ((why & ~(u32)GROUP) != OPERAND) w->defined[o->id] = 0;
+}
+// Registers of asynchronous instructions up to this group are free again.
+static void release_busy(Warp *w, u32 least, u32 most, u32 group) {
+    for (i32 r = 0; w->busy_count && r < M.kernel->registers; r++) {
+        const u32 why = w->busy[r] & ~GROUP;
+        if (!w->busy[r] || why < least || why > most || (w->busy[r] & GROUP) > group) continue;
+        w->busy[r] = 0;
+        w->busy_count--;
+        if (why != OPERAND) w->defined[r] = FULL_WARP;
+    }
+}
+
+static inline f32 as_f32(u32 x) { f32 f; memcpy(&f, &x, 4); return f; }
+static inline u32 bits_f32(f32 f) { u32 x; memcpy(&x, &f, 4); return x; }
+static inline f32 from_bf16(u16 x) { return as_f32((u32)x << 16); }
+static inline u16 to_bf16(f32 f) {
+    const u32 x = bits_f32(f);
+    return (x & 0x7fffffff) > 0x7f800000 ? 0x7fff : (x + 0x7fff + (x >> 16 & 1)) >> 16;
+}
+static inline f32 from_f16(u16 h) {
+    const u32 sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31) return as_f32(sign | 0x7f800000 | mantissa << 13);
+    if (!exponent) return as_f32(sign | bits_f32(mantissa * 0x1p-24f));
+    return as_f32(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+static inline u16 to_f16(f32 f) {
+    const u32 x = bits_f32(f), a = x & 0x7fffffff;
+    const u16 sign = x >> 16 & 0x8000;
+    if (a > 0x7f800000) return 0x7fff;
+    if (a >= 0x477ff000) return sign | 0x7c00;
+    if (a < 0x38800000) return sign | (u16)rintf(fabsf(f) * 0x1p24f);
+    return sign | (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13;
+}
+static inline f32 truncated_tf32(u32 x) { return as_f32(x & 0xffffe000u); } // the tensor core does not read the low bits
