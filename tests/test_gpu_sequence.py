@@ -29,7 +29,7 @@ from lstm_triton.kernels import interpreter
 
 pytestmark = pytest.mark.long
 
-LIMIT = 300  # seconds a check may take
+LIMIT = 120  # seconds a check may take
 CPU = torch.device("cpu")
 
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import inspect
+import os
+import re
 import subprocess
 import sys
 
@@ -105,9 +107,23 @@ layer(x)
 """
 
 
+@pytest.fixture
+def without_end(tmp_path):
+    """What a process says that waits without end. The source of a kernel must lie in a file."""
+    script = tmp_path / "without_end.py"
+    script.write_text(WITHOUT_END)
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="stops an NVIDIA GPU")
-def test_a_wait_without_end_stops_the_kernel_and_names_it():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_END], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and done.stdout.startswith("stopped: CUDA error"), done.stdout + done.stderr
-    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel waited for seconds" in done.stderr
+def test_a_wait_without_end_stops_the_kernel_and_names_it(without_end):
+    assert without_end.returncode != 0, without_end.stdout
+    assert without_end.stdout.startswith("stopped: CUDA error"), without_end.stdout + without_end.stderr
+    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel waited for seconds" in without_end.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_that_needs_nothing_but_a_gpu(without_end):
+    assert re.search("CUDA enabled|NVIDIA", without_end.stderr.splitlines()[-1]), without_end.stderr
