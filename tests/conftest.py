@@ -21,8 +21,10 @@ import types  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
+from support.plugins import EndWhenLost, Resume  # noqa: E402
 
 import lstm_triton.kernels  # noqa: E402
+from lstm_triton.bench.lost import why_lost  # noqa: E402
 from lstm_triton.kernels import interpreter  # noqa: E402
 
 # The interpreter works in numpy on small arrays, and several workers may share the cores.
@@ -36,8 +38,19 @@ KERNEL_MODULES = [
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """`-n auto`: on a GPU, where most of the time goes into compiling, half of the cores; otherwise xdist decides."""
-    return None if INTERPRETING else max(4, (os.cpu_count() or 1) // 2)
+    """`-n auto`: on a GPU, where most of the time goes into compiling, a process for each core; otherwise xdist decides."""
+    return None if INTERPRETING else max(4, os.cpu_count() or 1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--resume", metavar="FILE", help="leave out the tests that passed before, by FILE, which is kept")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--resume"):
+        config.pluginmanager.register(Resume(Path(file), config))
+    if not INTERPRETING:
+        config.pluginmanager.register(EndWhenLost(why_lost))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,17 @@
 """How the suite itself runs."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import conftest
 import pytest
 
 
-@pytest.mark.parametrize("interpreting, cores, workers", [(True, 16, None), (False, 16, 8), (False, 2, 4)])
-def test_a_gpu_is_shared_by_half_as_many_workers_as_cores(interpreting, cores, workers, monkeypatch, pytestconfig):
+@pytest.mark.parametrize("interpreting, cores, workers", [(True, 16, None), (False, 16, 16), (False, 2, 4)])
+def test_a_gpu_is_shared_by_as_many_workers_as_cores(interpreting, cores, workers, monkeypatch, pytestconfig):
     monkeypatch.setattr(conftest.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(conftest, "INTERPRETING", interpreting)
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == workers
@@ -17,3 +23,71 @@ def test_what_uses_the_device_is_marked(request, device):
 
 def test_what_does_not_is_not(request):
     assert not request.node.get_closest_marker("gpu")
+
+
+# Stands for conftest.py and a GPU that a test can lose.
+PLUGINS = """
+from pathlib import Path
+from support.plugins import EndWhenLost, Resume
+lost = []
+
+def pytest_configure(config):
+    config.pluginmanager.register(Resume(Path("passed"), config))
+    config.pluginmanager.register(EndWhenLost(lambda: lost[0] if lost else None))
+"""
+
+TESTS = """
+import os, conftest, pytest
+
+def test_before(): pass
+def test_skipped(): pytest.skip("no")
+def test_between():
+    if mishap := os.environ["MISHAP"]:
+        if mishap == "interrupt": raise KeyboardInterrupt
+        if mishap == "lost": conftest.lost.append("misaligned address")
+        assert not mishap
+def test_after(): assert not conftest.lost
+"""
+
+
+@pytest.fixture
+def run_suite(tmp_path):
+    """Runs a suite of four tests, of which one has a mishap; returns its exit status, how many of what, and all it says."""
+    (tmp_path / "conftest.py").write_text(PLUGINS)
+    (tmp_path / "test_some.py").write_text(TESTS)
+
+    def run(mishap: str, *arguments: str) -> tuple[int, dict[str, int], str]:
+        environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MISHAP": mishap}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+        counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
+        return done.returncode, counts, done.stdout + done.stderr
+
+    return run
+
+
+def test_what_passed_is_not_run_again(run_suite):
+    assert run_suite("fail")[:2] == (1, {"failed": 1, "passed": 2, "skipped": 1})
+    assert run_suite("")[:2] == (0, {"passed": 1, "deselected": 3})
+    assert run_suite("")[:2] == (0, {"deselected": 4}), "no test is left, and none failed"
+
+
+def test_what_passed_before_an_interrupt_is_not_run_again(run_suite):
+    status, _, _ = run_suite("interrupt")
+    assert status == pytest.ExitCode.INTERRUPTED
+    assert run_suite("")[:2] == (0, {"passed": 2, "deselected": 2})
+
+
+def test_a_lost_gpu_ends_the_run(run_suite):
+    status, counts, told = run_suite("lost")
+    assert status == 1 and counts == {"failed": 1, "passed": 1, "skipped": 1}
+    assert "test_some.py::test_between lost the GPU: misaligned address" in told
+    assert run_suite("")[:2] == (0, {"passed": 2, "deselected": 2})
+
+
+def test_a_lost_gpu_ends_one_process_of_several(run_suite):
+    pytest.importorskip("xdist")
+    status, counts, told = run_suite("lost", "-n", "1")
+    assert status == 1 and counts["passed"] == 2 and "replacing crashed worker" in told
+    assert "test_some.py::test_between lost the GPU: misaligned address" in told
+    assert run_suite("")[:2] == (0, {"passed": 1, "deselected": 3})

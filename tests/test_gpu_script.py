@@ -69,6 +69,19 @@ def test_all_steps_in_order_and_once_for_the_same_sources(project):
     assert project.run() == (0, ALL)
 
 
+def test_tests_go_on_after_those_that_passed_for_these_sources(project):
+    """pytest keeps their names where the script tells it to."""
+
+    def file() -> str:
+        project.run("-m 'gpu")
+        return re.search(r"^make .* --resume (\S+)", project.log.read_text(), re.M)[1]
+
+    first = file()
+    assert (project.root / first).parent.is_dir() and file() == first
+    project.source.write_text("another kernel\n")
+    assert file() != first
+
+
 @pytest.mark.parametrize("failing", ["-m 'gpu", "sanitize", "--budget", "--readme README.md"])
 def test_what_fails_does_not_stop_the_others_and_runs_again(failing, project):
     assert project.run(failing) == (1, ALL)
