@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, patch, to_torch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*is deprecated")]
 
 
 class Tagger(torch.nn.Module):
