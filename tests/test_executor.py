@@ -7,7 +7,10 @@ import torch
 from support import executor
 from support.executor import ExecutingDriver, KernelFault, Unsupported
 
-pytestmark = pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not())),
+]
 
 SEEDS = range(4)
 

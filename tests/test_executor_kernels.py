@@ -16,6 +16,7 @@ BF16, TF32 = {"dtype": torch.bfloat16}, {"dtype": torch.float32, "precision": "t
 EVERY = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(executor.why_not() is not None, reason=str(executor.why_not()))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_kernels(target):

@@ -41,9 +41,10 @@ def test_gradients_by_differences(tiny):
 
 @pytest.mark.long
 @pytest.mark.parametrize("check, recompute", [(gradcheck, True), (gradgradcheck, False)])
-def test_some_derivatives_by_differences(check, recompute, tiny):
+def test_some_derivatives_by_differences(check, recompute, device):
     """Of x, c0, W_hh backward in time and the h of resets; the slow test below has all."""
-    layer, leaves = function_of(tiny, recompute=recompute)
+    problem = layers.draw(2, 2, 2, 2, 2, torch.float64, device=device, **SEGMENTS)
+    layer, leaves = function_of(problem, recompute=recompute)
     for k, leaf in enumerate(leaves):
         leaf.requires_grad_(k in (0, 2, 8, len(leaves) - 2))
     assert leaves[8].shape == (8, 2), "w_hh"
