@@ -1,73 +1,65 @@
 """Cases: the problems that are timed, each with every parameter that decides it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Literal, get_args
 
-FORMS = ("layer", "cell", "loop")
-MODES = ("forward", "train")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-ROWS = ("padded", "packed", "lengths")
-PRECISIONS = ("", "ieee", "tf32", "tf32x3")
+from . import checked
+from .checked import Count, Positive, Share, Size, Text
+
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+Form = Literal["layer", "cell", "loop"]
+Mode = Literal["forward", "train"]
+Kind = Literal["timing", "accuracy", "memory", "overhead", "cold-start", "roof", "anchor"]
+Execution = Literal["eager", "graph"]
+DTYPES, MODES = get_args(Dtype), get_args(Mode)
 
 
 @dataclass(frozen=True)
 class Case:
     """One problem.
 
-    form: "layer": a sequence, given whole; "cell": one step (length 1) of an LSTM cell; "loop": a sequence, of which the
-        caller sees every step before the next (a decoder, an environment), so that only cells can serve.
-    mode: "forward": eval mode, no gradients; "train": forward and backward, gradients of the input and all weights.
-    rows: "padded": all rows have `length` steps; "packed": rows of different lengths in a PackedSequence; "lengths": the same
-        rows, padded, with their lengths as an argument.
-    resets: the share of (row, step) pairs at which a new segment starts.
+    form: "layer": a whole sequence; "cell": one step (length 1) of an LSTM cell; "loop": a sequence of which the caller sees
+        every step before the next (a decoder, an environment), so that only cells can serve.
+    mode: "forward": eval mode without gradients; "train": forward and backward, gradients of the input and all weights.
+    rows: "padded": all batch rows have `length` steps; "packed": batch rows of different lengths in a PackedSequence;
+        "lengths": the same batch rows, padded, with their lengths as an argument.
+    resets: the share of (batch row, step) pairs at which a new segment starts.
+    carried: the length is 1, and each call leaves its final state in place of its initial one, as a stream's next call needs.
     scale: standard deviation of the input (4 saturates the gates).
-    precision: of float32 products, on every side; by default what torch's own module would take: "tf32" for a layer, "ieee" for
+    precision: of float32 products, on every side; by default that of torch's own module: "tf32" for a layer, "ieee" for
         cells. Empty for other dtypes.
     """
 
-    name: str
-    hidden_size: int
-    batch: int
-    length: int
-    form: str = "layer"
-    input_size: int = 0  # 0: the hidden size
-    layers: int = 1
+    name: Text
+    hidden_size: Count
+    batch: Count
+    length: Count
+    form: Form = "layer"
+    input_size: Size = 0  # 0: the hidden size
+    layers: Count = 1
     bidirectional: bool = False
-    proj_size: int = 0
-    dtype: str = "bfloat16"
-    mode: str = "forward"
-    rows: str = "padded"
-    resets: float = 0.0
-    scale: float = 1.0
-    precision: str = ""
+    proj_size: Size = 0
+    dtype: Dtype = "bfloat16"
+    mode: Mode = "forward"
+    rows: Literal["padded", "packed", "lengths"] = "padded"
+    resets: Share = 0.0
+    carried: bool = False
+    scale: Positive = 1.0
+    precision: Literal["", "ieee", "tf32", "tf32x3"] = ""
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not self.input_size:
+        if self.input_size == 0:
             object.__setattr__(self, "input_size", self.hidden_size)
-        if self.dtype == "float32" and not self.precision:
-            object.__setattr__(self, "precision", "tf32" if self.form == "layer" else "ieee")
-        elif self.dtype != "float32":
+        if self.dtype != "float32":
             object.__setattr__(self, "precision", "")
-        words = {"form": FORMS, "mode": MODES, "dtype": DTYPES, "rows": ROWS, "precision": PRECISIONS}
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name, least in (
-            ("hidden_size", 1),
-            ("batch", 1),
-            ("length", 1),
-            ("input_size", 1),
-            ("layers", 1),
-            ("proj_size", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, less than {least}")
-        if not 0 <= self.resets <= 1 or not self.scale > 0:
-            raise ValueError("resets is a share, from 0 to 1, and scale is above 0")
+        elif not self.precision:
+            object.__setattr__(self, "precision", "tf32" if self.form == "layer" else "ieee")
+        checked.check(self, "case")
         if self.form == "cell" and (self.length != 1 or self.layers != 1 or self.bidirectional or self.proj_size):
-            raise ValueError("a cell is one step of one layer in one direction")
+            raise ValueError("case: a cell is one step of one layer in one direction")
+        if self.carried and (self.length != 1 or self.mode == "train" or self.rows != "padded"):
+            raise ValueError("case: a carried state is that of forward calls of one step over padded batch rows")
 
     @property
     def directions(self) -> int:
@@ -75,7 +67,7 @@ class Case:
 
     @property
     def output_size(self) -> int:
-        """Of one direction."""
+        """The size of y in one direction."""
         return self.proj_size or self.hidden_size
 
     @property
@@ -83,85 +75,63 @@ class Case:
         """The dtype, and for float32 how its products are computed."""
         return f"{self.dtype} {self.precision}" if self.precision else self.dtype
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def is_simple(self) -> bool:
+        """Whether this is one layer in one direction over padded batch rows, without projection."""
+        return self.layers == 1 and not self.bidirectional and not self.proj_size and self.rows == "padded"
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Case":
-        known = {f.name for f in fields(Case)}
-        return Case(**{name: value for name, value in data.items() if name in known})
+    @property
+    def key(self) -> tuple:
+        """Equal for two cases that are the same problem; names and notes play no part."""
+        return astuple(replace(self, name="-", note=""))
 
     def describe(self) -> str:
-        """In a few words, for people."""
-        parts = [f"H{self.hidden_size}"]
-        if self.input_size != self.hidden_size:
-            parts.append(f"I{self.input_size}")
-        parts += [f"B{self.batch}", *([f"T{self.length}"] if self.form != "cell" else ["cell"])]
-        parts += [f"{self.layers} layers"] if self.layers > 1 else []
-        parts += ["bidirectional"] if self.bidirectional else []
-        parts += [f"proj {self.proj_size}"] if self.proj_size else []
-        parts += [self.rows] if self.rows != "padded" else []
-        parts += [f"resets {self.resets:g}"] if self.resets else []
-        parts += ["step by step"] if self.form == "loop" else []
-        parts += [f"x{self.scale:g}"] if self.scale != 1 else []
-        return " ".join([*parts, self.dtype_name, self.mode])
+        parts = [
+            f"H{self.hidden_size}",
+            f"I{self.input_size}" * (self.input_size != self.hidden_size),
+            f"B{self.batch}",
+            "cell" if self.form == "cell" else f"T{self.length}",
+            f"{self.layers} layers" * (self.layers > 1),
+            "bidirectional" * self.bidirectional,
+            f"proj {self.proj_size}" * (self.proj_size > 0),
+            self.rows * (self.rows != "padded"),
+            f"resets {self.resets:g}" * (self.resets > 0),
+            "step by step" * (self.form == "loop"),
+            "state carried" * self.carried,
+            f"x{self.scale:g}" * (self.scale != 1),
+        ]
+        return " ".join(part for part in [*parts, self.dtype_name, self.mode] if part)
 
     def flops(self) -> float:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
         total = 0.0
         for layer in range(self.layers):
             inputs = self.input_size if layer == 0 else self.output_size * self.directions
-            per_step = 2.0 * 4 * self.hidden_size * (inputs + self.output_size)
-            per_step += 2.0 * self.hidden_size * self.proj_size
+            per_step = 8.0 * self.hidden_size * (inputs + self.output_size) + 2.0 * self.hidden_size * self.proj_size
             total += per_step * self.directions * self.batch * self.length
         return total * (3 if self.mode == "train" else 1)
 
 
-def case_key(case: Mapping[str, Any]) -> tuple:
-    """What makes two cases the same problem; names and notes do not."""
-    return tuple(sorted((name, value) for name, value in case.items() if name not in ("name", "note")))
-
-
-def row_key(row: Mapping[str, Any]) -> tuple:
-    """What makes two rows measurements of the same thing: kind, suite, name, case, provider, execution, settings."""
-    return *task_key(row["kind"], row["suite"], row["case"]), row["provider"], row["execution"], settings(row)
-
-
-def task_key(kind: str, suite: str, case: Mapping[str, Any]) -> tuple:
-    """The part of `row_key` that all rows of a task share."""
-    name = case["name"] if kind in ("roof", "overhead", "cold-start", "anchor") else ""
-    return kind, suite, name, case_key(case)
-
-
-def settings(row: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """What a run may set that changes its times: the state of the L2 cache, and on a CPU the number of threads."""
-    return row["l2"], row["device"].get("threads")
-
-
 @dataclass(frozen=True)
 class Task:
-    """What is measured together, because it is compared: one case, by all providers, interleaved.
-
-    kind: as in the rows. executions: eager, and for a CUDA graph of it "graph".
-    """
+    """What is measured together, because it is compared: one case, by all providers, interleaved."""
 
     suite: str
     case: Case
-    kind: str = "timing"
-    executions: tuple[str, ...] = ("eager",)
+    kind: Kind = "timing"
+    executions: tuple[Execution, ...] = ("eager",)
     providers: tuple[str, ...] | None = None  # None: those chosen for the run
-    interpreter: bool = False  # kernels in Triton's interpreter: for errors only
+    interpreter: bool = False  # run the kernels in Triton's interpreter: for errors only
 
     def with_case(self, **changes: Any) -> "Task":
         return replace(self, case=replace(self.case, **changes))
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "case": self.case.to_json()}
+    @property
+    def key(self) -> tuple:
+        """The part of `rows.Row.key` that all rows of a task share."""
+        return measurement_key(self.kind, self.suite, self.case)
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Task":
-        providers = data["providers"]
-        return Task(
-            data["suite"], Case.from_json(data["case"]), data["kind"], tuple(data["executions"]),
-            None if providers is None else tuple(providers), data["interpreter"],
-        )  # fmt: skip
+
+def measurement_key(kind: Kind, suite: str, case: Case) -> tuple:
+    """What is measured, whoever does it; where the case says less than its name, the name too."""
+    return kind, suite, case.name if kind in ("roof", "overhead", "cold-start", "anchor") else "", case.key

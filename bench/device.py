@@ -1,5 +1,8 @@
-"""What a row was taken on: device, versions, the code's own identity, clocks. All of it is read, nothing is ever set."""
+"""What rows are taken on: device, versions, the code's own identity, clocks. All of it is read, nothing is ever set."""
 
+import contextlib
+import dataclasses
+import datetime
 import functools
 import hashlib
 import os
@@ -15,106 +18,96 @@ import torch
 import lstm_triton
 from lstm_triton import environment
 
-ROOT = Path(lstm_triton.__file__).resolve().parent
+from .cases import Task
+from .rows import CPU_LABEL, Device, Precision, Row, Source, Versions
+
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
-SMI_FIELDS = {
-    "clocks.sm": "sm_clock_mhz",
-    "clocks.max.sm": "max_sm_clock_mhz",
-    "clocks.mem": "memory_clock_mhz",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "temperature.gpu": "temperature_c",
-    "utilization.gpu": "utilization_percent",
+_NVML: dict[str, Any] = {
+    "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "max_sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+    "power_limit_w": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
+    "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    "utilization_percent": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
 }
+_DRIVER = {"driver": lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion())}
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """The device as rows have it."""
+class UsageError(ValueError):
+    """Arguments that make no sense together, or here."""
+
+
+def pick(name: str) -> str:
+    """Raises UsageError where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such kind of device") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: no such NVIDIA GPU here")
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--device {name}: only NVIDIA GPUs and the CPU are measured")
+    return name
+
+
+def describe(device: torch.device) -> Device:
     if device.type != "cuda":
-        return {
-            "type": "cpu",
-            "name": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "driver": None,
-        }
+        return Device("cpu", _cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count())
     p = torch.cuda.get_device_properties(device)
-    return {
-        "type": "cuda",
-        "name": p.name,
-        "capability": f"{p.major}.{p.minor}",
-        "multiprocessors": p.multi_processor_count,
-        "memory_bytes": p.total_memory,
-        "l2_bytes": getattr(p, "L2_cache_size", None),
-        "driver": next(iter(_smi(device, ["driver_version"]) or ()), None),
-    }
+    l2_bytes, driver = getattr(p, "L2_cache_size", None), _read_nvml(device, _DRIVER).get("driver")
+    capability = f"{p.major}.{p.minor}"
+    return Device("cuda", p.name, driver, None, None, capability, p.multi_processor_count, p.total_memory, l2_bytes)
 
 
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return "CPU " + line.partition(":")[2].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "CPU " + next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return f"CPU {platform.processor() or platform.machine()}"
 
 
 def state(device: torch.device) -> dict[str, Any]:
     """Clocks, power and temperature now, as far as they can be read."""
-    if device.type != "cuda":
-        load = os.getloadavg() if hasattr(os, "getloadavg") else (None,)
-        return {"load_1min": load[0]}
-    values = _smi(device, list(SMI_FIELDS))
-    if values is None:
-        return {"unread": "nvidia-smi did not answer"}
-    found: dict[str, Any] = {}
-    for name, text in zip(SMI_FIELDS.values(), values):
+    return _read_nvml(device, _NVML) if device.type == "cuda" else {"load_1min": os.getloadavg()[0]}
+
+
+def _read_nvml(device: torch.device, readers: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except ImportError:
+        return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
+    except Exception as error:  # NVMLError, or a torch without UUIDs
+        return {"unread": f"NVML: {error}"}
+    found = {}
+    for name, reader in readers.items():
         try:
-            found[name] = float(text)
-        except ValueError:
-            found[name] = None  # "[N/A]", as on a slice of a GPU
+            found[name] = reader(pynvml, gpu)
+        except pynvml.NVMLError:  # as on a slice of a GPU
+            found[name] = None
     return found
 
 
-def _smi(device: torch.device, fields: list[str]) -> list[str] | None:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = ["-i", f"GPU-{uuid}"] if uuid else []
-    command = ["nvidia-smi", *which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    line = next(iter(out.splitlines()), "")
-    values = [value.strip() for value in line.split(",")]
-    return values if len(values) == len(fields) else None
+def versions() -> Versions:
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    system, triton = f"{platform.system()} {platform.machine()}", environment.triton_version()
+    python = platform.python_version()
+    return Versions(lstm_triton.__version__, str(torch.__version__), python, triton, torch.version.cuda, cudnn, system)
 
 
-@functools.lru_cache(maxsize=1)
-def versions() -> dict[str, Any]:
-    return {
-        "lstm_triton": lstm_triton.__version__,
-        "torch": torch.__version__,
-        "triton": environment.triton_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-@functools.lru_cache(maxsize=1)
-def source() -> dict[str, Any]:
+@functools.cache
+def source() -> Source:
     """Which version of this package: its commit if it is a checkout, and a digest of the code that computes."""
-    commit, dirty = _git("rev-parse", "HEAD"), _is_dirty()
+    package = Path(lstm_triton.__file__).resolve().parent
     if COMMIT_VARIABLE in os.environ:  # an export of that commit
-        commit, dirty = os.environ[COMMIT_VARIABLE], False
-    return {"commit": commit, "dirty": dirty, "digest": digest(ROOT)}
-
-
-def _is_dirty() -> bool | None:
+        return Source(os.environ[COMMIT_VARIABLE], False, digest(package))
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    return None if changes is None else bool(changes)
+    return Source(_git("rev-parse", "HEAD"), None if changes is None else bool(changes), digest(package))
 
 
 def checkout() -> Path | None:
@@ -124,8 +117,7 @@ def checkout() -> Path | None:
 
 
 def _git(*arguments: str) -> str | None:
-    folder = checkout()
-    if folder is None:
+    if (folder := checkout()) is None:
         return None
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
@@ -137,8 +129,8 @@ def _git(*arguments: str) -> str | None:
 def digest(package: Path) -> str:
     """Twelve hexadecimal digits over the sources of the kernels and their callers; not of command line or benchmark."""
     left_out = {"cli.py", "check.py", "_version.py"}
-    total = hashlib.sha256()
     files = [p for p in package.glob("*.py") if p.name not in left_out] + list((package / "kernels").glob("*.py"))
+    total = hashlib.sha256()
     for path in sorted(files, key=lambda p: (p.parent.name, p.name)):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]
@@ -153,12 +145,63 @@ def process_age() -> float:
         return float("inf")
 
 
-def folder_name(described: dict[str, Any]) -> str:
-    """The device's name as a folder: "nvidia-h200", "cpu-..."."""
-    return re.sub(r"[^a-z0-9]+", "-", described["name"].lower()).strip("-") or described["type"]
-
-
 def results_folder() -> Path:
     """Where rows go by default: bench/results in a checkout, ./lstm-triton-bench where the package is installed."""
     folder = checkout()
     return folder / "bench" / "results" if folder else Path("lstm-triton-bench")
+
+
+def folder_name(name: str) -> str:
+    """A device's name as a folder: "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
+
+
+@dataclasses.dataclass
+class RowMaker:
+    """Makes the rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
+
+    on: torch.device
+    command: str
+    run: str
+    l2: str | None = None
+    synthetic: bool = False
+
+    def __post_init__(self) -> None:
+        self.device, self.versions, self.source = describe(self.on), versions(), source()
+        self._state: dict[str, Any] = {}
+        self._state_at = float("-inf")
+
+    def state(self) -> dict[str, Any]:
+        """Clocks, power, temperature, read at most every two seconds, since asking takes a while."""
+        if (now := time.monotonic()) - self._state_at > 2.0:
+            self._state, self._state_at = state(self.on), now
+        return self._state
+
+    def make(
+        self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
+    ) -> Row:
+        """A row; `measured` has what there is of model (a providers.Model), label, state and Row's fields of figures."""
+        model, label = measured.pop("model", None), measured.pop("label", None)
+        labels = [
+            CPU_LABEL if self.device.type == "cpu" else "",
+            label,
+            "kernels in Triton's interpreter, errors only" if task.interpreter else "",
+            task.case.note,
+        ]
+        reasons = [model.backend_reason, *model.remarks] if model else []
+        torch_backends: Any = torch.backends
+        empty: dict[str, Any] = dict.fromkeys(("timing", "values", "bytes", "errors", "floor", "distance"))
+        measured.setdefault("state", self.state() if status == "ok" else {})
+        return Row(
+            schema=1, kind=task.kind, status=status, reason=reason, suite=task.suite, case=task.case, provider=provider,
+            backend=model.backend if model else None, backend_reason="; ".join(r for r in reasons if r) or None,
+            algorithm=model.algorithm if model else None, execution=execution,
+            precision=Precision(torch_backends.cudnn.rnn.fp32_precision, torch_backends.cuda.matmul.fp32_precision,
+                                task.case.precision or "as the dtype"),
+            # Failures name the cache too: with another state of it they are tried again.
+            l2=self.l2 if task.kind in ("timing", "anchor") else None,  # type: ignore[arg-type]
+            device=self.device, versions=self.versions, source=self.source,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), run=self.run,
+            command=self.command, label="; ".join(text for text in labels if text) or None, synthetic=self.synthetic,
+            **(empty | measured),
+        )  # fmt: skip

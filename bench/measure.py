@@ -1,6 +1,7 @@
 """Measuring one task: build every provider, compare it with float64, then time those that are right, interleaved."""
 
 import contextlib
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,32 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import accuracy, floor, memory, providers, roofs, timing
+from . import accuracy, choice, host, timing
 from . import problem as problems
-from .built import Built, build, precision
+from . import roofs as roof
+from .built import Built
 from .cases import Task
+from .device import RowMaker
 from .lost import why_lost
+from .precision import precision
 from .problem import Problem
-from .providers import Model, Provider, Unavailable
-from .rows import RowMaker
-
-Emit = Callable[[dict[str, Any]], None]
+from .providers import CUDNN, TORCH_CELL, Provider, Unavailable
+from .rows import Error, Row
 
 
 @dataclass
 class Context:
     """What all tasks of a run share.
 
-    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. stage: told what
-    is being done, so that what hangs or crashes can be named.
+    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. stage: receives
+    provider, execution and what is done next, so that what hangs or crashes can be named.
     """
 
     device: torch.device
-    rows: RowMaker
+    maker: RowMaker
     clock: timing.Clock
     seconds: float = 1.0
     names: tuple[str, ...] | None = None
-    roofs: floor.Roofs | None = None
+    roofs: roof.Roofs | None = None
     stage: Callable[[str, str, str], None] = lambda provider, execution, what: None
 
 
@@ -41,186 +43,175 @@ class Fatal(RuntimeError):
     """The process can measure no more: the device reports an error that stays."""
 
 
-def measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]] = ()) -> None:
+class Judge:
+    """Compares results with the truth, and knows torch's own errors on the problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.torchs: dict[str, Error] | None = None
+        self._truth: dict[bool, Mapping[str, Tensor]] = {True: problems.truth(problem)}
+
+    def ask(self, torchs: Provider) -> None:
+        try:
+            self.torchs = self.errors(Built(torchs, self.problem, states=True))
+        except Exception as error:  # it gets a row of its own where it was asked for
+            reraise_fatal(error)
+
+    def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Error]:
+        with_state = built.model.takes_initial_state
+        if with_state not in self._truth:
+            self._truth[with_state] = problems.truth(built.problem)
+        return accuracy.errors(built.results(call), self._truth[with_state])
+
+    def why_wrong(self, found: Mapping[str, Error]) -> str | None:
+        return accuracy.why_wrong(self.problem.case, found, self.torchs)
+
+
+def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Collection[tuple[str, str]] = ()) -> None:
     """Emit one row for every provider and execution of the task that is not in `skip`.
 
     Raises Fatal, after its row, when the device is lost.
     """
-    if task.kind in ("overhead", "cold-start", "roof"):
-        _measure_special(task, context, emit, skip)
-        return
-    with precision(task.case):
-        _measure(task, context, emit, skip)
+    names = choice.names_of(task, context.device.type, context.names)
+    wanted: list[tuple[str, str]] = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
+    if wanted:
+        with precision(task.case):
+            _Measurement(task, context, emit).run(wanted)
 
 
-def _measure_special(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]]) -> None:
-    from . import coldstart, overhead
+class _Measurement:
+    """Of one task: what is ready to be timed, and the rows of all else."""
 
-    run = {"overhead": overhead.measure, "cold-start": coldstart.measure, "roof": roofs.measure}[task.kind]
-    run(task, context, emit, skip)
+    def __init__(self, task: Task, context: Context, emit: Callable[[Row], None]) -> None:
+        self.task, self.context, self._emit = task, context, emit
+        self.ready: dict[tuple[str, str], tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
 
+    def run(self, wanted: list[tuple[str, str]]) -> None:
+        judge = None
+        if self.task.kind in ("timing", "anchor", "accuracy", "memory"):
+            self.context.stage("float64", "eager", "truth")
+            try:
+                judge = Judge(problems.make(self.task.case, self.context.device))
+            except Exception as error:
+                reraise_fatal(error)
+                self.tell(wanted, "failed", f"no float64 truth to compare with: {brief(error)}")
+                return
+            torchs = CUDNN if self.task.case.form == "layer" else TORCH_CELL
+            self.context.stage(torchs, "eager", "check")
+            judge.ask(choice.provider(torchs))
+        for name in dict.fromkeys(n for n, _ in wanted):
+            mine = [(n, e) for n, e in wanted if n == name]
+            try:
+                if judge is None:
+                    self._alone(mine)
+                else:
+                    self._check(mine, judge)
+            except Unavailable as error:
+                self.tell(mine, "skipped", str(error))
+            except Fatal:
+                raise
+            except Exception as error:
+                # A forced backend of this package says at its first call what it cannot do: that is no failure.
+                self.tell(mine, "skipped" if "cannot serve: " in str(error) else "failed", brief(error))
+                reraise_fatal(error)
+            finally:
+                _free(self.context.device)
+        del judge
+        while self.ready:
+            self._time()
 
-def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
-    """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
-    if task.kind == "roof":
-        return [roofs.NAME]
-    if names is not None and task.kind != "anchor":
-        return list(names)
-    if task.providers is not None:
-        return list(task.providers)
-    return providers.chosen_for(task.case, task.kind, device_type, task.interpreter)
+    def tell(self, which: list[tuple[str, str]], status: str, reason: str | None = None, **measured: Any) -> None:
+        for name, execution in which:
+            self._emit(self.context.maker.make(self.task, name, execution, status, reason, **measured))
 
+    def _alone(self, which: list[tuple[str, str]]) -> None:
+        """Roofs, host times and first calls, which are compared with no truth."""
+        name, context = which[0][0], self.context
+        if self.task.kind == "roof":
+            values, failures = roof.measured(context.device, lambda what: context.stage(name, "eager", what))
+            if "copy_bytes_per_s" not in values:
+                raise failures[0][1]
+            self.tell(which, "ok", "; ".join(f"{what}: {brief(e)}" for what, e in failures) or None, values=values)
+            for _, error in failures:  # after the row, since the device may be lost
+                reraise_fatal(error)
+        elif self.task.kind == "overhead":
+            context.stage(name, "eager", "host time")
+            calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
+            with host.conditions(name, context.device) as label:
+                built = Built(choice.provider(name), problems.make(self.task.case, context.device))
+                values = host.overhead(built, name, context.device, calls)
+            self.tell(which, "ok", model=built.model, values=values, label=label)
+        else:
+            context.stage(name, "eager", "cold start")
+            values, label = host.cold_start(self.task.case, name, context.device)
+            self.tell(which, "ok", values=values, label=label)
 
-def _measure(task: Task, context: Context, emit: Emit, skip: Collection[tuple[str, str]]) -> None:
-    case, everyone = task.case, providers.all_providers()
-    names = names_of(task, context.device.type, context.names)
-    wanted = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
-    if not wanted:
-        return
-    context.stage("float64", "eager", "truth")
-    try:
-        problem = problems.make(case, context.device)
-        truth = problems.truth(problem)
-    except Exception as error:
-        reraise_fatal(error)
-        for name, execution in wanted:
-            emit(
-                context.rows.make(task, name, execution, "failed", f"no float64 truth to compare with: {brief(error)}")
-            )
-        return
-    judge = _Judge(problem, truth)
-    judge.ask_torch(everyone[providers.CUDNN if case.form == "layer" else providers.TORCH_CELL], context)
-    ready: dict[tuple[str, str], tuple[Built, dict, Callable[[], Any]]] = {}
-    for name in dict.fromkeys(n for n, _ in wanted):
-        executions = [e for n, e in wanted if n == name]
-        context.stage(name, executions[0], "build")
-        try:
-            built = build(everyone[name], problem, task.kind == "accuracy")
-            context.stage(name, executions[0], "check")
-            found = judge.errors(built.call(), built.model)
-        except Unavailable as error:
-            for execution in executions:
-                emit(context.rows.make(task, name, execution, "skipped", str(error)))
-            continue
-        except Exception as error:
-            # A forced backend of this package says at its first call what it cannot do: that is no failure.
-            status = "skipped" if "cannot serve: " in str(error) else "failed"
-            for execution in executions:
-                emit(context.rows.make(task, name, execution, status, brief(error)))
-            reraise_fatal(error)
-            continue
-        finally:
-            _free(context.device)
+    def _check(self, which: list[tuple[str, str]], judge: Judge) -> None:
+        name, stage = which[0][0], self.context.stage
+        stage(*which[0], "build")
+        built = Built(choice.provider(name), judge.problem, states=self.task.kind == "accuracy")
+        stage(*which[0], "check")
+        found = judge.errors(built)
         if reason := judge.why_wrong(found):
-            for execution in executions:
-                emit(context.rows.make(task, name, execution, "wrong", reason, built.model, errors=found))
-            continue
-        for execution in executions:
-            if task.kind == "accuracy":
-                emit(context.rows.make(task, name, execution, "ok", None, built.model, errors=found))
-            elif task.kind == "memory":
-                context.stage(name, execution, "memory")
-                held = memory.held(built, problem)
-                emit(context.rows.make(task, name, execution, "ok", None, built.model, errors=found, bytes=held))
-            elif execution == "graph":
-                context.stage(name, execution, "capture")
+            self.tell(which, "wrong", reason, model=built.model, errors=found)
+        elif self.task.kind == "accuracy":
+            self.tell(which, "ok", model=built.model, errors=found)
+        elif self.task.kind == "memory":
+            stage(*which[0], "memory")
+            self.tell(which, "ok", model=built.model, errors=found, bytes=host.held(built))
+        else:
+            for key in which:
                 try:
-                    ready[name, execution] = built, found, _graph(built, judge)
+                    if key[1] == "graph":
+                        stage(*key, "capture")
+                    self.ready[key] = built, found, _graph(built, judge) if key[1] == "graph" else built.call
                 except Exception as error:
-                    emit(context.rows.make(task, name, execution, "failed", f"CUDA graph: {brief(error)}", built.model))
+                    self.tell([key], "failed", f"CUDA graph: {brief(error)}", model=built.model)
                     reraise_fatal(error)
-            else:
-                ready[name, execution] = built, found, built.timed
-    del truth, judge
-    _time(task, context, emit, ready)
+
+    def _time(self) -> None:
+        """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
+        context, case = self.context, self.task.case
+        context.stage(" and ".join(dict.fromkeys(n for n, _ in self.ready)), "eager", "timing")
+        try:
+            with torch.set_grad_enabled(case.mode == "train"):
+                calls = {key: call for key, (_, _, call) in self.ready.items()}
+                samples = timing.interleaved(calls, context.clock, context.seconds)
+        except timing.Failed as failure:
+            cause = failure.__cause__ or failure
+            self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
+            reraise_fatal(cause)
+            return
+        floor, state = roof.floor(case, context.roofs), context.maker.state()
+        for key, sample in samples.items():
+            built, found, _ = self.ready.pop(key)
+            took = sample.summary(case.length, context.clock.name)
+            distance = took.us_per_step / floor.us_per_step if floor else None
+            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
+            self.tell([key], "ok", model=built.model, **measured)
 
 
-def _graph(built: Built, judge: "_Judge") -> Callable[[], Any]:
-    """The replay of a graph of what eager rows time, its results checked."""
-    with torch.set_grad_enabled(judge.problem.case.mode == "train"):
-        replay, returned = timing.graphed(built.timed)
-    replay()
-    torch.cuda.synchronize()
-    if reason := judge.why_wrong(judge.errors(built.named(returned), built.model)):
+def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
+    """The replay of a CUDA graph of what eager rows time, its results checked."""
+    with torch.set_grad_enabled(built.training):
+        replay, returned = timing.graphed(built.call)
+
+    def replayed() -> Any:
+        replay()
+        torch.cuda.synchronize()
+        return returned
+
+    if reason := judge.why_wrong(judge.errors(built, replayed)):
         raise RuntimeError(f"replayed, {reason}")
     return replay
 
 
-def _time(task: Task, context: Context, emit: Emit, ready: dict[tuple[str, str], Any]) -> None:
-    """Time all at once; a provider that fails gets its row, and the others start again."""
-    while ready:
-        context.stage(" and ".join(dict.fromkeys(n for n, _ in ready)), "eager", "timing")
-        try:
-            with torch.set_grad_enabled(task.case.mode == "train"):
-                calls = {key: call for key, (_, _, call) in ready.items()}
-                samples = timing.interleaved(calls, context.clock, context.seconds)
-        except timing.Failed as failure:
-            culprit: tuple[str, str] = failure.key  # type: ignore[assignment]
-            cause = failure.__cause__ or failure
-            emit(context.rows.make(task, *culprit, "failed", brief(cause), ready.pop(culprit)[0].model))
-            reraise_fatal(cause)
-            continue
-        roof = floor.floor(task.case, context.roofs) if context.roofs else None
-        state = context.rows.state()
-        for (name, execution), sample in samples.items():
-            built, found, _ = ready[name, execution]
-            took = sample.to_json(task.case.length, context.clock)
-            emit(
-                context.rows.make(
-                    task, name, execution, "ok", None, built.model, errors=found, timing=took, state=state,
-                    floor=roof.to_json() if roof else None,
-                    distance=took["us_per_step"] / roof.us_per_step if roof else None,
-                )
-            )  # fmt: skip
-        return
-
-
-class _Judge:
-    """Compares results with the truth, and knows torch's own errors on the problem."""
-
-    def __init__(self, problem: Problem, truth: Mapping[str, Tensor]) -> None:
-        self.problem, self.truth = problem, truth
-        self.torchs: dict[str, dict[str, float]] | None = None
-        self._from_zeros: Mapping[str, Tensor] | None = None
-
-    def ask_torch(self, torchs: Provider, context: Context) -> None:
-        context.stage(torchs.name, "eager", "check")
-        try:
-            built = build(torchs, self.problem, states=True)
-            self.torchs = self.errors(built.call(), built.model)
-        except Exception as error:  # it gets a row of its own where it was asked for
-            reraise_fatal(error)
-        finally:
-            _free(context.device)
-
-    def errors(self, results: Mapping[str, Tensor], model: Model) -> dict[str, dict[str, float]]:
-        truth = self.truth
-        if not model.takes_initial_state:
-            if self._from_zeros is None:
-                p = self.problem
-                zeros = Problem(
-                    p.case,
-                    p.device,
-                    p.x,
-                    torch.zeros_like(p.h0),
-                    torch.zeros_like(p.c0),
-                    p.weights,
-                    p.lengths,
-                    p.resets,
-                    p.dy,
-                )
-                self._from_zeros = problems.truth(zeros)
-            truth = self._from_zeros
-        return accuracy.errors(results, truth)
-
-    def why_wrong(self, found: Mapping[str, Mapping[str, float]]) -> str | None:
-        return accuracy.why_wrong(self.problem.case, found, self.torchs)
-
-
 def brief(error: BaseException) -> str:
-    """The kind and the first line of an error."""
+    """The kind and the first line of an error, and whether a backward raised it."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    in_backward = any(frame.name == "backward" for frame in traceback.extract_tb(error.__traceback__))
+    where = "in its backward: " if in_backward else ""
+    return where + (f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__)
 
 
 def reraise_fatal(error: BaseException) -> None:

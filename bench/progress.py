@@ -1,8 +1,25 @@
-"""How far a run is: one line that is overwritten where someone watches, nothing but results elsewhere."""
+"""How far a run is: one line that is overwritten where someone watches, and lines that stay."""
 
+import importlib.util
 import sys
 import time
-from typing import TextIO
+from typing import Any
+
+# What serves output alone, and what is not shown without it.
+EXTRAS = {
+    "pandas": "tables",
+    "matplotlib": "figures",
+    "jinja2": "the report",
+    "rich": "the progress line",
+    "pynvml": "clocks and power of a GPU (nvidia-ml-py)",
+}
+INSTALL = "pip install 'lstm-triton[bench]'"
+
+
+def missing(*names: str) -> str | None:
+    """A sentence about those of EXTRAS (by default of all) that are not installed, or None."""
+    absent = [name for name in names or EXTRAS if importlib.util.find_spec(name) is None]
+    return f"{', '.join(f'no {EXTRAS[n]} without {n}' for n in absent)}: {INSTALL}" if absent else None
 
 
 def duration(seconds: float) -> str:
@@ -15,64 +32,46 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-class Pace:
-    """How long tasks took, and so how long the next one will: what does not fit into a budget is not begun."""
-
-    _RECENT = 8
-
-    def __init__(self, first: float) -> None:
-        """first: seconds per row that are expected of the first task."""
-        self._first = first
-        self._seconds: dict[str, list[float]] = {}  # per row, by suite
-
-    def took(self, suite: str, rows: int, seconds: float) -> None:
-        for key in (suite, ""):
-            self._seconds.setdefault(key, []).append(seconds / max(rows, 1))
-
-    def predict(self, suite: str, rows: int) -> float:
-        """Seconds, rather too many: the upper quartile of the last tasks of the suite, or of all."""
-        recent = sorted(self._seconds.get(suite, self._seconds.get("", [self._first]))[-self._RECENT :])
-        return rows * recent[3 * len(recent) // 4]
-
-
 class Progress:
-    """Counts tasks; knows how long they took, and so about how long the rest will."""
+    """Counts up to `total`; knows how long that took, and so about how long the rest will."""
 
-    def __init__(self, total: int, deadline: float | None, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._begin = time.monotonic()
-        self._deadline = deadline
-        self.total, self.done = total, 0
-        self._what = ""
+    def __init__(self, total: float, deadline: float | None = None) -> None:
+        self.total, self.done = total, 0.0
+        self._begin, self._deadline, self._live = time.monotonic(), deadline, None
+        if sys.stderr.isatty() and missing("rich") is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console, quiet = Console(file=sys.stderr), dict(redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(console=console, auto_refresh=False, transient=True, **quiet)
+            self._live.start()
 
     def left(self) -> float | None:
-        """Seconds until the tasks are done or the budget is used; None before there is anything to judge by."""
+        """Seconds until all is done or the budget is used; None before there is anything to judge by."""
         now = time.monotonic()
         bounds = [] if self._deadline is None else [self._deadline - now]
         if self.done:
             bounds.append((now - self._begin) / self.done * (self.total - self.done))
         return min(bounds) if bounds else None
 
-    def stage(self, what: str) -> None:
-        self._what = what
-        if not self._live:
-            return
-        width = 20
-        filled = round(width * self.done / max(self.total, 1))
-        left = self.left()
-        text = f"[{'#' * filled}{'.' * (width - filled)}] {self.done}/{self.total}"
-        text += f" · {duration(left)} left" if left is not None else ""
-        self._stream.write(f"\r\x1b[2K{text} · {self._what}"[:160])
-        self._stream.flush()
+    def show(self, what: str) -> None:
+        """`what` is under way."""
+        if self._live is not None:
+            from rich.columns import Columns
+            from rich.progress_bar import ProgressBar
+            from rich.text import Text
+
+            left = self.left()
+            text = (f"{duration(left)} left · " if left is not None else "") + what
+            bar: Any = ProgressBar(total=self.total, completed=self.done, width=20)
+            self._live.update(Columns([bar, Text(text, no_wrap=True, overflow="ellipsis")]), refresh=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._live:
-            self._stream.write("\r\x1b[2K")
-            self._stream.flush()
+        """A line that stays, on standard output."""
+        if self._live is not None:
+            self._live.update("", refresh=True)
         print(text, flush=True)
 
-    def task_done(self) -> None:
-        self.done += 1
-        self.stage(self._what)
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()

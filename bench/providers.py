@@ -1,26 +1,25 @@
 """Who computes a case: this package in each of its ways, torch's own modules, torch.compile; others' kernels are in `peers`.
 
-A provider says why it cannot serve a case, or makes a function of the problem's leaves. Everything else (modes, gradients,
-graphs, checks, timing) is the same code for all.
+A provider is a function of the problem that makes a model, or raises Unavailable and says why it cannot serve. Everything else
+(modes, gradients, graphs, checks, timing) is the same code for all.
 """
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
-from lstm_triton import dispatch, reference
+from lstm_triton import reference
 
-from . import cudnn
 from .cases import Case
-from .problem import Problem, torch_lstm
+from .problem import Outputs, Problem, torch_lstm
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # y [T, B, D * R], h_n, c_n
+Run = Callable[[Tensor, Tensor, Tensor], Outputs]  # of x, h0, c0
+OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
 
 
 class Unavailable(RuntimeError):
@@ -31,12 +30,12 @@ class Unavailable(RuntimeError):
 class Model:
     """A case as one provider computes it.
 
-    run: of x, h0, c0 (shaped as in Problem), returns y, h_n, c_n. step: of x [B, I] and (h, c) [B, H], for a cell.
-    weights: its parameters by torch.nn.LSTM's names; to_torch_gradient: maps a gradient to torch's layout where that differs.
+    run: of x, h0, c0 (shaped as in Problem). step: of x [B, I] and (h, c) [B, H], for a cell. weights: its parameters by
+    torch.nn.LSTM's names; to_torch_gradient: maps a gradient to torch's layout where that differs.
     """
 
-    run: Callable[[Tensor, Tensor, Tensor], Outputs]
-    weights: dict[str, Tensor]
+    run: Run
+    weights: Mapping[str, Tensor]
     backend: str | None = None
     backend_reason: str | None = None
     algorithm: str | None = None
@@ -46,41 +45,31 @@ class Model:
     to_torch_gradient: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-class Provider(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def make(self, problem: Problem) -> Model:
-        """The model with the problem's weights; raises Unavailable (or whatever goes wrong) where it cannot."""
-        ...
+Provider = Callable[[Problem], Model]
 
 
-def _load(module: nn.Module, problem: Problem, cell: bool) -> dict[str, Tensor]:
-    """Put the problem's weights into a module; returns its parameters by the layer's names."""
-    end = "_l0" if cell else ""
-    parameters = {name + end: p for name, p in module.named_parameters()}
+def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
+    """Put the problem's weights into a module or cell; returns its parameters by the layer's names."""
+    known = problem.weights
+    parameters = {name if name in known else f"{name}_l0": p for name, p in module.named_parameters()}
+    training = problem.case.mode == "train"
+    module.train(training).requires_grad_(training)
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(problem.weights[name])
-    training = problem.case.mode == "train"
-    module.train(training)
-    for p in parameters.values():
-        p.requires_grad_(training)
+            p.copy_(known[name])
     return dict(parameters)
 
 
-def _cell_run(cell: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]) -> Callable[..., Outputs]:
+def _cells(problem: Problem, what: str, cell: Callable[..., tuple[Tensor, Tensor]], most: int) -> Run:
+    """The case by a cell, called once or for every step."""
+    case, resets = problem.case, problem.resets
+    if not case.is_simple:
+        raise Unavailable(f"{what} in a loop: one layer, one direction, padded batch rows")
+    if case.length > most:
+        raise Unavailable(f"{what} in a loop is run up to {most} steps")
+
     def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        h, c = cell(x[0], (h0[0], c0[0]))
-        return h[None], h[None], c[None]
-
-    return run
-
-
-def _loop_run(cell: Callable[..., tuple[Tensor, Tensor]], resets: Tensor | None) -> Callable[..., Outputs]:
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        h, c = h0[0], c0[0]
-        outputs = []
+        h, c, outputs = h0[0], c0[0], []
         for t, x_t in enumerate(x.unbind(0)):
             if resets is not None:
                 keep = ~resets[t, :, None]
@@ -92,222 +81,137 @@ def _loop_run(cell: Callable[..., tuple[Tensor, Tensor]], resets: Tensor | None)
     return run
 
 
-def _one_layer(case: Case, what: str) -> None:
-    if case.layers > 1 or case.bidirectional or case.proj_size or case.rows != "padded":
-        raise Unavailable(f"{what}: one layer, one direction, padded rows")
-
-
-@dataclass(frozen=True)
-class Ours:
+def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
     """This package, its backend left to choose or forced."""
+    case = problem.case
+    options: dict[str, Any] = dict(device=problem.device, dtype=problem.x.dtype, backend=backend)
+    options["precision"] = case.precision or None
+    in_cells = case.form in ("cell", "loop")
+    if in_cells and (recompute or backend in ("triton-persistent", "triton-stepwise", "cudnn")):
+        raise Unavailable("a cell has one way in Triton: lstm_triton auto, triton or reference")
+    if not in_cells and backend == "reference" and case.length > 256:
+        raise Unavailable("plain PyTorch step by step: run up to 256 steps")
+    module: Any
+    if in_cells:
+        module = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
+    else:
+        options |= dict(bidirectional=case.bidirectional, proj_size=case.proj_size, recompute=recompute)
+        module = lstm_triton.LSTM(case.input_size, case.hidden_size, case.layers, **options)
+    segments = problem.resets is not None or case.rows == "lengths"
+    try:
+        said = lstm_triton.explain(module, steps=case.length, segments=segments, batch=case.batch)
+    except RuntimeError as error:  # a forced backend that cannot serve
+        raise Unavailable(str(error)) from None
+    _, chosen, reason = said.split(": ", 2)
+    if in_cells:
+        run = _cells(problem, "lstm_triton.LSTMCell", module, 2**31)
+    elif case.rows == "packed":
+        run = _packed(module, problem)
+    else:
+        resets, lengths = problem.resets, problem.lengths if case.rows == "lengths" else None
+        lengths = None if lengths is None else lengths.to(problem.device)
 
-    backend: str = "auto"
-    recompute: bool = False
+        def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
+            y, (h_n, c_n) = module(x, (h0, c0), resets=resets, lengths=lengths)[:2]
+            return y, h_n, c_n
 
-    @property
-    def name(self) -> str:
-        return f"lstm_triton {self.backend}" + (" recompute" if self.recompute else "")
-
-    def make(self, problem: Problem) -> Model:
-        case, device, dtype = problem.case, problem.device, problem.x.dtype
-        precision = case.precision or None
-        if case.form in ("cell", "loop"):
-            if self.recompute or self.backend in ("triton-persistent", "triton-stepwise", "cudnn"):
-                raise Unavailable("a cell has one way in Triton: lstm_triton auto, triton or reference")
-            if case.form == "loop":
-                _one_layer(case, "cells in a loop")
-            cell = lstm_triton.LSTMCell(
-                case.input_size, case.hidden_size, device=device, dtype=dtype, precision=precision, backend=self.backend
-            )
-            choice = self._choose(dispatch.choose_cell, device, dtype)
-            run = _cell_run(cell) if case.form == "cell" else _loop_run(cell, problem.resets)
-            return Model(run, _load(cell, problem, True), choice.backend, choice.reason, step=cell)
-        lstm = lstm_triton.LSTM(
-            case.input_size, case.hidden_size, case.layers, bidirectional=case.bidirectional, proj_size=case.proj_size,
-            device=device, dtype=dtype, precision=precision, backend=self.backend, recompute=self.recompute,
-        )  # fmt: skip
-        if self.backend == "reference" and case.length > 256:
-            raise Unavailable("plain PyTorch step by step: run up to 256 steps")
-        weights = _load(lstm, problem, False)
-        plain = problem.resets is None and case.rows != "lengths" and not self.recompute
-        call = dispatch.Call(plain, case.length > dispatch.CUDNN_MAX_STEPS, precision, case.proj_size > 0)
-        choice = self._choose(dispatch.choose_layer, device, dtype, call)
-        lengths = problem.lengths.to(device) if case.rows == "lengths" and problem.lengths is not None else None
-        if case.rows == "packed":
-            run = _packed_run(lstm, problem)
-        else:
-
-            def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-                y, (h_n, c_n) = lstm(x, (h0, c0), resets=problem.resets, lengths=lengths)[:2]
-                return y, h_n, c_n
-
-        model = Model(run, weights, choice.backend, choice.reason)
-        if choice.backend == "cudnn":
-            model.algorithm = _algorithm(problem)
-        return model
-
-    def _choose(self, choose: Callable[..., Any], device: torch.device, dtype: torch.dtype, *call: Any) -> Any:
-        try:
-            return choose(self.backend, device.type, dtype, dispatch.environment(device), *call)
-        except RuntimeError as error:  # a forced backend that cannot serve says so
-            raise Unavailable(str(error)) from None
+    algorithm = cudnn_algorithm(problem) if chosen == "cudnn" else None
+    step = module if in_cells else None
+    return Model(run, load(module, problem), chosen, reason.rstrip("."), algorithm, step=step)
 
 
-def _packed_run(lstm: nn.Module, problem: Problem) -> Callable[..., Outputs]:
+def _packed(lstm: nn.Module, problem: Problem) -> Run:
     """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
     lengths, T = problem.lengths, problem.case.length
-    assert lengths is not None
 
     def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        packed = pack_padded_sequence(x, lengths)
-        y, (h_n, c_n) = lstm(packed, (h0, c0))
+        y, (h_n, c_n) = lstm(pack_padded_sequence(x, lengths), (h0, c0))  # type: ignore[arg-type]
         return pad_packed_sequence(y, total_length=T)[0], h_n, c_n
 
     return run
 
 
-def _algorithm(problem: Problem) -> str | None:
+def cudnn_algorithm(problem: Problem) -> str | None:
+    """cuDNN's algorithm for the case on this GPU, by torch's rules."""
     if problem.device.type != "cuda":
         return None
     p = torch.cuda.get_device_properties(problem.device)
-    return cudnn.algorithm(problem.case, cudnn.Gpu((p.major, p.minor), p.multi_processor_count))
+    return algorithm(problem.case, (p.major, p.minor), p.multi_processor_count)
 
 
-@dataclass(frozen=True)
-class TorchLSTM:
+def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
+    """The algorithm by the rules of torch 2.11 to 2.13, which decides it for every call and does not tell.
+
+    The forward of a training step and its backward are chosen apart: both are named where they differ.
+    """
+
+    def chosen(small: int) -> str:
+        if case.proj_size or case.rows != "padded":  # batch rows with lengths are packed for torch.nn.LSTM
+            return "STANDARD"
+        if case.hidden_size <= small and case.dtype != "float64":
+            return "PERSIST_STATIC_SMALL_H"
+        fast = case.dtype == "float16" and case.is_simple and sms >= 98 and capability != (8, 6)
+        fast &= case.hidden_size <= 1024 and case.hidden_size % 128 == 0 and case.input_size % 128 == 0
+        fast &= case.batch % 8 == 0 and case.batch <= 128
+        return "PERSIST_STATIC" if fast else "STANDARD"
+
+    forward, backward = chosen(192), chosen(128)
+    both = case.mode == "train" and forward != backward
+    return f"{forward} forward, {backward} backward" if both else forward
+
+
+def torchs_lstm(problem: Problem) -> Model:
     """torch.nn.LSTM: cuDNN on a GPU, torch's CPU kernels elsewhere. With resets or lengths, as its users work around it."""
+    case, resets = problem.case, problem.resets
+    if case.form == "loop":
+        raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
+    _no_tf32x3(case, "cuDNN")
+    if resets is not None and (case.bidirectional or case.rows != "padded"):
+        raise Unavailable("a loop over steps runs in one direction, over padded batch rows")
+    lstm = torch_lstm(case, problem.device, problem.x.dtype)
+    weights = load(lstm, problem)
+    lstm.flatten_parameters()
+    remarks = []
+    if problem.device.type == "cuda" and case.dtype == "bfloat16":
+        remarks.append("torch does not flatten bfloat16 weights for cuDNN: each call copies them")
+    if case.rows == "lengths":
+        remarks.append("no lengths in torch.nn.LSTM: packed and padded again")
 
-    name: str = "torch.nn.LSTM"
+    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
+        y, (h_n, c_n) = lstm(x, (h0, c0))
+        return y, h_n, c_n
 
-    def make(self, problem: Problem) -> Model:
-        case = problem.case
-        if case.form == "loop":
-            raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
-        if case.precision == "tf32x3":
-            raise Unavailable("cuDNN has no tf32x3")
-        lstm = torch_lstm(case, problem.device, problem.x.dtype)
-        weights = _load(lstm, problem, False)
-        lstm.flatten_parameters()
-        model = Model(self._run(lstm, problem), weights, None, None, _algorithm(problem))
-        if problem.device.type == "cuda" and (remark := cudnn.remark(case)):
-            model.remarks.append(remark)
-        if case.resets:
-            model.remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
-        if case.rows == "lengths":
-            model.remarks.append("no lengths in torch.nn.LSTM: packed and padded again")
-        return model
+    def loop(x: Tensor, h: Tensor, c: Tensor) -> Outputs:
+        outputs = []
+        for x_t, reset in zip(x.split(1), resets if resets is not None else ()):
+            keep = ~reset[:, None]
+            y, h, c = run(x_t, h * keep, c * keep)
+            outputs.append(y)
+        return torch.cat(outputs), h, c
 
-    def _run(self, lstm: nn.Module, problem: Problem) -> Callable[..., Outputs]:
-        case = problem.case
-        if case.resets:
-            if case.bidirectional or case.rows != "padded":
-                raise Unavailable("a loop over steps runs in one direction, over padded rows")
-            resets = problem.resets
-            assert resets is not None
-
-            def loop(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-                h, c = h0, c0
-                outputs = []
-                for t, x_t in enumerate(x.split(1)):
-                    keep = ~resets[t, :, None]
-                    y, (h, c) = lstm(x_t, (h * keep, c * keep))
-                    outputs.append(y)
-                return torch.cat(outputs), h, c
-
-            return loop
-        if case.rows != "padded":
-            return _packed_run(lstm, problem)
-
-        def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-            y, (h_n, c_n) = lstm(x, (h0, c0))
-            return y, h_n, c_n
-
-        return run
+    if resets is not None:
+        remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
+    serve = loop if resets is not None else run if case.rows == "padded" else _packed(lstm, problem)
+    return Model(serve, weights, algorithm=cudnn_algorithm(problem), remarks=remarks)
 
 
-@dataclass(frozen=True)
-class TorchCell:
-    """torch.nn.LSTMCell, once or called for every step."""
-
-    name: str = "torch.nn.LSTMCell"
-
-    def make(self, problem: Problem) -> Model:
-        case = problem.case
-        _one_layer(case, "torch.nn.LSTMCell in a loop")
-        if case.length > 2048:
-            raise Unavailable("a loop over cells is run up to 2048 steps")
-        if case.precision == "tf32x3":
-            raise Unavailable("torch has no tf32x3")
-        cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
-        weights = _load(cell, problem, True)
-        run = _cell_run(cell) if case.form == "cell" else _loop_run(cell, problem.resets)
-        return Model(run, weights, step=cell)
+def _no_tf32x3(case: Case, who: str) -> None:
+    if case.precision == "tf32x3":
+        raise Unavailable(f"{who} has no tf32x3")
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """torch.compile of the plain-PyTorch cell, once or called for every step."""
+def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
+    """torch.nn.LSTMCell, or torch.compile of the plain-PyTorch cell, once or called for every step."""
+    case = problem.case
+    _no_tf32x3(case, "torch")
+    cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
+    if not compiled:
+        return Model(_cells(problem, TORCH_CELL, cell, 2048), load(cell, problem), step=cell)
+    torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
+    function = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
 
-    name: str = "torch.compile"
+    def step(x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return function(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 
-    def make(self, problem: Problem) -> Model:
-        case = problem.case
-        _one_layer(case, "the compiled cell in a loop")
-        if case.length > 256:
-            raise Unavailable("a loop over compiled cells is run up to 256 steps")
-        if case.precision == "tf32x3":
-            raise Unavailable("torch has no tf32x3")
-        cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
-        weights = _load(cell, problem, True)
-        torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
-        compiled = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
-
-        def step(x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return compiled(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-
-        run = _cell_run(step) if case.form == "cell" else _loop_run(step, problem.resets)
-        return Model(run, weights, "inductor", "fullgraph, static shapes", step=step)
-
-
-def all_providers() -> dict[str, Provider]:
-    """Every provider by name; the order is that of the tables."""
-    from . import peers
-
-    providers: list[Provider] = [
-        Ours(), Ours("triton-persistent"), Ours("triton-stepwise"), Ours("triton"), Ours("cudnn"), Ours("reference"),
-        Ours("auto", recompute=True), Ours("triton", recompute=True), TorchLSTM(), TorchCell(), Compiled(), *peers.PEERS,
-    ]  # fmt: skip
-    return {provider.name: provider for provider in providers}
-
-
-OURS = "lstm_triton auto"
-CUDNN = "torch.nn.LSTM"
-TORCH_CELL = "torch.nn.LSTMCell"
-PEER_PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn"}
-
-
-def chosen_for(case: Case, kind: str, device_type: str, interpreter: bool = False) -> list[str]:
-    """The providers of a task by default: those that could be worth comparing. Which of them can serve, they say themselves."""
-    torchs = CUDNN if case.form == "layer" else TORCH_CELL
-    if kind in ("overhead", "cold-start"):
-        return ["lstm_triton triton", torchs]
-    if interpreter:
-        ways = ["lstm_triton triton"] if case.form == "cell" else ["lstm_triton triton-stepwise", "lstm_triton triton"]
-        return [*ways, torchs]
-    gpu = device_type == "cuda"
-    if kind == "memory":
-        triton = ["lstm_triton triton", "lstm_triton triton recompute"] if gpu else []
-        return [OURS, *triton, "lstm_triton auto recompute", CUDNN]
-    plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
-    if case.form in ("cell", "loop"):
-        return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
-    # Not "lstm_triton triton", which takes one of the first two.
-    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if gpu else []
-    if gpu and not case.resets and case.rows != "lengths":
-        forced.append("lstm_triton cudnn")
-    one_layer = case.layers == 1 and not case.bidirectional and not case.proj_size and case.rows == "padded"
-    loop = [TORCH_CELL] if one_layer and (case.resets or case.length <= 64) else []
-    others = (["torchrl"] if case.resets else list(PEER_PACKAGES)) if gpu and one_layer else []
-    # One that is not installed is named at the first hidden size of the headline, not in every case.
-    peers = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(PEER_PACKAGES[name])]
-    return [OURS, *forced, CUDNN, *loop, *plain, *peers]
+    run = _cells(problem, "the compiled cell", step, 256)
+    return Model(run, load(cell, problem), "inductor", "fullgraph, static shapes", step=step)

@@ -1,52 +1,103 @@
-"""The roofs of this very device: copies, matrix products, and how long programs of one launch need to see each other's data."""
+"""What this very device can do at most (copies, matrix products, barriers), and the floor of a step that follows from it.
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load.
+Besides it the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory,
+whichever takes longer: floor = one exchange + max(tensor, memory). Not counted: the product with the input (which can run
+beside the exchange), launches, and what is saved for backward (which can be recomputed). The floor is a model.
+"""
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
 import torch
 
-from . import stats, timing
-from .cases import Task
+from . import timing
+from .cases import Case
+from .rows import Floor, Row
 
-if TYPE_CHECKING:
-    from .measure import Context, Emit
-
-NAME = "this device"
+NAME = "this device"  # the provider of the suite's row
+# Where none was measured: a store, its way through the L2 cache of an H100, a load.
+ASSUMED_EXCHANGE_US = 0.55
+# All of W_hh in one SM: nothing leaves it. The latency of one step inside it, assumed.
+LOCAL_EXCHANGE_US = 0.3
+SHARED_MEMORY_BYTES = 227 * 1024
 _STEPS = 2000
 
 
-def measure(task: Task, context: "Context", emit: "Emit", skip: Collection[tuple[str, str]]) -> None:
-    """One row: copy_bytes_per_s, gemm_*_flops_per_s, and on a GPU with Triton barrier_p*_us and exchange_us."""
-    from .measure import brief, reraise_fatal
+@dataclass(frozen=True)
+class Roofs:
+    """copy_bytes_per_s: both directions added. flops_per_s: of matrix products, by dtype name. exchange_us: one store, seen
+    and loaded by another program; None where it was not measured.
+    """
 
-    if (NAME, "eager") in skip:
-        return
+    copy_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+    exchange_us: float | None
+
+
+def floor(case: Case, roofs: Roofs | None) -> Floor | None:
+    """The floor of a case, or None where no rate of its products is known.
+
+    A stack of layers is counted as a wavefront: one exchange a step for all of them. Backward is a recurrence of its own, of
+    twice the product (dh and, per step, its share of dW_hh).
+    """
+    rate = roofs.flops_per_s.get(case.dtype_name) if roofs else None
+    if roofs is None or rate is None:
+        return None
+    size = getattr(torch, case.dtype).itemsize
+    passes, recurrences = (3, 2) if case.mode == "train" else (1, 1)
+    H, R, B, D, I = case.hidden_size, case.output_size, case.batch, case.directions, case.input_size
+    tensor_us = 8.0 * H * R * B * D * case.layers * passes / rate * 1e6
+    # x in and y out in every step, weights once; backward reads x, y, dy and writes dx.
+    rows = B * (I + R * D) * size
+    weights = 4.0 * H * D * size * (I + R + R * (D + 1) * (case.layers - 1))
+    memory_us = (rows + weights / case.length) * passes / roofs.copy_bytes_per_s * 1e6
+    exchange, source = ASSUMED_EXCHANGE_US, "exchange assumed"
+    if case.length == 1:
+        exchange, source = 0.0, "no exchange: one step"
+    elif 4 * H * R * size <= SHARED_MEMORY_BYTES:
+        exchange, source = LOCAL_EXCHANGE_US, f"exchange assumed: {LOCAL_EXCHANGE_US} us within one SM"
+    elif roofs.exchange_us is not None:
+        exchange, source = roofs.exchange_us, "exchange measured, between two programs"
+    exchange *= recurrences
+    return Floor(exchange + max(tensor_us, memory_us), exchange, tensor_us, memory_us, source)
+
+
+def from_rows(rows: Iterable[Row], device: str) -> Roofs | None:
+    """The roofs of a device from its good rows of kind "roof", later rows first; None where there are none."""
     values: dict[str, float] = {}
-    problems: list[str] = []
-    parts: list[tuple[str, Callable[..., dict[str, float]]]] = [("copy", copy_rate), ("products", gemm_rates)]
-    if context.device.type == "cuda":
-        parts.append(("barrier", barrier_times))
-    for what, part in parts:
-        context.stage(NAME, "eager", what)
+    for row in rows:
+        if row.kind == "roof" and row.status == "ok" and row.device.name == device:
+            values |= row.values or {}
+    if "copy_bytes_per_s" not in values:
+        return None
+    names = [name for name in values if name.startswith("gemm_")]
+    rates = {name[len("gemm_") : -len("_flops_per_s")].replace("_", " "): values[name] for name in names}
+    return Roofs(values["copy_bytes_per_s"], rates, values.get("exchange_us"))
+
+
+def measured(
+    device: torch.device, stage: Callable[[str], None]
+) -> tuple[dict[str, float], list[tuple[str, Exception]]]:
+    """copy_bytes_per_s, gemm_*_flops_per_s, and on a GPU barrier_p*_us and exchange_us; and what failed."""
+    parts = {"copy": copy_rate, "products": gemm_rates} | ({"barrier": barrier_times} if device.type == "cuda" else {})
+    values: dict[str, float] = {}
+    problems: list[tuple[str, Exception]] = []
+    for name, part in parts.items():
+        stage(name)
         try:
-            values |= part(context.device)
+            values |= part(device)
         except Exception as error:
-            problems.append(f"{what}: {brief(error)}")
-            if "copy_bytes_per_s" in values:  # keep what was found before the device may be lost
-                emit(context.rows.make(task, NAME, "eager", "ok", "; ".join(problems), values=values))
-                reraise_fatal(error)
-                return
-            reraise_fatal(error)
-    if "copy_bytes_per_s" in values:
-        emit(context.rows.make(task, NAME, "eager", "ok", "; ".join(problems) or None, values=values))
-    else:
-        emit(context.rows.make(task, NAME, "eager", "failed", "; ".join(problems)))
+            problems.append((name, error))
+    return values, problems
 
 
 def _median_us(call: Callable[[], Any], device: torch.device, samples: int = 20) -> float:
-    clock = timing.clock(device, flush=False)
+    clock = timing.clock(device)
     clock.sample(call, 2)
-    return stats.percentile([clock.sample(call, 1)[0] for _ in range(samples)], 50)
+    return float(numpy.median([clock.sample(call, 1)[0] for _ in range(samples)]))
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> dict[str, float]:
@@ -59,16 +110,11 @@ def copy_rate(device: torch.device, size: int | None = None) -> dict[str, float]
 
 def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
     """Floating-point operations per second of torch's own square matrix products, by dtype."""
-    found = {}
-    on_gpu = device.type == "cuda"
-    kinds = (
-        [("bfloat16", ""), ("float16", ""), ("float32", "tf32"), ("float32", "ieee")]
-        if on_gpu
-        else [("float32", "ieee")]
-    )
+    found, on_gpu = {}, device.type == "cuda"
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    for dtype, precision in kinds:
+    for name in ("bfloat16", "float16", "float32_tf32", "float32_ieee") if on_gpu else ("float32_ieee",):
+        dtype, _, precision = name.partition("_")
         size = n or ((4096 if precision == "ieee" else 8192) if on_gpu else 512)
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(a)
@@ -77,7 +123,6 @@ def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
             us = _median_us(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)  # type: ignore[misc]
         finally:
             matmul.fp32_precision = before
-        name = f"{dtype}_{precision}" if precision else dtype
         found[f"gemm_{name}_flops_per_s"] = 2.0 * size**3 / us * 1e6
     return found
 
@@ -88,23 +133,20 @@ def barrier_times(device: torch.device) -> dict[str, float]:
     The barrier is the package's own (kernels/grid_sync.py). In an exchange each program stores a value that depends on the one
     it loaded before; that the last one is right is checked.
     """
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    counts = [p for p in sorted({2, 4, 8, 16, 32, 64, sms}) if p <= sms]
+    found = {f"barrier_p{programs}_us": _per_step(programs, False, device) for programs in counts}
+    return found | {"exchange_us": _per_step(2, True, device)}
+
+
+def _per_step(programs: int, exchange: bool, device: torch.device) -> float:
     from .grid_latency import launch
 
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    found = {}
-    for programs in sorted({2, 4, 8, 16, 32, 64, multiprocessors}):
-        if programs <= multiprocessors:
-            found[f"barrier_p{programs}_us"] = _per_step(launch, programs, False, device)
-    found["exchange_us"] = _per_step(launch, 2, True, device)
-    return found
-
-
-def _per_step(launch: Callable[..., torch.Tensor], programs: int, exchange: bool, device: torch.device) -> float:
     last = launch(programs, _STEPS, exchange, device)
     if exchange and not last.eq(_STEPS).all():
         raise RuntimeError(f"the exchange lost a value: {last.tolist()} after {_STEPS} steps")
-    times = [
+    few, many = (
         _median_us(lambda steps=steps: launch(programs, steps, exchange, device), device, 10)  # type: ignore[misc]
         for steps in (_STEPS // 4, _STEPS)
-    ]
-    return (times[1] - times[0]) / (_STEPS - _STEPS // 4)  # launches and allocations cancel
+    )
+    return (many - few) / (_STEPS - _STEPS // 4)  # launches and allocations cancel

@@ -1,96 +1,287 @@
-"""Making rows: what is common to all rows of a run, and what a measurement adds."""
+"""The rows: one JSON object a line, written and checked by their dataclasses. docs/benchmarking.md explains every field."""
 
+import contextlib
 import datetime
-import time
-import uuid
-from typing import Any
+import fcntl
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import torch
+from . import checked
+from .cases import Case, Execution, Kind, measurement_key
+from .checked import Count, NotNegative, Positive, Scalar, Share, Size, Text
 
-from . import device as devices
-from . import schema
-from .cases import Case, Task
-from .providers import Model
-
-
-class RowMaker:
-    """Makes rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
-
-    def __init__(
-        self, device: torch.device, command: str, run: str | None = None, synthetic: bool = False, l2: str | None = None
-    ) -> None:
-        self._device = device
-        self._described = devices.describe(device)
-        self._run = run or uuid.uuid4().hex[:12]
-        self._command = command
-        self._synthetic = synthetic
-        self._l2 = l2
-        self._state: dict[str, Any] = {}
-        self._state_at = float("-inf")
-
-    def state(self) -> dict[str, Any]:
-        """Clocks, power, temperature, read at most every two seconds: asking takes a while."""
-        now = time.monotonic()
-        if now - self._state_at > 2.0:
-            self._state, self._state_at = devices.state(self._device), now
-        return self._state
-
-    def make(
-        self,
-        task: Task,
-        provider: str,
-        execution: str,
-        status: str,
-        reason: str | None,
-        model: Model | None = None,
-        *,
-        state: dict[str, Any] | None = None,
-        label: str | None = None,
-        **measured: Any,
-    ) -> dict[str, Any]:
-        """A row; `measured` holds timing, values, bytes, errors, floor, distance as far as there are any."""
-        remarks = " ".join(model.remarks) if model else ""
-        reasons = [text for text in (model.backend_reason if model else None, remarks) if text]
-        labels = [schema.CPU_LABEL] if self._device.type == "cpu" else []
-        labels += [label] if label else []
-        labels += ["kernels in Triton's interpreter, errors only"] if task.interpreter else []
-        labels += [task.case.note] if task.case.note else []
-        row: dict[str, Any] = {name: None for name, field in schema.FIELDS.items() if field.nullable}
-        row |= {
-            "schema": schema.SCHEMA,
-            "kind": task.kind,
-            "status": status,
-            "reason": reason,
-            "suite": task.suite,
-            "case": task.case.to_json(),
-            "provider": provider,
-            "backend": model.backend if model else None,
-            "backend_reason": "; ".join(reasons) or None,
-            "algorithm": model.algorithm if model else None,
-            "execution": execution,
-            # Of failures too: with another state of the cache they are tried again.
-            "l2": self._l2 if task.kind in ("timing", "anchor") else None,
-            "precision": precisions(task.case),
-            "device": self._described,
-            "state": state if state is not None else self.state() if status == "ok" else {},
-            "versions": devices.versions(),
-            "source": devices.source(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "run": self._run,
-            "command": self._command,
-            "label": "; ".join(labels) or None,
-            "synthetic": self._synthetic,
-        }
-        row |= measured
-        return {name: row[name] for name in schema.FIELDS}
+CPU_LABEL = "CPU, not a statement about GPU speed"
 
 
-def precisions(case: Case) -> dict[str, Any]:
-    """How float32 products are computed now, on torch's side and on ours."""
-    rnn: Any = torch.backends.cudnn.rnn
-    matmul: Any = torch.backends.cuda.matmul
-    return {
-        "cudnn_rnn": rnn.fp32_precision,
-        "cuda_matmul": matmul.fp32_precision,
-        "lstm_triton": case.precision or "as the dtype",
-    }
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: percentiles, time per step, the host's clock, the median's confidence interval."""
+
+    p20_us: Positive
+    p50_us: Positive
+    p80_us: Positive
+    us_per_step: Positive
+    wall_p50_us: Positive
+    ci_low_us: Positive
+    ci_high_us: Positive
+    confidence: Share
+    samples: Count
+    calls_per_sample: Count
+    clock: Text
+
+
+ErrorSize = Annotated[Any, "a number from 0, 'inf' or 'nan'", lambda v: v in ("inf", "nan") or _is_size(v)]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and not value < 0
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest and RMS error of a tensor, in units of its largest true value; infinite ones are words in JSON."""
+
+    max: ErrorSize
+    rms: ErrorSize
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max", float(self.max))
+        object.__setattr__(self, "rms", float(self.rms))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least microseconds per step by the roofs, and the parts of it."""
+
+    us_per_step: Positive
+    exchange_us: NotNegative
+    tensor_us: NotNegative
+    memory_us: NotNegative
+    roofs: Text  # where the parts come from
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a row was taken on."""
+
+    type: Literal["cuda", "cpu"]
+    name: Text
+    driver: str | None = None
+    threads: Count | None = None
+    cores: Count | None = None
+    capability: str | None = None
+    multiprocessors: Count | None = None
+    memory_bytes: Size | None = None
+    l2_bytes: Size | None = None
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What decides the result besides the device and this package's code."""
+
+    lstm_triton: Text
+    torch: Text
+    python: Text
+    triton: Text | None = None
+    cuda: Text | None = None
+    cudnn: int | None = None
+    system: Text | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which version of this package: commit, whether files differed from it, digest of the code that computes."""
+
+    commit: Text | None
+    dirty: bool | None
+    digest: Text
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How float32 products are computed, by torch's settings and by this package."""
+
+    cudnn_rnn: Text
+    cuda_matmul: Text
+    lstm_triton: Text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; raises ValueError naming the field that is wrong."""
+
+    schema: Literal[1]
+    kind: Kind
+    status: Literal["ok", "wrong", "failed", "skipped"]
+    reason: str | None
+    suite: Text
+    case: Case
+    provider: Text
+    backend: str | None
+    backend_reason: str | None
+    algorithm: str | None
+    execution: Execution
+    precision: Precision
+    timing: Timing | None
+    values: dict[str, float] | None
+    bytes: dict[str, Size] | None
+    errors: dict[str, Error] | None
+    floor: Floor | None
+    distance: Positive | None
+    l2: Literal["warm", "flushed"] | None
+    device: Device
+    state: dict[str, Scalar]
+    versions: Versions
+    source: Source
+    date: Text
+    run: Text
+    command: str
+    label: str | None
+    synthetic: bool
+
+    def __post_init__(self) -> None:
+        checked.check(self)
+        datetime.datetime.fromisoformat(self.date)
+        rules = (
+            (self.status == "ok" or bool(self.reason), f"status is {self.status!r} and reason is empty"),
+            (self.status == "ok" or self.timing is None, f"status is {self.status!r} and there is a timing"),
+            (self.status != "ok" or self.kind not in ("timing", "anchor") or self.timing is not None,
+             "a good row of kind 'timing' has a timing"),
+            (self.device.type != "cpu" or self.label is not None, "a row from a CPU carries a label"),
+            (all(v > 0 for name, v in (self.values or {}).items() if name.endswith("_per_s")), "field 'values': a rate of 0"),
+            (all(n == "unread" or not isinstance(v, str) for n, v in self.state.items()), "field 'state': no figure"),
+        )  # fmt: skip
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two measurements of the same thing: of kind, suite, case, provider, execution and settings."""
+        what = measurement_key(self.kind, self.suite, self.case)
+        return *what, self.provider, self.execution, self.l2, self.device.threads
+
+    def encode(self) -> str:
+        """One line of JSON, without its newline."""
+        return json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN as words, since JSON has none."""
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def decode(line: str) -> Row:
+    """The row of one line; raises ValueError where it is none."""
+    try:
+        value = json.loads(line, parse_constant=lambda name: float("nan"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no page takes it
+        return checked.read(value, Row, "")
+    except RecursionError:
+        raise ValueError("nested too deeply for a row") from None
+
+
+class StoreError(RuntimeError):
+    """A file of rows cannot be used; the message says which and why."""
+
+
+def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
+    """The good rows of files and, recursively, of folders, and a sentence for each line that is none.
+
+    Raises:
+        StoreError: a path that does not exist, a file that cannot be read, or one with lines of which none is a row.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise StoreError(f"{path}: no such file or folder")
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            good, bad = _read(file)
+            if bad and not good:
+                raise StoreError(f"{file} holds no benchmark rows. First problem: {bad[0]}")
+            rows, problems = rows + good, problems + bad
+    return rows, problems
+
+
+def _read(path: Path) -> tuple[list[Row], list[str]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}") from error
+    rows, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(decode(line.decode()))
+        except ValueError as error:
+            cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
+            problems.append(f"{path}:{number}: {cut}{error}")
+    return rows, problems
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one row: a single write at the end of the file, on the disk before this returns.
+
+    Two processes may append at once. A line that an earlier crash cut off is ended first, so that it spoils no other.
+    """
+    data = row.encode().encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            data = b"\n" + data
+        if (written := os.write(handle, data)) != len(data):
+            raise StoreError(f"{path}: the disk took {written} of {len(data)} bytes")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` at the end, which at no moment holds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".unfinished")
+    yield written
+    os.replace(written, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    with unfinished(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run, since two at once would time each other.
+
+    Raises:
+        StoreError: another run holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Outside the folder, which is meant to be committed.
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        handle = os.open(Path(tempfile.gettempdir()) / f"lstm-triton-bench-{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
+        yield
+    finally:
+        os.close(handle)  # which also unlocks

@@ -1,110 +1,96 @@
 """A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there."""
 
-import datetime
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import cases, floor, providers, rows, schema, store
+from . import choice, roofs, rows
 from .cases import Case, Task
-from .measure import names_of
-from .progress import Pace, Progress, duration
-from .worker import Setup, Worker, WorkerDied
+from .device import RowMaker
+from .process import Died
+from .progress import Progress, duration
+from .providers import CUDNN
+from .rows import Row
+from .worker import Options, Worker
 
 ANCHOR_SECONDS = 60.0
+Pairs = set[tuple[str, str]]  # of provider and execution
 
 
 @dataclass
-class Options:
-    """Of a run. budget_s: stop by then; seconds: of sampling for each provider; silence_s: after which a worker is given up."""
-
-    folder: Path
-    device: str
-    command: str
-    budget_s: float | None = None
-    seconds: float = 1.0
-    silence_s: float = 180.0
-    flush_l2: bool = False
-    names: tuple[str, ...] | None = None
-    threads: int | None = None
-    again: bool = False
-    retry: bool = False
-    path: Sequence[str] | None = None  # of the workers' imports
-    environment: dict[str, str] = field(default_factory=dict)
-    anchors: bool = True
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a run did. left: tasks that the budget did not reach; problems: lines of earlier files that are not rows."""
 
-    rows: int
-    measured: int
-    before: int
-    left: int
     problems: list[str]
+    left: int
+    rows: int = 0
+    measured: int = 0
+    before: int = 0
+
+    def describe(self, folder: Path, budget_s: float | None) -> str:
+        """The last words of a run."""
+        text = f"{self.measured} tasks measured, {self.rows} rows appended to {folder}"
+        text += f"; {self.before} were measured before" if self.before else ""
+        if self.left and budget_s is not None:
+            text += f"; {self.left} are left after {duration(budget_s)}: the same command continues"
+        return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self.problems)])
+
+
+class Pace:
+    """How long tasks took, and so how long the next one will: what does not fit into a budget is not begun."""
+
+    def __init__(self, first: float) -> None:
+        """first: seconds per row that are expected of the first task."""
+        self._first = first
+        self._seconds: dict[str, list[float]] = {}  # per row, by suite
+
+    def took(self, suite: str, rows: int, seconds: float) -> None:
+        for key in (suite, ""):
+            self._seconds.setdefault(key, []).append(seconds / max(rows, 1))
+
+    def predict(self, suite: str, rows: int) -> float:
+        """Seconds, rather too many: the upper quartile of the last eight tasks of the suite, or of all."""
+        recent = sorted(self._seconds.get(suite, self._seconds.get("", [self._first]))[-8:])
+        return rows * recent[3 * len(recent) // 4]
 
 
 def anchor(device_type: str) -> Task:
     """A case that never changes, measured again and again: what moves in it is the machine."""
-    if device_type == "cuda":
-        case = Case("anchor", 512, 16, 128, dtype="float16")
-    else:
-        case = Case("anchor", 64, 4, 16, dtype="float32", precision="ieee")
-    return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
+    gpu, cpu = (
+        Case("anchor", 512, 16, 128, dtype="float16"),
+        Case("anchor", 64, 4, 16, dtype="float32", precision="ieee"),
+    )
+    return Task("anchor", gpu if device_type == "cuda" else cpu, "anchor", providers=(CUDNN,))
 
 
-def done_before(found: Sequence[dict[str, Any]], like: dict[str, Any], retry: bool) -> set[tuple]:
+def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple]:
     """Keys of rows that need not be measured again: of the same code, device and libraries, with the same settings."""
 
-    def identity(row: dict[str, Any]) -> tuple:
-        versions = tuple(row["versions"].get(name) for name in ("torch", "triton", "cudnn"))
-        device = tuple(row["device"].get(name) for name in ("name", "driver", "threads"))
-        return row["source"]["digest"], device, versions, row["synthetic"]
+    def identity(of: Row | RowMaker) -> tuple:
+        versions = of.versions.torch, of.versions.triton, of.versions.cudnn
+        return of.source.digest, of.device.name, of.device.driver, of.device.threads, versions, of.synthetic
 
-    wanted = identity(like)
-    return {
-        cases.row_key(row)
-        for row in found
-        if identity(row) == wanted
-        and row["l2"] in (None, like["l2"])  # null where the cache plays no part
-        and row["kind"] != "anchor"
-        and (not retry or row["status"] in ("ok", "wrong"))
-    }
+    def counts(row: Row) -> bool:
+        same = identity(row) == identity(maker) and row.l2 in (None, maker.l2)  # null where the cache plays no part
+        return same and row.kind != "anchor" and (not retry or row.status in ("ok", "wrong"))
+
+    return {row.key for row in found if counts(row)}
 
 
 class Runner:
     """Runs tasks through workers, restarts these when they die, and appends every row."""
 
-    def __init__(
-        self,
-        options: Options,
-        tasks: Sequence[Task],
-        progress: Progress,
-        say: Callable[[str], None],
-        new_worker: Callable[..., Any] = Worker,
-    ) -> None:
-        self._new_worker = new_worker
-        self._options, self._tasks, self._progress, self._say = options, list(tasks), progress, say
+    def __init__(self, options: Options, tasks: Sequence[Task], progress: Progress, new_worker: Any = Worker) -> None:
+        self._options, self._tasks, self._progress, self._new_worker = options, list(tasks), progress, new_worker
+        self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
         self._workers: dict[bool, Worker] = {}
         self._run = uuid.uuid4().hex[:12]
-        self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
-        self._rows: list[dict[str, Any]] = []
-        self._found = store.Rows([], [])
-        self._template: dict[str, Any] = {}
-        self._pace = Pace(options.seconds)
-        self._startup_s = 0.0
-        self._before = self._measured = 0
-
-    @property
-    def outcome(self) -> Outcome:
-        left = len(self._tasks) - self._before - self._measured
-        return Outcome(len(self._rows), self._measured, self._before, left, self._found.problems)
+        self._rows: list[Row] = []
+        self._pace, self._startup_s = Pace(options.seconds), 0.0
+        self.outcome = Outcome([], len(tasks))
 
     def run(self) -> Outcome:
         for _ in self.steps():
@@ -113,7 +99,7 @@ class Runner:
 
     def steps(self) -> Generator[None, None, None]:
         """Run, with a pause after every task; `outcome` is there at the end."""
-        with store.one_run_at_a_time(self._options.folder):
+        with rows.one_run_at_a_time(self._options.folder):
             try:
                 yield from self._steps()
             finally:
@@ -121,142 +107,112 @@ class Runner:
                     worker.end(0.5 if self._deadline is None else 0.0)
 
     def _steps(self) -> Generator[None, None, None]:
-        self._found = store.read_all([self._options.folder])
-        self._template = self._make_template()
-        done = set() if self._options.again else done_before(self._found.rows, self._template, self._options.retry)
-        last_anchor: float | None = None
+        outcome, options, last_anchor = self.outcome, self._options, float("-inf")
+        self._rows, outcome.problems = rows.read_all([options.folder])
+        self._maker = self._worker(False).maker
+        done = set() if options.again else done_before(self._rows, self._maker, options.retry)
+        anchored = anchor(self._maker.device.type)
         for task in self._tasks:
             wanted = self._wanted(task)
-            skip = wanted & {key[4:6] for key in done if key[:4] == self._key(task)}
+            skip = wanted & {key[4:6] for key in done if key[:4] == task.key}
             if skip == wanted:
-                self._before += 1
+                outcome.before, outcome.left = outcome.before + 1, outcome.left - 1
                 self._progress.total -= 1
                 continue
             if not self._fits(task, len(wanted - skip)):
                 continue  # a later one may be shorter
-            if self._options.anchors and (last_anchor is None or time.monotonic() - last_anchor > ANCHOR_SECONDS):
-                if not self._measure(anchor(self._template["device"]["type"]), set()):
+            if options.anchors and time.monotonic() - last_anchor > ANCHOR_SECONDS:
+                if not self._measure(anchored, set()):
                     return
                 last_anchor = time.monotonic()
             begin = time.monotonic()
             if not self._measure(task, skip):
                 return
             self._pace.took(task.suite, len(wanted - skip), time.monotonic() - begin)
-            self._measured += 1
-            self._progress.task_done()
+            outcome.measured, outcome.left = outcome.measured + 1, outcome.left - 1
+            self._progress.done += 1
             yield
-        if self._options.anchors and self._measured and self._fits(anchor("cpu"), 1):
-            self._measure(anchor(self._template["device"]["type"]), set())
+        if options.anchors and outcome.measured and self._fits(anchored, 1):
+            self._measure(anchored, set())
 
-    def _fits(self, task: Task, rows: int) -> bool:
+    def _fits(self, task: Task, count: int) -> bool:
         """Whether so many rows of a task will be there before the budget ends: what is cut off would be lost."""
         if self._deadline is None:
             return True
         start = 0.0 if task.interpreter in self._workers else self._startup_s
-        return time.monotonic() + start + self._pace.predict(task.suite, rows) < self._deadline
+        return time.monotonic() + start + self._pace.predict(task.suite, count) < self._deadline
 
-    def _make_template(self) -> dict[str, Any]:
-        """A row as this run's workers make them, to compare earlier rows with and to write of workers that died."""
-        worker = self._worker(False)
-        maker = rows.RowMaker(torch.device("cpu"), self._options.command, self._run)
-        template = maker.make(anchor("cpu"), "none", "eager", "skipped", "never written") | worker.about
-        l2 = "flushed" if self._options.flush_l2 else "warm"
-        return template | {"l2": l2 if template["device"]["type"] == "cuda" else None}
-
-    def _wanted(self, task: Task) -> set[tuple[str, str]]:
-        """The (provider, execution) pairs of a task."""
-        names = names_of(task, self._template["device"]["type"], self._options.names)
+    def _wanted(self, task: Task) -> Pairs:
+        names = choice.names_of(task, self._maker.device.type, self._options.names)
         return {(n, e) for n in names for e in task.executions}
-
-    @staticmethod
-    def _key(task: Task) -> tuple:
-        return cases.task_key(task.kind, task.suite, task.case.to_json())
 
     def _worker(self, interpreter: bool) -> Worker:
         if interpreter not in self._workers:
-            o = self._options
-            setup = Setup(o.device, o.command, self._run, o.flush_l2, o.names, o.threads)
-            worker = self._new_worker(setup, interpreter=interpreter, path=o.path, environment=o.environment)
-            self._workers[interpreter] = worker
             begin = time.monotonic()
             try:
-                worker.ready()
-                self._startup_s = time.monotonic() - begin
-            except WorkerDied as error:
-                del self._workers[interpreter]
-                raise RuntimeError(f"the measuring process does not start on {o.device!r}: {error}") from error
+                self._workers[interpreter] = self._new_worker(self._options, self._run, interpreter)
+            except Died as death:
+                raise RuntimeError(
+                    f"the measuring process does not start on {self._options.device!r}: {death}"
+                ) from death
+            self._startup_s = time.monotonic() - begin
         return self._workers[interpreter]
 
-    def _measure(self, task: Task, skip: set[tuple[str, str]]) -> bool:
+    def _measure(self, task: Task, skip: Pairs) -> bool:
         """False when the budget ended first."""
-        written: list[dict[str, Any]] = []
-        everyone = self._wanted(task)
+        written: list[Row] = []
+        everyone, what = self._wanted(task), task.case.describe()
+        roof = roofs.from_rows(self._rows, self._maker.device.name)
+
+        def emit(row: Row) -> None:
+            rows.append(self._options.folder / f"{row.suite}.jsonl", row)
+            written.append(row)
+            self._rows.append(row)
+            self.outcome.rows += 1
+
         groups = [everyone - skip]  # measured together, each of them
         while groups:
-            group = groups.pop(0)
-            count = len(written)
+            group, count = groups.pop(0), len(written)
+            self._progress.show(what)
+            worker = self._worker(task.interpreter)
             try:
-                self._progress.stage(task.case.describe())
-                finished = self._worker(task.interpreter).run(
-                    task, everyone - group, floor.from_rows([*self._found.rows, *self._rows], self._template["device"]["name"]),
-                    0.3 if task.kind == "anchor" else self._options.seconds,
-                    lambda row: written.append(self._write(row)),
-                    lambda what: self._progress.stage(f"{task.case.describe()} · {what}"),
-                    silence_s=self._options.silence_s, deadline=self._deadline,
-                )  # fmt: skip
-            except WorkerDied as death:
-                self._workers.pop(task.interpreter, None)
-                group -= {(row["provider"], row["execution"]) for row in written[count:]}
-                failed = any(row["status"] == "failed" for row in written[count:])
-                groups += self._blame(task, group, death, failed, written)
+                finished = worker.run(task, everyone - group, roof, self._deadline, emit,
+                                      lambda stage: self._progress.show(f"{what} · {stage}"))  # fmt: skip
+            except Died as death:
+                del self._workers[task.interpreter]
+                group -= {(row.provider, row.execution) for row in written[count:]}
+                named = any(row.status == "failed" for row in written[count:])
+                guilty, again = blame(group, worker.doing, named)
+                for pair in sorted(guilty):
+                    reason = f"{death} (while: {worker.doing[2]} of {worker.doing[0]})"
+                    emit(self._maker.make(task, *pair, "failed", reason))
+                groups += again
                 continue
             if not finished:
-                self._workers.pop(task.interpreter, None)
+                del self._workers[task.interpreter]
                 return False
-        self._say_task(task, written)
+        if written and task.kind != "anchor":
+            self._progress.say(summary(task, written))
         return True
 
-    def _blame(
-        self, task: Task, group: set[tuple[str, str]], death: WorkerDied, failed: bool, written: list[dict[str, Any]]
-    ) -> list[set[tuple[str, str]]]:
-        """Write the death down to who was at work; returns the groups to go on with.
 
-        Where several were being timed, each is tried once more by itself. failed: the worker has named the culprit itself.
-        """
-        guilty = {(n, e) for n, e in group if n == death.provider}
-        names = {n for n, _ in group}
-        if not guilty and failed:  # it has its row already
-            return [group] if group else []
-        if not guilty and len(names) > 1 and death.stage == "timing":
-            return [{pair for pair in group if pair[0] == name} for name in sorted(names)]
-        guilty = guilty or group
-        for provider, execution in sorted(guilty):
-            reason = f"{death} (while: {death.stage} of {death.provider})"
-            written.append(self._write(self._failure(task, provider, execution, reason)))
-        return [group - guilty] if group - guilty else []
+def blame(group: Pairs, doing: tuple[str, str, str], named: bool) -> tuple[Pairs, list[Pairs]]:
+    """Whose failure a worker's death is, of those without a row, and the groups to go on with.
 
-    def _failure(self, task: Task, provider: str, execution: str, reason: str) -> dict[str, Any]:
-        label = schema.CPU_LABEL if self._template["device"]["type"] == "cpu" else None
-        return self._template | {
-            "kind": task.kind, "status": "failed", "reason": reason, "suite": task.suite, "case": task.case.to_json(),
-            "provider": provider, "execution": execution, "state": {}, "label": label,
-            "l2": self._template["l2"] if task.kind in ("timing", "anchor") else None,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }  # fmt: skip
-
-    def _write(self, row: dict[str, Any]) -> dict[str, Any]:
-        store.append(self._options.folder / f"{row['suite']}.jsonl", row)
-        self._rows.append(row)
-        return row
-
-    def _say_task(self, task: Task, written: Sequence[dict[str, Any]]) -> None:
-        if written and task.kind != "anchor":
-            self._say(summary_line(task, written))
+    Where several were being timed, each is tried once more by itself. named: the worker has named the culprit itself.
+    """
+    guilty = {(n, e) for n, e in group if n == doing[0]}
+    names = {n for n, _ in group}
+    if not guilty and not named and doing[2] == "timing" and len(names) > 1:
+        return set(), [{pair for pair in group if pair[0] == name} for name in sorted(names)]
+    if not guilty and not named:
+        guilty = group
+    return guilty, [group - guilty] if group - guilty else []
 
 
 def run_in_turns(options: Sequence[Options], tasks: Sequence[Task], progress: Progress) -> list[Outcome]:
     """Several runs of the same tasks, task by task in turns, so that a drift of the machine touches all alike."""
-    runners = [Runner(o, tasks, progress, progress.say) for o in options]
+    runners = [Runner(o, tasks, progress) for o in options]
     waiting = [runner.steps() for runner in runners]
     try:
         while waiting:
@@ -267,34 +223,19 @@ def run_in_turns(options: Sequence[Options], tasks: Sequence[Task], progress: Pr
     return [runner.outcome for runner in runners]
 
 
-def summary_line(task: Task, written: Sequence[dict[str, Any]]) -> str:
-    """A task's rows in one line, for the terminal."""
-    parts = []
+def summary(task: Task, written: Sequence[Row]) -> str:
+    """A task's rows in a few lines, for the terminal."""
+    lines = [f"{task.suite} · {task.case.describe()}"]
     for row in written:
-        name = row["provider"] + (" graph" if row["execution"] == "graph" else "")
-        if row["timing"]:
-            t = row["timing"]
-            parts.append(
-                f"{name} {t['us_per_step']:.3g} us/step (p20 {t['p20_us']:.4g}, p80 {t['p80_us']:.4g} us a call)"
-            )
-        elif row["status"] == "ok" and row["bytes"]:
-            parts.append(f"{name} {row['bytes']['saved'] / 2**20:.1f} MiB saved")
-        elif row["status"] == "ok" and row["errors"]:
-            parts.append(f"{name} max error {max(e['max'] for e in row['errors'].values() if e['max'] != 'inf'):.1e}")
-        elif row["status"] == "ok" and row["values"]:
-            parts.append(f"{name} " + ", ".join(f"{k} {v:.3g}" for k, v in row["values"].items()))
+        if t := row.timing:
+            text = f"{t.us_per_step:.3g} us/step (p20 {t.p20_us:.4g}, p80 {t.p80_us:.4g} us a call)"
+        elif row.status != "ok":
+            text = f"{row.status.upper()}: {row.reason}"
+        elif row.bytes:
+            text = f"{row.bytes['saved'] / 2**20:.1f} MiB saved"
+        elif row.errors:
+            text = f"max error {max(e.max for e in row.errors.values()):.1e}"
         else:
-            parts.append(f"{name} {row['status'].upper()}: {row['reason']}")
-    return f"{task.suite} · {task.case.describe()}\n    " + "\n    ".join(parts)
-
-
-def finish(outcome: Outcome, folder: Path, budget_s: float | None) -> str:
-    """The last words of a run."""
-    text = f"{outcome.measured} tasks measured, {outcome.rows} rows appended to {folder}"
-    if outcome.before:
-        text += f"; {outcome.before} were measured before"
-    if outcome.left and budget_s is not None:
-        text += f"; {outcome.left} are left after {duration(budget_s)}: the same command continues"
-    for problem in outcome.problems:
-        text += f"\nnot a row, left as it is: {problem}"
-    return text
+            text = ", ".join(f"{name} {value:.3g}" for name, value in (row.values or {}).items())
+        lines.append(f"    {row.provider}{' graph' if row.execution == 'graph' else ''} {text}")
+    return "\n".join(lines)

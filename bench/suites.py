@@ -1,32 +1,31 @@
 """The suites: which cases, how large, and in which order, so that a run that is cut short already tells the story."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 from . import workloads
-from .cases import Case, Task
-
-# "gpu": real sizes. "cpu": what a CPU does in minutes. "tiny": for the tests of the harness itself.
-SCALES = ("gpu", "cpu", "tiny")
+from .cases import MODES, Case, Dtype, Form, Task
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a scale gives the suites."""
+    """The sizes of all suites at one scale; the most telling first."""
 
-    hidden: tuple[int, ...]  # the headline first
+    hidden: tuple[int, ...]
     batch: int
     length: int
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Dtype, ...]
     grid: tuple[tuple[int, ...], tuple[int, ...], int]  # hidden sizes, batches, length of the heat map
     lengths: tuple[int, ...]
-    cell_hidden: tuple[int, ...]
-    cell_batch: tuple[int, ...]
+    cells: tuple[tuple[int, ...], tuple[int, ...]]  # hidden sizes, batches
     compiled: float  # torch.compile, seconds for each shape, at sizes whose ranks add up to at most this
+    steps: tuple[tuple[int, int], ...]  # hidden, batch of one step a call
     features: tuple[int, int, int]  # hidden, batch, length
     memory: tuple[tuple[int, int, int], ...]
     accuracy: tuple[tuple[int, int, int], ...]
-    most_flops: float  # of a real workload
+    most_flops: float = float("inf")  # of a real workload
 
 
 SIZES = {
@@ -37,14 +36,14 @@ SIZES = {
         dtypes=("bfloat16", "float16", "float32"),
         grid=((512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128),
         lengths=(256, 16, 4096, 1, 64, 1024, 16384, 70000),
-        cell_hidden=(512, 1024, 128, 256, 2048, 64, 4096),
-        cell_batch=(16, 1, 64, 256, 1024),
+        cells=((512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)),
         compiled=float("inf"),
+        steps=((512, 16), (128, 1), (640, 64), (1024, 4096)),
         features=(512, 64, 256),
         memory=((512, 64, 512), (1024, 16, 1024), (256, 1024, 64)),
         accuracy=((512, 16, 128), (1024, 16, 16), (128, 16, 1024), (512, 16, 1024), (19, 3, 7)),
-        most_flops=float("inf"),
     ),
+    # What a CPU does in minutes.
     "cpu": Sizes(
         hidden=(256, 64, 128, 512, 32),
         batch=8,
@@ -52,243 +51,173 @@ SIZES = {
         dtypes=("float32",),
         grid=((128, 64, 256), (8, 1, 64), 16),
         lengths=(16, 1, 64, 256),
-        cell_hidden=(128, 256, 64),
-        cell_batch=(1, 16, 64),
+        cells=((128, 256, 64), (1, 16, 64)),
         compiled=1,
+        steps=((128, 1), (256, 16)),
         features=(128, 16, 32),
         memory=((128, 16, 64),),
         accuracy=((64, 4, 32), (19, 3, 7)),
         most_flops=2e9,
     ),
-    "tiny": Sizes(
-        hidden=(16, 8), batch=2, length=3, dtypes=("float32",), grid=((8,), (1, 2), 2), lengths=(2, 1), cell_hidden=(8,),
-        cell_batch=(2,), compiled=0, features=(8, 3, 5), memory=((8, 2, 3),), accuracy=((5, 2, 3),), most_flops=2e6,
-    ),
+    # For the tests of the harness itself.
+    "tiny": Sizes((16, 8), 2, 3, ("float32",), ((8,), (1, 2), 2), (2, 1), ((8,), (2,)), 0, ((8, 2),), (8, 3, 5),
+                  ((8, 2, 3),), ((5, 2, 3),), 2e6),
 }  # fmt: skip
 
-CELL_PROVIDERS = ("lstm_triton auto", "torch.nn.LSTMCell")
-
-Ordered = list[tuple[float, Task]]
-
-
-def _dtype_rank(sizes: Sizes, dtype: str) -> int:
-    return sizes.dtypes.index(dtype)
+FORMS: tuple[Form, Form] = ("layer", "cell")
+# Pairs of a priority, the lowest first, and a task's case and options.
+Ordered = Iterator[tuple[float, Case, dict[str, Any]]]
 
 
-def hidden_sizes(sizes: Sizes, suite: str) -> Ordered:
-    """The headline: cuDNN across hidden sizes, input size equal to hidden size."""
-    found: Ordered = []
-    for rank, H in enumerate(sizes.hidden):
-        for dtype in sizes.dtypes:
-            for mode in ("forward", "train"):
-                # At the first hidden size everything, then bfloat16 throughout, then the other dtypes.
-                priority = 1.0 if rank == 0 else 2 + 0.05 * rank + 2 * _dtype_rank(sizes, dtype)
-                executions = ("eager", "graph") if rank < 3 else ("eager",)
-                case = Case(f"H{H}", H, sizes.batch, sizes.length, dtype=dtype, mode=mode)
-                found.append((priority, Task(suite, case, executions=executions)))
-    return found
+def hidden_sizes(s: Sizes) -> Ordered:
+    """cuDNN, these kernels, peers and the floor across hidden sizes: the headline."""
+    for (rank, H), (k, dtype), mode in product(enumerate(s.hidden), enumerate(s.dtypes), MODES):
+        # Everything at the first hidden size, then the first dtype throughout, then the others.
+        executions = ("eager", "graph") if rank < 3 else ("eager",)
+        case = Case(f"H{H}", H, s.batch, s.length, dtype=dtype, mode=mode)
+        yield 1.0 if rank == 0 else 2 + 0.05 * rank + 2 * k, case, {"executions": executions}
 
 
-def batch(sizes: Sizes, suite: str) -> Ordered:
+def batch(s: Sizes) -> Ordered:
     """The heat map: hidden size by batch."""
-    hidden, batches, length = sizes.grid
-    found: Ordered = []
-    for i, B in enumerate(batches):
-        for j, H in enumerate(hidden):
-            for mode in ("forward", "train"):
-                for dtype in sizes.dtypes:
-                    rank = _dtype_rank(sizes, dtype)
-                    case = Case(f"H{H} B{B}", H, B, length, dtype=dtype, mode=mode)
-                    found.append((3 + 0.1 * (i + j) + 3 * rank, Task(suite, case)))
-    return found
+    hidden, batches, length = s.grid
+    for (i, B), (j, H), mode, (k, dtype) in product(enumerate(batches), enumerate(hidden), MODES, enumerate(s.dtypes)):
+        yield 3 + 0.1 * (i + j) + 3 * k, Case(f"H{H} B{B}", H, B, length, dtype=dtype, mode=mode), {}
 
 
-def length(sizes: Sizes, suite: str) -> Ordered:
+def length(s: Sizes) -> Ordered:
     """Scaling in the number of steps; the longest is past what cuDNN takes."""
-    H, B, _ = sizes.features
-    return [
-        (3.2 + 0.2 * rank, Task(suite, Case(f"T{T}", H, min(B, 16), T, dtype=sizes.dtypes[0], mode=mode)))
-        for rank, T in enumerate(sizes.lengths)
-        for mode in ("forward", "train")
-        if T <= 16384 or mode == "forward"
-    ]
+    H, B, _ = s.features
+    for (rank, T), mode in product(enumerate(s.lengths), MODES):
+        if T <= 16384 or mode == "forward":
+            yield 3.2 + 0.2 * rank, Case(f"T{T}", H, min(B, 16), T, dtype=s.dtypes[0], mode=mode), {}
 
 
-def cell(sizes: Sizes, suite: str) -> Ordered:
-    """One step, eager and in a CUDA graph."""
-    found: Ordered = []
-    for i, H in enumerate(sizes.cell_hidden):
-        for j, B in enumerate(sizes.cell_batch):
-            for dtype in reversed(sizes.dtypes):  # float32 first: what most cells run in
-                for mode in ("forward", "train"):
-                    priority = (
-                        1.5 if i == j == 0 and dtype == "float32" else 3 + 0.15 * (i + j) + _dtype_rank(sizes, dtype)
-                    )
-                    case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
-                    names = (*CELL_PROVIDERS, "torch.compile") if i + j <= sizes.compiled else None
-                    found.append((priority, Task(suite, case, executions=("eager", "graph"), providers=names)))
-    return found
+def cell(s: Sizes) -> Ordered:
+    """One step of a cell, eager and in a CUDA graph."""
+    hidden, batches = s.cells
+    for (i, H), (j, B), dtype, mode in product(enumerate(hidden), enumerate(batches), reversed(s.dtypes), MODES):
+        first = i == j == 0 and dtype == "float32"  # what most cells run in
+        case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
+        names = ("lstm_triton auto", "torch.nn.LSTMCell", "torch.compile") if i + j <= s.compiled else None
+        options = {"executions": ("eager", "graph"), "providers": names}
+        yield 1.5 if first else 3 + 0.15 * (i + j) + s.dtypes.index(dtype), case, options
 
 
-def real(sizes: Sizes, suite: str) -> Ordered:
+def step(s: Sizes) -> Ordered:
+    """One step a call, with the state carried from call to call in place: streaming, decoding, acting."""
+    for rank, (H, B) in enumerate(s.steps):
+        for form in FORMS:
+            case = Case(f"H{H} B{B} {form}", H, B, 1, form=form, dtype="float32", carried=True)
+            yield 2.25 + 0.3 * rank, case, {"executions": ("eager", "graph")}
+
+
+def real(s: Sizes) -> Ordered:
     """The LSTMs that people run, from real_workloads.csv, taking turns between domains."""
-    rank: dict[str, int] = {}
-    found: Ordered = []
+    turns: dict[str, int] = {}
     for workload in workloads.load():
-        turn = rank[workload.domain] = rank.get(workload.domain, -1) + 1
-        case = workload.case
-        if case is None:
-            continue
-        if case.flops() > sizes.most_flops:
-            case = _shrink(case, sizes.most_flops)
-        executions = ("eager", "graph") if workload.in_graph else ("eager",)
-        found.append((2.2 + 0.3 * turn, Task(suite, case, executions=executions)))
-    return found
+        turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
+        if workload.case is not None:
+            executions = ("eager", "graph") if workload.case.carried else ("eager",)
+            yield 2.2 + 0.3 * turn, _shrink(workload.case, s.most_flops), {"executions": executions}
 
 
 def _shrink(case: Case, most: float) -> Case:
-    """Fewer rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
-    smaller = case
-    while smaller.flops() > most:
-        if smaller.batch > 1:
-            smaller = replace(smaller, batch=smaller.batch // 2)
-        elif smaller.length > 4:
-            smaller = replace(smaller, length=smaller.length // 2)
+    """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
+    if case.flops() <= most:
+        return case
+    note = f"; {case.note}" if case.note else ""
+    case = replace(case, note=f"made smaller than the real one, to end in time{note}")
+    while case.flops() > most:
+        if case.batch > 1:
+            case = replace(case, batch=case.batch // 2)
+        elif case.length > 4:
+            case = replace(case, length=case.length // 2)
         else:
-            half = {name: max(getattr(smaller, name) // 2, 1) for name in ("hidden_size", "input_size")}
-            smaller = replace(smaller, **half, proj_size=min(smaller.proj_size, half["hidden_size"] // 2))
-    note = f"; {smaller.note}" if smaller.note else ""
-    return replace(smaller, note=f"made smaller than the real one, to end in time{note}")
+            half = max(case.hidden_size // 2, 1)
+            smaller: dict[str, Any] = {"hidden_size": half, "input_size": max(case.input_size // 2, 1)}
+            case = replace(case, **smaller, proj_size=min(case.proj_size, half // 2))
+    return case
 
 
-def features(sizes: Sizes, suite: str) -> Ordered:
+def features(s: Sizes) -> Ordered:
     """What a feature costs: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
-    H, B, T = sizes.features
-    variants: dict[str, dict] = {
-        "padded": {},
-        "packed": {"rows": "packed"},
-        "lengths": {"rows": "lengths"},
-        "resets": {"resets": 0.02},
-        "two layers": {"layers": 2},
-        "bidirectional": {"bidirectional": True},
-        "projection": {"proj_size": H // 2},
-    }
-    return [
-        (2.2 + 0.1 * rank, Task(suite, Case(name, H, B, T, dtype="float32", mode=mode, **options)))
-        for rank, (name, options) in enumerate(variants.items())
-        for mode in ("train", "forward")
-    ]
+    H, B, T = s.features
+    variants: dict[str, dict[str, Any]] = {
+        "padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02},
+        "two layers": {"layers": 2}, "bidirectional": {"bidirectional": True}, "projection": {"proj_size": H // 2},
+    }  # fmt: skip
+    for (rank, (name, options)), mode in product(enumerate(variants.items()), MODES[::-1]):
+        yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 
 
-def memory(sizes: Sizes, suite: str) -> Ordered:
+def memory(s: Sizes) -> Ordered:
     """Bytes held for the backward and at the peak, with and without recomputation, of one layer and of four."""
-    return [
-        (
-            2.2 + 0.5 * rank + (0.1 if layers > 1 else 0),
-            Task(
-                suite,
-                Case(f"H{H} B{B} T{T}{name}", H, B, T, dtype=dtype, mode="train", layers=layers),
-                "memory",
-            ),
-        )
-        for rank, (H, B, T) in enumerate(sizes.memory)
-        for layers, name in ((1, ""), (4, " 4 layers"))
-        for dtype in sizes.dtypes
-    ]
+    for (rank, (H, B, T)), layers, dtype in product(enumerate(s.memory), (1, 4), s.dtypes):
+        name = f"H{H} B{B} T{T}" + (" 4 layers" if layers > 1 else "")
+        case = Case(name, H, B, T, dtype=dtype, mode="train", layers=layers)
+        yield 2.2 + 0.5 * rank + 0.1 * (layers > 1), case, {"kind": "memory"}
 
 
-def accuracy(sizes: Sizes, suite: str) -> Ordered:
+def accuracy(s: Sizes) -> Ordered:
     """Errors of outputs and gradients against float64."""
-    found: Ordered = []
-    for rank, (H, B, T) in enumerate(sizes.accuracy):
-        for scale in (1.0, 4.0):
-            for dtype, precision in (("float32", "tf32"), ("float32", "ieee"), ("bfloat16", ""), ("float16", "")):
-                case = Case(
-                    f"H{H} T{T} x{scale:g}", H, B, T, dtype=dtype, precision=precision, mode="train", scale=scale
-                )
-                found.append((2.1 + 0.4 * rank + 0.1 * scale / 4, Task(suite, case, "accuracy")))
-                if rank == 0:
-                    one = replace(case, name=f"cell H{H} x{scale:g}", form="cell", length=1)
-                    found.append((2.2 + 0.1 * scale / 4, Task(suite, one, "accuracy")))
-    return found
+    precisions = (("float32", "tf32"), ("float32", "ieee"), ("bfloat16", ""), ("float16", ""))
+    for (rank, (H, B, T)), scale, (dtype, precision) in product(enumerate(s.accuracy), (1.0, 4.0), precisions):
+        options: dict[str, Any] = dict(dtype=dtype, precision=precision, mode="train", scale=scale)
+        yield 2.1 + 0.4 * rank + 0.025 * scale, Case(f"H{H} T{T} x{scale:g}", H, B, T, **options), {"kind": "accuracy"}
+        if rank == 0:
+            one = Case(f"cell H{H} x{scale:g}", H, B, 1, form="cell", **options)
+            yield 2.2 + 0.025 * scale, one, {"kind": "accuracy"}
 
 
-def interpreted_accuracy(sizes: Sizes, suite: str) -> Ordered:
-    """On a CPU: the kernels themselves, in Triton's interpreter, on problems that it can do."""
-    found: Ordered = []
-    for H, B, T in ((19, 3, 7), (64, 4, 5)) if sizes is not SIZES["tiny"] else ((5, 2, 3),):
-        for dtype in ("float32", "bfloat16", "float16"):
-            options = {"precision": "ieee"} if dtype == "float32" else {}
-            case = Case(f"H{H} T{T} interpreted", H, B, T, dtype=dtype, mode="train", **options)  # type: ignore[arg-type]
-            found.append((2.4, Task(suite, case, "accuracy", interpreter=True)))
-            one = replace(case, name=f"cell H{H} interpreted", form="cell", length=1)
-            found.append((2.4, Task(suite, one, "accuracy", interpreter=True)))
-    return found
+def interpreted(s: Sizes) -> Ordered:
+    """On a CPU: the kernels' accuracy, in Triton's interpreter, on problems that it can do."""
+    shapes = ((19, 3, 7), (64, 4, 5)) if s is not SIZES["tiny"] else ((5, 2, 3),)
+    for (H, B, T), dtype, form in product(shapes, SIZES["gpu"].dtypes, FORMS):
+        name = f"H{H} T{T} interpreted" if form == "layer" else f"cell H{H} interpreted"
+        case = Case(name, H, B, T if form == "layer" else 1, form=form, dtype=dtype, mode="train")
+        yield 2.4, case, {"kind": "accuracy", "interpreter": True}
 
 
-def overhead(sizes: Sizes, suite: str) -> Ordered:
+def overhead(s: Sizes) -> Ordered:
     """Host microseconds per call, at sizes where the device has next to nothing to do."""
-    cell_case = Case("host time, cell", 64, 1, 1, form="cell", dtype="float32")
-    layer_case = Case("host time, layer", 64, 1, 1, dtype="float32")
-    return [
-        (2.15, Task(suite, replace(case, mode=mode), "overhead"))
-        for case in (cell_case, layer_case)
-        for mode in ("forward", "train")
-    ]
+    for form, mode in product(FORMS, MODES):
+        yield 2.15, Case(f"host time, {form}", 64, 1, 1, form=form, dtype="float32", mode=mode), {"kind": "overhead"}
 
 
-def cold_start(sizes: Sizes, suite: str) -> Ordered:
+def cold_start(s: Sizes) -> Ordered:
     """Seconds to the first result in a new process, with an empty and with a warm cache of kernels."""
-    return [
-        (
-            3.5,
-            Task(
-                suite, Case("first call, cell", 512, 16, 1, form="cell", dtype="bfloat16", mode="train"), "cold-start"
-            ),
-        ),
-        (3.6, Task(suite, Case("first call, layer", 512, 16, 16, dtype="bfloat16", mode="train"), "cold-start")),
-    ]
+    for form, T in zip(FORMS, (16, 1)):
+        yield 3.5, Case(f"first call, {form}", 512, 16, T, form=form, mode="train"), {"kind": "cold-start"}
 
 
-def roofs(sizes: Sizes, suite: str) -> Ordered:
+def roofs(s: Sizes) -> Ordered:
     """What this device can do at most: copies, matrix products, barriers."""
-    return [(0.5, Task(suite, Case("roofs", 1, 1, 1, dtype=sizes.dtypes[0]), "roof"))]
+    yield 0.5, Case("roofs", 1, 1, 1, dtype=s.dtypes[0]), {"kind": "roof"}
 
 
-SUITES: dict[str, Callable[[Sizes, str], Ordered]] = {
-    "hidden-sizes": hidden_sizes,
-    "batch": batch,
-    "length": length,
-    "cell": cell,
-    "real": real,
-    "features": features,
-    "memory": memory,
-    "accuracy": accuracy,
-    "overhead": overhead,
-    "cold-start": cold_start,
-    "roofs": roofs,
-}
+_ALL = (hidden_sizes, batch, length, cell, step, real, features, memory, accuracy, overhead, cold_start, roofs)
+SUITES: dict[str, Callable[[Sizes], Ordered]] = {make.__name__.replace("_", "-"): make for make in _ALL}
 
 
 def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
     """Everything the suites measure, the most telling first.
 
-    scale: one of SCALES. device_type: "cuda" or "cpu"; on a CPU the kernels' accuracy is added, in the interpreter.
+    scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there are no graphs and no TF32, and the kernels' accuracy is
+    added, in the interpreter.
     """
-    sizes = SIZES[scale]
-    found: Ordered = []
+    found = []
     for suite in suites:
-        found += SUITES[suite](sizes, suite)
-        if suite == "accuracy" and device_type == "cpu":
-            found += interpreted_accuracy(sizes, suite)
-    if device_type == "cpu":  # no CUDA graphs, no TF32
+        makers = [SUITES[suite], *([interpreted] if suite == "accuracy" and device_type == "cpu" else [])]
+        found += [(p, Task(suite, case, **rest)) for make in makers for p, case, rest in make(SIZES[scale])]
+    if device_type == "cpu":
         found = [(p, replace(t, executions=("eager",)).with_case(precision="ieee")) for p, t in found]
-        unique = {(t.suite, t.kind, t.interpreter, t.case): (p, t) for p, t in reversed(found)}
-        found = list(reversed(unique.values()))
-    return [task for _, task in sorted(found, key=lambda pair: pair[0])]
+    unique: dict[Any, tuple[float, Task]] = {}
+    for p, t in found:
+        unique.setdefault((t.suite, t.kind, t.interpreter, t.case), (p, t))
+    return [task for _, task in sorted(unique.values(), key=lambda pair: pair[0])]
 
 
 def describe() -> str:
     """One line for each suite."""
-    width = max(map(len, SUITES))
-    return "\n".join(f"{name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in SUITES.items())
+    return "\n".join(f"{name:<12}  {(make.__doc__ or '').splitlines()[0]}" for name, make in SUITES.items())

@@ -3,13 +3,14 @@
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+import numpy
 import torch
 
-from . import stats
+from .rows import Timing
 
 Call = Callable[[], Any]
 K = TypeVar("K", bound=Hashable)
@@ -17,33 +18,16 @@ K = TypeVar("K", bound=Hashable)
 LEAST_SAMPLES, MOST_SAMPLES = 10, 200
 SETTLED = 0.01  # half-width of the median's confidence interval, relative to it, at which sampling may stop
 MOST_CALLS = 2000  # in one sample
-
-
-class Clock(Protocol):
-    """Times n calls. name goes into the rows; sample_seconds is how long a sample should last."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def l2(self) -> str | None: ...
-
-    @property
-    def sample_seconds(self) -> float: ...
-
-    def sample(self, call: Call, n: int) -> tuple[float, float]:
-        """(microseconds per call on the device, microseconds per call by the host until the device is done)."""
-        ...
+CONFIDENCE = 0.95
 
 
 class HostClock:
-    """Where results are there when a call returns: a CPU."""
+    """For a device whose results are there when a call returns: a CPU."""
 
-    name = "host"
-    l2 = None
-    sample_seconds = 5e-3
+    name, l2, sample_seconds = "host", None, 5e-3
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
+        """Microseconds per call of n calls: on the device, and by the host until the device is done."""
         begin = time.perf_counter()
         for _ in range(n):
             call()
@@ -58,8 +42,7 @@ class CudaClock:
     larger than the cache is written before each call, outside of its events.
     """
 
-    name = "cuda events"
-    sample_seconds = 2e-3
+    name, sample_seconds = "cuda events", 2e-3
 
     def __init__(self, device: torch.device, flush: bool = False, events: Any = None) -> None:
         self._new_event = events or (lambda: torch.cuda.Event(enable_timing=True))
@@ -71,8 +54,17 @@ class CudaClock:
             self._buffer = torch.empty(2 * size, dtype=torch.int8, device=device)
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
-        if self._buffer is not None:
-            return self._flushed(call, n)
+        """As HostClock's."""
+        if self._buffer is None:
+            device_us, wall_us = self._between_events(call, n)
+            return device_us / n, wall_us / n
+        found = []
+        for _ in range(n):
+            self._buffer.zero_()
+            found.append(self._between_events(call, 1))
+        return sum(d for d, _ in found) / n, sum(w for _, w in found) / n
+
+    def _between_events(self, call: Call, n: int) -> tuple[float, float]:
         begin, end = self._new_event(), self._new_event()
         self._synchronize()
         start = time.perf_counter()
@@ -81,27 +73,13 @@ class CudaClock:
             call()
         end.record()
         self._synchronize()
-        wall = (time.perf_counter() - start) * 1e6 / n
-        return begin.elapsed_time(end) * 1e3 / n, wall
-
-    def _flushed(self, call: Call, n: int) -> tuple[float, float]:
-        assert self._buffer is not None
-        total = wall = 0.0
-        for _ in range(n):
-            self._buffer.zero_()
-            begin, end = self._new_event(), self._new_event()
-            self._synchronize()
-            start = time.perf_counter()
-            begin.record()
-            call()
-            end.record()
-            self._synchronize()
-            wall += (time.perf_counter() - start) * 1e6
-            total += begin.elapsed_time(end) * 1e3
-        return total / n, wall / n
+        return begin.elapsed_time(end) * 1e3, (time.perf_counter() - start) * 1e6
 
 
-def clock(device: torch.device, flush: bool) -> "CudaClock | HostClock":
+Clock = HostClock | CudaClock
+
+
+def clock(device: torch.device, flush: bool = False) -> Clock:
     return CudaClock(device, flush) if device.type == "cuda" else HostClock()
 
 
@@ -113,23 +91,36 @@ class Samples:
     device_us: list[float] = field(default_factory=list)
     wall_us: list[float] = field(default_factory=list)
 
-    def to_json(self, steps: int, clock: Clock) -> dict[str, Any]:
-        """The "timing" of a row; steps: of the sequence that one call runs through."""
-        p20, p50, p80 = (stats.percentile(self.device_us, p) for p in (20, 50, 80))
-        interval = stats.median_interval(self.device_us)
-        return {
-            "p20_us": p20,
-            "p50_us": p50,
-            "p80_us": p80,
-            "us_per_step": p50 / steps,
-            "wall_p50_us": stats.percentile(self.wall_us, 50),
-            "ci_low_us": interval.low,
-            "ci_high_us": interval.high,
-            "confidence": round(interval.confidence, 4),
-            "samples": len(self.device_us),
-            "calls_per_sample": self.calls,
-            "clock": clock.name,
-        }
+    def summary(self, steps: int, clock_name: str) -> Timing:
+        """The `timing` of a row; steps: of the sequence that one call runs through."""
+        p20, p50, p80 = map(float, numpy.percentile(self.device_us, (20, 50, 80)))
+        low, high, confidence = median_interval(self.device_us)
+        wall = float(numpy.percentile(self.wall_us, 50))
+        interval = dict(ci_low_us=low, ci_high_us=high, confidence=round(confidence, 4))
+        counts = dict(samples=len(self.device_us), calls_per_sample=self.calls)
+        return Timing(p20, p50, p80, p50 / steps, wall, **interval, **counts, clock=clock_name)  # type: ignore[arg-type]
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """The narrowest interval between ranked samples k and n + 1 - k that holds the true median with this confidence.
+
+    Each sample lies below the median with probability 1/2, so the probability that at most k - 1 do is binomial. With too few
+    samples (fewer than six for 0.95) no interval reaches it: from the least to the largest, with the confidence that has.
+    """
+    ranked, n = sorted(values), len(values)
+    best, reached, outside = 1, 0.0, 0.0
+    for k in range(1, n // 2 + 1):
+        outside += math.comb(n, k - 1) / 2**n  # fewer than k samples below the median
+        if k > 1 and 1 - 2 * outside < confidence:
+            break
+        best, reached = k, 1 - 2 * outside
+    return ranked[best - 1], ranked[n - best], reached
+
+
+def is_settled(values: Sequence[float], relative: float = SETTLED) -> bool:
+    """Whether the median is known to this relative half-width, at CONFIDENCE."""
+    low, high, confidence = median_interval(values)
+    return confidence >= CONFIDENCE and (high - low) / 2 <= relative * float(numpy.median(values))
 
 
 class Failed(RuntimeError):
@@ -137,7 +128,7 @@ class Failed(RuntimeError):
 
     def __init__(self, key: Hashable) -> None:
         super().__init__(str(key))
-        self.key = key
+        self.key: Any = key
 
 
 def interleaved(calls: Mapping[K, Call], clock: Clock, seconds: float, seed: int = 0) -> dict[K, Samples]:
@@ -146,42 +137,39 @@ def interleaved(calls: Mapping[K, Call], clock: Clock, seconds: float, seed: int
     Sampling ends when every median is settled, or time is up; each call has at least LEAST_SAMPLES samples, unless that would
     take ten times as long. Raises Failed from whatever a call raises.
     """
-    generator = random.Random(seed)
-    samples = {key: Samples(_calls_per_sample(key, call, clock)) for key, call in calls.items()}
-    order = list(calls)
-    begin = time.perf_counter()
-    budget = seconds * len(order)
-    while order:
-        generator.shuffle(order)
-        for key in order:
-            try:
-                device_us, wall_us = clock.sample(calls[key], samples[key].calls)
-            except Exception as error:
-                raise Failed(key) from error
-            samples[key].device_us.append(device_us)
-            samples[key].wall_us.append(wall_us)
-        rounds = len(samples[order[0]].device_us)
-        elapsed = time.perf_counter() - begin
-        settled = all(stats.is_settled(s.device_us, SETTLED) for s in samples.values())
-        if rounds >= MOST_SAMPLES or (rounds >= LEAST_SAMPLES and (settled or elapsed >= budget)):
-            break
-        if rounds >= 3 and elapsed >= 10 * budget:
-            break
-    return samples
-
-
-def _calls_per_sample(key: Hashable, call: Call, clock: Clock) -> int:
-    """Warm up, and find how many calls make a sample long enough for the clock."""
+    generator, order = random.Random(seed), list(calls)
+    found: dict[K, Samples] = {}
+    key: Any = None
     try:
-        clock.sample(call, 1)  # compiles, allocates
-        _, once = clock.sample(call, 1)
-        n = max(1, min(MOST_CALLS, math.ceil(clock.sample_seconds * 1e6 / max(once, 1e-3))))
-        if n > 1:  # one call alone waits for its own end: many in a row are faster
-            _, each = clock.sample(call, n)
-            n = max(1, min(MOST_CALLS, math.ceil(clock.sample_seconds * 1e6 / max(each, 1e-3))))
-        return n
+        for key in order:
+            found[key] = Samples(_calls_per_sample(calls[key], clock))
+        begin, budget = time.perf_counter(), seconds * len(order)
+        for rounds in range(1, MOST_SAMPLES + 1):
+            generator.shuffle(order)
+            for key in order:
+                device_us, wall_us = clock.sample(calls[key], found[key].calls)
+                found[key].device_us.append(device_us)
+                found[key].wall_us.append(wall_us)
+            elapsed = time.perf_counter() - begin
+            if rounds >= 3 and elapsed >= 10 * budget:
+                break
+            if rounds >= LEAST_SAMPLES and (elapsed >= budget or all(is_settled(s.device_us) for s in found.values())):
+                break
     except Exception as error:
         raise Failed(key) from error
+    return found
+
+
+def _calls_per_sample(call: Call, clock: Clock) -> int:
+    """Warm up, and find how many calls make a sample long enough for the clock."""
+    clock.sample(call, 1)  # compiles, allocates
+    n = 1
+    for _ in range(2):  # one call alone waits for its own end: many in a row are faster
+        _, each_us = clock.sample(call, n)
+        n = max(1, min(MOST_CALLS, math.ceil(clock.sample_seconds * 1e6 / max(each_us, 1e-3))))
+        if n == 1:
+            break
+    return n
 
 
 def graphed(call: Call) -> tuple[Call, Any]:

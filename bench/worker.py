@@ -2,209 +2,116 @@
 
 A kernel that hangs or corrupts the device takes its process along. So the tasks run in a process of their own, which tells
 what it is about to do; when it falls silent or dies, the parent knows whom to blame, and goes on with a new one.
-
-Both speak JSON lines: the parent sends {"task", "skip", "roofs", "seconds"}; the worker answers with events "ready", "stage",
-"row", "error" (the device is lost) and "done".
 """
 
-import json
 import os
-import queue
-import subprocess
-import sys
-import threading
-import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from . import child
+import torch
+
+from . import measure, timing
 from .cases import Task
-from .floor import Roofs
+from .device import RowMaker
+from .process import Died, Process
+from .roofs import Roofs
+from .rows import Row
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a worker is told at its start."""
+@dataclass
+class Options:
+    """Of a run. budget_s: stop by then; seconds: of sampling for each provider; silence_s: after which a worker is given up."""
 
+    folder: Path
     device: str
     command: str
-    run: str
+    budget_s: float | None = None
+    seconds: float = 1.0
+    silence_s: float = 180.0
     flush_l2: bool = False
     names: tuple[str, ...] | None = None
     threads: int | None = None
+    again: bool = False
+    retry: bool = False
+    path: Sequence[str] | None = None  # of the workers' imports
+    environment: dict[str, str] = field(default_factory=dict)
+    anchors: bool = True
 
 
-class WorkerDied(RuntimeError):
-    """The worker crashed, fell silent or lost the device; provider, execution and stage say what it was doing."""
+class Worker(Process):
+    """A worker process. maker: makes rows as it does; doing: provider, execution and stage that it told last."""
 
-    def __init__(self, reason: str, provider: str, execution: str, stage: str) -> None:
-        super().__init__(reason)
-        self.provider, self.execution, self.stage = provider, execution, stage
+    doing = ("the worker process", "eager", "start")
 
-
-class Worker:
-    """A worker process. path: folders that its imports come from, in place of this process's."""
-
-    def __init__(self, setup: Setup, *, interpreter: bool = False, path: Sequence[str] | None = None,
-                 environment: Mapping[str, str] | None = None) -> None:  # fmt: skip
-        environ = child.environment(path, {**({"TRITON_INTERPRET": "1"} if interpreter else {}), **(environment or {})})
-        command = child.command("worker", json.dumps(asdict(setup)))
-        self._process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self._doing = ("the worker process", "eager", "start")
-        self.about: dict[str, Any] = {}
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                self._events.put(json.loads(line))
-            except ValueError:
-                print(line, end="", file=sys.stderr)
-        self._events.put(None)
-
-    def ready(self, seconds: float = 300.0) -> dict[str, Any]:
-        """Wait until it has imported everything; returns what its rows say of device, versions and source."""
-        self.about = {name: value for name, value in self._next(seconds, None).items() if name != "event"}
-        return self.about
+    def __init__(self, options: Options, run: str, interpreter: bool) -> None:
+        environment = options.environment | ({"TRITON_INTERPRET": "1"} if interpreter else {})
+        super().__init__("worker:serve", (options, run), options.path, environment)
+        self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
+        self._silence_s = options.silence_s
 
     def run(
-        self,
-        task: Task,
-        skip: Collection[tuple[str, str]],
-        roofs: Roofs | None,
-        seconds: float,
-        emit: Callable[[dict[str, Any]], None],
-        stage: Callable[[str], None],
-        *,
-        silence_s: float,
-        deadline: float | None,
-    ) -> bool:
+        self, task: Task, skip: Collection[tuple[str, str]], roofs: Roofs | None, deadline: float | None,
+        emit: Callable[[Row], None], stage: Callable[[str], None],
+    ) -> bool:  # fmt: skip
         """Measure one task; False when `deadline` (time.monotonic) came first, and the worker was ended.
 
-        Raises WorkerDied; rows emitted before that are good.
+        Raises Died; rows emitted before that are good.
         """
-        request = {
-            "task": task.to_json(),
-            "skip": list(skip),
-            "roofs": asdict(roofs) if roofs else None,
-            "seconds": seconds,
-        }
-        self._doing = ("the worker process", "eager", "task")
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it is dead: the next read says how
+        self.doing = ("the worker process", "eager", "task")
+        self.send((task, skip, roofs))
         while True:
             try:
-                event = self._next(silence_s, deadline)
+                event, content = self.receive(self._silence_s, deadline)
             except TimeoutError:
-                self.end(patience_s=0.0)
+                self.end(0.0)
                 return False
-            if event["event"] == "stage":
-                self._doing = (event["provider"], event["execution"], event["what"])
-                stage(f"{event['provider']}: {event['what']}")
-            elif event["event"] == "row":
-                emit(event["row"])
-            elif event["event"] == "error":
+            if event == "stage":
+                self.doing = content
+                stage(f"{content[0]}: {content[2]}")
+            elif event == "row":
+                emit(content)
+            elif event == "error":
                 self.end()
-                raise WorkerDied(event["reason"], *self._doing)
-            elif event["event"] == "done":
+                raise Died(content)
+            else:
                 return True
 
-    def _next(self, silence_s: float, deadline: float | None) -> dict[str, Any]:
-        left = silence_s if deadline is None else min(silence_s, deadline - time.monotonic())
+
+def serve(connection: Any, setup: tuple[Options, str]) -> None:
+    """The worker's side: answer requests until there are no more, or the device is lost."""
+    context = make_context(*setup, lambda *doing: connection.send(("stage", doing)))
+    connection.send(context.maker)
+    while True:
         try:
-            event = self._events.get(timeout=max(left, 0.0))
-        except queue.Empty:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError from None
-            self.end()
-            raise WorkerDied(f"no sign of life for {silence_s:.0f} s: ended", *self._doing) from None
-        if event is None:
-            code = self._process.wait()
-            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            raise WorkerDied(f"the process ended {how}", *self._doing)
-        return event
-
-    def end(self, patience_s: float = 0.5) -> None:
-        """End the process, by force if it does not go within `patience_s`."""
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                pass
+            task, skip, context.roofs = connection.recv()
+        except EOFError:
+            return
         try:
-            self._process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The worker's side."""
-    # Libraries print to standard output; only this module may answer there.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    data = json.loads(arguments[0])
-    data["names"] = None if data["names"] is None else tuple(data["names"])
-    return serve(Setup(**data), sys.stdin, answers)
-
-
-def serve(setup: Setup, requests: TextIO, answers: TextIO) -> int:
-    """Answer requests until there are no more; 1 when the device is lost."""
-
-    def tell(event: str, **content: Any) -> None:
-        answers.write(json.dumps({"event": event, **content}) + "\n")
-        answers.flush()
-
-    from . import device as devices
-    from . import measure as measuring
-
-    context = make_context(setup, lambda provider, execution, what: tell(
-        "stage", provider=provider, execution=execution, what=what))  # fmt: skip
-    tell("ready", device=devices.describe(context.device), versions=devices.versions(), source=devices.source())
-    for line in requests:
-        request = json.loads(line)
-        task = Task.from_json(request["task"])
-        context.roofs = Roofs(**request["roofs"]) if request["roofs"] else None
-        context.seconds = request["seconds"]
-        try:
-            skip = {(provider, execution) for provider, execution in request["skip"]}
-            measuring.measure(task, context, lambda row: tell("row", row=row), skip)
-        except measuring.Fatal as error:
-            tell("error", reason=f"the device was lost: {error}")
-            return 1
-        except Exception:
-            tell("error", reason=f"the benchmark itself failed: {traceback.format_exc().splitlines()[-1]}")
+            measure.measure(task, context, lambda row: connection.send(("row", row)), skip)
+            connection.send(("done", None))
+        except Exception as error:
             traceback.print_exc()
-            return 1
-        tell("done")
-    return 0
+            lost = isinstance(error, measure.Fatal)
+            why = f"the device was lost: {error}" if lost else f"the benchmark itself failed: {measure.brief(error)}"
+            connection.send(("error", why))
+            return
 
 
-def make_context(setup: Setup, stage: Callable[[str, str, str], None]) -> Any:
-    """The Context of a run, on the device that `setup` names."""
-    import torch
-
-    from . import measure as measuring
-    from . import rows, timing
-
-    device = torch.device(setup.device)
+def make_context(options: Options, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
+    """What the tasks of a run share, on the device that the options name."""
+    device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if setup.threads:
-        torch.set_num_threads(setup.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if os.environ.get("TRITON_INTERPRET"):
         from lstm_triton.kernels import interpreter
 
         interpreter.install()  # what Triton's own gets wrong
-    clock = timing.clock(device, setup.flush_l2)
-    maker = rows.RowMaker(device, setup.command, setup.run, l2=clock.l2)
-    return measuring.Context(device, maker, clock, names=setup.names, stage=stage)
+    clock = timing.clock(device, options.flush_l2)
+    maker = RowMaker(device, options.command, run, clock.l2)
+    return measure.Context(device, maker, clock, options.seconds, options.names, None, stage)

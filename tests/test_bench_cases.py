@@ -5,10 +5,10 @@ import re
 import pytest
 from test_bench_rows import make_row
 
-from lstm_triton.bench import cases, cudnn, floor, stats, suites, workloads
-from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench import providers, roofs, suites, timing, workloads
+from lstm_triton.bench.cases import Case
 
-H100 = cudnn.Gpu((9, 0), 132)
+H100 = (9, 0), 132
 
 
 @pytest.mark.parametrize(
@@ -42,38 +42,37 @@ H100 = cudnn.Gpu((9, 0), 132)
 )
 def test_cudnn_algorithm(changes, expected):
     options = {"hidden_size": 768, "input_size": 768, "batch": 16, "length": 100, "dtype": "float16"} | changes
-    assert cudnn.algorithm(Case("a", **options), H100) == expected
+    assert providers.algorithm(Case("a", **options), *H100) == expected
 
 
 def test_cudnn_algorithm_depends_on_the_gpu():
     case = Case("a", 768, 16, 100, dtype="float16")
-    assert cudnn.algorithm(case, cudnn.Gpu((8, 6), 108)) == "STANDARD"
-    assert cudnn.algorithm(case, cudnn.Gpu((8, 0), 97)) == "STANDARD"
-    assert cudnn.algorithm(case, cudnn.Gpu((8, 0), 98)) == "PERSIST_STATIC"
-    assert "copies" in cudnn.remark(Case("a", 8, 1, 1)) and cudnn.remark(case) is None
+    assert providers.algorithm(case, (8, 6), 108) == "STANDARD"
+    assert providers.algorithm(case, (8, 0), 97) == "STANDARD"
+    assert providers.algorithm(case, (8, 0), 98) == "PERSIST_STATIC"
 
 
-ROOFS = floor.Roofs(copy_bytes_per_s=1e12, flops_per_s={"bfloat16": 1e15, "float32 ieee": 1e13}, exchange_us=0.5)
+ROOFS = roofs.Roofs(copy_bytes_per_s=1e12, flops_per_s={"bfloat16": 1e15, "float32 ieee": 1e13}, exchange_us=0.5)
 
 
 def test_floor_by_hand():
-    found = floor.floor(Case("a", 1024, 64, 100), ROOFS)
+    found = roofs.floor(Case("a", 1024, 64, 100), ROOFS)
     # 2 * 4 * 1024 * 1024 * 64 operations a step; x, y of 64 x 1024 and a hundredth of 8 * 1024 * 1024 weights, 2 bytes each
     assert found.tensor_us == pytest.approx(8 * 1024 * 1024 * 64 / 1e15 * 1e6)
     assert found.memory_us == pytest.approx((2 * 64 * 1024 * 2 + 8 * 1024 * 1024 * 2 / 100) / 1e12 * 1e6)
     assert found.us_per_step == pytest.approx(0.5 + max(found.tensor_us, found.memory_us))
-    training = floor.floor(Case("a", 1024, 64, 100, mode="train"), ROOFS)
+    training = roofs.floor(Case("a", 1024, 64, 100, mode="train"), ROOFS)
     assert training.exchange_us == pytest.approx(1.0) and training.tensor_us == pytest.approx(3 * found.tensor_us)
 
 
 def test_floor_exchanges():
-    assert floor.floor(Case("a", 128, 1, 100), ROOFS).exchange_us == floor.LOCAL_EXCHANGE_US
-    assert floor.floor(Case("a", 512, 1, 1), ROOFS).exchange_us == 0
-    unmeasured = floor.Roofs(1e12, {"bfloat16": 1e15}, None)
-    assert floor.floor(Case("a", 512, 1, 100), unmeasured).exchange_us == floor.ASSUMED_EXCHANGE_US
-    assert floor.floor(Case("a", 512, 1, 100, dtype="float16"), ROOFS) is None
-    two = floor.floor(Case("a", 1024, 64, 100, layers=2, bidirectional=True), ROOFS)
-    assert two.tensor_us == pytest.approx(4 * floor.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
+    assert roofs.floor(Case("a", 128, 1, 100), ROOFS).exchange_us == roofs.LOCAL_EXCHANGE_US
+    assert roofs.floor(Case("a", 512, 1, 1), ROOFS).exchange_us == 0
+    unmeasured = roofs.Roofs(1e12, {"bfloat16": 1e15}, None)
+    assert roofs.floor(Case("a", 512, 1, 100), unmeasured).exchange_us == roofs.ASSUMED_EXCHANGE_US
+    assert roofs.floor(Case("a", 512, 1, 100, dtype="float16"), ROOFS) is None
+    two = roofs.floor(Case("a", 1024, 64, 100, layers=2, bidirectional=True), ROOFS)
+    assert two.tensor_us == pytest.approx(4 * roofs.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
 
 
 def test_roofs_from_rows():
@@ -84,38 +83,39 @@ def test_roofs_from_rows():
         "exchange_us": 0.5,
     }
     row = make_row(kind="roof", suite="roofs", values=values)
-    assert floor.from_rows([row], row["device"]["name"]) == ROOFS
-    assert floor.from_rows([row], "another") is None
-    assert floor.from_rows([row | {"status": "failed", "reason": "x"}], row["device"]["name"]) is None
+    failed = make_row(kind="roof", suite="roofs", values=values, status="failed")
+    assert roofs.from_rows([row], row.device.name) == ROOFS
+    assert roofs.from_rows([row], "another") is None
+    assert roofs.from_rows([failed], row.device.name) is None
 
 
 def test_percentiles_of_known_samples():
-    assert [stats.percentile([4, 1, 3, 2, 5], p) for p in (0, 20, 50, 80, 100)] == [1, 1.8, 3, 4.2, 5]
-    assert stats.percentile([7], 80) == 7
+    found = timing.Samples(3, [4.0, 1, 3, 2, 5], [7.0]).summary(2, "a clock")
+    assert (found.p20_us, found.p50_us, found.p80_us) == (pytest.approx(1.8), 3, pytest.approx(4.2))
+    assert (found.us_per_step, found.wall_p50_us, found.samples, found.calls_per_sample) == (1.5, 7, 5, 3)
 
 
 def test_median_interval_of_known_samples():
     # from tables of the sign test: n = 6: ranks 1 and 6, 96.9 %; n = 10: 2 and 9, 97.9 %; n = 20: 6 and 15, 95.9 %
     for n, low, high, confidence in ((6, 1, 6, 0.96875), (10, 2, 9, 0.978515625), (20, 6, 15, 0.9586)):
-        found = stats.median_interval(range(1, n + 1))
-        assert (found.low, found.high) == (low, high) and found.confidence == pytest.approx(confidence, abs=1e-4)
-    assert stats.median_interval([3.0]) == stats.Interval(3.0, 3.0, 0.0)
-    assert stats.median_interval([1, 2, 3]).confidence == pytest.approx(0.75)
+        assert timing.median_interval(range(1, n + 1)) == (low, high, pytest.approx(confidence, abs=1e-4))
+    assert timing.median_interval([3.0]) == (3.0, 3.0, 0.0)
+    assert timing.median_interval([1, 2, 3])[2] == pytest.approx(0.75)
 
 
 def test_settled_is_for_steady_samples():
-    assert not stats.is_settled([1.0] * 5, 0.01)
-    assert stats.is_settled([1.0] * 6, 0.01)
-    assert not stats.is_settled([1.0, 2.0] * 20, 0.01)
+    assert not timing.is_settled([1.0] * 5)
+    assert timing.is_settled([1.0] * 6)
+    assert not timing.is_settled([1.0, 2.0] * 20)
 
 
 def test_every_suite_has_cases_at_every_scale():
-    for scale in suites.SCALES:
+    for scale in suites.SIZES:
         for device in ("cpu", "cuda"):
             for suite in suites.SUITES:
                 assert suites.tasks([suite], scale, device), (scale, device, suite)
             everything = suites.tasks(suites.SUITES, scale, device)
-            keys = [(t.suite, t.kind, t.interpreter, t.case.name, cases.case_key(t.case.to_json())) for t in everything]
+            keys = [(t.interpreter, t.case.name, t.key) for t in everything]
             assert len(set(keys)) == len(keys)
     assert set(suites.SUITES) >= {
         "hidden-sizes", "batch", "length", "cell", "real", "memory", "accuracy", "overhead", "cold-start",
@@ -162,19 +162,35 @@ def test_float32_products_default_to_what_torch_does():
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 0}, {"batch": -1}, {"length": 0}, {"resets": 2.0}, {"scale": 0.0}])
 def test_sizes_that_make_no_case(changes):
-    with pytest.raises(ValueError, match="less than|share"):
+    with pytest.raises(ValueError, match="number"):
         Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
 
 
-def test_cases_and_tasks_survive_json():
-    case = Case("a", 8, 1, 4, layers=2, bidirectional=True, resets=0.1, note="n")
-    assert Case.from_json(case.to_json()) == case
-    task = Task("cell", case, "accuracy", ("eager", "graph"), ("x",), True)
-    assert Task.from_json(task.to_json()) == task
-    with pytest.raises(ValueError, match="'float8' is not one of"):
+def test_what_makes_no_case():
+    with pytest.raises(ValueError, match="'float8', not one of"):
         Case("a", 8, 1, 1, dtype="float8")
     with pytest.raises(ValueError, match="a cell is one step"):
         Case("a", 8, 1, 2, form="cell")
+    with pytest.raises(ValueError, match="a carried state"):
+        Case("a", 8, 1, 2, carried=True)
+
+
+def test_names_and_notes_make_no_other_problem():
+    assert Case("a", 8, 1, 4, note="n").key == Case("b", 8, 1, 4).key != Case("a", 8, 1, 5).key
+
+
+def test_what_users_ask_for_is_there():
+    tasks = suites.tasks(suites.SUITES, "gpu", "cuda")
+    assert {(t.case.form, t.executions) for t in tasks if t.suite == "step"} == {
+        (form, ("eager", "graph")) for form in ("layer", "cell")
+    }
+    carried = [t for t in tasks if t.case.carried]
+    assert all(t.executions == ("eager", "graph") for t in carried) and {t.suite for t in carried} == {"step", "real"}
+    spoken = [t.case for t in tasks if t.case.name.startswith("diar_infer")]
+    assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
+        (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
+    }
+    assert sum(w.domain == "RL" and w.case is not None for w in workloads.load()) == 18
 
 
 def test_real_workloads_lie_in_their_ranges():
@@ -183,7 +199,7 @@ def test_real_workloads_lie_in_their_ranges():
     with workloads.TABLE.open(encoding="utf-8", newline="") as file:
         table = {row["id"]: row for row in csv.DictReader(file)}
     loaded = workloads.load()
-    assert len(loaded) == len(table) == 50
+    assert len(loaded) == len(table) == 52
     run = [w for w in loaded if w.case is not None]
     assert len(run) >= 24 and all(w.source for w in loaded)
     for w in run:
@@ -202,5 +218,5 @@ def test_real_workloads_lie_in_their_ranges():
         assert case.bidirectional == (row["bidir"] == "1")
         assert (case.mode == "train") == ("bwd" in row["kind"] or w.id == "ts_tft"), w.id
     assert {w.case.rows for w in run} == {"padded", "packed", "lengths"}
-    assert any(w.case.proj_size for w in run) and any(w.case.resets for w in run) and any(w.in_graph for w in run)
+    assert any(w.case.proj_size for w in run) and any(w.case.resets for w in run) and any(w.case.carried for w in run)
     assert all(w.reason for w in loaded if w.case is None)

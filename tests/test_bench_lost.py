@@ -70,9 +70,9 @@ def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):
     rows = []
     task = Task("s", case, executions=("eager", "graph"))
     measure.measure(task, context(names=("torch.nn.LSTM",)), rows.append)
-    found = {row["execution"]: row for row in rows}
-    assert found["eager"]["status"] == "ok" and found["eager"]["timing"]
-    assert found["graph"]["status"] == "failed" and "not permitted" in found["graph"]["reason"]
+    found = {row.execution: row for row in rows}
+    assert found["eager"].status == "ok" and found["eager"].timing
+    assert found["graph"].status == "failed" and "not permitted" in found["graph"].reason
 
 
 def test_a_capture_that_fails_leaves_the_stream_that_was(monkeypatch):

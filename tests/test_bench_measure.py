@@ -7,8 +7,11 @@ import torch
 from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
-from lstm_triton.bench import accuracy, measure, peers, problem, providers
+from lstm_triton.bench import accuracy, choice, peers, problem, providers
+from lstm_triton.bench.built import Built
 from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench.precision import precision as torchs_precision
+from lstm_triton.bench.rows import Error
 
 
 @pytest.mark.parametrize(
@@ -31,13 +34,13 @@ def test_providers_agree_with_the_truth(options):
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(truth)
     for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell"):
         try:
-            built = measure.build(providers.all_providers()[name], given, states=True)
+            built = Built(choice.provider(name), given, states=True)
         except providers.Unavailable:
             assert name == "torch.nn.LSTMCell"
             continue
-        found = accuracy.errors(built.call(), truth)
+        found = accuracy.errors(built.results(), truth)
         assert set(found) >= set(truth) - {"dh0", "dc0"}
-        assert max(e["max"] for e in found.values()) < 1e-5, (name, found)
+        assert max(e.max for e in found.values()) < 1e-5, (name, found)
 
 
 def test_the_truth_of_plain_cases_is_the_specification():
@@ -70,96 +73,123 @@ def test_problems_are_the_same_for_one_seed():
     assert one.x.equal(two.x) and not one.x.equal(other.x) and one.x.dtype == torch.bfloat16
 
 
-class Wrong(providers.TorchLSTM):
+def with_fault(what):
     """torch.nn.LSTM with a fault in `what`."""
 
-    def __init__(self, what):
-        super().__init__(f"wrong {what}")
-        object.__setattr__(self, "what", what)
-
-    def make(self, given):
-        model = super().make(given)
+    def make(given):
+        model = providers.torchs_lstm(given)
         right = model.run
 
         def run(x, h0, c0):
             y, h_n, c_n = right(x, h0, c0)
-            if self.what == "output":
+            if what == "output":
                 y = y * 1.001
-            if self.what == "row":
+            if what == "row":
                 y = torch.cat((y[:, 1:], y[:, :1]), dim=1)
-            if self.what == "gradient":
+            if what == "gradient":
                 y = y.detach() + 1.001 * (y - y.detach())
-            if self.what == "NaN":
+            if what == "NaN":
                 y = torch.where(torch.arange(y.shape[0])[:, None, None] == 0, math.nan, y)
-            if self.what == "shape":
+            if what == "shape":
                 y = y[:-1]
-            if self.what == "error":
+            if what == "error":
                 raise ValueError("a fault\nof two lines")
+            if what == "backward":
+                y = FailsInBackward.apply(y)
             return y, h_n, c_n
 
         model.run = run
         return model
 
+    return make
 
-@pytest.mark.parametrize("what", ["output", "row", "gradient", "NaN", "error", "shape"])
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError("does not compile")
+
+
+def also(monkeypatch, **makers):
+    everyone = choice.all_providers() | makers
+    monkeypatch.setattr(choice, "all_providers", lambda: everyone)
+
+
+@pytest.mark.parametrize("what", ["output", "row", "gradient", "NaN", "error", "shape", "backward"])
 def test_a_wrong_provider_gets_a_row_and_no_time(monkeypatch, what):
-    everyone = {**providers.all_providers(), "wrong": Wrong(what)}
-    monkeypatch.setattr(providers, "all_providers", lambda: everyone)
+    also(monkeypatch, wrong=with_fault(what))
     case = Case("a", 8, 3, 6, dtype="float32", precision="ieee", mode="train")
     found = run(Task("s", case), names=("wrong", "torch.nn.LSTM"))
     bad = found["wrong"]
-    assert bad["status"] == ("failed" if what in ("error", "shape") else "wrong") and bad["timing"] is None
-    assert "ValueError: a fault" == bad["reason"] if what == "error" else bad["reason"]
-    assert found["torch.nn.LSTM"]["status"] == "ok" and found["torch.nn.LSTM"]["timing"]["p50_us"] == 2.0
+    assert bad.status == ("failed" if what in ("error", "shape", "backward") else "wrong") and bad.timing is None
+    said = {"error": "ValueError: a fault", "backward": "in its backward: RuntimeError: does not compile"}
+    assert bad.reason == said[what] if what in said else bad.reason
+    assert found["torch.nn.LSTM"].status == "ok" and found["torch.nn.LSTM"].timing.p50_us == 2.0
+
+
+@pytest.mark.parametrize("form", ["layer", "cell"])
+def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
+    given = problem.make(Case("a", 5, 3, 1, form=form, dtype="float32", precision="ieee", carried=True), CPU)
+    two = problem.make(Case("a", 5, 3, 2, dtype="float32", precision="ieee"), CPU)
+    name = "torch.nn.LSTM" if form == "layer" else "lstm_triton auto"
+    built = Built(choice.provider(name), given)
+    first = built.results()
+    built.call()
+    carried = built.named(built.call())
+    again = built.results()
+    assert all(again[name].equal(t) for name, t in first.items())
+    lstm = problem.torch_lstm(two.case, CPU)
+    lstm.load_state_dict(given.weights)
+    y, _ = lstm(torch.cat([given.x] * 3), (given.h0, given.c0))
+    torch.testing.assert_close(carried["y"][0], y[2])
 
 
 def test_missing_providers_are_skipped_with_the_reason():
     case = Case("a", 8, 3, 6, dtype="float32", precision="ieee")
-    found = run(Task("s", case), names=("torchrl", "haste", "flashrnn", "lstm_triton triton-persistent"))
-    for name in ("torchrl", "haste", "flashrnn"):
-        assert found[name]["status"] == "skipped" and "not installed" in found[name]["reason"]
+    found = run(Task("s", case), names=("torchrl", "haste", "flashrnn", "fastlstm"))
+    for name in ("torchrl", "haste", "flashrnn", "fastlstm"):
+        assert found[name].status == "skipped" and "not installed" in found[name].reason
 
 
 def test_a_way_that_cannot_serve_is_skipped_not_failed():
     case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3", mode="forward")
     names = ("torch.nn.LSTM", "lstm_triton cudnn", "lstm_triton triton-persistent")
-    everyone = providers.all_providers() | {"lstm_triton cudnn": providers.Ours("cudnn")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(providers, "all_providers", lambda: everyone)
-        found = run(Task("s", case), names=names)
-    assert [found[name]["status"] for name in names[:2]] == ["skipped", "skipped"]
+    found = run(Task("s", case), names=names)
+    assert [found[name].status for name in names[:2]] == ["skipped", "skipped"]
 
 
 def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
     calls = []
 
-    class Late(providers.TorchLSTM):
-        def make(self, given):
-            model = super().make(given)
-            right = model.run
+    def late(given):
+        model = providers.torchs_lstm(given)
+        right = model.run
 
-            def run(*arguments):
-                calls.append(1)
-                if len(calls) > 3:
-                    raise RuntimeError("tired")
-                return right(*arguments)
+        def run(*arguments):
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("tired")
+            return right(*arguments)
 
-            model.run = run
-            return model
+        model.run = run
+        return model
 
-    everyone = {**providers.all_providers(), "late": Late()}
-    monkeypatch.setattr(providers, "all_providers", lambda: everyone)
+    also(monkeypatch, late=late)
     found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("torch.nn.LSTM", "late"))
-    assert found["late"]["status"] == "failed" and "tired" in found["late"]["reason"]
-    assert found["torch.nn.LSTM"]["status"] == "ok"
+    assert found["late"].status == "failed" and "tired" in found["late"].reason
+    assert found["torch.nn.LSTM"].status == "ok"
 
 
 def test_precision_is_set_alike_on_both_sides_and_put_back():
     settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
     before = [s.fp32_precision for s in settings]
-    with measure.precision(Case("a", 8, 1, 1, dtype="float32", precision="ieee")):
+    with torchs_precision(Case("a", 8, 1, 1, dtype="float32", precision="ieee")):
         assert [s.fp32_precision for s in settings] == ["ieee", "ieee"]
-    with measure.precision(Case("a", 8, 1, 1, dtype="bfloat16")):
+    with torchs_precision(Case("a", 8, 1, 1, dtype="bfloat16")):
         assert [s.fp32_precision for s in settings] == ["tf32", "tf32"]
     assert [s.fp32_precision for s in settings] == before
 
@@ -167,7 +197,7 @@ def test_precision_is_set_alike_on_both_sides_and_put_back():
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_libraries_that_read_the_older_setting_of_precision_get_the_same_answer(precision):
     older = torch.get_float32_matmul_precision()
-    with measure.precision(Case("a", 8, 1, 1, dtype="float32", precision=precision)):
+    with torchs_precision(Case("a", 8, 1, 1, dtype="float32", precision=precision)):
         assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[precision]
         assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
         assert torch.backends.cuda.matmul.fp32_precision == precision
@@ -197,32 +227,80 @@ class FakeTorchRL:
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_torchrl_is_given_the_precision(monkeypatch, precision):
     fake = FakeTorchRL()
-    monkeypatch.setattr(peers, "_module", lambda name, package: fake)
-    monkeypatch.setattr(peers, "_on_gpu", lambda given, name: None)
+    monkeypatch.setattr(peers, "_module", lambda name, given, resets=False: fake)
     case = Case("a", 5, 3, 6, dtype="float32", precision=precision, mode="train", resets=0.3)
     row = run(Task("s", case), names=("torchrl",))["torchrl"]
-    assert row["status"] == "ok", row["reason"]
+    assert row.status == "ok", row.reason
     assert set(fake.asked) == {(precision, {"ieee": "highest", "tf32": "high"}[precision])}
 
 
+class FakeFlashRNN:
+    """flashrnn 1.0.8's function: Wx [B, T, 4, 1, H], states [2, B, 1, 1, H], all states [2, B, T, 1, H] and the last."""
+
+    @staticmethod
+    def flashrnn(Wx, R, b, states=None, function="lstm", config=None, backend="cuda_fused", dtype="bfloat16"):
+        assert function == "lstm" and backend == "cuda_fused" and dtype == "float32"
+        (h, c), found = states[:, :, 0, 0], []
+        for z in Wx[:, :, :, 0].unbind(1):
+            i, f, g, o = (z + torch.einsum("bp,gdp->bgd", h, R[:, 0]) + b[:, 0]).unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            found.append(torch.stack((h, c)))
+        every = torch.stack(found, dim=2)[:, :, :, None]
+        return every, every[:, :, -1:]
+
+
+class FakeFastLSTM(torch.nn.LSTM):
+    """fastlstm's module, as its signature has it."""
+
+    def __init__(self, input_size, hidden_size, num_layers=1, version="fast", device=None, dtype=None):
+        super().__init__(input_size, hidden_size, num_layers, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(("peer", "precision"), [("flashrnn", "ieee"), ("fastlstm", "tf32"), ("fastlstm", "ieee")])
+def test_adapters_follow_their_peers_signatures(monkeypatch, peer, precision):
+    module = FakeFlashRNN if peer == "flashrnn" else type("lstm", (), {"FastLSTM": FakeFastLSTM})
+    monkeypatch.setattr(peers, "_module", lambda name, given, resets=False: module)
+    case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision=precision, mode="train")
+    row = run(Task("s", case), names=(peer,))[peer]
+    if peer == "fastlstm" and precision == "ieee":
+        assert row.status == "skipped" and "TF32" in row.reason
+    else:
+        assert row.status == "ok" and set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_hh_l0", "dbias_ih_l0"}, (
+            row.reason
+        )
+        assert ("untested" in row.backend_reason) == (peer == "fastlstm")
+
+
+def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkeypatch, tmp_path):
+    (tmp_path / "fastlstm").mkdir()
+    (tmp_path / "fastlstm" / "lstm.py").write_text("import torch; torch.backends.cudnn.rnn.fp32_precision = 'tf32'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
+    with torchs_precision(case):
+        with pytest.raises(providers.Unavailable, match="GPUs only"):
+            peers.fastlstm(problem.make(case, CPU))
+        assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
+
+
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
-    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.all_providers())
-    chosen = providers.chosen_for(Case("a", 512, 16, 1024), "timing", "cuda")
+    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(choice.all_providers())
+    chosen = choice.chosen_for(Task("s", Case("a", 512, 16, 1024)), "cuda")
     assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
-    assert "lstm_triton cudnn" not in providers.chosen_for(Case("a", 512, 16, 64, resets=0.1), "timing", "cuda")
+    assert "lstm_triton cudnn" not in choice.chosen_for(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda")
     found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
-    assert found["lstm_triton cudnn"]["status"] == "skipped" and "GPU" in found["lstm_triton cudnn"]["reason"]
+    assert found["lstm_triton cudnn"].status == "skipped" and "GPU" in found["lstm_triton cudnn"].reason
 
 
 def test_limits_of_what_is_wrong():
     case = Case("a", 8, 2, 5, dtype="float32", precision="ieee")
-    torchs = {"y": {"max": 1e-6, "rms": 1e-7}}
-    assert accuracy.why_wrong(case, {"y": {"max": 7e-6, "rms": 0.0}}, torchs) is None
-    assert "y is off by 1.0e-03" in accuracy.why_wrong(case, {"y": {"max": 1e-3, "rms": 0.0}}, torchs)
-    assert accuracy.why_wrong(case, {"y": {"max": math.inf, "rms": 0.0}}, torchs)
-    assert accuracy.why_wrong(case, {"y": {"max": 1e-6, "rms": 0.0}}, None) is None
-    assert accuracy.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64)) == {
-        "max": 0.5, "rms": pytest.approx(0.5 / math.sqrt(2)),
-    }  # fmt: skip
+    torchs = {"y": Error(1e-6, 1e-7)}
+    assert accuracy.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
+    assert "y is off by 1.0e-03" in accuracy.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
+    assert "c_n is off" in accuracy.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
+    assert accuracy.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
+    assert accuracy.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
+    found = accuracy.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
+    assert (found.max, found.rms) == (0.5, pytest.approx(0.5 / math.sqrt(2)))
     assert accuracy.rounding(Case("a", 8, 1, 4, dtype="float32")) == 2**-11
     assert accuracy.rounding(case) == 2**-24

@@ -14,36 +14,27 @@ def test_host_times_and_first_calls_without_a_gpu():
 def check_overhead_is_split():
     found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"))
     ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
-    assert ours["status"] == torchs["status"] == "ok", found
-    v = ours["values"]
+    assert ours.status == torchs.status == "ok", found
+    v = ours.values
     assert v["launches"] == 1 and v["total_us"] >= v["launch_us"] > 0 and v["dispatch_us"] > 0
-    assert "launches nothing" in ours["label"] and "no GPU" in torchs["label"]
+    assert "launches nothing" in ours.label and "no GPU" in torchs.label
 
 
-def check_first_calls_compile():
-    from lstm_triton.bench import coldstart, null_driver
+def check_first_calls_in_new_processes():
+    from unittest import mock
 
-    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    assert null_driver.LABEL
-    children = []
-    coldstart._child = lambda *arguments: children.append(arguments) or {"first_call_s": 1.0}
-    found = run(Task("cold-start", case, "cold-start"))
-    assert found["lstm_triton triton"]["values"] == {"empty_first_call_s": 1.0, "warm_first_call_s": 1.0}
-    assert len(children) == 3 and children[0][3] == children[1][3], "the second start finds the first one's kernels"
-
-
-def check_a_first_call_in_this_process():
-    import contextlib
-    import io
-    import json
-
-    from lstm_triton.bench import coldstart
+    from lstm_triton.bench import host
 
     case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    request = {"case": case.to_json(), "provider": "lstm_triton triton", "device": "cpu"}
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert coldstart.main([json.dumps(request)]) == 0
-    assert set(json.loads(out.getvalue())) == {"import_s", "first_call_s", "second_call_s"}
+    caches, original = [], host._new_process
+    with mock.patch.object(host, "_new_process", lambda *given: caches.append(given[3]) or original(*given)):
+        found = run(Task("cold-start", case, "cold-start"))
+    names = ("import_s", "first_call_s", "second_call_s")
+    ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
+    assert set(ours.values) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, ours
+    assert set(torchs.values) == {f"empty_{name}" for name in names} and "launches nothing" in ours.label
+    assert all(value > 0 for value in ours.values.values())
+    assert len(caches) == 3 and caches[0] == caches[1], "the second start finds the first one's kernels"
 
 
 def check_the_latency_kernel_compiles():

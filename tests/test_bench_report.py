@@ -1,16 +1,18 @@
 """What is made of rows: the page, the tables of the README, two sets side by side. All rows here are made up."""
 
+import dataclasses
 import html.parser
 import re
 
 import pytest
-from test_bench_rows import make_row
+from test_bench_rows import FLOOR, make_row
 
-from lstm_triton.bench import charts, cli, compare, readme, report, schema, select, store, tables
+from lstm_triton.bench import cli, figures, report, rows, tables
 from lstm_triton.bench.cases import Case
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
+from lstm_triton.bench.rows import Error
 
-GPU = {"type": "cuda", "name": "A GPU that does not exist", "driver": "0"}
+GPU = rows.Device("cuda", "A GPU that does not exist", "0")
 PERSISTENT, STEPWISE = "lstm_triton triton-persistent", "lstm_triton triton-stepwise"
 BACKENDS = {PERSISTENT: "triton-persistent", STEPWISE: "triton-stepwise"}
 
@@ -32,7 +34,12 @@ def sample_rows():
 
     for mode in ("forward", "train"):
         for H, ours in ((64, 5.0), (512, 20.0), (1024, 90.0)):
-            add(Case(f"H{H}", H, 16, 128, mode=mode), {OURS: ours, PERSISTENT: ours * 0.9, CUDNN: 40.0}, "hidden-sizes")
+            add(
+                Case(f"H{H}", H, 16, 128, mode=mode),
+                {OURS: ours, PERSISTENT: ours * 0.9, CUDNN: 40.0, "flashrnn": 70.0},
+                "hidden-sizes",
+                floor=FLOOR,
+            )
             for B in (1, 64):
                 add(Case("b", H, B, 128, mode=mode), {OURS: ours, PERSISTENT: ours, CUDNN: 30.0}, "batch")
             cell = Case("c", H, 16, 1, form="cell", dtype="float32", mode=mode)
@@ -40,12 +47,14 @@ def sample_rows():
             add(cell, {OURS: 2.0, TORCH_CELL: 3.0}, "cell", execution="graph")
         for T in (1, 64, 1024):
             add(Case("t", 512, 16, T, mode=mode), {OURS: 3.0 * T, CUDNN: 5.0 * T}, "length")
-        for name, rows in (("padded", "padded"), ("packed", "packed")):
-            case = Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=rows)
+        for name in ("padded", "packed"):
+            case = Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=name)
             add(case, {OURS: 10.0, PERSISTENT: 9.0, STEPWISE: 40.0, CUDNN: 50.0}, "features")
     add(Case("rl_puffer_train", 128, 256, 64, dtype="float32", mode="train"), {OURS: 10.0, CUDNN: 20.0}, "real")
     add(Case("nlp_awd", 1150, 80, 70, dtype="float32", mode="train", layers=3), {OURS: 30.0, CUDNN: 20.0}, "real")
-    errors = {name: {"max": 2e-3, "rms": 3e-4} for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_hh_l0")}
+    for form, torchs in (("layer", CUDNN), ("cell", TORCH_CELL)):
+        add(Case("s", 64, 1, 1, form=form, dtype="float32", carried=True), {OURS: 3.0, torchs: 4.0}, "step")
+    errors = {name: Error(2e-3, 3e-4) for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_hh_l0")}
     found.append(make_row(kind="accuracy", suite="accuracy", device=GPU, errors=errors))
     found.append(
         make_row(kind="memory", suite="memory", device=GPU, bytes={"saved": 2**20, "outputs": 5, "peak": 2**21})
@@ -103,9 +112,10 @@ def test_the_page_has_every_section_and_fetches_nothing():
     assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
     assert "http" not in re.sub(r"<td>[^<]*</td>", "", text)
     for title in (
-        "Speed-up against hidden size", "Hidden size by batch", "Scaling in the number of steps", "One step: the cell",
-        "LSTMs that people run", "What features cost", "Memory", "Accuracy against float64", "Host time of a call",
-        "The first call", "What loses, and why", "Roofs and floors", "Environment and drift",
+        "Time per step against hidden size", "Where cuDNN still wins", "Hidden size by batch", "Scaling in the number of steps",
+        "One step: the cell", "One step a call, the state carried", "LSTMs that people run", "What features cost",
+        "Memory of a training step", "Accuracy against float64", "Host time of a call", "The first call",
+        "What loses, and why", "Roofs and floors", "Environment and drift",
     ):  # fmt: skip
         assert f"<h3>{title}</h3>" in text, title
     assert "No rows of this yet" not in text
@@ -114,55 +124,64 @@ def test_the_page_has_every_section_and_fetches_nothing():
     assert "moved by 8.0 %" in text
 
 
+def test_the_first_figure_has_everyone_the_floor_and_the_ratio_beside_it():
+    section = re.search(r'id="d0-hidden-sizes">.*?</section>', report.render(sample_rows()), re.DOTALL)[0]
+    first = section[: section.index("</figure>")]
+    step, ratio = first.split("<svg")[1:]
+    for name in (CUDNN, "kernels", "auto", "flashrnn", "floor"):
+        assert f">{name}</text>" in step, name
+    assert "microseconds per step" in step and "hidden size" in step and "time over theirs" in ratio
+    assert ">floor</text>" not in ratio and ">flashrnn</text>" in ratio
+    assert re.search(r"var\(--s1\)", step) and "#04040" not in first, "colours are the page's"
+
+
 def test_losses_are_shown_with_what_is_known():
     text = report.render(sample_rows())
-    for way in select.WAYS:
-        found = select.losses(select.groups(sample_rows()), way)
-        assert found and all(loss.speedup < 1 and loss.way == way for loss in found)
-        assert f"torch is ahead in {len(found)}" in text
+    found = tables.comparisons(tables.newest(sample_rows()))
+    for way in tables.WAYS:
+        lost = tables.lost(found, way)
+        assert len(lost) and all(float(ratio) < 1 for ratio in lost["speed-up"])
+        assert f"torch is ahead in {len(lost)}" in text
     assert "wrong" in text and "a reason" in text
 
 
 def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
     case = Case("H512", 512, 16, 128)
-    rows = [timed(case, p, us) for p, us in ((OURS, 40.0), (PERSISTENT, 90.0), (STEPWISE, 80.0), (CUDNN, 40.0))]
-    rows += [
+    found = [timed(case, p, us) for p, us in ((OURS, 40.0), (PERSISTENT, 90.0), (STEPWISE, 80.0))]
+    found += [timed(case, CUDNN, 40.0, algorithm="STANDARD")]
+    found += [
         timed(case, "lstm_triton cudnn", 39.0, backend="cudnn"),
         timed(case, "lstm_triton torch", 1.0, backend="torch"),
     ]
-    (group,) = select.groups(rows)
-    assert group.ours()[0] == STEPWISE and group.speedup() == pytest.approx(0.5)
-    assert group.auto_speedup() == pytest.approx(1.0)
-    (loss,) = select.losses([group], "kernels")
-    assert (loss.provider, loss.speedup) == (STEPWISE, pytest.approx(0.5)) and not select.losses([group], "auto")
-    text = report.render(rows)
-    assert "bfloat16, kernels" in text and "bfloat16, auto" in text, "two series"
+    compared = tables.comparisons(tables.newest(found))
+    (line,) = compared.itertuples()
+    assert line.kernels.provider == STEPWISE and line.kernels_ratio == pytest.approx(0.5) and line.kernels_lost
+    assert line.auto_ratio == pytest.approx(1.0) and not line.auto_lost
+    won = tables.lost(compared, "kernels", CUDNN)
+    assert won["way"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
+    assert not len(tables.lost(compared, "auto"))
+    text = report.render(found)
     assert "Of 1 comparisons torch is ahead in 1" in text and "Of 1 comparisons torch is ahead in 0" in text
-    assert "0.50" in tables.lost(rows, "kernels").rows[0]
-    marked = tables.headline(rows)
-    assert {marked.head[column] for _, column in marked.marks} == {"speed-up of kernels"}
-
-    slower = [timed(case, OURS, 50.0), timed(case, CUDNN, 40.0)]
-    (loss,) = select.losses(select.groups(slower), "auto")
-    assert loss.speedup == pytest.approx(0.8) and not select.losses(select.groups(slower), "kernels")
+    assert tables.timings(compared)[["speed-up of kernels", "of auto"]].values.tolist() == [["▼ 0.50", "1.00"]]
+    cell = Case("c", 64, 4, 1, form="cell")
+    cells = tables.comparisons(tables.newest([timed(cell, OURS, 9.0), timed(cell, TORCH_CELL, 4.0)]))
+    assert len(tables.lost(cells, "kernels")) and not len(tables.lost(cells, "kernels", CUDNN)), "no cell is cuDNN's"
 
 
 def test_rows_under_other_settings_stand_apart():
     case = Case("H512", 512, 16, 128)
     warm, flushed = (timed(case, OURS, us, l2=l2, date=f"2030-01-0{day}T00:00:00+00:00")
                      for us, l2, day in ((10.0, "warm", 1), (20.0, "flushed", 2)))  # fmt: skip
-    assert select.latest([warm, flushed]) == [warm, flushed], "the newer row is of another measurement"
-    parts = select.by_device([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])
-    assert list(parts) == [GPU["name"], f"{GPU['name']}, L2 cache flushed before each call"]
-    assert len(select.groups([warm, flushed])) == 2
+    assert list(tables.newest([warm, flushed])["row"]) == [warm, flushed], "the newer row is of another measurement"
+    parts = tables.newest([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])["machine"].unique()
+    assert list(parts) == [GPU.name, f"{GPU.name}, L2 cache flushed before each call"]
     text = report.render([warm, flushed])
     assert "--suite hidden-sizes --flush-l2" in text
     cpu = make_row()
-    one, two = (cpu | {"device": cpu["device"] | {"threads": n}} for n in (1, 2))
-    assert len(select.latest([one, two])) == 2
-    assert [name.rpartition(", ")[2] for name in select.by_device([one, two])] == ["1 thread", "2 threads"]
-    assert len(compare.compare([one], [two]).pairs) == 1, "machines with other numbers of threads are compared"
-    assert not compare.compare([warm], [flushed]).pairs
+    one, two = (dataclasses.replace(cpu, device=dataclasses.replace(cpu.device, threads=n)) for n in (1, 2))
+    assert [name.rpartition(", ")[2] for name in tables.newest([one, two])["machine"]] == ["1 thread", "2 threads"]
+    assert len(tables.side_by_side([one], [two])[0]) == 1, "machines with other numbers of threads are compared"
+    assert not len(tables.side_by_side([warm], [flushed])[0])
 
 
 def test_broken_promises_are_marked():
@@ -173,30 +192,29 @@ def test_broken_promises_are_marked():
     found = rows("padded", {OURS: 10.0, PERSISTENT: 10.0, STEPWISE: 20.0, CUDNN: 10.0})
     found += rows("packed", {OURS: 14.0, PERSISTENT: 16.0, STEPWISE: 29.0, CUDNN: 90.0}, rows="packed")
     found += rows("resets", {OURS: 10.4, PERSISTENT: 10.4, STEPWISE: 21.2, CUDNN: 90.0}, resets=0.02)
-    table = tables.features(found)
-    assert {f"{name}, us" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table.head)
-    marked = {(table.rows[i][0], table.head[j - 1]) for i, j in table.marks}
-    assert marked == {("packed, forward", f"{PERSISTENT}, us"), ("resets, forward", f"{STEPWISE}, us")}
+    table = tables.timings(tables.comparisons(tables.newest(found)), base="padded")
+    assert {f"{name}, us/step" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table)
+    broken = {(line[: line.index(":")], name) for name in table for line, text in table[name].items() if "(▼" in text}
+    assert broken == {("packed", f"{PERSISTENT}, us/step"), ("resets", f"{STEPWISE}, us/step")}
     assert "Promised of this package at most: packed, 1.5" in report.render(found)
 
 
 def test_errors_by_hidden_size_and_length():
     def row(H, T, error, **options):
         case = Case("a", H, 4, T, dtype="float32", precision="ieee", mode="train", **options)
-        return make_row(
-            case, kind="accuracy", suite="accuracy", device=GPU, errors={"y": {"max": error, "rms": error / 9}}
-        )
+        return make_row(case, kind="accuracy", suite="accuracy", device=GPU, errors={"y": Error(error, error / 9)})
 
     found = [row(512, 128, 1e-6), row(512, 1024, 4e-6), row(19, 7, 2e-6), row(512, 1, 3e-6, form="cell")]
-    by_shape = tables.accuracy(found, by_shape=True)
-    assert [(r[0], r[2][:7]) for r in by_shape.rows] == [
+    newest = tables.newest(found)
+    by_shape = tables.accuracy(newest, by_shape=True)
+    assert [(name, text[:7]) for name, text in by_shape["y: max / RMS"].items()] == [
         ("cell H512, float32 ieee, input x1", "3.0e-06"),
         ("layer H19 T7, float32 ieee, input x1", "2.0e-06"),
         ("layer H512 T128, float32 ieee, input x1", "1.0e-06"),
         ("layer H512 T1024, float32 ieee, input x1", "4.0e-06"),
     ]
-    (summary,) = tables.accuracy(found).rows
-    assert summary[0] == "float32 ieee, input x1" and summary[2].startswith("4.0e-06 /")
+    summary = tables.accuracy(newest)["y: max / RMS"]
+    assert list(summary.index) == ["float32 ieee, input x1"] and summary.item().startswith("4.0e-06 /")
     text = report.render(found)
     assert "By hidden size and length" in text and "layer H512 T1024" in text
 
@@ -205,59 +223,71 @@ def test_an_empty_or_partial_set_of_rows_is_no_error():
     assert "There are no rows yet" in report.render([])
     text = report.render([make_row()], ["a.jsonl:3: not JSON"])
     Page(text)
-    assert "No rows of this yet" in text and "a.jsonl:3: not JSON" in text and schema.CPU_LABEL in text
+    assert "No rows of this yet" in text and "a.jsonl:3: not JSON" in text and rows.CPU_LABEL in text
 
 
 def test_text_of_rows_cannot_become_markup():
-    rows = [make_row(provider="<script>alert(1)</script>", status="failed", device=GPU, reason="a <b> & c")]
-    text = report.render(rows)
-    assert "<script>" not in text and "a &lt;b&gt; &amp; c" in text
+    found = [make_row(provider="<script>alert(1)</script>", status="failed", device=GPU, reason="a <b> & c")]
+    found += [timed(Case("a", 64, 1, 2), "<i>x</i>", 1.0), timed(Case("a", 64, 1, 2), CUDNN, 1.0)]
+    text = report.render(found)
+    assert "<script>" not in text and "a &lt;b&gt; &amp; c" in text and "<i>x" not in text and "&lt;i&gt;x" in text
 
 
 def test_the_newest_row_counts():
     old, new = make_row(us=10.0, date="2030-01-01T00:00:00+00:00"), make_row(us=20.0, date="2030-01-02T00:00:00+00:00")
-    assert select.latest([new, old]) == [new]
-    assert len(select.latest([new, make_row(device=GPU)])) == 2
+    assert list(tables.newest([new, old])["row"]) == [new]
+    assert len(tables.newest([new, make_row(device=GPU)])) == 2
 
 
 def test_speedup_of_the_fastest_way_and_of_auto():
     case = Case("a", 64, 8, 16)
-    (group,) = select.groups([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
-    assert group.speedup() == pytest.approx(2.0) and group.auto_speedup() == pytest.approx(0.5)
-    assert group.ours()[0] == PERSISTENT and group.theirs()[0] == CUDNN
-    (alone,) = select.groups([make_row(case, CUDNN)])
-    assert alone.speedup() is None and alone.ours() is None
+    (line,) = tables.comparisons(
+        tables.newest([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
+    ).itertuples()
+    assert line.kernels_ratio == pytest.approx(2.0) and line.auto_ratio == pytest.approx(0.5)
+    assert line.kernels.provider == PERSISTENT and line.torchs.provider == CUDNN
+    (alone,) = tables.comparisons(tables.newest([make_row(case, CUDNN)])).itertuples()
+    assert alone.kernels_ratio is None and alone.kernels is None
 
 
-def test_charts_bear_one_point_and_large_ranges():
-    one = charts.lines("a", "x", "y", [charts.Series("s", [(4.0, 2.0)], 0)], 1.0)
-    assert "<circle" in one and "nan" not in one
-    wide = charts.lines("a", "x", "y", [charts.Series("s", [(1.0, 1e-3), (1e6, 1e7)], 5)])
-    assert wide.count('class="grid"') <= 12 and "nan" not in wide
-    assert "behind" in charts.ratios([charts.Bar("b", 0.5, "0.50x")], "ahead", "behind")
+def test_figures_bear_one_point_none_and_large_ranges():
+    one = figures.curves("a", "x", "y", {"s": [(4.0, 2.0)], "t": []}, level=1.0)
+    assert one.startswith("<svg") and ">s</text>" in one and ">t</text>" not in one
+    assert figures.curves("a", "x", "y", {"s": []}) == ""
+    wide = figures.curves("a", "x", "y", {"s": [(1.0, 1e-3), (1e6, 1e7)]})
+    assert wide.count("<text") < 40
+    ratio = figures.bars("a", [("a <b>", 0.5, 0.5, 0.5, "0.50x"), ("c", 2.0, 2.0, 2.0, "2.00x")], ratio=True)
+    assert "a &lt;b&gt;" in ratio and "0.50x" in ratio
+    ids = re.findall(r' id="([^"]+)"', one + wide + ratio)
+    assert len(set(ids)) == len(ids)
+
+
+SUMMARY_BEGIN = "<!-- benchmark summary: begin (written by lstm-triton bench --readme) -->"
+SUMMARY_END = "<!-- benchmark summary: end -->"
+BEGIN, END = SUMMARY_BEGIN.replace(" summary", ""), SUMMARY_END.replace(" summary", "")
 
 
 def test_readme_tables_between_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    rows = [row | {"synthetic": False} for row in sample_rows()]
-    readme.update(path, rows)
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    found = [dataclasses.replace(row, synthetic=False) for row in sample_rows()]
+    report.update_markdown(path, found)
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| H512 B16 T128 bfloat16 forward |" in text and GPU["name"] in text
+    assert "| H512 B16 T128 bfloat16 forward |" in text and GPU.name in text
     once = text
-    readme.update(path, rows)
+    report.update_markdown(path, found)
     assert path.read_text() == once
-    with pytest.raises(store.StoreError, match="synthetic rows are no results"):
-        readme.update(path, sample_rows())
-    path.write_text(f"before\n{readme.SUMMARY_BEGIN}\n{readme.SUMMARY_END}\nafter\n")
-    readme.update(path, rows)
+    with pytest.raises(rows.StoreError, match="synthetic rows are no results"):
+        report.update_markdown(path, sample_rows())
+    path.write_text(f"before\n{SUMMARY_BEGIN}\n{SUMMARY_END}\nafter\n")
+    report.update_markdown(path, found)
     short = path.read_text()
-    assert "| H512 B16 T128 bfloat16 forward |" in short and short.endswith(f"{readme.SUMMARY_END}\nafter\n")
+    assert "| H512 B16 T128 bfloat16 forward |" in short and short.endswith(f"{SUMMARY_END}\nafter\n")
     assert "comparisons torch is ahead" in short and "Memory" in text and "Memory" not in short
     path.write_text("no markers")
-    with pytest.raises(store.StoreError, match="needs one line"):
-        readme.update(path, rows)
+    with pytest.raises(rows.StoreError, match="needs one line"):
+        report.update_markdown(path, found)
 
 
 def test_two_sets_side_by_side(tmp_path, capsys):
@@ -265,20 +295,20 @@ def test_two_sets_side_by_side(tmp_path, capsys):
     case = Case("a", 64, 8, 16)
     for path, factor in ((a, 1.0), (b, 0.5)):
         for provider in (OURS, CUDNN):
-            store.append(path, make_row(case, provider, 10.0 * (factor if provider == OURS else 1.0)))
-    store.append(a, make_row(case, TORCH_CELL))
+            rows.append(path, make_row(case, provider, 10.0 * (factor if provider == OURS else 1.0)))
+    rows.append(a, make_row(case, TORCH_CELL))
     assert cli.main(["--compare", str(a), str(b), "--report", str(tmp_path / "c.html")]) == 0
     out = capsys.readouterr().out
     assert "2.000" in out and "within the noise" in out and "1 only in A" in out
     Page((tmp_path / "c.html").read_text())
-    pairs = {p.provider: p for p in compare.compare(store.read(a).rows, store.read(b).rows).pairs}
-    assert pairs[OURS].clear and not pairs[CUDNN].clear
+    table, _ = tables.side_by_side(rows.read_all([a])[0], rows.read_all([b])[0])
+    assert dict(zip(table["provider"], table[""])) == {OURS: "", CUDNN: "within the noise"}
 
 
 def test_report_and_validation_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     for row in sample_rows():
-        store.append(path, row)
+        rows.append(path, row)
     assert cli.main(["--report", "--rows", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").is_file()
     assert cli.main(["--validate", str(path)]) == 0

@@ -1,17 +1,20 @@
 """Rows: the schema, files that were damaged, appends at the same time. And rows for the other tests of the benchmark."""
 
+import dataclasses
+import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
-from lstm_triton.bench import rows, schema, store, timing
+from lstm_triton.bench import checked, rows, timing
 from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench.device import RowMaker
 from lstm_triton.bench.providers import CUDNN, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
-maker = rows.RowMaker(torch.device("cpu"), "a test", "run", synthetic=True)
+maker = RowMaker(torch.device("cpu"), "a test", "run", synthetic=True)
 
 
 def make_row(
@@ -19,35 +22,49 @@ def make_row(
 ):
     """A synthetic row: a timing of `us` microseconds a call."""
     case = case or Case("H64", 64, 8, 16, dtype="float32", precision="ieee")
-    task = Task(suite, case, kind)
     measured = {}
     if kind in ("timing", "anchor") and status == "ok":
         samples = timing.Samples(1, [us * (1 + 0.001 * k) for k in range(-5, 6)], [us] * 11)
-        measured["timing"] = samples.to_json(case.length, timing.HostClock())
+        measured["timing"] = samples.summary(case.length, "a clock")
     reason = None if status == "ok" else "a reason"
-    return maker.make(task, provider, execution, status, reason, state={}, **measured) | changes
+    row = maker.make(Task(suite, case, kind), provider, execution, status, reason, state={}, **measured)
+    return dataclasses.replace(row, **changes)
+
+
+def as_json(**options):
+    """A good row as json reads it, with a member of every kind."""
+    given = {"errors": {"y": rows.Error(1e-3, 1e-4)}, "floor": FLOOR, "distance": 2.0, "bytes": {"saved": 5}}
+    return json.loads(make_row(**(given | options)).encode())
+
+
+FLOOR = rows.Floor(1.0, 0.5, 0.5, 0.1, "assumed")
+
+
+def read(value):
+    return checked.read(value, rows.Row, "")
 
 
 def test_a_row_survives_a_round_trip():
-    row = make_row(errors={"y": {"max": 1e-3, "rms": 1e-4}})
-    assert schema.decode(schema.encode(row)) == row
+    row = make_row(errors={"y": rows.Error(1e-3, 1e-4)}, floor=FLOOR, distance=2.0, values={"a_us": 1.0})
+    assert rows.decode(row.encode()) == row
 
 
 def test_infinite_errors_are_written_as_words():
-    row = make_row(errors={"y": {"max": float("inf"), "rms": float("nan")}})
-    assert schema.decode(schema.encode(row))["errors"]["y"] == {"max": "inf", "rms": "nan"}
+    row = make_row(errors={"y": rows.Error(float("inf"), float("nan"))})
+    assert '"max":"inf","rms":"nan"' in row.encode()
+    assert str(rows.decode(row.encode()).errors["y"]) == "Error(max=inf, rms=nan)"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "schema is 2"),
+        ({"schema": 2}, "'schema' is 2"),
         ({"kind": "guess"}, "'kind' is 'guess'"),
-        ({"provider": None}, "'provider' is null"),
-        ({"provider": 3}, "'provider' is int"),
-        ({"synthetic": 1}, "'synthetic' is int"),
-        ({"distance": True}, "'distance' is bool"),
-        ({"timing": {"p50_us": 1.0}}, "'timing' has no 'p20_us'"),
+        ({"provider": None}, "'provider' is None"),
+        ({"provider": 3}, "'provider' is 3"),
+        ({"synthetic": 1}, "'synthetic' is 1"),
+        ({"distance": True}, "'distance' is True"),
+        ({"timing": {"p50_us": 1.0}}, "'timing.p20_us' is missing"),
         ({"timing": None}, "has a timing"),
         ({"status": "wrong", "timing": None}, "reason is empty"),
         ({"status": "failed", "reason": "so"}, "there is a timing"),
@@ -56,18 +73,9 @@ def test_infinite_errors_are_written_as_words():
     ],
 )
 def test_what_is_no_row_is_named(changes, message):
-    with pytest.raises(schema.RowError, match=message):
-        schema.check(make_row() | changes)
-
-
-def with_member(name, value, **changes):
-    """A row with one member of an object replaced: "timing.p50_us"."""
-    row = make_row(errors={"y": {"max": 1e-3, "rms": 1e-4}}, floor=FLOOR, distance=2.0, bytes={"saved": 5}) | changes
-    field, _, member = name.partition(".")
-    return row | {field: {**(row[field] or {}), member: value}}
-
-
-FLOOR = {"us_per_step": 1.0, "exchange_us": 0.5, "tensor_us": 0.5, "memory_us": 0.1, "roofs": "assumed"}
+    read(as_json())
+    with pytest.raises(ValueError, match=message):
+        read(as_json() | changes)
 
 
 @pytest.mark.parametrize(
@@ -89,77 +97,76 @@ FLOOR = {"us_per_step": 1.0, "exchange_us": 0.5, "tensor_us": 0.5, "memory_us": 
     ],
 )  # fmt: skip
 def test_what_stands_in_the_objects_is_checked(name, value):
-    schema.check(with_member("timing.p50_us", 10.0))
-    with pytest.raises(schema.RowError, match="a cell is" if name == "case.form" else name.rpartition(".")[2]):
-        schema.check(with_member(name, value))
+    field, _, member = name.partition(".")
+    row = as_json(values={"total_us": 1.0})
+    with pytest.raises(ValueError, match="a cell is" if name == "case.form" else f"{member}|field '{field}'"):
+        read(row | {field: {**row[field], member: value}})
 
 
 @pytest.mark.parametrize(("field", "value"), [("distance", 0.0), ("distance", float("nan")), ("date", "yesterday")])
 def test_figures_and_dates_are_checked(field, value):
-    with pytest.raises(schema.RowError, match=field):
-        schema.check(make_row() | {field: value})
+    with pytest.raises(ValueError, match=f"{field}|isoformat"):
+        read(as_json() | {field: value})
 
 
 def test_lines_that_no_parser_likes_lose_no_other(tmp_path):
     path = tmp_path / "a.jsonl"
-    good = schema.encode(make_row())
+    good = make_row().encode()
     nan = good.replace('"p50_us":10.0', '"p50_us":NaN')
     half = good.replace('"run":"run"', '"run":"\\ud800"')
     deep = good.replace('"state":{}', '"state":' + '{"a":' * 400 + "1" + "}" * 400)
     bad = ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, nan, half, deep]
     assert good not in bad
     path.write_text("\n".join([good, *bad, good]) + "\n")
-    found = store.read(path)
-    assert len(found.rows) == 2 and len(found.problems) == len(bad)
-    assert "a.jsonl:2: nested too deeply" in found.problems[0]
+    found, problems = rows.read_all([path])
+    assert len(found) == 2 and len(problems) == len(bad)
+    assert "a.jsonl:2: nested too deeply" in problems[0]
 
 
 def test_a_missing_field_is_named():
-    row = make_row()
+    row = as_json()
     del row["date"]
-    with pytest.raises(schema.RowError, match="'date' is missing"):
-        schema.check(row)
+    with pytest.raises(ValueError, match="'date' is missing"):
+        read(row)
 
 
 def test_every_field_is_documented():
     page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-    for name in schema.FIELDS:
-        assert f"`{name}`" in page, name
-    for name in schema.FIELDS["timing"].required_keys:
-        assert f"`{name}`" in page, name
+    for field in (*dataclasses.fields(rows.Row), *dataclasses.fields(rows.Timing)):
+        assert f"`{field.name}`" in page, field.name
 
 
 def test_good_rows_around_damage_are_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     for us in (1.0, 2.0):
-        store.append(path, make_row(us=us))
+        rows.append(path, make_row(us=us))
     good = path.read_bytes()
     first, second = good.splitlines(keepends=True)
     path.write_bytes(first + b'{"foreign": true}\n' + b"\xff\xfe\n" + b"\n" + second + first[:100])
-    found = store.read(path)
-    assert [row["timing"]["p50_us"] for row in found.rows] == [1.0, 2.0]
-    assert [p.split(": ")[0].rpartition(":")[2] for p in found.problems] == ["2", "3", "6"]
-    assert "cut off" in found.problems[-1] and "schema is None" in found.problems[0]
+    found, problems = rows.read_all([path])
+    assert [row.timing.p50_us for row in found] == [1.0, 2.0]
+    assert [p.split(": ")[0].rpartition(":")[2] for p in problems] == ["2", "3", "6"]
+    assert "cut off" in problems[-1] and "unknown field 'foreign'" in problems[0]
     # what a crash cut off does not spoil the next row
-    store.append(path, make_row(us=3.0))
-    assert len(store.read(path).rows) == 3
+    rows.append(path, make_row(us=3.0))
+    assert len(rows.read_all([path])[0]) == 3
 
 
 def test_a_file_without_rows_is_an_error(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text("dear diary\n")
-    with pytest.raises(store.StoreError, match="holds no benchmark rows.*notes.jsonl:1"):
-        store.read(path)
-    with pytest.raises(store.StoreError, match="no such file"):
-        store.read_all([tmp_path / "absent"])
-    assert store.read(tmp_path / "absent.jsonl").rows == []
-    with pytest.raises(store.StoreError, match="a folder|Is a directory|directory"):
-        store.read(tmp_path)
+    with pytest.raises(rows.StoreError, match="holds no benchmark rows.*notes.jsonl:1"):
+        rows.read_all([path])
+    with pytest.raises(rows.StoreError, match="no such file"):
+        rows.read_all([tmp_path / "absent"])
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(rows.StoreError, match="directory"):
+        rows.read_all([tmp_path])
 
 
 def _append_forty(path, name):
     for k in range(40):
-        store.append(path, make_row() | {"run": f"{name}{k}"})
+        rows.append(path, make_row(run=f"{name}{k}"))
 
 
 def test_two_processes_append_at_once(tmp_path):
@@ -171,22 +178,21 @@ def test_two_processes_append_at_once(tmp_path):
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    found = store.read(path)
-    assert not found.problems
-    assert sorted(row["run"] for row in found.rows) == sorted(f"{name}{k}" for name in "ab" for k in range(40))
+    found, problems = rows.read_all([path])
+    assert not problems
+    assert sorted(row.run for row in found) == sorted(f"{name}{k}" for name in "ab" for k in range(40))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with store.one_run_at_a_time(tmp_path):
-        with pytest.raises(store.StoreError, match="another benchmark run"), store.one_run_at_a_time(tmp_path):
+    with rows.one_run_at_a_time(tmp_path):
+        with pytest.raises(rows.StoreError, match="another benchmark run"), rows.one_run_at_a_time(tmp_path):
             pass
-    with store.one_run_at_a_time(tmp_path):
+    with rows.one_run_at_a_time(tmp_path):
         pass
 
 
 def test_a_row_says_what_ran():
     row = make_row(provider=CUDNN)
-    assert row["label"].startswith(schema.CPU_LABEL)
-    assert set(row["precision"]) == {"cudnn_rnn", "cuda_matmul", "lstm_triton"}
-    assert row["versions"]["torch"] == torch.__version__ and len(row["source"]["digest"]) == 12
-    assert row["date"].endswith("+00:00")
+    assert row.label.startswith(rows.CPU_LABEL)
+    assert row.versions.torch == torch.__version__ and len(row.source.digest) == 12
+    assert row.date.endswith("+00:00")

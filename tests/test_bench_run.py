@@ -2,18 +2,18 @@
 
 import dataclasses
 import io
-import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.benches import ROOT, TINY, Here, measure, rows_of, small
+from support.benches import ROOT, TINY, Here, measure, options, rows_of, small
 
 from lstm_triton import cli as package_cli
-from lstm_triton.bench import cli, device, progress, rows, run, schema, suites, worker
-from lstm_triton.bench import measure as measuring
+from lstm_triton.bench import choice, cli, device, progress, rows, run, suites, worker
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
 
@@ -25,22 +25,20 @@ def test_every_suite_from_end_to_end(tmp_path, capsys):
     arguments = [*TINY, "--output", str(tmp_path), *(a for name in chosen for a in ("--suite", name))]
     assert package_cli.main(["bench", *arguments]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{schema.CPU_LABEL}.") and "rows appended" in out
+    assert out.startswith(f"{rows.CPU_LABEL}.") and "rows appended" in out
     found = rows_of(tmp_path)
-    assert {row["suite"] for row in found} == {*chosen, "anchor"}
-    assert all(row["label"].startswith(schema.CPU_LABEL) for row in found)
-    assert not [row["reason"] for row in found if row["status"] in ("wrong", "failed")]
-    interpreted = [row for row in found if "interpreter" in row["label"]]
-    assert {row["kind"] for row in interpreted} == {"accuracy"} and any(
-        "triton" in row["provider"] for row in interpreted
-    )
+    assert {row.suite for row in found} == {*chosen, "anchor"}
+    assert all(row.label.startswith(rows.CPU_LABEL) for row in found)
+    assert not [row.reason for row in found if row.status in ("wrong", "failed")]
+    interpreted = [row for row in found if "interpreter" in row.label]
+    assert {row.kind for row in interpreted} == {"accuracy"} and any("triton" in row.provider for row in interpreted)
     for row in found:
-        if row["kind"] == "timing" and row["status"] == "ok":
-            assert row["timing"]["p20_us"] <= row["timing"]["p50_us"] <= row["timing"]["p80_us"]
-            assert row["errors"] and row["floor"]["us_per_step"] > 0 and row["l2"] is None
-    assert str(tmp_path) not in found[0]["command"]
+        if row.kind == "timing" and row.status == "ok":
+            assert row.timing.p20_us <= row.timing.p50_us <= row.timing.p80_us
+            assert row.errors and row.floor.us_per_step > 0 and row.l2 is None
+    assert str(tmp_path) not in found[0].command
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert schema.CPU_LABEL in report
+    assert rows.CPU_LABEL in report
 
     # the same command again: nothing is left to do
     assert package_cli.main(["bench", *arguments, "--no-report"]) == 0
@@ -55,8 +53,8 @@ def test_real_workloads_and_cells_run(tmp_path):
     assert {t.suite for t in chosen} == {"real", "cell"}
     measure(tmp_path, chosen)
     found = rows_of(tmp_path)
-    assert any("made smaller" in row["label"] for row in found)
-    assert not [row["reason"] for row in found if row["status"] in ("wrong", "failed")]
+    assert any("made smaller" in row.label for row in found)
+    assert not [row.reason for row in found if row.status in ("wrong", "failed")]
 
 
 def test_a_run_continues_where_it_stopped(tmp_path):
@@ -67,8 +65,10 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     third = measure(tmp_path, small(4, 5), names=(OURS, CUDNN, "torch.nn.LSTMCell"))
     assert third.measured == 2 and third.rows == 2, "only what is new of a task"
     assert measure(tmp_path, small(4), again=True).measured == 1
-    other = [row | {"source": row["source"] | {"digest": "0" * 12}} for row in rows_of(tmp_path)]
-    assert not run.done_before(other, rows_of(tmp_path)[0], False), "rows of other code do not count"
+    maker = Here(options(tmp_path), "run", False).maker
+    assert len(run.done_before(rows_of(tmp_path), maker, False)) == 6
+    maker.source = dataclasses.replace(maker.source, digest="0" * 12)
+    assert not run.done_before(rows_of(tmp_path), maker, False), "rows of other code do not count"
 
 
 def test_rows_under_other_settings_are_no_rows_of_this_run(tmp_path):
@@ -79,19 +79,22 @@ def test_rows_under_other_settings_are_no_rows_of_this_run(tmp_path):
         assert measure(tmp_path, small(4), threads=2).before == 1
     finally:
         torch.set_num_threads(before)
-    assert {row["device"]["threads"] for row in rows_of(tmp_path)} == {1, 2}
+    assert {row.device.threads for row in rows_of(tmp_path)} == {1, 2}
 
-    warm = [row | {"l2": "warm"} for row in rows_of(tmp_path)]
-    assert run.done_before(warm, warm[0], False)
-    assert not run.done_before(warm, warm[0] | {"l2": "flushed"}, False), "another state of the cache"
+    warm = [dataclasses.replace(row, l2="warm") for row in rows_of(tmp_path)]
+    maker = Here(options(tmp_path), "run", False).maker
+    maker.l2 = "warm"
+    assert run.done_before(warm, maker, False)
+    maker.l2 = "flushed"
+    assert not run.done_before(warm, maker, False), "another state of the cache"
 
 
 def test_the_state_of_the_cache_is_in_rows_of_failures_too():
-    maker = rows.RowMaker(torch.device("cpu"), "a test", l2="flushed")
+    maker = device.RowMaker(torch.device("cpu"), "a test", "run", "flushed")
     task = small(4)[0]
-    assert maker.make(task, OURS, "eager", "skipped", "a reason")["l2"] == "flushed"
+    assert maker.make(task, OURS, "eager", "skipped", "a reason").l2 == "flushed"
     memory = dataclasses.replace(task, kind="memory")
-    assert maker.make(memory, OURS, "eager", "skipped", "a reason")["l2"] is None
+    assert maker.make(memory, OURS, "eager", "skipped", "a reason").l2 is None
 
 
 HOST = Task("overhead", Case("host", 16, 1, 1, form="cell", dtype="float32"), "overhead")
@@ -100,38 +103,38 @@ KERNELS, CELL = "lstm_triton triton", "torch.nn.LSTMCell"
 
 @pytest.mark.parametrize("kind", ["overhead", "cold-start"])
 def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind):
-    from lstm_triton.bench import coldstart, null_driver, overhead
+    from lstm_triton.bench import host, null_driver
 
-    monkeypatch.setattr(coldstart, "_child", lambda *arguments: {"first_call_s": 1.0})
-    monkeypatch.setattr(overhead, "host_us", lambda *arguments: 1.0)
+    monkeypatch.setattr(host, "_new_process", lambda *arguments: {"first_call_s": 1.0})
+    monkeypatch.setattr(host, "host_us", lambda *arguments: 1.0)
     monkeypatch.setattr(null_driver, "serves", lambda name: False)  # the interpreter of the tests has no JIT
     task = dataclasses.replace(HOST, suite=kind, kind=kind)
 
     def measured(**changes):
         before = len(rows_of(tmp_path)) if tmp_path.exists() and any(tmp_path.iterdir()) else 0
         measure(tmp_path, [task], names=None, **changes)
-        return [row["provider"] for row in rows_of(tmp_path)[before:]]
+        return [row.provider for row in rows_of(tmp_path)[before:]]
 
     class Interrupted(Here):
-        def run(self, task, skip, roofs, seconds, emit, *rest, **options):
+        def run(self, task, skip, roofs, deadline, emit, stage):
             found = []
-            super().run(task, skip, roofs, seconds, found.append, *rest, **options)
+            super().run(task, skip, roofs, deadline, found.append, stage)
             emit(found[0])
             return False
 
     measure(tmp_path, [task], Interrupted, names=None)
-    assert [row["provider"] for row in rows_of(tmp_path)] == [KERNELS]
+    assert [row.provider for row in rows_of(tmp_path)] == [KERNELS]
     assert measured() == [CELL]
     assert measured() == []
     measure(tmp_path, [task], names=(OURS, CELL))
-    assert [row["provider"] for row in rows_of(tmp_path)] == [KERNELS, CELL, OURS], "--provider counts here too"
+    assert [row.provider for row in rows_of(tmp_path)] == [KERNELS, CELL, OURS], "--provider counts here too"
 
 
 def test_roofs_and_anchors_know_no_choice_of_providers():
-    assert measuring.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
+    assert choice.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
     roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
-    assert measuring.names_of(roof, "cuda", (OURS,)) == ["this device"]
-    assert measuring.names_of(HOST, "cuda", None) == [KERNELS, CELL]
+    assert choice.names_of(roof, "cuda", (OURS,)) == ["this device"]
+    assert choice.names_of(HOST, "cuda", None) == [KERNELS, CELL]
 
 
 class Steady(Here):
@@ -153,7 +156,7 @@ def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
 
 
 def test_how_long_a_task_will_take_is_judged_by_those_before():
-    pace = progress.Pace(0.5)
+    pace = run.Pace(0.5)
     assert pace.predict("cell", 4) == 2.0, "before the first, the time of sampling"
     pace.took("cell", 2, 8.0)
     assert pace.predict("cell", 4) == 16.0 and pace.predict("real", 1) == 4.0
@@ -177,35 +180,35 @@ def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
 def test_the_budget_is_kept(tmp_path):
     outcome = measure(tmp_path, small(*range(4, 400)), budget_s=1.0)
     assert outcome.left > 0 and outcome.measured + outcome.left == 396
-    assert "the same command continues" in run.finish(outcome, tmp_path, 1.0)
+    assert "the same command continues" in outcome.describe(tmp_path, 1.0)
     before = len(rows_of(tmp_path))
     measure(tmp_path, small(*range(4, 400)), budget_s=0.5)
     assert len(rows_of(tmp_path)) > before, "it goes on"
 
 
 FAULTS = """
-import os, time
+import functools, os, time
+import lstm_triton.bench.choice as choice
 import lstm_triton.bench.providers as providers
 
-class Fault(providers.TorchLSTM):
-    def make(self, problem):
-        if self.name == "crash":
+def fault(problem, name):
+    if name == "crash":
+        os._exit(9)
+    if name == "hang":
+        time.sleep(600)
+    model = providers.torchs_lstm(problem)
+    right, calls = model.run, []
+    def run(*a):
+        calls.append(1)
+        if len(calls) > 1:
             os._exit(9)
-        if self.name == "hang":
-            time.sleep(600)
-        model = super().make(problem)
-        if self.name == "crash while timed":
-            right, calls = model.run, []
-            def run(*a):
-                calls.append(1)
-                if len(calls) > 1:
-                    os._exit(9)
-                return right(*a)
-            model.run = run
-        return model
+        return right(*a)
+    model.run = run
+    return model
 
-original = providers.all_providers
-providers.all_providers = lambda: {**original(), **{n: Fault(n) for n in ("crash", "hang", "crash while timed")}}
+original = choice.all_providers
+names = ("crash", "hang", "crash while timed")
+choice.all_providers = lambda: {**original(), **{n: functools.partial(fault, name=n) for n in names}}
 """
 
 
@@ -215,12 +218,12 @@ def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_pa
     folder = tmp_path / "rows"
     path = [str(tmp_path), *sys.path]
     outcome = measure(folder, small(4), worker.Worker, names=names, silence_s=6.0, path=path)
-    found = {row["provider"]: row for row in rows_of(folder)}
+    found = {row.provider: row for row in rows_of(folder)}
     assert set(found) == set(names) and outcome.rows == len(names)
-    assert found["crash"]["status"] == "failed" and "exit code 9" in found["crash"]["reason"]
-    assert found["hang"]["status"] == "failed" and "no sign of life for 6 s" in found["hang"]["reason"]
-    assert found["crash while timed"]["status"] == "failed" and "exit code 9" in found["crash while timed"]["reason"]
-    assert found[CUDNN]["status"] == "ok"
+    assert found["crash"].status == "failed" and "exit code 9" in found["crash"].reason
+    assert found["hang"].status == "failed" and "no sign of life for 6 s" in found["hang"].reason
+    assert found["crash while timed"].status == "failed" and "exit code 9" in found["crash while timed"].reason
+    assert found[CUDNN].status == "ok"
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, capsys):
@@ -261,7 +264,7 @@ def test_lists_and_filters(capsys):
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2 and all("train" in line for line in listed)
     assert cli.main(["--list-providers"]) == 0
-    assert {"lstm_triton auto", "torch.nn.LSTM", "torchrl", "haste", "flashrnn"} <= set(
+    assert {"lstm_triton auto", "torch.nn.LSTM", "torchrl", "haste", "flashrnn", "fastlstm"} <= set(
         capsys.readouterr().out.splitlines()
     )
 
@@ -269,11 +272,27 @@ def test_lists_and_filters(capsys):
 def test_times_and_their_words():
     assert [cli.seconds_of(t) for t in ("45s", "8m", "1h", "2.5")] == [45, 480, 3600, 2.5]
     assert [progress.duration(s) for s in (5, 60, 190, 3900)] == ["5 s", "1 min", "3 min 10 s", "1 h 5 min"]
-    bar = progress.Progress(10, None)
+    bar = progress.Progress(10)
     assert bar.left() is None
-    bar.task_done()
+    bar.done += 1
     assert bar.left() >= 0
     assert progress.Progress(10, time.monotonic() + 5).left() <= 5
+
+
+def test_one_line_where_someone_watches(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = progress.Progress(10)
+    bar.done += 5
+    bar.show("something")
+    bar.say("a result")
+    bar.close()
+    assert "something" in terminal.getvalue() and "left" in terminal.getvalue()
+    assert capsys.readouterr().out == "a result\n"
 
 
 def test_default_folders(monkeypatch, tmp_path):
@@ -282,11 +301,54 @@ def test_default_folders(monkeypatch, tmp_path):
     assert device.results_folder() == Path("lstm-triton-bench")
 
 
-def test_a_worker_answers_in_json(tmp_path):
-    setup = worker.Setup("cpu", "a test", "run", names=(OURS,), threads=1)
-    request = {"task": small(4)[0].to_json(), "skip": [], "roofs": None, "seconds": 0.001}
-    answers = io.StringIO()
-    assert worker.serve(setup, io.StringIO(json.dumps(request) + "\n"), answers) == 0
-    events = [json.loads(line) for line in answers.getvalue().splitlines()]
-    assert [e["event"] for e in events if e["event"] != "stage"] == ["ready", "row", "done"]
-    assert [e["what"] for e in events if e["event"] == "stage"] == ["truth", "check", "build", "check", "timing"]
+def test_a_worker_tells_what_it_does(tmp_path):
+    told = []
+    given = worker.Worker(options(tmp_path, names=(OURS,)), "run", False)
+    try:
+        found = []
+        assert given.run(small(4)[0], [], None, None, found.append, told.append)
+    finally:
+        given.end()
+    assert [row.provider for row in found] == [OURS] and given.maker.device.type == "cpu"
+    assert [what.rpartition(": ")[2] for what in told] == ["truth", "check", "build", "check", "timing"]
+
+
+WITHOUT = """
+import sys
+for name in ("pandas", "matplotlib", "jinja2", "markupsafe", "rich", "pynvml"):
+    sys.modules[name] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if sys.modules.get(name, name) is None else found(name, *a)
+"""
+
+
+def test_rows_need_no_library_that_serves_output(tmp_path):
+    """A suite is measured, checked and written in processes where those libraries cannot be imported."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    folder = tmp_path / "rows"
+
+    def bench(*arguments):
+        command = [sys.executable, "-m", "lstm_triton.bench", *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+    done = bench(*TINY, "--suite", "memory", "--suite", "length", "--mode", "train", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "no tables without pandas" in done.stdout and "pip install 'lstm-triton[bench]'" in done.stdout
+    found = rows_of(folder)
+    assert {row.suite for row in found} == {"memory", "length", "anchor"} and not (folder / "report.html").exists()
+    assert not [row.reason for row in found if row.status in ("wrong", "failed")]
+    assert bench("--validate", str(folder)).returncode == 0
+    for asked in (["--report", "--rows", str(folder)], ["--compare", str(folder), str(folder)]):
+        done = bench(*asked)
+        assert done.returncode == cli.NO_LIBRARY and "lstm-triton[bench]" in done.stderr, done.stderr
+
+
+def test_the_package_imports_no_library_of_its_extras():
+    code = "import sys, torch; torchs = set(sys.modules); import lstm_triton.cli; print(*set(sys.modules) - torchs)"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "lstm_triton" in loaded
+    assert not loaded & {"pandas", "matplotlib", "jinja2", "rich", "pynvml", "lstm_triton.bench"}

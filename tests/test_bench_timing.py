@@ -1,11 +1,14 @@
 """Timing: rounds, clocks, graphs, memory, the state of the machine; the parts that need a GPU with what stands in for one."""
 
+import sys
+
 import pytest
 import torch
 from support.benches import CPU, FakeClock
 from support.concurrent import concurrent_grid
 
-from lstm_triton.bench import accuracy, device, grid_latency, measure, memory, problem, providers, timing
+from lstm_triton.bench import accuracy, choice, device, grid_latency, host, measure, problem, timing
+from lstm_triton.bench.built import Built
 from lstm_triton.bench.cases import Case
 from lstm_triton.kernels import interpreter
 
@@ -17,9 +20,9 @@ def test_rounds_are_interleaved_and_shuffled():
     timed = seen[-3 * timing.LEAST_SAMPLES :]
     turns = [timed[k : k + 3] for k in range(0, len(timed), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len({tuple(turn) for turn in turns}) > 1
-    found = samples["a"].to_json(4, clock)
-    assert found["samples"] == timing.LEAST_SAMPLES and found["us_per_step"] == 0.5 and found["wall_p50_us"] == 3.0
-    assert found["confidence"] >= 0.95 and found["clock"] == "fake"
+    found = samples["a"].summary(4, clock.name)
+    assert found.samples == timing.LEAST_SAMPLES and found.us_per_step == 0.5 and found.wall_p50_us == 3.0
+    assert found.confidence >= 0.95 and found.clock == "fake"
 
 
 def test_short_calls_are_repeated_until_the_clock_sees_them():
@@ -61,7 +64,7 @@ def test_cuda_clock_with_fake_events(monkeypatch):
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
     case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, dtype="float32", precision="ieee", mode=mode)
-    everyone, captured = providers.all_providers(), []
+    captured = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def graphed(call):
@@ -71,19 +74,23 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
 
     monkeypatch.setattr(timing, "graphed", graphed)
     given = problem.make(case, CPU)
-    built = measure.build(everyone["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
-    judge = measure._Judge(given, problem.truth(given))
+    built = Built(choice.provider("torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"), given)
+    judge = measure.Judge(given)
     measure._graph(built, judge)
-    assert captured == [built.timed]
-    names = set(built.call())
+    assert captured == [built.call]
     with torch.set_grad_enabled(mode == "train"):
-        returned = built.timed()
-    assert len(returned) == (1 + 4 if mode == "train" else 3 if form == "layer" else 2), "bias_hh has its gradient too"
+        returned = built.call()
+    gradients = 5 if mode == "train" else 0  # of the input, and bias_hh has its gradient too
+    assert len(returned) == (3 if form == "layer" else 2) + gradients
     found = built.named(returned)
-    assert set(found) == (names - {"y", "h_n", "c_n"} if mode == "train" else names)
-    assert max(e["max"] for e in accuracy.errors(found, judge.truth).values()) < 1e-5
+    assert set(found) == set(built.results())
+    assert max(e.max for e in accuracy.errors(found, judge._truth[True]).values()) < 1e-5
 
-    monkeypatch.setattr(timing, "graphed", lambda call: (call, tuple(t * 1.01 for t in call())))
+    def drifting(call):
+        returned = tuple(t * 1.01 for t in call())
+        return call, returned
+
+    monkeypatch.setattr(timing, "graphed", drifting)
     with pytest.raises(RuntimeError, match="replayed, wrong"):
         measure._graph(built, judge)
 
@@ -91,22 +98,47 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
 def test_saved_bytes():
     case = Case("a", 8, 2, 5, dtype="float32", precision="ieee", mode="train")
     given = problem.make(case, CPU)
-    all_of = providers.all_providers()
     held = {}
     for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
-        held[name] = memory.held(measure.build(all_of[name], given), given)["saved"]
+        held[name] = host.held(Built(choice.provider(name), given))["saved"]
     state = 5 * 2 * 8 * 4  # bytes of one tensor like y
     assert all(bytes > state for bytes in held.values()), held
 
 
+class FakeNVML:
+    """NVIDIA's library, on a GPU that tells its clocks and not its power."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = "sm", "memory", "gpu"
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlInit = staticmethod(lambda: None)
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
+    nvmlDeviceGetClockInfo = nvmlDeviceGetMaxClockInfo = staticmethod(
+        lambda gpu, which: {"sm": 1980, "memory": 2619}[which]
+    )
+    nvmlDeviceGetTemperature = staticmethod(lambda gpu, which: 41)
+    nvmlDeviceGetUtilizationRates = staticmethod(lambda gpu: type("rates", (), {"gpu": 7}))
+
+    @staticmethod
+    def nvmlDeviceGetPowerUsage(gpu):
+        raise FakeNVML.NVMLError("not supported")
+
+    nvmlDeviceGetEnforcedPowerLimit = nvmlDeviceGetPowerUsage
+
+
 def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(device, "_smi", lambda d, fields: ["1980", "1980", "2619", "[N/A]", "700.00", "41", "0"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("properties", (), {"uuid": "1-2"}))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNVML)
     found = device.state(cuda)
     assert found["sm_clock_mhz"] == 1980 and found["power_w"] is None and found["temperature_c"] == 41
-    monkeypatch.setattr(device, "_smi", lambda d, fields: None)
-    assert "unread" in device.state(cuda)
-    assert device.folder_name({"name": "NVIDIA H200", "type": "cuda"}) == "nvidia-h200"
+    monkeypatch.setattr(FakeNVML, "nvmlInit", lambda: 1 / 0)
+    assert "NVML" in device.state(cuda)["unread"]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "pip install 'lstm-triton[bench]'" in device.state(cuda)["unread"]
+    assert device.folder_name("NVIDIA H200") == "nvidia-h200"
 
 
 @pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")

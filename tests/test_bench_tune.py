@@ -1,25 +1,24 @@
-"""Tuning: its candidates, that each of them is checked, and the table of what was found."""
+"""Tuning: its candidates, that each of them is checked and timed as a provider, and the table of what was found."""
+
+import dataclasses
 
 import pytest
-from support.benches import CPU, FakeClock
+from support.benches import CPU, run
+from test_bench_rows import make_row
 
-from lstm_triton.bench import tune
-from lstm_triton.bench.cases import Case
+from lstm_triton.bench import candidates, tune
+from lstm_triton.bench.cases import Case, Task
+from lstm_triton.kernels.launch import device_limits
 
-
-class Idle(FakeClock):
-    """Calls nothing: the interpreter is for results, not for times."""
-
-    def sample(self, call, n):
-        return 2.0, 3.0
+LIMITS = (132, 232448, 9)
 
 
-@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("kernel", candidates.PLACES)
 def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
     shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
     for H, B, dtype in ((768, 16, "bfloat16"), (128, 1, "float32"), (2048, 256, "float16")):
         case = Case("tune", H, B, dtype=dtype, precision="tf32", **shape)
-        found = tune.candidates(kernel, case, (132, 232448, 9))
+        found = candidates.candidates(kernel, case, LIMITS)
         assert len(found) > 2 and len(set(found)) == len(found)
         if kernel.startswith("sequence"):
             assert all(c.persistent == found[0].persistent for c in found)
@@ -29,25 +28,23 @@ def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
 
 
 @pytest.mark.parametrize("kernel", ["cell forward", "sequence forward"])
-def test_tuning_checks_every_candidate(kernel):
-    mode = "train" if kernel.endswith("backward") else "forward"
+def test_candidates_are_checked_and_timed_like_everyone(kernel, monkeypatch):
     shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
-    case = Case("tune", 16, 2, mode=mode, dtype="float32", precision="tf32", **shape)
-    told = []
-    keep = slice(0, 2)
-    original = tune.candidates
-    tune.candidates = lambda *arguments: original(*arguments)[keep]
-    try:
-        tune.sweep(kernel, case, CPU, Idle(), lambda k, result: told.append((k, result)), seconds=0.0)
-    finally:
-        tune.candidates = original
-    assert [k for k, _ in told] == [0, 0, 1, 1] and told[1][1].us == 2.0, told
-    assert told[1][1].gain == 0.0
+    case = Case(kernel, 16, 2, dtype="float32", precision="tf32", **shape)
+    used, place = [], candidates._place(kernel)
+    monkeypatch.setattr(candidates, "_use", lambda kernel, config: used.append(config))
+    names = tuple(f"tune {kernel} {k}" for k in (0, 1))
+    found = run(Task("tune", case, providers=names))
+    assert [row.status for row in found.values()] == ["ok", "ok"] and found[names[0]].errors
+    assert set(used) == set(candidates.candidates(kernel, case, device_limits(CPU))[:2])
+    assert found[names[0]].backend_reason != found[names[1]].backend_reason and place[2] is candidates._place(kernel)[2]
 
 
 def test_the_tuning_table_names_gpu_date_and_gain():
-    result = tune.Result({"num_warps": 4, "block_b": 16}, None, 8.0, 10.0)
-    text = tune.table([("cell forward", Case("tune", 512, 16, 1, form="cell"), result)], "GPU X", "2030-01-02")
+    case = Case("cell forward 1", 512, 16, 1, form="cell")
+    shipped = make_row(case, "tune cell forward 0", 10.0, "tune")
+    better = make_row(case, "tune cell forward 3", 8.0, "tune", backend_reason="num_warps=4, block_b=16")
+    better = dataclasses.replace(better, date="2030-01-02T00:00:00+00:00")
+    text = tune.table([shipped, better], "GPU X")
     assert "GPU X, 2030-01-02, +25.0%" in text and "num_warps=4, block_b=16" in text
-    assert "No candidate" in tune.table([], "GPU X", "2030-01-02")
-    assert tune.run("cpu", None, None, None, None) == 2
+    assert "No candidate" in tune.table([shipped], "GPU X")

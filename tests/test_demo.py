@@ -1,6 +1,5 @@
 """The demo: its text, model, training, checkpoints and timing, and all of it run from the command line."""
 
-import io
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import torch
 from test_demo_report import Page, check_report
 
 from lstm_triton import check, environment, explain
-from lstm_triton.demo import corpus, progress, timing, train
+from lstm_triton.demo import corpus, timing, train
 from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel
 
@@ -211,8 +210,8 @@ def test_the_demo_checks_and_times(tmp_path, capsys, monkeypatch):
     out, page = capsys.readouterr().out, Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert seeds == [("cpu", 3)]
     for text in (out, page.text):
-        assert "B=1 too large" in text and timing.TORCH_LSTM in text and "Time per timestep" in text
-    assert page.tags.count("svg") == 2
+        assert "B=1 too large" in text and "torch.nn.LSTM" in text and "Time per timestep" in text
+    assert page.tags.count("svg") == 3
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
@@ -236,47 +235,23 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
     assert train.load_checkpoint(path)[1]["step"] == data["step"] + 1
 
 
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
-    pytest.importorskip("tqdm")
-    point = train.Point(5, 1234, 6.0, 3.0, 2.75)
-    terminal = _Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.Progress(10.0) as bar:
-        for second in range(1, 5):
-            bar.advance(float(second), 100 * second)
-        bar.point(point)
-        bar.advance(20.0, 2000)
-    assert "tokens/s" in terminal.getvalue()
-    assert capsys.readouterr().out == ""
-
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.Progress(10.0) as lines:
-        lines.advance(1.0, 100)
-        lines.point(point)
-    assert "1,234 tokens · bits/char: train 3.00, validation 2.75" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_timed_providers_compute_the_same(training):
-    results = [run() for run in timing._providers(CPU, 3, 5, 4, training).values()]
-    assert len(results) == 4
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0])
-
-
 def test_timing_covers_every_provider_and_restores_precision():
     before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     result = timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3)
     assert before == (torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-    assert {(r.mode, r.provider) for r in result.rows} == {
-        (mode, name)
-        for mode in ("inference", "training step")
-        for name in (timing.OUR_LSTM, timing.OURS, timing.TORCH_CELL, timing.TORCH_LSTM)
-    }
-    assert all(0 < r.low <= r.median <= r.high for r in result.rows)
+    assert set(result.timings) == {(mode, name) for mode in ("forward", "train") for name in timing.PROVIDERS}
+    for median, low, high in map(timing.per_step, result.timings.values()):
+        assert 0 < low <= median <= high
     assert "CPU" in result.label and "say nothing about" in timing.table(result)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = torch.nn.LSTMCell.forward
+
+    def wrong(self, x, hx=None):
+        h, c = right(self, x, hx)
+        return h * 1.001, c
+
+    monkeypatch.setattr(torch.nn.LSTMCell, "forward", wrong)
+    with pytest.raises(RuntimeError, match=r"torch.nn.LSTMCell: wrong: \w+ is off"):
+        timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3)

@@ -1,12 +1,11 @@
 """Training by a wall-clock budget: truncated backpropagation through time, checkpoints, a clean way out."""
 
+import contextlib
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lstm_triton.bench.progress import Progress
+from lstm_triton.bench.rows import unfinished
 from lstm_triton.demo.corpus import Corpus
 from lstm_triton.demo.model import CharModel
-from lstm_triton.demo.progress import Progress
 
 _FORMAT = 1
 _MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
@@ -82,11 +82,10 @@ class Training:
         Ctrl-C ends it after the update under way, saved as if the time were up, and sets `interrupted`.
         """
         begin = time.perf_counter() - self.seconds
-        first_step, first_second = self.step, self.seconds
-        due = list(_MEASURED_AT)
-        total = torch.zeros((), device=self.device)
-        counted = 0
-        with _on_interrupt(self), Progress(seconds) as progress:
+        first_step, first_second, warm = self.step, self.seconds, None
+        due, counted, total = list(_MEASURED_AT), 0, torch.zeros((), device=self.device)
+        progress, losses = Progress(seconds), ""
+        with _on_interrupt(self), contextlib.closing(progress):
             if not self.curve:
                 self._measure(math.nan)
                 self.save(checkpoint)
@@ -96,17 +95,19 @@ class Training:
                     self._measure(total.item() / counted)
                     self.seconds = time.perf_counter() - begin
                     self.save(checkpoint)
-                    progress.point(self.curve[-1])
+                    point = self.curve[-1]
+                    losses = f"bits/char: train {point.train_bits:.2f}, validation {point.validation_bits:.2f}"
+                    progress.say(f"{point.seconds:6.1f} s · {point.tokens:,} tokens · {losses}")
                     total.zero_()
-                    counted = 0
-                    due = [later for later in due if later > share]
+                    counted, due = 0, [later for later in due if later > share]
                 if share >= 1 or self.interrupted:
                     break
                 total += self._update()
-                counted += 1
-                self.step += 1
-                self.seconds = time.perf_counter() - begin
-                progress.advance(self.seconds - first_second, self.tokens)
+                counted, self.step, self.seconds = counted + 1, self.step + 1, time.perf_counter() - begin
+                warm = warm or (self.seconds, self.tokens)  # the first update compiles, and does not count
+                rate = (self.tokens - warm[1]) / max(self.seconds - warm[0], 1e-9)
+                progress.done = min(self.seconds - first_second, seconds)
+                progress.show(f"{rate:,.0f} tokens/s {losses}")
 
     def _update(self) -> torch.Tensor:
         """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""
@@ -141,21 +142,11 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of tensors and plain values; at no moment is there half a file under `path`."""
-        data = {
-            "format": _FORMAT,
-            "config": asdict(self.config),
-            "vocabulary": self.corpus.vocabulary,
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": [asdict(point) for point in self.curve],
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "state": list(self.state),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        torch.save(data, unfinished)
-        os.replace(unfinished, path)
+        data = {"format": _FORMAT, "config": asdict(self.config), "vocabulary": self.corpus.vocabulary}
+        data |= {"step": self.step, "seconds": self.seconds, "curve": [asdict(point) for point in self.curve]}
+        data |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": list(self.state)}
+        with unfinished(path) as file:
+            torch.save(data, file)
 
     def restore(self, data: dict[str, Any]) -> None:
         """Continue from what `load_checkpoint` read."""
@@ -163,8 +154,7 @@ class Training:
         self.optimizer.load_state_dict(data["optimizer"])
         h, c = data["state"]
         self.state = (h.to(self.device), c.to(self.device))
-        self.step = data["step"]
-        self.seconds = data["seconds"]
+        self.step, self.seconds = data["step"], data["seconds"]
         self.curve = [Point(**point) for point in data["curve"]]
 
 
@@ -192,7 +182,7 @@ def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
     return text[: length * batch].view(batch, length).t().contiguous()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _on_interrupt(training: Training) -> Iterator[None]:
     """Ctrl-C sets `interrupted`; a second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals

@@ -1,15 +1,15 @@
 """What the tests of the benchmark share: tasks measured with a clock that counts, and runs in this process on the CPU."""
 
-import os
 import time
 from pathlib import Path
 
 import torch
 
 from lstm_triton.bench import measure as measuring
-from lstm_triton.bench import progress, rows, schema, store, worker
+from lstm_triton.bench import progress, rows, worker
 from lstm_triton.bench import run as running
 from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench.device import RowMaker
 from lstm_triton.bench.providers import CUDNN, OURS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,8 +18,7 @@ CPU = torch.device("cpu")
 
 
 def context(**options):
-    maker = rows.RowMaker(CPU, "a test", synthetic=True)
-    return measuring.Context(CPU, maker, FakeClock(), seconds=0.0, **options)
+    return measuring.Context(CPU, RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0, **options)
 
 
 class FakeClock:
@@ -39,9 +38,8 @@ class FakeClock:
 def run(task, **options):
     found = []
     measuring.measure(task, context(**options), found.append)
-    for row in found:
-        schema.encode(row)
-    return {row["provider"]: row for row in found}
+    assert [rows.decode(row.encode()) for row in found] == found
+    return {row.provider: row for row in found}
 
 
 def options(folder, **changes):
@@ -53,25 +51,22 @@ def options(folder, **changes):
         "names": (OURS, CUDNN),
         "anchors": False,
     }
-    return running.Options(folder, **(given | changes))
+    return worker.Options(folder, **(given | changes))
 
 
 class Here:
     """A worker in this process: for what does not depend on its being another."""
 
-    def __init__(self, setup, **options):
-        self._context = worker.make_context(setup, lambda *stage: None)
-        maker = self._context.rows
-        row = maker.make(running.anchor("cpu"), "", "eager", "skipped", "a template")
-        self.about = {name: row[name] for name in ("device", "versions", "source")}
+    doing = ("", "", "")
 
-    def ready(self):
-        return self.about
+    def __init__(self, given, run, interpreter):
+        self._context = worker.make_context(given, run, lambda *stage: None)
+        self.maker = self._context.maker
 
-    def run(self, task, skip, roofs, seconds, emit, stage, *, silence_s, deadline):
+    def run(self, task, skip, roofs, deadline, emit, stage):
         if deadline is not None and time.monotonic() >= deadline:
             return False
-        self._context.roofs, self._context.seconds = roofs, seconds
+        self._context.roofs = roofs
         measuring.measure(task, self._context, emit, skip)
         return True
 
@@ -80,15 +75,13 @@ class Here:
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
-    with open(os.devnull, "w") as nowhere:
-        bar = progress.Progress(len(tasks), None, stream=nowhere)
-        return running.Runner(options(folder, **changes), tasks, bar, lambda text: None, new_worker).run()
+    return running.Runner(options(folder, **changes), tasks, progress.Progress(len(tasks)), new_worker).run()
 
 
 def rows_of(folder):
-    found = store.read_all([folder])
-    assert not found.problems
-    return found.rows
+    found, problems = rows.read_all([folder])
+    assert not problems
+    return found
 
 
 def small(*sizes, **changes):

@@ -1,0 +1,64 @@
+"""Which providers there are, and which of them a task compares."""
+
+import functools
+import importlib.util
+
+from . import candidates, peers, providers, roofs
+from .cases import Task
+from .providers import CUDNN, OURS, TORCH_CELL
+
+
+def all_providers() -> dict[str, providers.Provider]:
+    """Every provider by name; the order is that of the tables."""
+    backends = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
+    found: dict[str, providers.Provider] = {
+        f"lstm_triton {b}": functools.partial(providers.ours, backend=b) for b in backends
+    }
+    for b in ("auto", "triton"):
+        found[f"lstm_triton {b} recompute"] = functools.partial(providers.ours, backend=b, recompute=True)
+    compiled = functools.partial(providers.torchs_cell, compiled=True)
+    return (
+        found
+        | {CUDNN: providers.torchs_lstm, TORCH_CELL: providers.torchs_cell, "torch.compile": compiled}
+        | peers.PEERS
+    )
+
+
+def provider(name: str) -> providers.Provider:
+    """The provider of this name; those that `--tune` tries have names of their own."""
+    return candidates.provider(name) if name.startswith("tune ") else all_providers()[name]
+
+
+def chosen_for(task: Task, device_type: str) -> list[str]:
+    """The providers of a task by default: those worth comparing. Which of them can serve, they say themselves."""
+    case, kind, gpu = task.case, task.kind, device_type == "cuda"
+    torchs = CUDNN if case.form == "layer" else TORCH_CELL
+    if kind in ("overhead", "cold-start"):
+        return ["lstm_triton triton", torchs]
+    if task.interpreter:
+        stepwise = ["lstm_triton triton-stepwise"] if case.form == "layer" else []
+        return [*stepwise, "lstm_triton triton", torchs]
+    if kind == "memory":
+        kernels = ["lstm_triton triton", "lstm_triton triton recompute"] if gpu else []
+        return [OURS, *kernels, "lstm_triton auto recompute", CUDNN]
+    plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
+    if case.form in ("cell", "loop"):
+        return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
+    # Not "lstm_triton triton", which takes one of the first two.
+    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] if gpu else []
+    if gpu and not case.resets and case.rows != "lengths":
+        forced.append("lstm_triton cudnn")
+    loop = [TORCH_CELL] if case.is_simple and (case.resets or case.length <= 64) else []
+    others = (["torchrl"] if case.resets else list(peers.PEERS)) if gpu and case.is_simple else []
+    # One that is not installed is named at the first hidden size of the headline, not in every case.
+    others = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name])]
+    return [OURS, *forced, CUDNN, *loop, *plain, *others]
+
+
+def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
+    """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
+    if task.kind == "roof":
+        return [roofs.NAME]
+    if names is not None and task.kind != "anchor":
+        return list(names)
+    return chosen_for(task, device_type) if task.providers is None else list(task.providers)

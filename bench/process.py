@@ -1,0 +1,84 @@
+"""Python processes of this package's code, which send what they find through a pipe and take nothing along when they die."""
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+# Imports come from PYTHONPATH alone, not from the working folder.
+_CODE = """import sys, time
+begin = time.perf_counter()
+sys.path[:] = [path for path in sys.path if path]
+from lstm_triton.bench.process import main
+main(begin, *sys.argv[1:])"""
+imports_s = 0.0  # what the imports of this process took, where it is a Process
+
+
+class Died(RuntimeError):
+    """The process crashed, fell silent or lost the device."""
+
+
+class Process:
+    """Runs `module:function(connection, argument)` of this folder; what it prints goes to standard error.
+
+    path: folders that its imports come from, in place of this process's. Triton's interpreter is off unless `environment`
+    has TRITON_INTERPRET.
+    """
+
+    def __init__(
+        self, function: str, argument: Any, path: Sequence[str] | None, environment: Mapping[str, str]
+    ) -> None:
+        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in (sys.path if path is None else path))
+        self._connection, its = Pipe()
+        command, handles = [sys.executable, "-c", _CODE, function, str(its.fileno())], [its.fileno()]
+        null = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command, env=environ | dict(environment), stdin=null, stdout=2, pass_fds=handles
+        )
+        its.close()
+        self.send(argument)
+
+    def send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            pass  # it is dead: the next `receive` says how
+
+    def receive(self, silence_s: float, deadline: float | None = None) -> Any:
+        """Its next message. Raises Died when there is none for `silence_s`, TimeoutError at `deadline` (time.monotonic)."""
+        left = silence_s if deadline is None else min(silence_s, deadline - time.monotonic())
+        try:
+            if self._connection.poll(max(left, 0.0)):
+                return self._connection.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise Died(f"the process ended {f'by signal {-code}' if code < 0 else f'with exit code {code}'}") from None
+        if deadline is not None and time.monotonic() >= deadline:
+            raise TimeoutError
+        self.end()
+        raise Died(f"no sign of life for {silence_s:.0f} s: ended")
+
+    def end(self, patience_s: float = 0.5) -> None:
+        """End the process, by force if it does not go within `patience_s`."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main(begin: float, function: str, handle: str) -> None:
+    """The process's side."""
+    global imports_s
+    connection: Connection = Connection(int(handle))
+    module, _, name = function.partition(":")
+    run = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    imports_s = time.perf_counter() - begin
+    run(connection, connection.recv())
