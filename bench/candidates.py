@@ -29,7 +29,7 @@ def provider(name: str) -> providers.Provider:
 
 
 def _tuned(problem: Problem, kernel: str, number: int) -> providers.Model:
-    from lstm_triton.kernels.launch import device_limits
+    from lstm_triton.kernels.device import device_limits
 
     config = candidates(kernel, problem.case, device_limits(problem.device))[number]
     model = providers.ours(problem, "triton")

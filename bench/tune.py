@@ -38,7 +38,7 @@ def main(options: run.Options, filters: Any) -> int:
 
 def tasks_of(kernel: str, filters: Any) -> Iterator[Task]:
     """The problems of a sweep, each with some of its candidates and the shipped configuration, number 0."""
-    from lstm_triton.kernels.launch import device_limits
+    from lstm_triton.kernels.device import device_limits
 
     shape: dict[str, Any] = dict(form="cell", length=1) if kernel.startswith("cell") else dict(length=128)
     shape["mode"] = "train" if kernel.endswith("backward") else "forward"

@@ -43,12 +43,11 @@ class Counter(TorchDispatchMode):
             self.launches.append((name, sum(map(size, operands.values()))))
         return result
 
-    def note_kernel(self, launcher, grid, operands, integers, *_, **__) -> None:
+    def note_kernel(self, launcher, grid, config, *, T, first_step, last_step, **arguments) -> None:
         """Stands for Launcher.__call__. Of a tensor that holds all T steps, a launch moves those that it computes."""
-        T, _, first, last = integers[:4]
         moved = 0
-        for t in tensors(operands):
-            moved += size(t) * (last - first) // T if t.dim() > 2 and t.shape[0] == T else size(t)
+        for t in tensors(arguments.values()):
+            moved += size(t) * (last_step - first_step) // T if t.dim() > 2 and t.shape[0] == T else size(t)
         self.launches.append((launcher.kernel.fn.__name__, moved))
 
 

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 
 from .config import cdiv, cell_forward_config
+from .device import matmul_precision, multiprocessor_count
 from .equations import lstm_forward
 from .gates import gate_rows, split_gates, store_gates
-from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .inputs import CellInputs, CellOptions, CellOutputs
+from .launch import Launcher, accumulator
 from .tiles import add_projection
 
 
@@ -73,44 +75,62 @@ def _lstm_cell_forward_kernel(
 _forward = Launcher(_lstm_cell_forward_kernel)
 
 
-def lstm_cell_forward(
-    x: torch.Tensor,
-    h_prev: torch.Tensor,
-    c_prev: torch.Tensor,
-    w_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-    *,
-    precision: str | None = None,
-    save_gates: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), save: bool = False) -> CellOutputs:
     """Launch the forward kernel once.
 
     Args:
-        x: [B, I]; h_prev, c_prev: [B, H]; w_ih: [4H, I]; w_hh: [4H, H]; b_ih, b_hh: [4H] or None. One floating-point
-            dtype and device for all, any strides; shapes are the caller's responsibility.
-        precision: how float32 products are computed: "ieee", "tf32", "tf32x3", or None for torch's setting.
-        save_gates: also return the activated gates, which `lstm_cell_backward` needs.
+        inputs: of one floating-point dtype and device, any strides; shapes are the caller's responsibility.
+        save: also return the activated gates, which `lstm_cell_backward` needs.
 
     Returns:
-        h, c: [B, H]; gates: [B, H, 4] (i, f, g, o innermost) or None. All contiguous, in the dtype of x.
+        All contiguous, in the dtype of x.
     """
-    B, I = x.shape
-    H = h_prev.shape[1]
+    x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh = inputs
+    (B, I), H = x.shape, h_prev.shape[1]
     h = torch.empty((B, H), dtype=x.dtype, device=x.device)
     c = torch.empty((B, H), dtype=x.dtype, device=x.device)
-    gates = torch.empty((B, H, 4), dtype=x.dtype, device=x.device) if save_gates else None
+    gates = torch.empty((B, H, 4), dtype=x.dtype, device=x.device) if save else None
     if h.numel() == 0:
-        return h, c, gates
-    precision = matmul_precision(x.dtype, precision)
+        return CellOutputs(h, c, gates)
+    precision = matmul_precision(x.dtype, options.precision)
     config = cell_forward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
+    stride_x_b, stride_x_i = x.stride()
+    stride_h_b, stride_h_h = h_prev.stride()
+    stride_c_b, stride_c_h = c_prev.stride()
+    stride_w_ih_row, stride_w_ih_k = w_ih.stride()
+    stride_w_hh_row, stride_w_hh_k = w_hh.stride()
     _forward(
         (cdiv(H, config.block_h) * cdiv(B, config.block_b), 1, 1),
-        (x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, h, c, gates),
-        (B, I, H, *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride(),
-         0 if b_ih is None else b_ih.stride(0), 0 if b_hh is None else b_hh.stride(0)),
-        (accumulator(x.dtype), precision, config.block_b, config.block_h, config.block_k),
         config,
-    )  # fmt: skip
-    return h, c, gates
+        x_ptr=x,
+        h_prev_ptr=h_prev,
+        c_prev_ptr=c_prev,
+        w_ih_ptr=w_ih,
+        w_hh_ptr=w_hh,
+        b_ih_ptr=b_ih,
+        b_hh_ptr=b_hh,
+        h_ptr=h,
+        c_ptr=c,
+        gates_ptr=gates,
+        B=B,
+        I=I,
+        H=H,
+        stride_x_b=stride_x_b,
+        stride_x_i=stride_x_i,
+        stride_h_b=stride_h_b,
+        stride_h_h=stride_h_h,
+        stride_c_b=stride_c_b,
+        stride_c_h=stride_c_h,
+        stride_w_ih_row=stride_w_ih_row,
+        stride_w_ih_k=stride_w_ih_k,
+        stride_w_hh_row=stride_w_hh_row,
+        stride_w_hh_k=stride_w_hh_k,
+        stride_b_ih=0 if b_ih is None else b_ih.stride(0),
+        stride_b_hh=0 if b_hh is None else b_hh.stride(0),
+        ACC=accumulator(x.dtype),
+        PRECISION=precision,
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+        BLOCK_K=config.block_k,
+    )
+    return CellOutputs(h, c, gates)

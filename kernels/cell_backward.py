@@ -5,14 +5,19 @@ gradients, and slices of (dc_prev, db). Each recomputes the gate gradients dz it
 next to the products), so dz is never in memory, and nothing is accumulated across programs: two runs agree bit for bit.
 """
 
+from collections.abc import Collection
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .config import cdiv, cell_backward_config
+from .device import matmul_precision, multiprocessor_count
 from .equations import lstm_backward
 from .gates import gate_rows, join_gates, load_gates
-from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
+from .launch import Launcher, accumulator
 from .tiles import load_tile
 
 
@@ -89,7 +94,7 @@ def _input_gradient_tile(
 
 @triton.jit
 def _state_gradient_tile(
-    tile, dc_prev_ptr, db_ptr, step, B, H,
+    tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H,
     ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
@@ -111,11 +116,19 @@ def _state_gradient_tile(
         db_f += tl.sum(dz_f, axis=0)
         db_g += tl.sum(dz_g, axis=0)
         db_o += tl.sum(dz_o, axis=0)
-    if db_ptr is not None:
-        tl.store(db_ptr + offs_h, db_i.to(db_ptr.dtype.element_ty), mask=mask_h)
-        tl.store(db_ptr + H + offs_h, db_f.to(db_ptr.dtype.element_ty), mask=mask_h)
-        tl.store(db_ptr + 2 * H + offs_h, db_g.to(db_ptr.dtype.element_ty), mask=mask_h)
-        tl.store(db_ptr + 3 * H + offs_h, db_o.to(db_ptr.dtype.element_ty), mask=mask_h)
+    # Each bias has a gradient of its own, as a caller may change one in place.
+    if db_ih_ptr is not None:
+        _store_bias_gradient(db_ih_ptr, db_i, db_f, db_g, db_o, offs_h, H)
+    if db_hh_ptr is not None:
+        _store_bias_gradient(db_hh_ptr, db_i, db_f, db_g, db_o, offs_h, H)
+
+
+@triton.jit
+def _store_bias_gradient(db_ptr, db_i, db_f, db_g, db_o, offs_h, H):
+    tl.store(db_ptr + offs_h, db_i.to(db_ptr.dtype.element_ty), mask=offs_h < H)
+    tl.store(db_ptr + H + offs_h, db_f.to(db_ptr.dtype.element_ty), mask=offs_h < H)
+    tl.store(db_ptr + 2 * H + offs_h, db_g.to(db_ptr.dtype.element_ty), mask=offs_h < H)
+    tl.store(db_ptr + 3 * H + offs_h, db_o.to(db_ptr.dtype.element_ty), mask=offs_h < H)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -136,7 +149,8 @@ def _lstm_cell_backward_kernel(
     dc_prev_ptr,  # [B, H]
     dw_ih_ptr,  # [4H, I]
     dw_hh_ptr,  # [4H, H]
-    db_ptr,  # [4H]
+    db_ih_ptr,  # [4H]
+    db_hh_ptr,  # [4H]
     # sizes
     B, I, H,
     # strides
@@ -173,65 +187,102 @@ def _lstm_cell_backward_kernel(
             _input_gradient_tile(tile, dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k, step, B, H,
                                  ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
         tile -= tiles
-    if dc_prev_ptr is not None or db_ptr is not None:
+    if dc_prev_ptr is not None or db_ih_ptr is not None or db_hh_ptr is not None:
         if (tile >= 0) & (tile < tl.cdiv(H, BLOCK_H)):
-            _state_gradient_tile(tile, dc_prev_ptr, db_ptr, step, B, H, ACC, BLOCK_B, BLOCK_H)
+            _state_gradient_tile(tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H, ACC, BLOCK_B, BLOCK_H)
 
 
 _backward = Launcher(_lstm_cell_backward_kernel)
 
 
 def lstm_cell_backward(
-    dh: torch.Tensor | None,
-    dc: torch.Tensor | None,
-    gates: torch.Tensor,
-    x: torch.Tensor,
-    h_prev: torch.Tensor,
-    c_prev: torch.Tensor,
-    c: torch.Tensor,
-    w_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    needs: tuple[bool, bool, bool, bool, bool, bool] = (True,) * 6,
-    *,
-    precision: str | None = None,
-) -> tuple[torch.Tensor | None, ...]:
+    grads: CellGradients,
+    inputs: CellInputs,
+    saved: CellSaved,
+    needs: Collection[str],
+    options: CellOptions = CellOptions(),
+) -> dict[str, Tensor]:
     """Launch the backward kernel once.
 
     Args:
-        dh, dc: [B, H], the gradients of h and c, any strides; None stands for zero.
-        gates, c: what `lstm_cell_forward` returned; x, h_prev, c_prev, w_ih, w_hh: what it was given.
-        needs: which of dx, dh_prev, dc_prev, dW_ih, dW_hh, db to compute.
-        precision: as in `lstm_cell_forward`.
+        grads: any strides.
+        inputs, options: what `lstm_cell_forward` was given. saved: of its outputs.
+        needs: the names of the inputs whose gradients to compute.
 
     Returns:
-        (dx [B, I], dh_prev [B, H], dc_prev [B, H], dW_ih [4H, I], dW_hh [4H, H], db [4H]), None where not needed.
+        Those gradients by name, contiguous, each with memory of its own.
     """
-    B, I = x.shape
-    H = h_prev.shape[1]
-    shapes = ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,))
+    (dh, dc), (x, h_prev, c_prev, w_ih, w_hh, *_) = grads, inputs
+    # A hook on saved tensors may return any strides.
+    c, gates = saved.c.contiguous(), saved.gates.contiguous()
+    (B, I), H = x.shape, h_prev.shape[1]
     # With B = 0 the weight and bias tiles still run and write their empty sums; with H = 0 there is no tile at all.
     allocate = torch.empty if H else torch.zeros
-    grads = tuple(allocate(s, dtype=x.dtype, device=x.device) if n else None for s, n in zip(shapes, needs))
-    precision = matmul_precision(x.dtype, precision)
+    found = {
+        name: allocate(t.shape, dtype=x.dtype, device=x.device)
+        for name, t in zip(CellInputs._fields, inputs)
+        if name in needs and t is not None
+    }
+    precision = matmul_precision(x.dtype, options.precision)
     config = cell_backward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
     tiles_b, tiles_h = cdiv(B, config.block_b), cdiv(H, config.block_h)
     tiles_i_n, tiles_h_n = cdiv(I, config.block_n), cdiv(H, config.block_n)
-    dx, dh_prev, dc_prev, dw_ih, dw_hh, db = needs
     grid = (
-        dw_hh * tiles_h * tiles_h_n
-        + dw_ih * tiles_h * tiles_i_n
-        + dh_prev * tiles_b * tiles_h_n
-        + dx * tiles_b * tiles_i_n
-        + (dc_prev or db) * tiles_h
+        ("w_hh" in found) * tiles_h * tiles_h_n
+        + ("w_ih" in found) * tiles_h * tiles_i_n
+        + ("h" in found) * tiles_b * tiles_h_n
+        + ("x" in found) * tiles_b * tiles_i_n
+        + ("c" in found or "b_ih" in found or "b_hh" in found) * tiles_h
     )
     if grid == 0:
-        return grads
+        return found
+    stride_dh_b, stride_dh_h = (0, 0) if dh is None else dh.stride()
+    stride_dc_b, stride_dc_h = (0, 0) if dc is None else dc.stride()
+    stride_x_b, stride_x_i = x.stride()
+    stride_h_b, stride_h_h = h_prev.stride()
+    stride_c_b, stride_c_h = c_prev.stride()
+    stride_w_ih_row, stride_w_ih_k = w_ih.stride()
+    stride_w_hh_row, stride_w_hh_k = w_hh.stride()
     _backward(
         (grid, 1, 1),
-        (dh, dc, gates, x, h_prev, c_prev, c, w_ih, w_hh, *grads),
-        (B, I, H, *((0, 0) if dh is None else dh.stride()), *((0, 0) if dc is None else dc.stride()),
-         *x.stride(), *h_prev.stride(), *c_prev.stride(), *w_ih.stride(), *w_hh.stride()),
-        (accumulator(x.dtype), precision, config.block_b, config.block_h, config.block_n),
         config,
-    )  # fmt: skip
-    return grads
+        dh_ptr=dh,
+        dc_ptr=dc,
+        gates_ptr=gates,
+        x_ptr=x,
+        h_prev_ptr=h_prev,
+        c_prev_ptr=c_prev,
+        c_ptr=c,
+        w_ih_ptr=w_ih,
+        w_hh_ptr=w_hh,
+        dx_ptr=found.get("x"),
+        dh_prev_ptr=found.get("h"),
+        dc_prev_ptr=found.get("c"),
+        dw_ih_ptr=found.get("w_ih"),
+        dw_hh_ptr=found.get("w_hh"),
+        db_ih_ptr=found.get("b_ih"),
+        db_hh_ptr=found.get("b_hh"),
+        B=B,
+        I=I,
+        H=H,
+        stride_dh_b=stride_dh_b,
+        stride_dh_h=stride_dh_h,
+        stride_dc_b=stride_dc_b,
+        stride_dc_h=stride_dc_h,
+        stride_x_b=stride_x_b,
+        stride_x_i=stride_x_i,
+        stride_h_b=stride_h_b,
+        stride_h_h=stride_h_h,
+        stride_c_b=stride_c_b,
+        stride_c_h=stride_c_h,
+        stride_w_ih_row=stride_w_ih_row,
+        stride_w_ih_k=stride_w_ih_k,
+        stride_w_hh_row=stride_w_hh_row,
+        stride_w_hh_k=stride_w_hh_k,
+        ACC=accumulator(x.dtype),
+        PRECISION=precision,
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n,
+    )
+    return found

@@ -5,8 +5,6 @@ numbers again, for the gradient of what it stored. The numbers are those of Phil
 (direction * H + unit, row, step, 0): they depend neither on tiles nor on the memory order of a tensor.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,19 +14,10 @@ from .config import LaunchConfig, cdiv
 from .launch import Launcher
 
 
-class Dropout(NamedTuple):
-    """Each element is zero with probability p, by the random numbers of seed [1] int64; the others are divided by 1 - p."""
-
-    p: float
-    seed: Tensor
-
-
-def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, tuple[int, int]]:
-    """The seed, and p as two integers hi * 2^-30 + lo * 2^-53: a float argument has 24 bits, a constant compiles for each p."""
-    if dropout is None:
-        return None, (0, 0)
-    p = round(dropout.p * 2**53)
-    return dropout.seed, (p >> 23, p & (2**23 - 1))
+def probability(p: float) -> tuple[int, int]:
+    """p as two integers hi * 2^-30 + lo * 2^-53: a float argument has 24 bits, and a constant would compile for each p."""
+    scaled = round(p * 2**53)
+    return scaled >> 23, scaled & (2**23 - 1)
 
 
 @triton.jit
@@ -64,9 +53,23 @@ def _lstm_kept_kernel(
 _kept = Launcher(_lstm_kept_kernel)
 
 
-def kept(dropout: Dropout, T: int, B: int, N: int) -> Tensor:
-    """[T, B, N] bool: what the sequence kernels keep of outputs of this shape, for those who compute them otherwise."""
-    result = torch.empty((T, B, N), dtype=torch.bool, device=dropout.seed.device)
-    seed, p = kernel_arguments(dropout)
-    _kept((T * B, cdiv(N, 128), 1), (seed, result.view(torch.uint8)), (B, N, *p), (128,), LaunchConfig(1, 1))
+def kept(seed: Tensor, p: float, shape: tuple[int, int, int]) -> Tensor:
+    """[T, B, N] bool: what the sequence kernels keep of outputs of this shape, for those who compute them otherwise.
+
+    Each element is zero with probability p, by the random numbers of seed [1] int64.
+    """
+    T, B, N = shape
+    result = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    p_hi, p_lo = probability(p)
+    _kept(
+        (T * B, cdiv(N, 128), 1),
+        LaunchConfig(1, 1),
+        seed_ptr=seed,
+        out_ptr=result.view(torch.uint8),
+        B=B,
+        N=N,
+        p_hi=p_hi,
+        p_lo=p_lo,
+        BLOCK=128,
+    )
     return result

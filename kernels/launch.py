@@ -1,28 +1,29 @@
 """From a launch configuration to a running kernel, with nothing done per call that can be done once."""
 
 import contextlib
-import functools
 import itertools
-import os
-import threading
+import operator
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton.language as tl
 from triton.runtime import JITFunction
 
+from . import device as device_module
 from .config import LaunchConfig
+from .device import refuse_capture
 
 _MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with more distinct shapes starts over
 
 
 class Launcher:
-    """Calls one @triton.jit kernel.
+    """Calls one @triton.jit kernel, whose parameters are pointers, named ..._ptr, then integers, then meta-parameters.
 
     Triton's own launch works out, on every call, which specialization the arguments need. It depends on dtypes, 16-byte
     alignment, meta-parameters and the integers that the kernel specialises, at most: the compiled kernel is kept under those,
-    and later called directly. Names of pointers end in _ptr.
+    and later called directly.
     """
 
     _all: weakref.WeakSet["Launcher"] = weakref.WeakSet()
@@ -32,33 +33,45 @@ class Launcher:
         self.kernel = kernel
         self._compiled: dict[tuple, Any] = {}
         self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
-        integers = (p for p in getattr(kernel, "params", ()) if not (p.is_constexpr or p.name.endswith("_ptr")))
+        if not self._is_compiled:
+            return
+        pointers = [p for p in kernel.params if p.name.endswith("_ptr")]
+        integers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
+        constants = [p for p in kernel.params if p.is_constexpr]
+        names = [p.name for p in kernel.params]
+        assert names == [p.name for p in (*pointers, *integers, *constants)], f"{kernel.__name__}: order of parameters"
+        self._n_parameters = len(names)
+        self._pointers, self._integers = slice(len(pointers)), slice(len(pointers), len(pointers) + len(integers))
+        self._constants = slice(len(pointers) + len(integers), None)
+        self._in_order = operator.itemgetter(*names)
         self._is_specialized = [not p.do_not_specialize for p in integers]
 
     def __call__(
         self,
         grid: tuple[int, int, int],
-        tensors: tuple[torch.Tensor | None, ...],
-        integers: tuple[int, ...],
-        constants: tuple,
         config: LaunchConfig,
-        **options,
+        *,
+        launch_cooperative_grid: bool = False,
+        **arguments: Any,
     ) -> None:
-        """Launch on the device of the first tensor that is not None.
+        """Launch with the kernel's arguments, each by name, on the device of the first tensor.
 
-        The kernel's parameters are tensors, integers, constants, in this order. options go to Triton's compiler; they must
-        follow from the other arguments.
+        launch_cooperative_grid: refuse a grid whose programs cannot all run at once. It must follow from the arguments.
         """
         if not self._is_compiled:
-            self.kernel[grid](*tensors, *integers, *constants, **options)
+            self.kernel[grid](**arguments)
             return
-        device = next(t for t in tensors if t is not None).device
+        if len(arguments) != self._n_parameters:
+            raise TypeError(f"{self.kernel.__name__} takes {self._n_parameters} arguments, got {len(arguments)}")
+        values = self._in_order(arguments)
+        device = next(t for t in values if t is not None).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(device, grid, tensors, integers, constants, config, options)
-        return self._launch(device, grid, tensors, integers, constants, config, options)
+                return self._launch(device, grid, config, values, launch_cooperative_grid)
+        return self._launch(device, grid, config, values, launch_cooperative_grid)
 
-    def _launch(self, device, grid, tensors, integers, constants, config, options) -> None:
+    def _launch(self, device, grid, config, values, cooperative) -> None:
+        tensors, integers, constants = values[self._pointers], values[self._integers], values[self._constants]
         unaligned = 0  # a bit for each tensor
         dtypes: list[torch.dtype | None] = []
         for t in tensors:
@@ -73,70 +86,29 @@ class Launcher:
         key = (device.index, specialized, constants, config.num_warps, config.num_stages, unaligned, *dtypes)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*tensors, *integers, *constants)
+            compiled[grid](*values)
             return
         if device.type == "cuda":
             refuse_capture(self.kernel.__name__)
-        compiled = self.kernel[grid](*tensors, *integers, *constants, **config.options, **options)
+        options = {"launch_cooperative_grid": True} if cooperative else {}
+        compiled = self.kernel[grid](*values, **config.options, **options)
         if len(self._compiled) >= _MAX_KEPT:
             self._compiled.clear()
         self._compiled[key] = compiled
 
 
-def refuse_capture(kernel: str) -> None:
-    """RuntimeError while a CUDA graph is captured on the current stream: what a first launch asks of CUDA breaks a capture."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{kernel} is launched with these sizes and dtypes for the first time, which compiles and loads it: that cannot be"
-            " captured in a CUDA graph. Make the same call once before the capture."
-        )
-
-
-@functools.cache
-def _cuda_limits(index: int) -> tuple[int, int, int]:
-    properties: Any = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
-
-
-_cpu_limits = 132, 227 * 1024, 9  # an H100's
-
-
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """Multiprocessors (a MIG slice: its share), bytes of shared memory a program may have, and the first number of the compute
-    capability; on a CPU, those of the GPU that it stands for."""
-    return _cuda_limits(device.index) if device.type == "cuda" else _cpu_limits
-
-
 @contextlib.contextmanager
-def cpu_as(limits: tuple[int, int, int]):
+def cpu_as(limits: tuple[int, int, int]) -> Iterator[None]:
     """Inside, the CPU stands for a GPU with these `device_limits`: for a driver of Triton that takes CPU tensors."""
-    global _cpu_limits
-    before, _cpu_limits = _cpu_limits, limits
+    before, device_module._cpu_limits = device_module._cpu_limits, limits
     for launcher in Launcher._all:
         launcher._compiled.clear()
     try:
         yield
     finally:
-        _cpu_limits = before
+        device_module._cpu_limits = before
         for launcher in Launcher._all:
             launcher._compiled.clear()
-
-
-def _free_multiprocessors() -> int:
-    name = "LSTM_TRITON_FREE_MULTIPROCESSORS"
-    value = os.environ.get(name, "0")
-    if not value.isdecimal():
-        raise ValueError(f"{name} must be a number of multiprocessors, got {value!r}")
-    return int(value)
-
-
-# Multiprocessors that programs which wait for one another leave to kernels that run at the same time, such as communication.
-FREE_MULTIPROCESSORS = _free_multiprocessors()
-
-
-def multiprocessor_count(device: torch.device) -> int:
-    """The first of `device_limits`."""
-    return device_limits(device)[0]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -144,50 +116,6 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-# What torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.rnn.fp32_precision read, through layers of Python
-# that cost more than the rest of a call's checks together.
-_torch_precision = torch._C._get_fp32_precision_getter
-
-
-# torch's settings belong to the process, and the threads of torch.nn.DataParallel or of autograd change them at the same time:
-# while one has them its own way, the others wait.
-_settings = threading.RLock()
-
-
-@contextlib.contextmanager
-def torch_matmul_precision(dtype: torch.dtype, precision: str):
-    """torch's own float32 products on a GPU, inside: in TF32 where the kernels' are, else in full precision."""
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    if dtype != torch.float32:
-        yield
-        return
-    with _settings:
-        if torch.backends.cuda.matmul.fp32_precision == wanted:
-            yield
-        else:
-            with fp32_precision(torch.backends.cuda.matmul, wanted):
-                yield
-
-
-@contextlib.contextmanager
-def fp32_precision(setting: Any, wanted: str):
-    """`wanted` in one of torch.backends' settings, inside; afterwards it inherits from the others again if it did."""
-    before, setting.fp32_precision = setting.fp32_precision, wanted
-    try:
-        yield
-    finally:
-        setting.fp32_precision = "none"
-        if setting.fp32_precision != before:
-            setting.fp32_precision = before
-
-
-def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> str:
-    """The tl.dot input precision: the given one, or for None what torch would use.
-
-    That is the setting of torch.backends.cuda.matmul for a cell, of torch.backends.cudnn.rnn for a recurrent layer.
-    """
-    if dtype != torch.float32:
-        return "ieee"
-    if precision is None:
-        return "tf32" if _torch_precision("cuda", "rnn" if recurrent else "matmul") == "tf32" else "ieee"
-    return precision
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same, of torch: of what is kept unrounded between launches."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

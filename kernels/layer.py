@@ -4,17 +4,19 @@ One GEMM gives the pre-activations of all steps and directions, one launch the r
 call, from gate-major to the unit-major order [H, 4] of the pre-activations.
 """
 
-import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import interpreter, launch, stall
-from .dropout import Dropout, kernel_arguments
+from . import device, interpreter, stall
+from .device import matmul_precision, torch_products
+from .dropout import probability
 from .grid_sync import COUNTER_STRIDE
-from .launch import Launcher, accumulator, device_limits, matmul_precision, torch_matmul_precision
+from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
+from .launch import Launcher, accumulator, accumulator_dtype
 from .sequence import _lstm_sequence_forward_kernel
 from .sequence_config import DeviceLimits, SequenceConfig, exchanged_row, sequence_forward_config
 
@@ -22,42 +24,6 @@ _forward = Launcher(_lstm_sequence_forward_kernel)
 
 # Arrival counters are int32: steps times programs of a group stay below this.
 _MAX_ARRIVALS = 2**31 - 1
-
-
-class Direction(NamedTuple):
-    """The weights of one direction: w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None."""
-
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-
-
-class Segments(NamedTuple):
-    """Where rows start, stop and restart.
-
-    resets: [T, B] bool or None; reset_h, reset_c: [T, D, B, H] of any strides but a last one of 1, or None for zeros;
-    lengths: [B] integers in 0 ... T, or None.
-    """
-
-    resets: Tensor | None = None
-    reset_h: Tensor | None = None
-    reset_c: Tensor | None = None
-    lengths: Tensor | None = None
-
-
-class Forward(NamedTuple):
-    """y [T, B, D * H]; h_n, c_n [D, B, H]; c [T, B, D * H] and gates [T, B, D, H, 4] or None.
-
-    h: y before dropout, or None where there was none.
-    """
-
-    y: Tensor
-    h_n: Tensor
-    c_n: Tensor
-    c: Tensor | None
-    gates: Tensor | None
-    h: Tensor | None = None
 
 
 def new_states(like: Tensor, time_major: bool, T: int, B: int, *rest: int) -> Tensor:
@@ -87,17 +53,18 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def reset_state(segments: Segments, state: Tensor | None, h0: Tensor) -> Tensor | None:
+def reset_state(resets: Tensor | None, state: Tensor | None, h0: Tensor) -> Tensor | None:
     """`state`, reset_h or reset_c, as a kernel takes it; zeros where there are resets without one.
 
     Its rows lie at multiples of H from a 16-byte boundary: as it is, or else a copy, broadcast again.
     """
-    if segments.resets is None:
+    if resets is None:
         return None
     H = h0.shape[2]
     if state is None:
-        return h0.new_zeros(H).expand(segments.resets.shape[0], *h0.shape)
-    if state.data_ptr() % 16 == 0 and all(n == 1 or s % H == 0 for n, s in zip(state.shape[:3], state.stride())):
+        return h0.new_zeros(H).expand(resets.shape[0], *h0.shape)
+    is_dense = state.stride(3) == 1 and all(n == 1 or s % H == 0 for n, s in zip(state.shape[:3], state.stride()))
+    if state.data_ptr() % 16 == 0 and is_dense:
         return state
     once = state[tuple(slice(None if s else 1) for s in state.stride()[:3])]
     return once.clone(memory_format=torch.contiguous_format).expand(state.shape)
@@ -111,13 +78,28 @@ def padded(state: Tensor, units: int) -> Tensor:
     return torch.nn.functional.pad(once, (0, units - state.shape[-1])).expand(*state.shape[:-1], units)
 
 
-def plan(configure, T: int, B: int, H: int, D: int, dtype, precision: str, device, stepwise: bool) -> SequenceConfig:
-    multiprocessors, *others = device_limits(device)
-    limits = DeviceLimits(max(multiprocessors - launch.FREE_MULTIPROCESSORS, 1), *others)
-    config = configure(B, H, D, dtype, precision, limits)
+class Recurrence(NamedTuple):
+    """What a launch is planned for: T steps of B batch rows, H units and D directions."""
+
+    T: int
+    B: int
+    H: int
+    D: int
+    dtype: torch.dtype
+    precision: str  # of products: "ieee", "tf32", "tf32x3"
+
+
+def plan(
+    configure: Callable[..., SequenceConfig], recurrence: Recurrence, on: torch.device, stepwise: bool = False
+) -> SequenceConfig:
+    """The configuration on this device; stepwise: of one launch per step, even where one could run them all."""
+    T, *problem = recurrence
+    sms, *others = device.device_limits(on)
+    limits = DeviceLimits(max(sms - device.FREE_MULTIPROCESSORS, 1), *others)
+    config = configure(*problem, limits)
     waits = _waits(config, T)
     if stepwise or (waits and (T * config.programs > _MAX_ARRIVALS or not interpreter.programs_can_wait())):
-        return configure(B, H, D, dtype, precision, limits, stepwise=True)
+        return configure(*problem, limits, stepwise=True)
     return config
 
 
@@ -126,36 +108,33 @@ def _waits(config: SequenceConfig, steps: int) -> bool:
     return config.persistent and config.programs > 1 and steps > 1
 
 
-def is_persistent(
-    T: int,
-    B: int,
-    H: int,
-    D: int,
-    dtype: torch.dtype,
-    precision: str | None,
-    device: torch.device,
-    configure=sequence_forward_config,
-) -> bool:
-    """Whether T steps of B rows, H units, D directions would be one launch: forward, or what `configure` is for."""
-    precision = matmul_precision(dtype, precision, recurrent=True)
-    return T == 1 or plan(configure, T, B, H, D, dtype, precision, device, False).persistent
+def is_persistent(recurrence: Recurrence, on: torch.device, configure=sequence_forward_config) -> bool:
+    """Whether all steps would be one launch: forward, or what `configure` is for."""
+    return recurrence.T == 1 or plan(configure, recurrence, on).persistent
 
 
-def run(
-    launcher: Launcher, config: SequenceConfig, tensors, T: int, B: int, first: int, last: int, strides, constants
-) -> None:
-    waits = _waits(config, last - first)
-    # A grid that cannot all be resident is refused, not hung.
-    options = {"launch_cooperative_grid": True} if waits else {}
+def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, **arguments: Any) -> None:
+    """Launch a sequence kernel for the steps in its arguments, all of them but what its programs wait with."""
+    waits = _waits(config, arguments["last_step"] - arguments["first_step"])
     counters = stalled = None
     if waits:
-        device = next(t for t in tensors if t is not None).device
-        stalled = stall.word(launcher.kernel.__name__, device.type == "cuda")
-        counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+        stalled = stall.word(launcher.kernel.__name__, on.type == "cuda")
+        counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=on)
     programs = config.programs * config.groups
     try:
+        # A grid that cannot all be resident is refused, not hung.
         launcher(
-            (programs, 1, 1), (*tensors, counters, stalled), (T, B, first, last, *strides), constants, config, **options
+            (programs, 1, 1),
+            config,
+            launch_cooperative_grid=waits,
+            counters_ptr=counters,
+            stall_ptr=stalled,
+            BLOCK_B=config.block_b,
+            BLOCK_H=config.block_h,
+            BLOCK_K=config.block_k,
+            IN_FLIGHT=config.in_flight,
+            RESIDENT=config.persistent,
+            **arguments,
         )
     except RuntimeError as error:
         if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):
@@ -174,24 +153,32 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
     return tl.int32 if last < 2**31 else tl.int64
 
 
-def segment_strides(flags: Tensor | None, *states: Tensor | None) -> tuple[int, ...]:
-    """Of flags in elements, of states in rows."""
-    resets = (0, 0) if flags is None else flags.stride()
-    rows = ((0, 0, 0) if t is None else tuple(s // t.shape[3] for s in t.stride()[:3]) for t in states)
-    return (*resets, *itertools.chain(*rows))
+def state_strides(name: str, state: Tensor | None) -> dict[str, int]:
+    """The arguments stride_<name>_t, _d and _b of a reset state [T, D, B, n], in rows."""
+    t, d, b = (0, 0, 0) if state is None else (s // state.shape[3] for s in state.stride()[:3])
+    return {f"stride_{name}_t": t, f"stride_{name}_d": d, f"stride_{name}_b": b}
 
 
-def recurrent_weights(directions: list[Direction]) -> tuple[Tensor, Tensor | None]:
-    """W_hh of each direction: the kernels know one layout, and what does not have it is copied, once for all steps."""
-    return aligned(directions[0].w_hh), aligned(directions[1].w_hh) if len(directions) == 2 else None
+def recurrent_weights(directions: Sequence[Direction]) -> dict[str, Tensor | None]:
+    """The arguments for W_hh of each direction: the kernels know one layout, and what does not have it is copied, once for all
+    steps."""
+    reverse = aligned(directions[1].w_hh) if len(directions) == 2 else None
+    return {"w_ptr": aligned(directions[0].w_hh), "w_reverse_ptr": reverse}
 
 
-def reset_flags(resets: Tensor | None) -> Tensor | None:
-    """Resets as integers that a kernel can load."""
-    return None if resets is None else resets.view(torch.uint8)
+def segment_arguments(segments: Segments) -> dict[str, Any]:
+    """The arguments for resets, as integers that a kernel can load, and lengths."""
+    flags, lengths = segments.resets, segments.lengths
+    stride_t, stride_b = (0, 0) if flags is None else flags.stride()
+    return {
+        "resets_ptr": None if flags is None else flags.view(torch.uint8),
+        "lengths_ptr": None if lengths is None else lengths.contiguous(),
+        "stride_resets_t": stride_t,
+        "stride_resets_b": stride_b,
+    }
 
 
-def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> Tensor:
+def pre_activations(x: Tensor, directions: Sequence[Direction]) -> Tensor:
     """x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps: [T, B, D, H, 4], in one GEMM."""
     T, B, I = x.shape
     H = directions[0].w_hh.shape[1]
@@ -199,82 +186,85 @@ def pre_activations(x: Tensor, directions: list[Direction], precision: str) -> T
     w = torch.cat([unit_major(d.w_ih) for d in directions]) if len(directions) > 1 else unit_major(directions[0].w_ih)
     rows = as_rows(x, time_major)
     biases = [b for d in directions for b in (d.b_ih, d.b_hh) if b is not None]
-    with torch_matmul_precision(x.dtype, precision):
-        if biases:
-            b = torch.stack(biases).unflatten(0, (len(directions), -1)).sum(1)
-            z = torch.addmm(b.unflatten(1, (4, H)).transpose(1, 2).flatten(), rows, w.t())
-        else:
-            z = rows @ w.t()
+    if biases:
+        b = torch.stack(biases).unflatten(0, (len(directions), -1)).sum(1)
+        z = torch.addmm(b.unflatten(1, (4, H)).transpose(1, 2).flatten(), rows, w.t())
+    else:
+        z = rows @ w.t()
     z = z.view(T, B, len(directions), H, 4) if time_major else z.view(B, T, len(directions), H, 4).transpose(0, 1)
     return z
 
 
-@stall.names_the_kernel
-def lstm_layer_forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    directions: list[Direction],
-    segments: Segments = Segments(),
-    *,
-    dropout: Dropout | None = None,
-    precision: str | None = None,
-    save_cells: bool = False,
-    save_gates: bool = False,
-    stepwise: bool = False,
-) -> Forward:
+def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions(), save: bool = False) -> LayerOutputs:
     """Run one layer.
 
     Args:
-        x: [T, B, I], T and B at least 1; memory time-major or batch-major (others are copied), which the outputs then follow.
-        h0, c0: [D, B, H].
-        directions: the weights of the forward direction and, where D = 2, of the reverse one. One floating-point dtype and
-            device for all.
-        dropout: of y, for the layer that follows.
-        precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
-        save_cells, save_gates: also return what the caller or `lstm_layer_backward` wants.
-        stepwise: one launch per step, even where one launch could run them all.
+        inputs: of one floating-point dtype and device, T and B at least 1. The memory of x is time-major or batch-major (others
+            are copied), which the outputs then follow.
+        save: also return what `lstm_layer_backward` needs.
     """
-    (T, B, _), H, D = x.shape, h0.shape[2], len(directions)
-    precision = matmul_precision(x.dtype, precision, recurrent=True)
-    pre = pre_activations(x, directions, precision)
-    time_major = is_time_major(pre)
-    # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
-    row = exchanged_row(H, x.dtype)
-    stepwise |= T == 1 and row != H
-    config = plan(sequence_forward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
-    row = row if config.persistent else H
+    precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
+    with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
+        x, directions, segments = inputs.x, inputs.directions, inputs.segments
+        # Gates are rebuilt some steps at a time, which are contiguous where y is time-major.
+        x = x.contiguous() if save and options.recompute else x
+        (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
+        pre = pre_activations(x, directions)
+        time_major = is_time_major(pre)
+        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
+        row = exchanged_row(H, dtype)
+        stepwise = options.stepwise or (T == 1 and row != H)
+        config = plan(sequence_forward_config, Recurrence(T, B, H, D, dtype, precision), on, stepwise)
+        row = row if config.persistent else H
 
-    h = new_states(x, time_major, T, B, D * row)
-    dropped = None if dropout is None else new_states(x, time_major, T, B, D * H)
-    c = new_states(x, time_major, T, B, D * H) if save_cells else None
-    gates = new_states(x, time_major, T, B, D, H, 4) if save_gates else None
-    h0, c0 = aligned(h0), aligned(c0)
-    h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
-    c_n = torch.empty_like(c0)
-    seed, p = kernel_arguments(dropout)
-    constants = (H, row, D, accumulator(x.dtype), precision, index_type(pre, h), config.persistent, config.block_b,
-                 config.block_h, config.block_k, config.in_flight)  # fmt: skip
-    flags = reset_flags(segments.resets)
-    reset_h = reset_state(segments, segments.reset_h, h0)
-    both_zero = segments.reset_h is None and segments.reset_c is None
-    reset_c = reset_h if both_zero else reset_state(segments, segments.reset_c, h0)
-    h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
-    strides = (h.stride(0) // (D * row), h.stride(1) // (D * row), *segment_strides(flags, reset_h, reset_c))
-    weights = recurrent_weights(directions)
-    for first, last, c_in, c_out in launches(config, c0, c_n, 0, T):
-        tensors = (pre, *weights, h0, c_in, flags, reset_h, reset_c, segments.lengths,
-                   h, h_n, c_out, c, gates, seed, dropped)  # fmt: skip
-        run(_forward, config, tensors, T, B, first, last, (*p, *strides), constants)
-    if row != H:
-        exchanged, h = h, new_states(x, time_major, T, B, D * H)
-        h.unflatten(2, (D, H)).copy_(exchanged.unflatten(2, (D, row))[..., :H])
-    return Forward(h, h_n, c_n, c, gates) if dropped is None else Forward(dropped, h_n, c_n, c, gates, h)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which c and dc are kept between launches: that of the accumulator."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        h = new_states(x, time_major, T, B, D * row)
+        dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
+        c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None
+        gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
+        h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
+        h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
+        c_n = torch.empty_like(c0)
+        reset_h = reset_state(segments.resets, segments.reset_h, h0)
+        both_zero = segments.reset_h is None and segments.reset_c is None
+        reset_c = reset_h if both_zero else reset_state(segments.resets, segments.reset_c, h0)
+        h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
+        p_hi, p_lo = probability(options.dropout)
+        arguments = dict(
+            pre_ptr=pre,
+            h0_ptr=h0,
+            reset_h_ptr=reset_h,
+            reset_c_ptr=reset_c,
+            y_ptr=h,
+            h_n_ptr=h_n,
+            c_ptr=c,
+            gates_ptr=gates,
+            seed_ptr=inputs.seed,
+            dropped_ptr=dropped,
+            T=T,
+            B=B,
+            p_hi=p_hi,
+            p_lo=p_lo,
+            stride_t=h.stride(0) // (D * row),
+            stride_b=h.stride(1) // (D * row),
+            H=H,
+            ROW=row,
+            D=D,
+            ACC=accumulator(dtype),
+            PRECISION=precision,
+            INDEX=index_type(pre, h),
+            **recurrent_weights(directions),
+            **segment_arguments(segments),
+            **state_strides("reset_h", reset_h),
+            **state_strides("reset_c", reset_c),
+        )
+        for step, stop, c_in, c_out in launches(config, c0, c_n, 0, T):
+            launch(_forward, config, on, first_step=step, last_step=stop, c_in_ptr=c_in, c_out_ptr=c_out, **arguments)
+        if row != H:
+            exchanged, h = h, new_states(x, time_major, T, B, D * H)
+            h.unflatten(2, (D, H)).copy_(exchanged.unflatten(2, (D, row))[..., :H])
+        if dropped is None:
+            return LayerOutputs(h, h_n, c_n, c, gates)
+        return LayerOutputs(dropped, h_n, c_n, c, gates, h)
 
 
 def launches(config: SequenceConfig, state_in: Tensor | None, state_out: Tensor, first: int, last: int) -> list[tuple]:

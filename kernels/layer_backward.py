@@ -4,32 +4,31 @@ One launch gives the gate gradients dz of all steps; from them one GEMM each giv
 are put back from the unit-major order of dz to gate-major.
 """
 
-from typing import NamedTuple
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from . import stall
-from .dropout import Dropout, kernel_arguments
-from .launch import Launcher, accumulator, matmul_precision, torch_matmul_precision
+from .device import matmul_precision, torch_products
+from .dropout import probability
+from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
-    Direction,
-    Forward,
-    Segments,
-    accumulator_dtype,
+    Recurrence,
     aligned,
     as_rows,
     index_type,
     is_time_major,
+    launch,
     launches,
     new_states,
     plan,
     pre_activations,
     recurrent_weights,
-    reset_flags,
     reset_state,
-    run,
-    segment_strides,
+    segment_arguments,
+    state_strides,
     unit_major,
 )
 from .sequence_backward import _lstm_sequence_backward_kernel
@@ -37,18 +36,8 @@ from .sequence_config import sequence_backward_config
 
 _backward = Launcher(_lstm_sequence_backward_kernel)
 
-
-class Gradients(NamedTuple):
-    """What `lstm_layer_backward` returns; None where not asked for. One entry per direction in the lists."""
-
-    dx: Tensor | None  # [T, B, I]
-    dh0: Tensor | None  # [D, B, H]
-    dc0: Tensor  # [D, B, H]
-    dw_ih: list[Tensor] | None
-    dw_hh: list[Tensor] | None
-    db: list[Tensor] | None
-    dreset_h: Tensor | None  # [T, D, B, H]
-    dreset_c: Tensor | None  # [T, D, B, H]
+# The names of the inputs that are weights.
+_WEIGHTS = frozenset(name for name in LayerInputs._fields if name.startswith(("w_", "b_")))
 
 
 def _gate_major(w: Tensor) -> Tensor:
@@ -56,88 +45,154 @@ def _gate_major(w: Tensor) -> Tensor:
     return w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
-@stall.names_the_kernel
 def lstm_layer_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_states: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    directions: list[Direction],
-    forward: Forward,
-    segments: Segments = Segments(),
-    *,
-    dropout: Dropout | None = None,
-    needs_dx: bool = True,
-    needs_weights: bool = True,
-    needs_h0: bool = True,
-    needs_resets: bool = False,
-    precision: str | None = None,
-    stepwise: bool = False,
-) -> Gradients:
+    grads: LayerGradients,
+    inputs: LayerInputs,
+    saved: LayerSaved,
+    needs: Collection[str],
+    options: LayerOptions = LayerOptions(),
+) -> dict[str, Tensor]:
     """Back through `lstm_layer_forward`.
 
     Args:
-        dy: [T, B, D * H] of any strides; dh_n, dc_n: [D, B, H]; dc_states: [T, B, D * H], the gradient of c. None is zero.
-        forward: its result, with c. Without gates all of it is time-major; they are rebuilt by GEMMs, some steps at a time.
-        The rest as it was given forward.
+        grads: any strides.
+        inputs, options: what it was given. saved: of its outputs. Without gates, these are rebuilt by GEMMs, some steps at a
+            time.
+        needs: the names of the inputs whose gradients to compute.
+
+    Returns:
+        Those gradients by name, and perhaps others; each with memory of its own.
     """
-    (T, B, _), H, D = x.shape, h0.shape[2], len(directions)
-    precision = matmul_precision(x.dtype, precision, recurrent=True)
-    h, c, gates = forward.y if forward.h is None else forward.h, forward.c, forward.gates
-    seed, p = kernel_arguments(dropout)
+    precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
+    with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
+        saved = _dense(saved)
+        needs_resets = "reset_h" in needs or "reset_c" in needs
+        dz, found = _gate_gradients(grads, inputs, saved, needs_resets, options)
+        x, directions, segments = inputs.x, inputs.directions, inputs.segments
+        time_major = is_time_major(saved.h)
+        rows = as_rows(dz.flatten(2), time_major)  # [T * B, D * 4H], unit-major
+        if "x" in needs:
+            found["x"] = new_states(x, time_major, *x.shape)
+            w = torch.cat([unit_major(d.w_ih) for d in directions])
+            torch.mm(rows, w, out=as_rows(found["x"], time_major))
+        if not _WEIGHTS.isdisjoint(needs):
+            found |= _weight_gradients(dz, rows, inputs, saved.h, needs)
+        if "reset_h" in needs:
+            each = [_gradient_at_resets(dz, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            found["reset_h"] = torch.stack(each, dim=1)
+        if "h0" in needs:
+            each = [_initial_state_gradient(dz, grads.dh_n, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            found["h0"] = torch.stack(each)
+        return found
+
+
+def _dense(saved: LayerSaved) -> LayerSaved:
+    """All in one dense memory order, that of h, and time-major where the gates are to be rebuilt.
+
+    They were, but a hook on saved tensors may return any strides.
+    """
+    h, c, gates = saved
+    if gates is None or is_time_major(h):
+        return LayerSaved(h.contiguous(), c.contiguous(), None if gates is None else gates.contiguous())
+    return LayerSaved(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (h, c, gates)))
+
+
+def _gate_gradients(
+    grads: LayerGradients, inputs: LayerInputs, saved: LayerSaved, needs_resets: bool, options: LayerOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """dz [T, B, D, H, 4], by the kernel; and the gradients that come with it: of c0, and where needed of reset_c."""
+    x, (h, c, gates), directions, segments = inputs.x, saved, inputs.directions, inputs.segments
+    (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
     time_major = is_time_major(h)
-    config = plan(sequence_backward_config, T, B, H, D, x.dtype, precision, x.device, stepwise)
+    precision = matmul_precision(dtype, options.precision, recurrent=True)
+    recurrence = Recurrence(T, B, H, D, dtype, precision)
+    config = plan(sequence_backward_config, recurrence, on, options.stepwise)
 
     dz = new_states(x, time_major, T, B, D, H, 4)
-    dc0 = torch.empty((D, B, H), dtype=x.dtype, device=x.device)
-    h0, c0 = aligned(h0), aligned(c0)
+    dc0 = torch.empty((D, B, H), dtype=dtype, device=on)
+    h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
+    dy, dh_n, dc_n, dc_states = grads
     dh_n = None if dh_n is None else aligned(dh_n)
     dc_n = None if dc_n is None else aligned(dc_n)
     if dc_states is not None and (dc_states.stride() != h.stride() or dc_states.data_ptr() % 16 != 0):
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
-    flags, reset_c = reset_flags(segments.resets), reset_state(segments, segments.reset_c, h0)
-    strides = (h.stride(0) // (D * H), h.stride(1) // (D * H), *((0, 0, 0) if dy is None else dy.stride()),
-               *segment_strides(flags, reset_c))  # fmt: skip
-    constants = (H, D, accumulator(x.dtype), precision, index_type(dz, dy), gates is not None, config.persistent,
-                 config.block_b, config.block_h, config.split_k, config.block_k,
-                 config.in_flight)  # fmt: skip
-    weights = recurrent_weights(directions)
+    reset_c = reset_state(segments.resets, segments.reset_c, h0)
+    p_hi, p_lo = probability(options.dropout)
+    stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()
+    arguments = dict(
+        dy_ptr=dy,
+        seed_ptr=inputs.seed,
+        dc_states_ptr=dc_states,
+        dh_n_ptr=dh_n,
+        c_ptr=c,
+        c0_ptr=c0,
+        reset_c_ptr=reset_c,
+        dz_ptr=dz,
+        dreset_c_ptr=dreset_c,
+        T=T,
+        B=B,
+        p_hi=p_hi,
+        p_lo=p_lo,
+        stride_t=h.stride(0) // (D * H),
+        stride_b=h.stride(1) // (D * H),
+        stride_dy_t=stride_dy_t,
+        stride_dy_b=stride_dy_b,
+        stride_dy_h=stride_dy_h,
+        H=H,
+        D=D,
+        ACC=accumulator(dtype),
+        PRECISION=precision,
+        INDEX=index_type(dz, dy),
+        ACTIVATED=gates is not None,
+        SPLIT_K=config.split_k,
+        **recurrent_weights(directions),
+        **segment_arguments(segments),
+        **state_strides("reset_c", reset_c),
+    )
     state_in = dc_n
     for first, last in [(0, T)] if gates is not None else _recomputed_ranges(T):
         # The two directions run through time in opposite ways, so a range of steps is two ranges of t.
         starts = (0, 0) if gates is not None else (T - last, first)
         pieces = gates
         if pieces is None:
-            pieces = _rebuilt_pre_activations(x, h0, h, directions, segments, starts, last - first, precision)
+            pieces = _rebuilt_pre_activations(inputs, h0, h, starts, last - first)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
-            tensors = (dy, seed, dc_states, dh_n, dc_in, pieces, c, c0, *weights, flags,
-                       reset_c, segments.lengths, dz, dc_out, dreset_c)  # fmt: skip
-            run(_backward, config, tensors, T, B, step, stop, (*p, *starts, *strides), constants)
+            launch(
+                _backward,
+                config,
+                on,
+                first_step=step,
+                last_step=stop,
+                dc_in_ptr=dc_in,
+                dc_out_ptr=dc_out,
+                gates_ptr=pieces,
+                gates_t=starts[0],
+                gates_reverse_t=starts[1],
+                **arguments,
+            )
         state_in = state_out
-        del pieces, tensors  # else what was rebuilt is held while the next is, and during the products below
+        del pieces  # else what was rebuilt is held while the next is
+    return dz, {"c0": dc0} if dreset_c is None else {"c0": dc0, "reset_c": dreset_c.permute(0, 2, 1, 3)}
 
-    dx = dw_ih = dw_hh = db = dh0 = dreset_h = None
-    with torch_matmul_precision(x.dtype, precision):
-        rows = as_rows(dz.flatten(2), time_major)  # [T * B, D * 4H], unit-major
-        if needs_dx:
-            dx = new_states(x, time_major, T, B, x.shape[2])
-            torch.mm(rows, torch.cat([unit_major(d.w_ih) for d in directions]), out=as_rows(dx, time_major))
-        if needs_weights:
-            inputs = _rows_within(x, segments.lengths, time_major)
-            dw_ih = [_gate_major(w) for w in (rows.t() @ inputs).chunk(D)]
-            db = [_gate_major(b) for b in rows.sum(0).chunk(D)]
-            dw_hh = [_recurrent_weight_gradient(dz, h0, h, d, segments, time_major) for d in range(D)]
-        if dreset_c is not None:
-            dreset_h = torch.stack([_gradient_at_resets(dz, directions[d].w_hh, d, segments) for d in range(D)], dim=1)
-            dreset_c = dreset_c.permute(0, 2, 1, 3)
-        if needs_h0:
-            dh0 = torch.stack([_initial_state_gradient(dz, dh_n, directions[d].w_hh, d, segments) for d in range(D)])
-    return Gradients(dx, dh0, dc0, dw_ih, dw_hh, db, dreset_h, dreset_c)
+
+def _weight_gradients(
+    dz: Tensor, rows: Tensor, inputs: LayerInputs, h: Tensor, needs: Collection[str]
+) -> dict[str, Tensor]:
+    """Those of both directions; rows: dz as a matrix, of T * B rows."""
+    D, segments, time_major = dz.shape[2], inputs.segments, is_time_major(h)
+    x_rows = _rows_within(inputs.x, segments.lengths, time_major)
+    dw_ih, db = (rows.t() @ x_rows).chunk(D), rows.sum(0).chunk(D)
+    found = {}
+    for d in range(D):
+        suffix = "_reverse" if d else ""
+        found["w_ih" + suffix] = _gate_major(dw_ih[d])
+        found["w_hh" + suffix] = _recurrent_weight_gradient(dz, inputs.h0, h, d, segments, time_major)
+        for name in ("b_ih" + suffix, "b_hh" + suffix):
+            if name in needs:
+                found[name] = _gate_major(db[d])  # a copy: a caller may change either in place
+    return found
 
 
 def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
@@ -155,23 +210,13 @@ def _recomputed_ranges(T: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, T)) for first in range(0, T, size)]
 
 
-def _rebuilt_pre_activations(
-    x: Tensor,
-    h0: Tensor,
-    y: Tensor,
-    directions: list[Direction],
-    segments: Segments,
-    starts: tuple[int, int],
-    n: int,
-    precision: str,
-) -> Tensor:
+def _rebuilt_pre_activations(inputs: LayerInputs, h0: Tensor, y: Tensor, starts: tuple[int, int], n: int) -> Tensor:
     """[n, B, D, H, 4]: of direction d, n steps from t = starts[d] on."""
     pieces = []
-    for d, direction in enumerate(directions):
-        z = pre_activations(x[starts[d] : starts[d] + n].contiguous(), [direction], precision)
-        h_prev = _previous_states(h0, y, d, segments, starts[d], n)
-        with torch_matmul_precision(x.dtype, precision):
-            z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), unit_major(direction.w_hh).t())
+    for d, direction in enumerate(inputs.directions):
+        z = pre_activations(inputs.x[starts[d] : starts[d] + n].contiguous(), [direction])
+        h_prev = _previous_states(h0, y, d, inputs.segments, starts[d], n)
+        z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), unit_major(direction.w_hh).t())
         pieces.append(z)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 from .config import cdiv, readout_forward_config, readout_rescale_config
-from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .device import matmul_precision, multiprocessor_count
+from .inputs import ReadoutInputs, ReadoutOptions, ReadoutOutputs
+from .launch import Launcher, accumulator, accumulator_dtype
 from .tiles import add_projection
 
 
@@ -116,53 +118,64 @@ _forward = Launcher(_readout_forward_kernel)
 _rescale = Launcher(_readout_rescale_kernel)
 
 
-def softmax_readout_forward(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    precision: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+def softmax_readout_forward(inputs: ReadoutInputs, options: ReadoutOptions, save: bool = False) -> ReadoutOutputs:
     """softmax(h W^T + b) along V, in one launch where a tile holds a row and in two elsewhere.
 
     Args:
-        h: [B, H]; weight: [V, H]; bias: [V] or None. One floating-point dtype and device for all, any strides; shapes
-            are the caller's responsibility.
-        precision: how float32 products are computed: "ieee", "tf32", "tf32x3", or None for torch's setting.
-        dtype: of the result; that of h by default.
+        inputs: of one floating-point dtype and device, any strides; shapes are the caller's responsibility.
+        save: changes nothing, as the backward needs only y.
 
     Returns:
-        y: [B, V], contiguous.
+        y: contiguous.
     """
-    B, H = h.shape
-    V = weight.shape[0]
-    y = torch.empty((B, V), dtype=h.dtype if dtype is None else dtype, device=h.device)
+    h, weight, bias = inputs
+    (B, H), V = h.shape, weight.shape[0]
+    y = torch.empty((B, V), dtype=options.dtype, device=h.device)
     if y.numel() == 0:
-        return y
-    precision = matmul_precision(h.dtype, precision)
+        return ReadoutOutputs(y)
+    precision = matmul_precision(h.dtype, options.precision)
     multiprocessors = multiprocessor_count(h.device)
     config = readout_forward_config(B, V, h.dtype, precision, multiprocessors)
     acc = accumulator(h.dtype)
     tiles = cdiv(V, config.block_v)
-    stats = None
-    if tiles > 1:
-        stats_dtype = torch.float64 if acc == tl.float64 else torch.float32
-        stats = torch.empty((B, tiles, 2), dtype=stats_dtype, device=h.device)
+    stats = torch.empty((B, tiles, 2), dtype=accumulator_dtype(h.dtype), device=h.device) if tiles > 1 else None
+    stride_h_b, stride_h_k = h.stride()
+    stride_weight_v, stride_weight_k = weight.stride()
     _forward(
         (cdiv(B, config.block_b) * tiles, 1, 1),
-        (h, weight, bias, y, stats),
-        (B, H, V, *h.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
-        (acc, precision, config.block_b, config.block_v, config.block_k, config.group),
         config,
+        h_ptr=h,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        stats_ptr=stats,
+        B=B,
+        H=H,
+        V=V,
+        stride_h_b=stride_h_b,
+        stride_h_k=stride_h_k,
+        stride_weight_v=stride_weight_v,
+        stride_weight_k=stride_weight_k,
+        stride_bias=0 if bias is None else bias.stride(0),
+        ACC=acc,
+        PRECISION=precision,
+        BLOCK_B=config.block_b,
+        BLOCK_V=config.block_v,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
     )
     if stats is not None:
         rescale = readout_rescale_config(B, V, config.block_v, multiprocessors)
         _rescale(
             (B * cdiv(tiles, rescale.block_tiles), 1, 1),
-            (y, stats),
-            (V, tiles),
-            (acc, config.block_v, rescale.block_tiles, rescale.block_stats),
             rescale,
+            y_ptr=y,
+            stats_ptr=stats,
+            V=V,
+            tiles=tiles,
+            ACC=acc,
+            TILE_V=config.block_v,
+            BLOCK_TILES=rescale.block_tiles,
+            BLOCK_STATS=rescale.block_stats,
         )
-    return y
+    return ReadoutOutputs(y)

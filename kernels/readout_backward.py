@@ -8,12 +8,17 @@ too few to fill the GPU, the sum over b of a tile of dW or db, or the sum over v
 parts, and the third launch adds these. Every sum has a fixed order: two runs agree bit for bit.
 """
 
+from collections.abc import Collection
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .config import cdiv, readout_backward_config, readout_row_dots_config, readout_sum_parts_config, steps_per_part
-from .launch import Launcher, accumulator, matmul_precision, multiprocessor_count
+from .device import matmul_precision, multiprocessor_count
+from .inputs import ReadoutGradients, ReadoutInputs, ReadoutOptions, ReadoutSaved
+from .launch import Launcher, accumulator, accumulator_dtype
 from .tiles import load_tile
 
 
@@ -234,81 +239,126 @@ _sum_parts = Launcher(_readout_sum_parts_kernel)
 
 
 def softmax_readout_backward(
-    dy: torch.Tensor,
-    y: torch.Tensor,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-    *,
-    precision: str | None = None,
-) -> tuple[torch.Tensor | None, ...]:
+    grads: ReadoutGradients,
+    inputs: ReadoutInputs,
+    saved: ReadoutSaved,
+    needs: Collection[str],
+    options: ReadoutOptions,
+) -> dict[str, Tensor]:
     """Launch the backward kernels: two, and a third where sums are divided into parts.
 
     Args:
-        dy: [B, V], the gradient of y, any strides; y: [B, V], what `softmax_readout_forward` returned; h, weight: what
-            it was given.
-        needs: which of dh, dW, db to compute.
-        precision: as in `softmax_readout_forward`.
+        grads: any strides.
+        inputs, options: what `softmax_readout_forward` was given. saved: its outputs.
+        needs: the names of the inputs whose gradients to compute.
 
     Returns:
-        (dh [B, H], dW [V, H], db [V]), None where not needed.
+        Those gradients by name, contiguous.
     """
-    B, H = h.shape
-    V = weight.shape[0]
-    shapes = ((B, H), (V, H), (V,))
-    grads = tuple(torch.empty(s, dtype=h.dtype, device=h.device) if n else None for s, n in zip(shapes, needs))
-    precision = matmul_precision(h.dtype, precision)
+    (dy,), (h, weight, _) = grads, inputs
+    y = saved.y.contiguous()  # a hook on saved tensors may return any strides
+    (B, H), V = h.shape, weight.shape[0]
+    found = {
+        name: torch.empty(t.shape, dtype=h.dtype, device=h.device)
+        for name, t in zip(ReadoutInputs._fields, inputs)
+        if name in needs and t is not None
+    }
+    precision = matmul_precision(h.dtype, options.precision)
     multiprocessors = multiprocessor_count(h.device)
     config = readout_backward_config(B, h.dtype, precision)
-    acc = accumulator(h.dtype)
-    tiles_b, tiles_v, tiles_n = (
-        cdiv(size, block) for size, block in ((B, config.block_b), (V, config.block_v), (H, config.block_n))
-    )
-    needs_h, needs_weight, needs_bias = needs
-    part_b = config.block_b * steps_per_part(tiles_v * tiles_n if needs_weight else tiles_v, tiles_b, multiprocessors)
+    acc, summed = accumulator(h.dtype), accumulator_dtype(h.dtype)
+    tiles_b, tiles_v, tiles_n = cdiv(B, config.block_b), cdiv(V, config.block_v), cdiv(H, config.block_n)
+    tiles_weight = tiles_v * tiles_n if "weight" in found else tiles_v
+    part_b = config.block_b * steps_per_part(tiles_weight, tiles_b, multiprocessors)
     part_v = config.block_v * steps_per_part(tiles_b * tiles_n, tiles_v, multiprocessors)
     # An empty sum has one part all the same: someone has to write its zeros.
     parts_b, parts_v = max(cdiv(B, part_b), 1), max(cdiv(V, part_v), 1)
     grid = (
-        needs_weight * parts_b * tiles_v * tiles_n
-        + needs_h * parts_v * tiles_b * tiles_n
-        + needs_bias * parts_b * tiles_v
+        ("weight" in found) * parts_b * tiles_v * tiles_n
+        + ("h" in found) * parts_v * tiles_b * tiles_n
+        + ("bias" in found) * parts_b * tiles_v
     )
     if grid == 0:
-        return grads
-    summed = torch.float64 if acc == tl.float64 else torch.float32
-    parts = tuple(
-        None if g is None or n == 1 else torch.empty((n, *g.shape), dtype=summed, device=h.device)
-        for g, n in zip(grads, (parts_v, parts_b, parts_b))
-    )
+        return found
+    n_parts = {"h": parts_v, "weight": parts_b, "bias": parts_b}
+    parts = {
+        name: torch.empty((n_parts[name], *g.shape), dtype=summed, device=h.device)
+        for name, g in found.items()
+        if n_parts[name] > 1
+    }
 
     dots_config = readout_row_dots_config()
     part_dot = dots_config.block_v * steps_per_part(B, cdiv(V, dots_config.block_v), multiprocessors, 1)
     parts_dot = cdiv(V, part_dot)
     dots = torch.empty((B, parts_dot), dtype=summed, device=h.device)
+    stride_dy_b, stride_dy_v = dy.stride()
+    stride_h_b, stride_h_k = h.stride()
+    stride_weight_v, stride_weight_k = weight.stride()
     if dots.numel():
         _dots(
             (B * parts_dot, 1, 1),
-            (dy, y, dots),
-            (B, V, part_dot, *dy.stride()),
-            (acc, dots_config.block_v),
             dots_config,
+            dy_ptr=dy,
+            y_ptr=y,
+            dots_ptr=dots,
+            B=B,
+            V=V,
+            part_v=part_dot,
+            stride_dy_b=stride_dy_b,
+            stride_dy_v=stride_dy_v,
+            ACC=acc,
+            BLOCK_V=dots_config.block_v,
         )
+    in_parts = found | parts
     _backward(
         (grid, 1, 1),
-        (dy, y, dots, h, weight, *(g if p is None else p for g, p in zip(grads, parts))),
-        (B, H, V, parts_dot, part_b, part_v, *dy.stride(), *h.stride(), *weight.stride()),
-        (acc, precision, config.block_b, config.block_v, config.block_n, config.block_parts),
         config,
+        dy_ptr=dy,
+        y_ptr=y,
+        dots_ptr=dots,
+        h_ptr=h,
+        weight_ptr=weight,
+        dh_ptr=in_parts.get("h"),
+        dweight_ptr=in_parts.get("weight"),
+        dbias_ptr=in_parts.get("bias"),
+        B=B,
+        H=H,
+        V=V,
+        parts_dot=parts_dot,
+        part_b=part_b,
+        part_v=part_v,
+        stride_dy_b=stride_dy_b,
+        stride_dy_v=stride_dy_v,
+        stride_h_b=stride_h_b,
+        stride_h_k=stride_h_k,
+        stride_weight_v=stride_weight_v,
+        stride_weight_k=stride_weight_k,
+        ACC=acc,
+        PRECISION=precision,
+        BLOCK_B=config.block_b,
+        BLOCK_V=config.block_v,
+        BLOCK_N=config.block_n,
+        BLOCK_PARTS=config.block_parts,
     )
-    if any(p is not None for p in parts):
-        divided = tuple(None if p is None else g for g, p in zip(grads, parts))
+    if parts:
+        divided = {name: found[name] for name in parts}
         sum_config = readout_sum_parts_config()
         _sum_parts(
-            (sum(cdiv(g.numel(), sum_config.block) for g in divided if g is not None), 1, 1),
-            (*parts, *divided),
-            (B * H, V * H, V, parts_b, parts_v),
-            (acc, sum_config.block_parts, sum_config.block),
+            (sum(cdiv(g.numel(), sum_config.block) for g in divided.values()), 1, 1),
             sum_config,
+            dh_parts_ptr=parts.get("h"),
+            dweight_parts_ptr=parts.get("weight"),
+            dbias_parts_ptr=parts.get("bias"),
+            dh_ptr=divided.get("h"),
+            dweight_ptr=divided.get("weight"),
+            dbias_ptr=divided.get("bias"),
+            size_h=B * H,
+            size_weight=V * H,
+            V=V,
+            parts_b=parts_b,
+            parts_v=parts_v,
+            ACC=acc,
+            BLOCK_P=sum_config.block_parts,
+            BLOCK=sum_config.block,
         )
-    return grads
+    return found

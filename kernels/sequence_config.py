@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -74,9 +75,8 @@ def sequence_forward_config(
         if generation == 10 and block_b == 64:
             # Shorter ones take more than the 512 columns of tensor memory, and Triton refuses to launch the kernel.
             shortest, longest = 64, 128
-        configs += _resident(
-            product, B, H, D, block_b, block_h, num_warps, shortest, longest, scratch, limits, _BYTES_IN_FLIGHT
-        )
+        tile = _Tile(block_b, block_h, num_warps, shortest, longest, scratch)
+        configs += _resident(product, (B, H, D), tile, limits)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Elements of rows that begin anywhere are loaded one by one, each with its address.
@@ -103,15 +103,15 @@ def sequence_backward_config(
     configs: list[SequenceConfig] = []
     for block_h, block_b in () if stepwise else _tiles(product, H, 64, dtype, precision, limits):
         scratch = 4 * product.split_k * block_b * block_h  # for the sum over the splits, in float32
-        tile, bytes_in_flight, even_rounds = block_b * block_h, _BYTES_IN_FLIGHT, True
+        area, bytes_in_flight, even_rounds = block_b * block_h, _BYTES_IN_FLIGHT, True
         chunk_bytes = 4096  # of each split
         # Many rows leave fewer registers.
-        if generation == 10 and block_b > 16 and tile == 512 and dtype.itemsize == 2:
+        if generation == 10 and block_b > 16 and area == 512 and dtype.itemsize == 2:
             bytes_in_flight, chunk_bytes = 256 if H % 2 and H > 704 else 192, 2048
-        elif generation == 10 and block_b > 16 and tile == 1024:
+        elif generation == 10 and block_b > 16 and area == 1024:
             # 5, 5 and 1 chunks take far fewer than 4, 4 and 3.
             bytes_in_flight, even_rounds = (128, True) if H <= 320 else (160, False)
-        elif block_b > 16 and tile == 1024:
+        elif block_b > 16 and area == 1024:
             chunk_bytes = 2048
         elif (
             (generation == 8 and block_b > 16 and H > 768 and H % 2)
@@ -120,9 +120,8 @@ def sequence_backward_config(
         ):
             chunk_bytes = 1024
         longest = 16 if block_h == 64 else chunk_bytes // block_b // dtype.itemsize
-        configs += _resident(
-            product, B, H, D, block_b, block_h, 8, 16, longest, scratch, limits, bytes_in_flight, even_rounds
-        )
+        tile = _Tile(block_b, block_h, 8, 16, longest, scratch, bytes_in_flight, even_rounds)
+        configs += _resident(product, (B, H, D), tile, limits)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
     # Sixteen rows by four warps do not fit in registers on ordinary cores, on compute capability 10.
@@ -194,16 +193,29 @@ def _fits_in_registers(product: _Product, H: int, block_b: int, block_h: int, ge
     return tile <= (1024 if generation == 8 else 2048)
 
 
-def _resident(
-    product: _Product, B: int, H: int, D: int, block_b: int, block_h: int, num_warps: int, shortest: int, longest: int,
-    scratch: int, limits: DeviceLimits, bytes_in_flight: int, even_rounds: bool = True,
-) -> Iterator[SequenceConfig]:  # fmt: skip
-    """The configuration with this tile that keeps W_hh on chip, or none where that does not fit.
+class _Tile(NamedTuple):
+    """A tile that keeps W_hh on chip, and how it loads the exchanged state.
 
     shortest, longest: of block_k. scratch: bytes of shared memory for what follows the product, in the place of the chunks.
     bytes_in_flight: of the exchanged state that each thread loads at once, at most. even_rounds: as many chunks in every round
     of loads, rather than most in the first ones.
     """
+
+    block_b: int
+    block_h: int
+    num_warps: int
+    shortest: int
+    longest: int
+    scratch: int
+    bytes_in_flight: int = _BYTES_IN_FLIGHT
+    even_rounds: bool = True
+
+
+def _resident(
+    product: _Product, sizes: tuple[int, int, int], tile: _Tile, limits: DeviceLimits
+) -> Iterator[SequenceConfig]:
+    """The configuration with this tile for sizes B, H, D, or none where W_hh does not fit."""
+    (B, H, D), (block_b, block_h, num_warps, shortest, longest, scratch, bytes_in_flight, even_rounds) = sizes, tile
     programs, groups = cdiv(H, block_h), cdiv(B, block_b) * D
     # Programs that wait for each other must run at the same time; others may queue.
     if programs > 1 and programs * groups > limits.multiprocessors:
@@ -225,9 +237,18 @@ def _resident(
                 if columns * _programs_per_sm(num_warps, used) > _TENSOR_MEMORY_COLUMNS:
                     continue
             yield SequenceConfig(
-                num_warps, 1, block_b, block_h, product.split_k, block_k, in_flight, programs, groups, True,
+                num_warps,
+                1,
+                block_b,
+                block_h,
+                product.split_k,
+                block_k,
+                in_flight,
+                programs,
+                groups,
+                True,
                 max_registers=MAX_REGISTERS,
-            )  # fmt: skip
+            )
             return
 
 

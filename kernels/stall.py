@@ -9,15 +9,10 @@ import atexit
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 
-from .launch import refuse_capture
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+from .device import refuse_capture
 
 # The values of the words, read where they lie: torch's way to a tensor's value is an operator, on every launch.
 _values: dict[str, ctypes.c_int32] = {}
@@ -52,20 +47,18 @@ def check() -> None:
         raise RuntimeError(told)
 
 
-def names_the_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Where a kernel gave up waiting, before or inside this function, its error says so: not only that CUDA failed."""
+class _NamesTheKernel:
+    """Where a kernel gave up waiting, before or inside this context, its error says so: not only that CUDA failed."""
 
-    @functools.wraps(function)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def __enter__(self) -> None:
         check()
-        try:
-            return function(*args, **kwargs)
-        except RuntimeError as error:
-            if told := message():
-                raise RuntimeError(told) from error
-            raise
 
-    return checked
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError) and (told := message()):
+            raise RuntimeError(told) from error
+
+
+names_the_kernel = _NamesTheKernel()
 
 
 def _report() -> None:

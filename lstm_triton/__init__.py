@@ -3,8 +3,8 @@
 from . import functional
 from ._version import __version__
 from .convert import convert, from_gate_matrices, patch, to_gate_matrices, to_torch
-from .dispatch import explain
 from .environment import info
+from .explain import explain
 from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
 

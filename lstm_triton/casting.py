@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .ops import sees_operators
+from .modes import sees_operators
 
 # Of a parameter: what it was when it was cast, and the cast. Only graphs hold casts, so a backward that frees them leaves none.
 _casts = WeakTensorKeyDictionary()

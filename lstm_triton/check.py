@@ -106,7 +106,7 @@ def run_here(device: str, label: str, seed: int = 0) -> Report:
     }
     if device == "cpu":  # TF32 is a matter of the hardware
         del kinds["tf32"]
-    from lstm_triton.kernels.launch import fp32_precision
+    from lstm_triton.kernels.device import fp32_precision
 
     shapes = SMALL_SHAPES + (() if device == "cpu" else LARGE_SHAPES)
     rows: list[Row] = []
@@ -233,7 +233,7 @@ def _errors(cell: Any, problem: Sequence[Any], device: str) -> list[Errors]:
 def _results(cell: Any, problem: Sequence[Any], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """h, c and the gradient of every input, as float64 on the CPU."""
     tensors = [t.to(device, dtype, copy=True) for t in problem]
-    leaves, cotangents = [t.requires_grad_() for t in tensors[:7]], tensors[7:]
+    leaves, cotangents = [t.requires_grad_() for t in tensors[:-2]], tensors[-2:]
     h, c = cell(*leaves)
     gradients = torch.autograd.grad((h, c), leaves, cotangents)
     return [t.detach().cpu().double() for t in (h, c, *gradients)]

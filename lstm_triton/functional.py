@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, ops, readout_ops, reference
+from . import casting, dispatch, operators, reference
+from .kernels.inputs import CellInputs, CellOptions, ReadoutInputs, ReadoutOptions
 from .layers import lstm
 
 __all__ = ["lstm", "lstm_cell", "softmax_readout"]
@@ -53,35 +54,35 @@ def lstm_cell(
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
     if x.dim() == 1:
-        h, c = _lstm_cell(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, precision, backend)
+        inputs = CellInputs(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), w_ih, w_hh, b_ih, b_hh)
+        h, c = _lstm_cell(inputs, precision, backend)
         return h.squeeze(0), c.squeeze(0)
-    return _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, backend)
+    return _lstm_cell(CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh), precision, backend)
 
 
-def _lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision, backend) -> tuple[Tensor, Tensor]:
+def _lstm_cell(inputs: CellInputs, precision: str | None, backend: str) -> tuple[Tensor, Tensor]:
+    x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch":
-        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        return torch.lstm_cell(x, (inputs.h, inputs.c), inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh)
     if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, h, c, w_ih, w_hh, b_ih, b_hh = (
-            None if t is None else casting.cast(t, dtype) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)
-        )
-    _check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        inputs = CellInputs._make(None if t is None else casting.cast(t, dtype) for t in inputs)
+    _check_cell(inputs)
     if chosen == "reference":
-        return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    return ops.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, precision)
+        return reference.lstm_cell(*inputs)
+    h, c, *_ = operators.lstm_cell(inputs, CellOptions(precision))
+    return h, c
 
 
-def _check_cell(
-    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> None:
+def _check_cell(inputs: CellInputs) -> None:
     """One pass over good arguments; the first fault raises with torch's own words."""
+    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
     B, I = x.shape
     H = w_hh.shape[-1]
     dtype, device = x.dtype, x.device
     if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, H) or w_hh.shape != (4 * H, H):
-        _raise_cell_sizes(B, I, H, h, c, w_ih, w_hh)
+        _raise_cell_sizes(inputs)
     for name, t in (("h", h), ("c", c), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
         if t is None:
             continue
@@ -95,7 +96,9 @@ def _check_cell(
             raise RuntimeError(f"{name} must have size 4 * hidden_size = {4 * H}, but got {list(t.shape)}")
 
 
-def _raise_cell_sizes(B: int, I: int, H: int, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor) -> None:
+def _raise_cell_sizes(inputs: CellInputs) -> None:
+    x, h, c, w_ih, w_hh, *_ = inputs
+    (B, I), H = x.shape, w_hh.shape[-1]
     for name, w in (("weight_ih", w_ih), ("weight_hh", w_hh)):
         if w.dim() != 2:
             raise RuntimeError(f"{name} must be 2D, got {w.dim()}D instead")
@@ -152,10 +155,12 @@ def softmax_readout(
         bias = None if bias is None else casting.cast(bias, autocast_dtype)
         dtype = torch.float32 if device_type == "cuda" and h.dtype != torch.float64 else h.dtype
     _check_readout(h, weight, bias)
+    options = ReadoutOptions(precision, dtype)
     if chosen == "reference":
-        return readout_ops.formula(h, weight, bias, dtype)
+        return operators.softmax_readout.reference(ReadoutInputs(h, weight, bias), options)[0]
     V, H = weight.shape
-    y = readout_ops.softmax_readout(h.reshape(math.prod(h.shape[:-1]), H), weight, bias, precision, dtype)
+    rows = h.reshape(math.prod(h.shape[:-1]), H)
+    (y,) = operators.softmax_readout(ReadoutInputs(rows, weight, bias), options)
     return y.view(*h.shape[:-1], V)
 
 

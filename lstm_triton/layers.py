@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, layer_autograd, ops, projection, reference, torch_ops
-from .segments import Segments, checked_segments
+from . import casting, dispatch, operators, projection, reference, torch_ops
+from .kernels.device import matmul_precision
+from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
+from .modes import is_batched, is_jit_tracing
+from .segments import checked_segments
 
 
 def lstm(
@@ -71,67 +74,52 @@ def lstm(
         zeros = x.new_zeros(directions, B, H)
         hx = (zeros, zeros)
     _check(x, hx, weights, directions)
+    (by_direction,) = split_weights(weights, 1, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
     plain = resets is None and lengths is None and not return_cell_states and not recompute
     chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, dispatch.is_long(T, x.device), precision)
-    bias = len(weights) // directions == 4
     if chosen in ("torch", "cudnn"):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
-        options = torch_ops.Options(bias, 1, 0.0, torch.is_grad_enabled(), directions == 2, precision)
-        y, h_n, c_n = torch_ops.lstm(x, hx, weights, options)
+        bias, train = by_direction[0].b_ih is not None, torch.is_grad_enabled()
+        y, h_n, c_n = torch_ops.lstm(x, hx, weights, torch_ops.Options(bias, 1, 0.0, train, directions == 2, precision))
         return y, (h_n, c_n)
-    y, h_n, c_n, c = run(
-        chosen, x, hx, weights, directions, bias, segments, return_cell_states, recompute, precision
-    )  # fmt: skip
-    return (y, (h_n, c_n)) if c is None or not return_cell_states else (y, (h_n, c_n), c)
+    options = LayerOptions(precision, 0.0, return_cell_states, recompute, chosen == "triton-stepwise")
+    y, h_n, c_n, c, *_ = run(chosen, x, hx, by_direction, segments, options)
+    return (y, (h_n, c_n), c) if return_cell_states else (y, (h_n, c_n))
 
 
 def run(
     chosen: str,
     x: Tensor,
     hx: tuple[Tensor, Tensor],
-    weights: Sequence[Tensor],
-    directions: int,
-    bias: bool,
+    directions: Sequence[Direction],
     segments: Segments,
-    return_cells: bool,
-    recompute: bool,
-    precision: str | None,
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n, c) of one layer through the kernels or the reference, from arguments that have been checked.
-
-    dropout: of y, inside the kernels where there are some that store it.
-
-    weights: w_ih, w_hh, with bias b_ih and b_hh, and with projection w_hr, of each direction.
-    """
-    (T, B, _), H = x.shape, weights[1].shape[0] // 4
-    c: Tensor | None
+    options: LayerOptions,
+) -> Sequence[Any]:
+    """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
+    (T, B, _), (D, _, H) = x.shape, hx[1].shape
     if chosen == "reference" or B == 0 or H == 0:
-        n = len(weights) // directions
-        by_direction = []
-        for d in range(directions):
-            w = weights[d * n : (d + 1) * n]
-            by_direction.append((*w[:2], *(w[2:4] if bias else (None, None)), *w[4 if bias else 2 :]))
-        y, h_n, c_n, c = reference.lstm_layer(x, *hx, by_direction, *segments)
-        return _dropped(y, dropout), h_n, c_n, c
+        y, *states = reference.lstm_layer(x, *hx, directions, *segments)
+        return _dropped(y, options.dropout), *states
     if chosen == "triton-persistent":
-        given = (x, *hx, *weights, segments.reset_h, segments.reset_c)
-        is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        _require_persistent(T, B, H, directions, x, precision, is_recorded)
-    options: Any = (precision, return_cells, recompute, chosen == "triton-stepwise")
-    if len(weights) // directions not in (2, 4):
-        y, h_n, c_n, c = projection.lstm_layer(x, *hx, weights, directions, *segments, *options)
-        return _dropped(y, dropout), h_n, c_n, c
-    if not dropout:
-        return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
-    if not 0 <= dropout <= 1:  # set after construction: the kernels would take it
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
+        weights = [w for direction in directions for w in direction]
+        is_recorded = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *hx, *weights, *segments)
+        )
+        precision = matmul_precision(x.dtype, options.precision, recurrent=True)
+        _require_persistent((T, B, H, D, x.dtype, precision), x.device, is_recorded)
+    if directions[0].w_hr is not None:
+        y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
+        return _dropped(y, options.dropout), *rest
+    if not options.dropout:
+        return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
+    if not 0 <= options.dropout <= 1:  # set after construction: the kernels would take it
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     seed = dropout_seed(x)
-    if not ops.is_batched(seed):
-        return layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, seed, dropout, *options)
-    y, h_n, c_n, c = layer_autograd.lstm_layer(x, *hx, weights, directions, *segments, None, 0.0, *options)
-    return _dropped(y, dropout), h_n, c_n, c
+    if not is_batched(seed):
+        return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments, seed), options)
+    y, *states = operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
+    return _dropped(y, options.dropout), *states
 
 
 def _dropped(y: Tensor, p: float) -> Tensor:
@@ -143,7 +131,7 @@ def dropout_seed(x: Tensor) -> Tensor:
 
     Under vmap with randomness="different" one for each call.
     """
-    if ops.is_jit_tracing():  # a saved trace may be loaded on another device
+    if is_jit_tracing():  # a saved trace may be loaded on another device
         return torch.randint_like(x.new_empty(1, dtype=torch.int64), 2**63 - 1)
     return torch.randint(2**63 - 1, (1,), device=x.device)
 
@@ -165,17 +153,19 @@ def autocast(
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
 
-def _require_persistent(
-    T: int, B: int, H: int, directions: int, x: Tensor, precision: str | None, is_recorded: bool
-) -> None:
-    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward."""
+def _require_persistent(recurrence: tuple, on: torch.device, is_recorded: bool) -> None:
+    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward.
+
+    recurrence: the fields of `kernels.layer.Recurrence`.
+    """
     from .kernels import interpreter, layer, sequence_config
 
+    problem = layer.Recurrence(*recurrence)
     ways = {"forward": sequence_config.sequence_forward_config}
     if is_recorded:
         ways["backward"] = sequence_config.sequence_backward_config
     for way, configure in ways.items():
-        if layer.is_persistent(T, B, H, directions, x.dtype, precision, x.device, configure):
+        if layer.is_persistent(problem, on, configure):
             continue
         if not interpreter.programs_can_wait():
             raise RuntimeError(
@@ -183,8 +173,8 @@ def _require_persistent(
                 f" one would have to wait for another in the {way}"
             )
         raise RuntimeError(
-            f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {directions} direction(s) in {x.dtype} the"
-            f" programs of one launch do not all fit on this device together with W_hh in the {way}"
+            f"backend='triton-persistent' cannot serve: for H = {problem.H}, B = {problem.B}, {problem.D} direction(s) in"
+            f" {problem.dtype} the programs of one launch do not all fit on this device together with W_hh in the {way}"
         )
 
 

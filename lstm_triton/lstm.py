@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import casting, dispatch, layers, ops, segments, torch_ops
+from . import casting, dispatch, layers, segments, torch_ops
+from .kernels.inputs import LayerOptions, split_weights
+from .modes import is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
 
 
@@ -54,11 +56,17 @@ def forward(
         return _forward_packed(module, input, hx, resets, reset_state, lengths, return_cell_states)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    forward_of = _forward_unbatched if input.dim() == 2 else _forward_batched
-    return forward_of(module, input, hx, resets, reset_state, lengths, return_cell_states)
+    if input.dim() == 2:
+        return _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states)
+    x, hx, resets = _time_major(module, input, hx, resets)
+    y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
+    if module.batch_first:
+        y, cells = y.transpose(0, 1), [c.transpose(0, 1) for c in cells]
+    return y, hidden, *cells
 
 
-def _forward_batched(module, input, hx, resets, reset_state, lengths, return_cell_states):
+def _time_major(module, input, hx, resets):
+    """Input, states and resets, checked as torch does; for batch_first views, whose strides the kernels follow."""
     if hx is None:
         module.check_input(input, None)
         hx = _zero_state(module, input, input.shape[0 if module.batch_first else 1])
@@ -70,14 +78,10 @@ def _forward_batched(module, input, hx, resets, reset_state, lengths, return_cel
             )
         module.check_forward_args(input, hx, None)
         layers.check_pair(hx)
-    # Everything below is time-major; for batch_first these are views, and the kernels follow their strides.
-    x = input.transpose(0, 1) if module.batch_first else input
-    if module.batch_first and resets is not None:
-        resets = resets.transpose(0, 1) if resets.dim() == 2 else resets
-    y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
     if module.batch_first:
-        y, cells = y.transpose(0, 1), [c.transpose(0, 1) for c in cells]
-    return y, hidden, *cells
+        input = input.transpose(0, 1)
+        resets = resets.transpose(0, 1) if resets is not None and resets.dim() == 2 else resets
+    return input, hx, resets
 
 
 def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states):
@@ -92,9 +96,9 @@ def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_c
     batch_dim = 0 if module.batch_first else 1
     resets = resets.unsqueeze(batch_dim) if resets is not None and resets.dim() == 1 else resets
     lengths = lengths.unsqueeze(0) if lengths is not None and lengths.dim() == 0 else lengths
-    input = input.unsqueeze(batch_dim)
-    y, (h, c), *cells = _forward_batched(module, input, hx, resets, reset_state, lengths, return_cell_states)
-    return y.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1)), *(c.squeeze(batch_dim) for c in cells)
+    x, hx, resets = _time_major(module, input.unsqueeze(batch_dim), hx, resets)
+    y, (h, c), *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
+    return y.squeeze(1), (h.squeeze(1), c.squeeze(1)), *(c.squeeze(1) for c in cells)
 
 
 def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cell_states):
@@ -150,7 +154,7 @@ def _torch_options(module) -> torch_ops.Options:
 
     A trace is of the module's mode, as torch's is: it must not depend on whether gradients are enabled.
     """
-    train = module.training or (torch.is_grad_enabled() and not ops.is_jit_tracing())
+    train = module.training or (torch.is_grad_enabled() and not is_jit_tracing())
     dropout = module.dropout if module.training else 0.0
     return torch_ops.Options(module.bias, module.num_layers, dropout, train, module.bidirectional, module.precision)
 
@@ -188,17 +192,15 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
     )
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    per_layer = len(weights) // module.num_layers
     last = []
     c = None
-    for k in range(module.num_layers):
-        rows = slice(k * directions, (k + 1) * directions)
-        wants_cells = return_cell_states and k == module.num_layers - 1
-        x, h_n, c_n, c = layers.run(
-            chosen, x, (hx[0][rows], hx[1][rows]), weights[k * per_layer : (k + 1) * per_layer], directions, module.bias,
-            checked.of_rows(rows), wants_cells, module.recompute, module.precision,
-            float(module.dropout) if module.training and k < module.num_layers - 1 else 0.0,
-        )  # fmt: skip
+    for k, layer in enumerate(split_weights(weights, module.num_layers, directions)):
+        rows, is_last = slice(k * directions, (k + 1) * directions), k == module.num_layers - 1
+        dropout = float(module.dropout) if module.training and not is_last else 0.0
+        wants_cells = return_cell_states and is_last
+        options = LayerOptions(module.precision, dropout, wants_cells, module.recompute, chosen == "triton-stepwise")
+        states = hx[0][rows], hx[1][rows]
+        x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, checked.of_rows(rows), options)
         last.append((h_n, c_n))
     h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
     return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))

@@ -9,48 +9,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import layer_autograd
-from .ops import call, formula_precision
+from . import operators
+from .kernels.inputs import CellOptions, Direction, LayerInputs, LayerOptions, Product, Segments
 
 
 def lstm_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Sequence[Tensor],
-    directions: int,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    lengths: Tensor | None,
-    precision: str | None,
-    return_cells: bool,
-    recompute: bool,
-    stepwise: bool,
+    x: Tensor, hx: tuple[Tensor, Tensor], directions: Sequence[Direction], segments: Segments, options: LayerOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n, c or None); arguments as `layer_autograd.lstm_layer`, w_hr [R, H] last among the weights of a direction.
+    """(y, h_n, c_n, c or None) without dropout, for directions with w_hr.
 
     h0 and reset_h have size R and w_hh is [4H, R]; y is [T, B, D * R].
     """
-    n = len(weights) // directions
-    combined, projections = [], []
-    for d in range(directions):
-        w_ih, w_hh, *biases, w_hr = weights[d * n : (d + 1) * n]
+    (h0, c0), (resets, _, reset_c, lengths) = hx, segments
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """a @ b of [m, k] and [k, n], it and its derivatives with the precision of the kernels' products."""
+        return operators.product(Product(a, b), CellOptions(options.precision))[0]
+
+    combined = []
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions):
+        assert w_hr is not None
         # The given h of each direction has columns of its own.
-        columns = [w_hh if k == d else w_hh.new_zeros(w_hh.shape) for k in range(directions)]
-        combined += [torch.cat([w_ih, *columns], dim=1), _product(w_hh, w_hr, precision), *biases]
-        projections.append(w_hr)
-    given = [_given_states(len(x), h0[d], d, resets, reset_h, lengths) for d in range(directions)]
+        columns = [w_hh if k == d else w_hh.new_zeros(w_hh.shape) for k in range(len(directions))]
+        combined.append(Direction(torch.cat([w_ih, *columns], dim=1), product(w_hh, w_hr), b_ih, b_hh))
+    given = [_given_states(len(x), h0[d], d, segments) for d in range(len(directions))]
     zeros = x.new_zeros(c0.shape[2])
-    u, u_n, c_n, c = layer_autograd.lstm_layer(
-        torch.cat([x, *given], dim=2), zeros.expand(c0.shape), c0, combined, directions,
-        resets, None if reset_c is None else zeros.expand(reset_c.shape), reset_c, lengths, None, 0.0,
-        precision, return_cells, recompute, stepwise,
-    )  # fmt: skip
-    y = torch.cat(
-        [_product(u_d, w_hr.t(), precision) for u_d, w_hr in zip(u.chunk(directions, dim=2), projections)], dim=2
+    no_h = None if reset_c is None else zeros.expand(reset_c.shape)
+    inputs = LayerInputs.of(
+        torch.cat([x, *given], dim=2), (zeros.expand(c0.shape), c0), combined, Segments(resets, no_h, reset_c, lengths)
     )
-    h_n = torch.stack([_product(u_d, w_hr.t(), precision) for u_d, w_hr in zip(u_n, projections)])
+    u, u_n, c_n, c, *_ = operators.lstm_layer(inputs, options)
+    projections = [d.w_hr.t() for d in directions if d.w_hr is not None]
+    pairs = zip(u.chunk(len(directions), dim=2), projections)
+    y = torch.cat([product(u_d.flatten(0, 1), w).unflatten(0, u.shape[:2]) for u_d, w in pairs], dim=2)
+    h_n = torch.stack([product(u_d, w) for u_d, w in zip(u_n, projections)])
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
         # Zero already; but a gradient that arrives there, perhaps NaN, must not meet the zeros of u in a product.
@@ -58,43 +50,9 @@ def lstm_layer(
     return y, h_n, c_n, c
 
 
-def _product(a: Tensor, b: Tensor, precision: str | None) -> Tensor:
-    """a @ b of [..., k] and [k, n], it and its derivatives with the precision of the kernels' products."""
-    # A compiler sees torch's setting as part of the program, and keeps to it.
-    return a @ b if torch.compiler.is_compiling() else call(_Product, a, b, precision)
-
-
-class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, b, precision):
-        with formula_precision(a.dtype, precision, recurrent=True):
-            return a @ b
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *factors, ctx.precision = inputs
-        ctx.save_for_backward(*factors)
-        ctx.save_for_forward(*factors)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        da = _product(grad, b.t(), ctx.precision)
-        return da, _product(a.flatten(0, -2).t(), grad.flatten(0, -2), ctx.precision), None
-
-    @staticmethod
-    def jvp(ctx, da, db, _):
-        a, b = ctx.saved_tensors
-        left = 0 if da is None else _product(da, b, ctx.precision)
-        return left + (0 if db is None else _product(a, db, ctx.precision))
-
-
-def _given_states(
-    T: int, h0: Tensor, d: int, resets: Tensor | None, reset_h: Tensor | None, lengths: Tensor | None
-) -> Tensor:
+def _given_states(T: int, h0: Tensor, d: int, segments: Segments) -> Tensor:
     """[T, B, R]: the h that direction d is given before each step, zero where it comes from the step before."""
+    resets, reset_h, _, lengths = segments
     t = torch.arange(T, device=h0.device)[:, None]
     if lengths is None:
         begins = t == (0 if d == 0 else T - 1)

@@ -40,8 +40,7 @@ def lstm_cell(
 
 
 def lstm_cell_backward(
-    dh: Tensor,
-    dc: Tensor,
+    grads: tuple[Tensor, Tensor],
     x: Tensor,
     h_prev: Tensor,
     c_prev: Tensor,
@@ -50,10 +49,11 @@ def lstm_cell_backward(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of one timestep, from those of its h and c, each [B, H].
+    """The gradients of one timestep, from those of its h and c, dh and dc [B, H].
 
     Returns dx [B, I], dh_prev [B, H], dc_prev [B, H], dW_ih [4H, I], dW_hh [4H, H] and db [4H] (of either bias).
     """
+    dh, dc = grads
     i, f, g, o = gate_activations(x, h_prev, w_ih, w_hh, b_ih, b_hh)
     tanh_c = torch.tanh(f * c_prev + i * g)
     do = dh * tanh_c
@@ -63,11 +63,6 @@ def lstm_cell_backward(
     dg = dc * i
     dz = torch.cat((di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)), dim=1)
     return dz @ w_ih, dz @ w_hh, dc * f, dz.t() @ x, dz.t() @ h_prev, dz.sum(0)
-
-
-def lstm_cell_double_backward(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Back through `lstm_cell_backward`: `back_through` with its six results and nine arguments."""
-    return back_through(lstm_cell_backward, grads, inputs)
 
 
 def lstm_layer(
@@ -97,6 +92,7 @@ def lstm_layer(
     outputs, cells, last = [], [], []
     for d, direction in enumerate(weights):
         h, c = h0[d], c0[d]
+        w_hr = direction[4] if len(direction) == 5 else None
         ys: list[Tensor] = [h] * T
         cs: list[Tensor] = [c] * T
         for t in range(T) if d == 0 else reversed(range(T)):
@@ -111,8 +107,8 @@ def lstm_layer(
             if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
                 x_t, h_prev, c_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev, c_prev))
             h_t, c_t = lstm_cell(x_t, h_prev, c_prev, *direction[:4])
-            if len(direction) == 5:
-                h_t = h_t @ direction[4].t()
+            if w_hr is not None:
+                h_t = h_t @ w_hr.t()
             if active is None:
                 h, c = ys[t], cs[t] = h_t, c_t
             else:
@@ -123,47 +119,6 @@ def lstm_layer(
         last.append((h, c))
     h_n, c_n = (torch.stack(states) for states in zip(*last))
     return torch.cat(outputs, dim=2), h_n, c_n, torch.cat(cells, dim=2)
-
-
-def lstm_layer_backward(
-    cotangents: Sequence[Tensor | None],
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    weights: Sequence[Tensor],
-    directions: int,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of `lstm_layer`, by autograd, differentiable again.
-
-    Args:
-        cotangents: the gradients of its four results, None for zero.
-        weights: flat, [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] of each direction. The rest as there; all require gradients.
-
-    Returns:
-        The gradients of x, h0, c0, reset_h, reset_c (zeros where there is no such argument), then of w_ih, w_hh and the biases
-        (one for both) of each direction.
-    """
-    n = len(weights) // directions
-    by_direction = [(*weights[d * n : (d + 1) * n], *(None,) * (4 - n)) for d in range(directions)]
-    outputs = lstm_layer(x, h0, c0, by_direction, resets, reset_h, reset_c, lengths)
-    inputs = [x, h0, c0, reset_h, reset_c, *(w for direction in by_direction for w in direction[:3])]
-    given = [(o, g) for o, g in zip(outputs, cotangents) if g is not None]
-    wanted = [t for t in inputs if t is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in given],
-            wanted,
-            [g for _, g in given],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-    return [x.new_zeros(()) if t is None else next(found) for t in inputs]
 
 
 def softmax_readout(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -187,19 +142,19 @@ def softmax_readout_backward(
 
 
 def back_through(
-    function: Callable[..., Sequence[Tensor]], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+    function: Callable[..., Sequence[Any]], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Back through a function made of differentiable operations.
 
     Args:
-        function: of `inputs`, which may be None, returning a sequence of tensors.
+        function: of `inputs`, which may be None or hold integers, returning a sequence of tensors.
         grads: the gradients of its results, None where there is none.
         inputs: its arguments.
 
     Returns:
         The gradients of the arguments, None where there is none. Differentiable again when grad mode is on.
     """
-    given = [k for k, t in enumerate(inputs) if t is not None]
+    given = [k for k, t in enumerate(inputs) if t is not None and t.is_floating_point()]
     asked = [k for k, g in enumerate(grads) if g is not None]
     if not asked:
         return [None] * len(inputs)

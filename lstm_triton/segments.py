@@ -1,23 +1,9 @@
 """`resets`, `reset_state` and `lengths` as the caller gives them: checked, and on the device of the input."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Segments(NamedTuple):
-    """Checked resets, reset states [T, D, B, H] and lengths, each on the device of the input, or None."""
-
-    resets: Tensor | None
-    reset_h: Tensor | None
-    reset_c: Tensor | None
-    lengths: Tensor | None
-
-    def of_rows(self, rows: slice) -> "Segments":
-        """Those of some of the D layers and directions."""
-        reset_h, reset_c = (None if s is None else s[:, rows] for s in (self.reset_h, self.reset_c))
-        return Segments(self.resets, reset_h, reset_c, self.lengths)
+from .kernels.inputs import Segments
 
 
 def checked_segments(

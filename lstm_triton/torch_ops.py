@@ -4,79 +4,63 @@ Traced, the CPU's kernel fails under aot_eager and inductor; as one operator who
 everywhere.
 """
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import casting, ops
-from .ops import implements, library
+from . import casting
+from .autograd import implements, library
+from .kernels.device import cudnn_precision
+from .modes import is_jit_tracing
 
+# tensors: x, h0, c0, then the weights.
 library.define(
-    "torch_lstm(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias, int num_layers, bool train, bool bidirectional,"
-    " str? precision) -> (Tensor, Tensor, Tensor)"
+    "torch_lstm(Tensor[] tensors, bool bias, int num_layers, bool train, bool bidirectional, str? precision)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "torch_lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool bias,"
-    " int num_layers, bool bidirectional, str? precision) -> Tensor[]"
+    "torch_lstm_backward(Tensor[] gradients, Tensor[] tensors, bool bias, int num_layers, bool bidirectional, str? precision)"
+    " -> Tensor[]"
 )
-
-_setting = threading.RLock()  # it belongs to the process, and backward runs on threads of its own
-
-
-@contextlib.contextmanager
-def _products(precision: str | None) -> Iterator[None]:
-    """cuDNN's recurrent layers on float32 inside: in this precision, or None for what torch's setting says."""
-    if precision is None:
-        yield
-        return
-    rnn: Any = torch.backends.cudnn.rnn
-    with _setting:
-        before, rnn.fp32_precision = rnn.fp32_precision, precision
-        try:
-            yield
-        finally:
-            rnn.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
-            if rnn.fp32_precision != before:
-                rnn.fp32_precision = before
 
 
 @implements("torch_lstm")
-def _torch_lstm(x, h0, c0, weights, bias, num_layers, train, bidirectional, precision):
-    with _products(precision):
+def _torch_lstm(tensors, bias, num_layers, train, bidirectional, precision):
+    x, h0, c0, *weights = tensors
+    with cudnn_precision(precision):
         results = torch._VF.lstm(x, (h0, c0), weights, bias, num_layers, 0.0, train, bidirectional, False)
     return tuple(t.contiguous() for t in results)
 
 
 @torch.library.register_fake("lstm_triton::torch_lstm", lib=library)
-def _(x, h0, c0, weights, bias, num_layers, train, bidirectional, precision):
+def _(tensors, bias, num_layers, train, bidirectional, precision):
+    x, h0, c0, *_ = tensors
     y = x.new_empty((x.shape[0], x.shape[1], h0.shape[2] * (2 if bidirectional else 1)))
     return y, h0.new_empty(h0.shape), c0.new_empty(c0.shape)
 
 
 @implements("torch_lstm_backward")
-def _torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional, precision):
-    with torch.enable_grad(), _products(precision):
-        inputs = [t.detach().requires_grad_() for t in (x, h0, c0, *weights)]
-        results = torch._VF.lstm(inputs[0], inputs[1:3], inputs[3:], bias, num_layers, 0.0, True, bidirectional, False)
-        return [g.contiguous() for g in torch.autograd.grad(results, inputs, (dy, dh_n, dc_n))]
+def _torch_lstm_backward(gradients, tensors, bias, num_layers, bidirectional, precision):
+    with torch.enable_grad(), cudnn_precision(precision):
+        x, h0, c0, *weights = inputs = [t.detach().requires_grad_() for t in tensors]
+        results = torch._VF.lstm(x, (h0, c0), weights, bias, num_layers, 0.0, True, bidirectional, False)
+        return [g.contiguous() for g in torch.autograd.grad(results, inputs, gradients)]
 
 
 @torch.library.register_fake("lstm_triton::torch_lstm_backward", lib=library)
-def _(dy, dh_n, dc_n, x, h0, c0, weights, bias, num_layers, bidirectional, precision):
-    return [t.new_empty(t.shape) for t in (x, h0, c0, *weights)]
+def _(gradients, tensors, bias, num_layers, bidirectional, precision):
+    return [t.new_empty(t.shape) for t in tensors]
 
 
 class _LSTMBackwardFunction(torch.autograd.Function):
     """The backward as a Function of its own, so that differentiating it again is an error and not wrong."""
 
     @staticmethod
-    def forward(ctx, dy, dh_n, dc_n, options, x, h0, c0, *weights):
-        return tuple(torch.ops.lstm_triton.torch_lstm_backward(dy, dh_n, dc_n, x, h0, c0, weights, *options))
+    def forward(ctx, dy, dh_n, dc_n, options, *tensors):
+        return tuple(torch.ops.lstm_triton.torch_lstm_backward([dy, dh_n, dc_n], tensors, *options))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -84,14 +68,14 @@ class _LSTMBackwardFunction(torch.autograd.Function):
 
 
 def _save(ctx, inputs, output):
-    x, h0, c0, weights, bias, num_layers, _, bidirectional, precision = inputs
-    ctx.save_for_backward(x, h0, c0, *weights)
+    tensors, bias, num_layers, _, bidirectional, precision = inputs
+    ctx.save_for_backward(*tensors)
     ctx.options = bias, num_layers, bidirectional, precision
 
 
 def _backward(ctx, dy, dh_n, dc_n):
-    dx, dh0, dc0, *dweights = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, ctx.options, *ctx.saved_tensors)
-    return dx, dh0, dc0, dweights, None, None, None, None, None
+    found = _LSTMBackwardFunction.apply(dy, dh_n, dc_n, ctx.options, *ctx.saved_tensors)
+    return list(found), None, None, None, None, None
 
 
 # The backward operator has no autograd of its own: it would not let torch's LSTM record one inside.
@@ -107,7 +91,7 @@ class _InPrecision(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, precision, *tensors):
         ctx.precision = precision
-        with torch.enable_grad(), _products(precision):
+        with torch.enable_grad(), cudnn_precision(precision):
             ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
             ctx.results = run(*ctx.inputs)
         return tuple(t.detach() for t in ctx.results)
@@ -117,7 +101,7 @@ class _InPrecision(torch.autograd.Function):
     def backward(ctx, *gradients):
         wanted = [t for t in ctx.inputs if t.requires_grad]
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        with _products(ctx.precision):
+        with cudnn_precision(ctx.precision):
             found = iter(torch.autograd.grad(ctx.results, wanted, gradients, retain_graph=keep))
         return None, None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
 
@@ -132,9 +116,9 @@ def _in_precision(run, precision: str | None, *tensors: Tensor) -> tuple[Tensor,
                 f"under torch.func precision={precision!r} does not reach cuDNN's backward: set"
                 " torch.backends.cudnn.rnn.fp32_precision to it as well, or take backend='triton'"
             )
-    elif precision is not None and recorded and not ops.is_jit_tracing():
+    elif precision is not None and recorded and not is_jit_tracing():
         return _InPrecision.apply(run, precision, *tensors)
-    with _products(precision):
+    with cudnn_precision(precision):
         return run(*tensors)
 
 
@@ -166,7 +150,9 @@ def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Op
 
     def run(x, states, weights, layers):
         if compiling:
-            return torch.ops.lstm_triton.torch_lstm(x, *states, weights, bias, layers, train, bidirectional, precision)
+            return torch.ops.lstm_triton.torch_lstm(
+                [x, *states, *weights], bias, layers, train, bidirectional, precision
+            )
 
         def torchs(x, h0, c0, *weights):
             drop = dropout if layers > 1 else 0.0

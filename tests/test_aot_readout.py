@@ -16,6 +16,7 @@ from support.process import run_checks, run_without_interpreter
 
 from lstm_triton.kernels import config as configs
 from lstm_triton.kernels import readout, readout_backward
+from lstm_triton.kernels.inputs import ReadoutGradients, ReadoutInputs, ReadoutOptions, ReadoutSaved
 
 pytestmark = pytest.mark.long
 
@@ -149,11 +150,12 @@ def check_one_row_of_a_large_vocabulary_fills_the_gpu():
     B, H, V, multiprocessors = 1, 64, 128 * 1024, 132
     h, weight = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(V, H, dtype=torch.bfloat16)
     with fake_driver(sm_count=multiprocessors) as driver:
-        y = readout.softmax_readout_forward(h, weight)
+        inputs, options = ReadoutInputs(h, weight), ReadoutOptions(None, h.dtype)
+        (y,) = readout.softmax_readout_forward(inputs, options)
         programs = _grids(driver)
         assert programs["_readout_forward_kernel"] == 1024 and len(programs) == 2, programs
         assert min(programs.values()) >= multiprocessors, programs
-        readout_backward.softmax_readout_backward(y, y, h, weight, (True, False, False))
+        readout_backward.softmax_readout_backward(ReadoutGradients(y), inputs, ReadoutSaved(y), {"h"}, options)
         programs = _grids(driver)
         assert programs["_readout_row_dots_kernel"] == 128, programs
         assert programs["_readout_backward_kernel"] >= 3 * multiprocessors, programs
@@ -163,8 +165,10 @@ def _compiled(*shapes):
     """How often each of the five kernels has been compiled, after problems of these shapes B, H, V."""
     for B, H, V in shapes:
         h, weight = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(V, H, dtype=torch.bfloat16)
-        y = readout.softmax_readout_forward(h, weight)
-        readout_backward.softmax_readout_backward(y, y, h, weight)
+        inputs, options = ReadoutInputs(h, weight, torch.zeros(V, dtype=h.dtype)), ReadoutOptions(None, h.dtype)
+        (y,) = readout.softmax_readout_forward(inputs, options)
+        needs = set(ReadoutInputs._fields)
+        readout_backward.softmax_readout_backward(ReadoutGradients(y), inputs, ReadoutSaved(y), needs, options)
     return [
         count_compiled(kernel)
         for kernel in (

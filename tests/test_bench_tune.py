@@ -8,7 +8,7 @@ from test_bench_rows import make_row
 
 from lstm_triton.bench import candidates, tune
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.kernels.launch import device_limits
+from lstm_triton.kernels.device import device_limits
 
 LIMITS = (132, 232448, 9)
 

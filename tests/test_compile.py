@@ -109,11 +109,11 @@ def test_export(cell, device):
     torch.testing.assert_close(again, gradients)
 
 
-@pytest.mark.parametrize("save_gates", [False, True])
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("biases", [(True, True), (False, False)], ids=["biases", "no biases"])
-def test_forward_operator_passes_opcheck(save_gates, biases, device):
+def test_forward_operator_passes_opcheck(save, biases, device):
     inputs = cells.draw(2, 3, 5, biases=biases, device=device).inputs
-    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*inputs, None, save_gates))
+    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*inputs, None, save))
 
 
 def test_forward_operator_is_differentiable(device):
@@ -127,16 +127,16 @@ def test_forward_operator_is_differentiable(device):
     for ours, expected in zip(found, cells.by_kernels(problem)[2:]):
         assert torch.equal(ours, expected)
     h, _, _ = torch.ops.lstm_triton.lstm_cell(*leaves, None, False)
-    with pytest.raises(RuntimeError, match="save_gates=False"):
+    with pytest.raises(RuntimeError, match="save=False"):
         h.sum().backward()
 
 
-@pytest.mark.parametrize("needs", [[True] * 6, [False, True, False, False, True, True]], ids=["all", "some"])
+@pytest.mark.parametrize("needs", [[True] * 7, [False, True, False, False, True, True, False]], ids=["all", "some"])
 def test_backward_operator_passes_opcheck(needs, device):
     problem = cells.draw(2, 3, 5, device=device)
     _, c, gates = torch.ops.lstm_triton.lstm_cell(*problem.inputs, None, True)
     for dh, dc in (problem.cotangents, (None, problem.cotangents[1])):
-        args = (dh, dc, *problem.inputs, gates, c, needs, None)
+        args = (dh, dc, *problem.inputs, c, gates, needs, None)
         torch.library.opcheck(torch.ops.lstm_triton.lstm_cell_backward, args)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import cells, layers, readouts
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, functional, layer_autograd, layer_ops, ops, readout_ops
+from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, functional, operators
 
 pytestmark = pytest.mark.long
 
@@ -40,6 +40,7 @@ def problem(function, device, **options):
     return drawn.inputs, drawn.cotangents
 
 
+OPERATORS = {cell: operators.lstm_cell, readout: operators.softmax_readout, layer: operators.lstm_layer}
 every_function = pytest.mark.parametrize("function", [cell, readout, layer])
 
 
@@ -116,13 +117,13 @@ def test_operators_take_any_strides(device):
     inputs, (dh, dc) = problem(cell, device)
     _, c, gates = torch.ops.lstm_triton.lstm_cell(*inputs, None, True)
     backward = torch.ops.lstm_triton.lstm_cell_backward
-    expected = backward(dh, dc, *inputs, gates, c, [True] * 6, None)
-    assert all(map(torch.equal, backward(dh, dc, *inputs, other(gates), other(c), [True] * 6, None), expected))
+    expected = backward(dh, dc, *inputs, c, gates, [True] * 7, None)
+    assert all(map(torch.equal, backward(dh, dc, *inputs, other(c), other(gates), [True] * 7, None), expected))
     inputs, (dy,) = problem(readout, device)
-    y = torch.ops.lstm_triton.softmax_readout(*inputs, None, torch.float32)
+    y = torch.ops.lstm_triton.softmax_readout(*inputs, None, torch.float32, True)
     backward = torch.ops.lstm_triton.softmax_readout_backward
-    expected = backward(dy, *inputs, y, [True] * 3, None)
-    assert all(map(torch.equal, backward(dy, *inputs, other(y), [True] * 3, None), expected))
+    expected = backward(dy, *inputs, y, [True] * 3, None, torch.float32)
+    assert all(map(torch.equal, backward(dy, *inputs, other(y), [True] * 3, None, torch.float32), expected))
 
 
 # ---- which way a call takes ------------------------------------------------------------------------------------------
@@ -138,36 +139,30 @@ def test_a_training_step_looks_up_no_signature(function, device, monkeypatch):
         raise AssertionError("inspect.signature")
 
     # What the interpreter does at a launch is not meant.
-    for module, name in ((ops, "_forward"), (readout_ops, "_forward"), (layer_ops, "forward")):
-        with_signature(monkeypatch, module, name)
-    for module, name in (
-        (ops, "_lstm_cell_backward"),
-        (readout_ops, "_softmax_readout_backward"),
-        (layer_ops, "_lstm_layer_backward"),
-    ):
-        with_signature(monkeypatch, module, name)
+    for name in ("launch", "launch_backward"):
+        with_signature(monkeypatch, OPERATORS[function], name)
     monkeypatch.setattr(inspect, "signature", refuse)
     found = results(function, arguments, cotangents)
     monkeypatch.undo()
     assert all(map(torch.equal, found, expected))
 
 
-def with_signature(monkeypatch, module, name, signature=inspect.signature):
-    """Inside this function of the module, inspect.signature is what it was."""
-    function = getattr(module, name)
+def with_signature(monkeypatch, operator, name, signature=inspect.signature):
+    """Inside this launcher of the operator, inspect.signature is what it was."""
+    function = getattr(operator, name)
 
     def wrapped(*args):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(inspect, "signature", signature)
             return function(*args)
 
-    monkeypatch.setattr(module, name, wrapped)
+    monkeypatch.setattr(operator, name, wrapped)
 
 
-BACKWARDS = {
-    cell: ops.LSTMCellBackwardFunction,
-    readout: readout_ops.SoftmaxReadoutBackwardFunction,
-    layer: layer_autograd.LSTMLayerBackwardFunction,
+NODES = {
+    cell: "LSTMCellGradientBackward",
+    readout: "SoftmaxReadoutGradientBackward",
+    layer: "LSTMLayerGradientBackward",
 }
 
 
@@ -181,7 +176,7 @@ def test_the_backward_is_recorded_only_where_it_may_be_differentiated(function, 
     assert all(map(torch.equal, once, twice))
     assert all(g.grad_fn is None for g in once)
     nodes = {type(g.grad_fn).__name__ for g in twice}
-    assert f"{BACKWARDS[function].__name__}Backward" in nodes
+    assert NODES[function] in nodes
 
 
 @every_function
@@ -222,7 +217,7 @@ def test_second_derivatives_in_the_precision_asked_for(function, precision, devi
         first = torch.autograd.grad(function(*leaves, precision=precision), leaves, cotangents, create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         assert torch.backends.cuda.matmul.fp32_precision == other
-    assert settings == [precision]
+    assert set(settings) == {precision}
 
 
 # ---- torch.jit.trace -------------------------------------------------------------------------------------------------

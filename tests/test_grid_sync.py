@@ -22,8 +22,9 @@ from lstm_triton.kernels import (
     sequence_backward,
     sequence_config,
 )
+from lstm_triton.kernels.device import device_limits
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
-from lstm_triton.kernels.launch import device_limits
+from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
 
 pytestmark = [
     pytest.mark.long,
@@ -268,9 +269,9 @@ class _LaunchesRecorded:
     def __init__(self):
         self.counters = []
 
-    def __call__(self, grid, tensors, *_, **options):
-        assert options.get("launch_cooperative_grid") is True
-        counters = tensors[-2]
+    def __call__(self, grid, config, *, launch_cooperative_grid, counters_ptr, **arguments):
+        assert launch_cooperative_grid is True
+        counters = counters_ptr
         assert counters.dtype == torch.int32 and not counters.any(), "counters that are not zero"
         assert all(counters.data_ptr() != others.data_ptr() for _, others in self.counters), "those of a running launch"
         self.counters.append((math.prod(grid), counters.fill_(9)))
@@ -281,9 +282,10 @@ def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):
     monkeypatch.setattr(layer, "_forward", launcher)
     monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
     x, (h0, c0), weights = torch.randn(3, 33, 4), (torch.zeros(2, 33, 24),) * 2, torch.randn(96, 4)
-    direction = layer.Direction(weights, torch.randn(96, 24), None, None)
+    direction = Direction(weights, torch.randn(96, 24))
+    inputs = LayerInputs.of(x, (h0, c0), [direction, direction], Segments())
     for _ in range(2):
-        layer.lstm_layer_forward(x, h0, c0, [direction, direction], precision="tf32")
+        layer.lstm_layer_forward(inputs, LayerOptions(precision="tf32"))
     groups = 2 * 3  # directions, and blocks of 16 rows
     assert len(launcher.counters) == 2 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
     for programs, counters in launcher.counters:
@@ -310,8 +312,7 @@ def test_counters_that_are_not_reset_are_caught(monkeypatch):
 
 def test_more_arrivals_than_a_counter_holds_run_step_by_step(monkeypatch):
     monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
-    precision, limits = "tf32", (24, 1, torch.float32)
-    steps = (2**31 - 1) // 3
-    H, D, dtype = limits
-    assert layer.is_persistent(steps, 1, H, D, dtype, precision, torch.device("cpu"))
-    assert not layer.is_persistent(steps + 1, 1, H, D, dtype, precision, torch.device("cpu"))
+    steps, cpu = (2**31 - 1) // 3, torch.device("cpu")
+    recurrence = layer.Recurrence(steps, 1, 24, 1, torch.float32, "tf32")
+    assert layer.is_persistent(recurrence, cpu)
+    assert not layer.is_persistent(recurrence._replace(T=steps + 1), cpu)

@@ -14,6 +14,8 @@ import triton.language as tl
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 
+from lstm_triton.kernels.inputs import CellGradients, CellInputs, CellSaved
+
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
 
 
@@ -71,22 +73,24 @@ def _backward_grid(needs, device, without_kernels):
 
     from lstm_triton.kernels.cell_backward import lstm_cell_backward
 
-    x, h, c, w_ih, w_hh, *_ = cells.draw(40, 50, 70, device=device).inputs
+    x, h, c, w_ih, w_hh, *biases = cells.draw(40, 50, 70, device=device).inputs
     without_kernels.clear()
-    grads = lstm_cell_backward(h, c, torch.empty(40, 70, 4, device=device), x, h, c, c, w_ih, w_hh, needs)
-    assert [g is not None for g in grads] == list(needs), "what is not needed is not allocated"
+    saved = CellSaved(c, torch.empty(40, 70, 4, device=device))
+    inputs = CellInputs(x, h, c, w_ih, w_hh, *biases)
+    grads = lstm_cell_backward(CellGradients(h, c), inputs, saved, needs)
+    assert list(grads) == list(needs), "what is not needed is not allocated"
     return without_kernels[0][1][0] if without_kernels else 0
 
 
 def test_what_is_not_needed_is_not_launched(device, without_kernels):
     def programs(*wanted):
-        return _backward_grid(tuple(k in wanted for k in range(6)), device, without_kernels)
+        return _backward_grid(wanted, device, without_kernels)
 
-    alone = [programs(k) for k in range(6)]
-    assert all(alone) and programs() == 0
-    assert programs(2, 5) == alone[2] == alone[5], "dc_prev and db share their programs"
-    for wanted in itertools.combinations((0, 1, 2, 3, 4), 3):
-        assert programs(*wanted) == sum(alone[k] for k in wanted), wanted
+    alone = {name: programs(name) for name in CellInputs._fields}
+    assert all(alone.values()) and programs() == 0
+    assert programs("c", "b_ih", "b_hh") == alone["c"] == alone["b_ih"] == alone["b_hh"], "these share their programs"
+    for wanted in itertools.combinations(CellInputs._fields[:5], 3):
+        assert programs(*wanted) == sum(alone[name] for name in wanted), wanted
 
 
 def test_enough_programs_for_every_multiprocessor(device, without_kernels):
@@ -95,8 +99,7 @@ def test_enough_programs_for_every_multiprocessor(device, without_kernels):
     from lstm_triton.kernels.cell import lstm_cell_forward
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x, h, c, *weights = cells.draw(16, 8, 1024, dtype, device=device).inputs
-        lstm_cell_forward(x, h, c, *weights)
+        lstm_cell_forward(CellInputs(*cells.draw(16, 8, 1024, dtype, device=device).inputs))
         _, grid = without_kernels[-1]
         assert grid[0] * grid[1] * grid[2] >= 132, grid
 
@@ -106,12 +109,12 @@ def test_outputs_own_dense_storage(device, without_kernels):
 
     from lstm_triton.kernels.cell import lstm_cell_forward
 
-    inputs = cells.draw(3, 7, 9, device=device).inputs
-    outputs = lstm_cell_forward(*inputs, save_gates=True)
+    inputs = CellInputs(*cells.draw(3, 7, 9, device=device).inputs)
+    outputs = lstm_cell_forward(inputs, save=True)
     storages = {t.untyped_storage().data_ptr() for t in (*inputs, *outputs)}
     assert len(storages) == len(inputs) + 3
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in outputs)
-    assert lstm_cell_forward(*inputs)[2] is None, "no gates unless asked for"
+    assert lstm_cell_forward(inputs).gates is None, "no gates unless asked for"
 
 
 class _StandIn:
@@ -133,10 +136,12 @@ def test_a_first_launch_is_not_captured(monkeypatch):
     kernel, capturing = _StandIn(), False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     launcher = launch.Launcher(kernel)
+    launcher._pointers, launcher._integers, launcher._constants = slice(1), slice(1, 1), slice(1, None)
+    launcher._is_specialized = []
 
     def call(n):
         device = torch.device("cuda", 0)
-        launcher._launch(device, (1, 1, 1), (torch.empty(4),), (), (n,), config.LaunchConfig(1, 1), {})
+        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), False)
 
     call(1)
     capturing = True
@@ -165,14 +170,15 @@ def _forward(B, I, H, dtype=torch.bfloat16, save_gates=True, biases=True):
         torch.empty(shape, dtype=dtype)
         for shape in ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
     ]
-    return lstm_cell_forward(*(t if biases else t[:5]), save_gates=save_gates)
+    return lstm_cell_forward(CellInputs(*(t if biases else t[:5])), save=save_gates)
 
 
 def _backward(B, I, H, dtype=torch.bfloat16):
     from lstm_triton.kernels.cell_backward import lstm_cell_backward
 
-    shapes = ((B, H), (B, H), (B, H, 4), (B, I), (B, H), (B, H), (B, H), (4 * H, I), (4 * H, H))
-    return lstm_cell_backward(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+    shapes = ((B, H), (B, H), (B, H), (B, H, 4), (B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    dh, dc, c, gates, *inputs = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    return lstm_cell_backward(CellGradients(dh, dc), CellInputs(*inputs), CellSaved(c, gates), CellInputs._fields)
 
 
 @contextlib.contextmanager
@@ -260,7 +266,8 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
             for x, y, n, stride, block, config in calls:
                 tensors = [None if p is None else storage[p[0]][p[1] :] for p in (x, y)]
                 launcher._compiled.found = None
-                launcher((1, 1, 1), tuple(tensors), (n, stride), (block,), config)
+                x_ptr, y_ptr = tensors
+                launcher((1, 1, 1), config, BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr)
                 options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
                 expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **options)
                 found = launcher._compiled.found
@@ -269,6 +276,23 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
                 kept += found is not None
         assert kept > len(calls) / 8, "too few calls took the short way to show anything"
         assert len(driver.launches) == 2 * len(calls)
+
+
+def check_every_argument_has_a_name():
+    from lstm_triton.kernels.config import LaunchConfig
+    from lstm_triton.kernels.launch import Launcher
+
+    arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32)
+    with fake_driver():
+        launcher = Launcher(_tiny_kernel)
+        launcher((1, 1, 1), LaunchConfig(1, 1), **arguments)
+        for wrong, error in (
+            ({**arguments, "m": 1}, TypeError),
+            ({name: value for name, value in arguments.items() if name != "n"}, TypeError),
+            ({"m" if name == "n" else name: value for name, value in arguments.items()}, KeyError),
+        ):
+            with pytest.raises(error):
+                launcher((1, 1, 1), LaunchConfig(1, 1), **wrong)
 
 
 def check_kept_kernels_are_bounded():
@@ -280,10 +304,10 @@ def check_kept_kernels_are_bounded():
     with fake_driver():
         launcher = launch.Launcher(_tiny_kernel)
         for n in range(100):
-            launcher((1, 1, 1), (x, None), (n, 2), (32,), LaunchConfig(1, 1))
+            launcher((1, 1, 1), LaunchConfig(1, 1), x_ptr=x, y_ptr=None, n=n, stride=2, BLOCK=32)
         assert len(launcher._compiled) == 1, "one for each value of an integer that is not specialised"
         for stride in range(2, 100):
-            launcher((1, 1, 1), (x, None), (7, stride), (32,), LaunchConfig(1, 1))
+            launcher((1, 1, 1), LaunchConfig(1, 1), x_ptr=x, y_ptr=None, n=7, stride=stride, BLOCK=32)
             assert len(launcher._compiled) <= 8
         assert count_compiled(_tiny_kernel) == 2
 

@@ -24,8 +24,8 @@ class _Recorded:
         self.kernel = kernel
         self.launches = []
 
-    def __call__(self, grid, tensors, integers, constants, config, **options):
-        self.launches.append((grid, tensors, integers, constants, config, options))
+    def __call__(self, grid, config, **arguments):
+        self.launches.append((grid, config, arguments))
 
 
 @pytest.fixture
@@ -45,17 +45,17 @@ def test_one_step_waits_for_nothing(T, recorded):
     """No counters to zero, and no cooperative launch, which a CUDA graph's conditional node could not hold."""
     _run(T, 16, 256)
     for launcher in recorded:
-        ((grid, tensors, _, _, config, options),) = launcher.launches
+        ((grid, config, arguments),) = launcher.launches
         assert config.persistent and grid[0] > 1
         waits = T > 1
-        assert (tensors[-2] is not None) == (tensors[-1] is not None) == waits
-        assert options.get("launch_cooperative_grid", False) == waits
+        assert (arguments["counters_ptr"] is not None) == (arguments["stall_ptr"] is not None) == waits
+        assert arguments["launch_cooperative_grid"] == waits
 
 
 def test_a_last_range_of_one_step_waits_for_nothing(recorded):
     _run(33, 2, 256, recompute=True)
     _, backward = recorded
-    steps = [(integers[2], integers[3], tensors[-2] is not None) for _, tensors, integers, *_ in backward.launches]
+    steps = [(a["first_step"], a["last_step"], a["counters_ptr"] is not None) for *_, a in backward.launches]
     assert steps == [(0, 32, True), (32, 33, False)]
 
 
@@ -80,14 +80,14 @@ def test_a_launch_that_is_refused_says_what_to_do(recorded, monkeypatch):
 
 def test_multiprocessors_are_left_free(recorded, monkeypatch):
     """Of an H100's 132: 32 programs in 4 groups fit, but not beside others."""
-    from lstm_triton.kernels import launch
+    from lstm_triton.kernels import device
 
     grids = []
     for free in (0, 4, 5, 131, 1000):
-        monkeypatch.setattr(launch, "FREE_MULTIPROCESSORS", free)
+        monkeypatch.setattr(device, "FREE_MULTIPROCESSORS", free)
         recorded[0].launches.clear()
         _run(2, 128, 512, training=False)
-        grids.append([(grid[0], config.persistent) for grid, *_, config, _ in recorded[0].launches])
+        grids.append([(grid[0], config.persistent) for grid, config, _ in recorded[0].launches])
     assert grids[:2] == [[(128, True)]] * 2
     for fewer, free in zip(grids[2:], (5, 131, 1000)):
         assert all(programs <= 132 - free or not persistent for programs, persistent in fewer)
@@ -95,15 +95,15 @@ def test_multiprocessors_are_left_free(recorded, monkeypatch):
 
 
 def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
-    from lstm_triton.kernels import launch
+    from lstm_triton.kernels import device
 
-    assert launch._free_multiprocessors() == 0
+    assert device._free_multiprocessors() == 0
     monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", "16")
-    assert launch._free_multiprocessors() == 16
+    assert device._free_multiprocessors() == 16
     for wrong in ("-1", "half", ""):
         monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", wrong)
         with pytest.raises(ValueError, match="LSTM_TRITON_FREE_MULTIPROCESSORS must be a number"):
-            launch._free_multiprocessors()
+            device._free_multiprocessors()
 
 
 # ---- in a process without the interpreter --------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def _run(
     training=True, recompute=False, cells=False, dropped=False, precision="tf32",
 ):  # fmt: skip
     """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
-    from lstm_triton.kernels.dropout import Dropout
-    from lstm_triton.kernels.layer import Direction, Segments, lstm_layer_forward
+    from lstm_triton.kernels.inputs import Direction, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+    from lstm_triton.kernels.layer import lstm_layer_forward
     from lstm_triton.kernels.layer_backward import lstm_layer_backward
 
     I = 4
@@ -145,18 +145,15 @@ def _run(
     directions = [
         Direction(torch.zeros(4 * H, I, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype), None, None) for _ in range(D)
     ]
-    x, h0, c0 = time_by_batch(I), state(), state()
-    dropout = Dropout(0.01 * B, torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1]) if dropped else None
-    forward = lstm_layer_forward(
-        x, h0, c0, directions, segments, dropout=dropout, precision=precision,
-        save_cells=training, save_gates=training and not recompute,
-    )  # fmt: skip
+    seed = torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1] if dropped else None
+    inputs = LayerInputs.of(time_by_batch(I), (state(), state()), directions, segments, seed)
+    options = LayerOptions(precision, 0.01 * B if dropped else 0.0, recompute=recompute)
+    forward = lstm_layer_forward(inputs, options, save=training)
     if training:
-        dy, dc = time_by_batch(D * H), time_by_batch(D * H) if cells else None
-        lstm_layer_backward(
-            dy, state(), state(), dc, x, h0, c0, directions, forward, segments,
-            dropout=dropout, needs_resets=reset_state is not None, precision=precision,
-        )  # fmt: skip
+        grads = LayerGradients(time_by_batch(D * H), state(), state(), time_by_batch(D * H) if cells else None)
+        saved = LayerSaved(forward.y if forward.h is None else forward.h, forward.c, forward.gates)
+        needs = {"x", "h0", "w_ih"} | ({"reset_c"} if reset_state is not None else set())
+        lstm_layer_backward(grads, inputs, saved, needs, options)
 
 
 class _Uncompiled:

@@ -9,7 +9,7 @@ import torch
 from support import layers
 from torch.autograd import gradcheck, gradgradcheck
 
-from lstm_triton import LSTM, functional, layer_ops
+from lstm_triton import LSTM, functional, operators
 from lstm_triton.kernels import layer_backward
 
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
@@ -81,16 +81,18 @@ def test_only_what_needs_a_gradient_is_computed(asked, device, monkeypatch):
     layer, leaves = function_of(problem)
     expected = dict(zip(INPUTS, torch.autograd.grad(layer(*leaves), leaves, problem.cotangents)))
     needs = []
-    backward = layer_ops._lstm_layer_backward
-    monkeypatch.setattr(layer_ops, "_lstm_layer_backward", lambda *args: needs.append(args[18]) or backward(*args))
+    launch = operators.lstm_layer.launch_backward
+
+    def launch_backward(grads, inputs, saved, names, options):
+        needs.append(names)
+        return launch(grads, inputs, saved, names, options)
+
+    monkeypatch.setattr(operators.lstm_layer, "launch_backward", launch_backward)
     inputs = [t.detach().requires_grad_(name in asked.split()) for name, t in zip(INPUTS, leaves)]
     wanted = [t for t in inputs if t.requires_grad]
     found = torch.autograd.grad(layer(*inputs), wanted, problem.cotangents)
     assert all(torch.equal(g, expected[name]) for g, name in zip(found, asked.split(), strict=True))
-    states, weights = {"h0", "c0"}, set(INPUTS[3:7])
-    groups = ({"x"}, states, {"reset_h", "reset_c"}, weights)
-    reached = [bool(group & set(asked.split())) for group in groups]
-    assert needs[0][0] == reached[0] and needs[0][2:] == reached[2:]
+    assert needs == [set(asked.split())]
 
 
 @pytest.mark.parametrize("used", ["y", "h_n", "c_n", "c"])
@@ -257,21 +259,21 @@ def test_a_backward_through_a_projection_under_autocast_is_that_of_the_forward(d
 
 def test_threads_do_not_disturb_each_others_precision():
     """As replicas of torch.nn.DataParallel would, and the threads in which autograd serves several GPUs."""
-    from lstm_triton.kernels.launch import torch_matmul_precision
+    from lstm_triton.kernels.device import torch_products
 
     matmul = torch.backends.cuda.matmul
     before, found = matmul.fp32_precision, []
 
     def other():
-        with torch_matmul_precision(torch.float32, "ieee"):
+        with torch_products(torch.float32, "ieee"):
             found.append(matmul.fp32_precision)
 
     thread = threading.Thread(target=other)
-    with torch_matmul_precision(torch.float32, "tf32"):
+    with torch_products(torch.float32, "tf32"):
         thread.start()
         thread.join(0.2)
         assert matmul.fp32_precision == "tf32" and not found
-        with torch_matmul_precision(torch.float32, "ieee"):
+        with torch_products(torch.float32, "ieee"):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     thread.join()

@@ -71,15 +71,15 @@ def test_batched_gradients(pair):
     torch.testing.assert_close(found, expected)
 
 
-class _PrecisionOfProducts(torch.utils._python_dispatch.TorchDispatchMode):
+class _PrecisionOfProducts(torch.overrides.TorchFunctionMode):
     """Notes torch's setting at every product."""
 
     def __init__(self):
         super().__init__()
         self.found = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("mm", "addmm", "addmm_", "bmm", "matmul", "__matmul__"):
             self.found.add(torch.backends.cuda.matmul.fp32_precision)
         return func(*args, **(kwargs or {}))
 

@@ -7,6 +7,14 @@ import torch
 from support import layers
 
 from lstm_triton.kernels import interpreter, layer, layer_backward
+from lstm_triton.kernels.inputs import (
+    LayerGradients,
+    LayerInputs,
+    LayerOptions,
+    LayerSaved,
+    Segments,
+    split_weights,
+)
 
 pytestmark = pytest.mark.long
 
@@ -22,17 +30,16 @@ class _Launches:
         self.launcher, self.kernel, self.act = launcher, launcher.kernel, act
         self.grids, self.steps, self.starts, self.states, self.largest = set(), [], [], [], 0
 
-    def __call__(self, grid, tensors, integers, constants, config, **options):
-        arguments = dict(zip(self.kernel.arg_names, (*tensors, *integers)))
+    def __call__(self, grid, config, **arguments):
         self.grids.add(grid)
-        self.largest = max(self.largest, *integers)
+        self.largest = max(self.largest, *(n for n in arguments.values() if isinstance(n, int)))
         self.steps.append((arguments["first_step"], arguments["last_step"]))
         forward = "y_ptr" in arguments
         states = [arguments[name] for name in (("c_in_ptr", "c_out_ptr") if forward else ("dc_in_ptr", "dc_out_ptr"))]
         self.states.append([None if s is None else (s.data_ptr(), s.dtype) for s in states])
         if not forward:
             self.starts.append((arguments["gates_t"], arguments["gates_reverse_t"], len(arguments["gates_ptr"])))
-        self.act(lambda: self.launcher(grid, tensors, integers, constants, config, **options), arguments)
+        self.act(lambda: self.launcher(grid, config, **arguments), arguments)
 
 
 def _layer(
@@ -43,13 +50,16 @@ def _layer(
     launches = [_Launches(launcher, act) for launcher in (layer._forward, layer_backward._backward)]
     monkeypatch.setattr(layer, "_forward", launches[0])
     monkeypatch.setattr(layer_backward, "_backward", launches[1])
-    directions = [layer.Direction(*problem.weights[4 * d : 4 * d + 4]) for d in range(2)]
-    options = {"precision": precision, "stepwise": stepwise}
-    forward = layer.lstm_layer_forward(
-        problem.x, *problem.hx, directions, save_cells=True, save_gates=not recompute, **options
-    )
+    (directions,) = split_weights(problem.weights, 1, 2)
+    inputs = LayerInputs.of(problem.x, problem.hx, directions, Segments())
+    options = LayerOptions(precision=precision, stepwise=stepwise, recompute=recompute)
+    forward = layer.lstm_layer_forward(inputs, options, save=True)
     backward = layer_backward.lstm_layer_backward(
-        problem.cotangents[0], None, None, None, problem.x, *problem.hx, directions, forward, **options
+        LayerGradients(problem.cotangents[0]),
+        inputs,
+        LayerSaved(forward.y, forward.c, forward.gates),
+        {"x", "h0", "c0", "w_ih", "w_hh"},
+        options,
     )
     return problem, forward, backward, launches
 
@@ -104,8 +114,13 @@ def test_first_and_last_steps_of_a_long_sequence(recompute, monkeypatch, device)
         inputs = [problem.x[steps], *problem.hx, *problem.weights]
         part = layers.by_kernels(problem.with_tensors([*inputs, dy, nothing, nothing]), recompute=recompute)
         part = dict(zip(problem.names, part))
-        found = {"y": forward.y[steps], "h_n": forward.h_n[1 - d], "c_n": forward.c_n[1 - d], "dx": backward.dx[steps]}
-        found |= {"dh0": backward.dh0[d], "dc0": backward.dc0[d]}
+        found = {
+            "y": forward.y[steps],
+            "h_n": forward.h_n[1 - d],
+            "c_n": forward.c_n[1 - d],
+            "dx": backward["x"][steps],
+        }
+        found |= {"dh0": backward["h0"][d], "dc0": backward["c0"][d]}
         for name, result in found.items():
             expected = part[name] if name in ("y", "dx") else part[name][1 - d if name in ("h_n", "c_n") else d]
             torch.testing.assert_close(result, expected, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")

@@ -6,6 +6,7 @@ from support.lstms import flat, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import LSTM, dispatch
+from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, split_weights
 
 pytestmark = pytest.mark.long
 
@@ -69,14 +70,17 @@ def test_fake_results_have_the_memory_order_of_real_ones(dropout, recompute, dev
     """What a compiler plans with: batch-major as x, or time-major where the gates are rebuilt."""
     x = torch.randn(B, T, I, device=device).transpose(0, 1)
     h0, c0, resets = *torch.randn(2, 2, B, H, device=device), torch.rand(T, B, device=device) < 0.5
-    segments = (resets, *torch.randn(2, T, 2, B, H, device=device), torch.tensor([T, 1], device=device))
-    segments = (*segments, torch.tensor([1], device=device) if dropout else None, dropout)
+    segments = Segments(resets, *torch.randn(2, T, 2, B, H, device=device), torch.tensor([T, 1], device=device))
     weights = [torch.randn(shape, device=device) for _ in range(2) for shape in ((4 * H, I), (4 * H, H))]
-    forward = (x.contiguous() if recompute else x, h0, c0, weights, 2, *segments, "ieee", True, not recompute, True)
+    (directions,) = split_weights(weights, 1, 2)
+    seed = torch.tensor([1], device=device) if dropout else None
+    inputs = LayerInputs.of(x, (h0, c0), directions, segments, seed)
+    options = LayerOptions("ieee", dropout, recompute=recompute, stepwise=True)
+    forward = (*inputs, *options, True)
     y, _, _, c, gates, h = torch.ops.lstm_triton.lstm_layer(*forward)
-    cotangents = (torch.randn_like(y), None, None, None)
-    saved = (x, h0, c0, weights, 2, h if dropout else y, c, gates, *segments)
-    backward = (*cotangents, *saved, [True] * 4, "ieee", True)
+    saved = (h if dropout else y, c, None if recompute else gates)
+    needs = [t is not None and t.is_floating_point() for t in inputs]
+    backward = (torch.randn_like(y), None, None, None, *inputs, *saved, needs, *options)
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer, forward, test_utils="test_faketensor")
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer_backward, backward, test_utils="test_faketensor")
 

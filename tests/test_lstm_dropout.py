@@ -11,7 +11,7 @@ from support.lstms import backends, flat, gradients, pair
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lstm_triton import LSTM, layers
-from lstm_triton.kernels.dropout import Dropout, kept
+from lstm_triton.kernels.dropout import kept
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def _philox(seed: int, *counter: int) -> int:
 def test_kept_elements_are_those_of_philox(device):
     assert _philox(0, 0, 0, 0, 0) == 0x6627E8D5, "the authors' own test vector"
     seed, p, (t, b, n) = 0x123456789ABCDEF0, 0.3, (3, 2, 5)
-    found = kept(Dropout(p, torch.tensor([seed], device=device)), t, b, n)
+    found = kept(torch.tensor([seed], device=device), p, (t, b, n))
     for step, row, unit in itertools.product(range(t), range(b), range(n)):
         number = _philox(seed, unit, row, step, 0)
         uniform = min(number, 2**32 - 1 - number) / 2**31

@@ -7,7 +7,8 @@ from support.lstms import flat
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lstm_triton import LSTM, dispatch, layer_ops, layers, segments
+from lstm_triton import LSTM, dispatch, layers, operators, segments
+from lstm_triton.kernels.inputs import LayerGradients, LayerInputs, LayerOptions, Segments, split_weights
 
 I, H = 2, 3
 
@@ -31,19 +32,14 @@ def test_launchers_read_no_values(recompute, device):
     case = segmented.Case(bidirectional=True, resets="stored", rows="lengths", recompute=recompute)
     drawn = segmented.draw(case, device)
     x, h0, c0, *weights, reset_h, reset_c = drawn.inputs
-    given = (
-        drawn.resets,
-        reset_h,
-        reset_c,
-        drawn.lengths.to(device),
-        layers.dropout_seed(torch.empty(0, device=device)),
-        0.5,
-    )
+    (directions,) = split_weights(weights, 1, 2)
+    given = Segments(drawn.resets, reset_h, reset_c, drawn.lengths.to(device))
+    inputs = LayerInputs.of(x, (h0, c0), directions, given, layers.dropout_seed(torch.empty(0, device=device)))
+    options = LayerOptions("ieee", 0.5, recompute=recompute)
+    layer = operators.lstm_layer
     with _NoValues():
-        _, _, _, c, gates, h = layer_ops._lstm_layer(x, h0, c0, weights, 2, *given, "ieee", True, not recompute, False)
-        layer_ops._lstm_layer_backward(
-            *drawn.cotangents, None, x, h0, c0, weights, 2, h, c, gates, *given, [True] * 4, "ieee", False
-        )
+        saved = layer.save(layer.launch(inputs, options, True))
+        layer.launch_backward(LayerGradients(*drawn.cotangents), inputs, saved, set(LayerInputs._fields), options)
 
 
 def test_packed_sequences_read_no_values(monkeypatch):

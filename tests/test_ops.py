@@ -8,7 +8,7 @@ from support import cells
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from lstm_triton import LSTMCell, functional, ops, reference
+from lstm_triton import LSTMCell, functional, operators, reference
 
 NAMES = cells.INPUTS
 
@@ -94,20 +94,27 @@ def test_only_what_needs_a_gradient_is_computed(name, problem, monkeypatch):
     asked = {n for n in NAMES if n in name.split()}
     inputs = [t.clone().requires_grad_(n in asked) for n, t in zip(NAMES, problem.inputs)]
     needs = []
-    backward = ops._lstm_cell_backward
-    monkeypatch.setattr(ops, "_lstm_cell_backward", lambda *args: needs.append(args[11]) or backward(*args))
+    launch = operators.lstm_cell.launch_backward
+
+    def launch_backward(grads, inputs, saved, names, options):
+        needs.append(names)
+        return launch(grads, inputs, saved, names, options)
+
+    monkeypatch.setattr(operators.lstm_cell, "launch_backward", launch_backward)
     wanted = [t for t in inputs if t.requires_grad]
     found = torch.autograd.grad(kernels(*inputs), wanted, problem.cotangents)
     expected = torch.autograd.grad(torchs(*inputs), wanted, problem.cotangents)
     torch.testing.assert_close(found, expected)
-    assert needs == [[*(n in asked for n in NAMES[:5]), "b_ih" in asked or "b_hh" in asked]]
+    assert needs == [asked]
 
 
 @pytest.mark.parametrize("used", ["h", "c"])
 def test_a_gradient_that_does_not_arrive_is_none_and_not_zeros(used, leaves, problem, monkeypatch):
     arrived = []
-    backward = ops._lstm_cell_backward
-    monkeypatch.setattr(ops, "_lstm_cell_backward", lambda *args: arrived.append(args[:2]) or backward(*args))
+    launch = operators.lstm_cell.launch_backward
+    monkeypatch.setattr(
+        operators.lstm_cell, "launch_backward", lambda grads, *args: arrived.append(grads) or launch(grads, *args)
+    )
     index = "hc".index(used)
     found = torch.autograd.grad(kernels(*leaves)[index], leaves, problem.cotangents[index])
     expected = torch.autograd.grad(torchs(*leaves)[index], leaves, problem.cotangents[index])
@@ -250,13 +257,13 @@ def test_functional_call(problem, device):
 
 def test_inference_builds_no_graph_and_keeps_no_gates(leaves, monkeypatch, count_launches):
     saved = []
-    forward, backward = ops._launchers()
+    forward = operators.lstm_cell.launch
 
-    def launch(*args, save_gates, **options):
-        saved.append(save_gates)
-        return forward(*args, save_gates=save_gates, **options)
+    def launch(inputs, options, save):
+        saved.append(save)
+        return forward(inputs, options, save)
 
-    monkeypatch.setattr(ops, "_launchers", lambda: (launch, backward))
+    monkeypatch.setattr(operators.lstm_cell, "launch", launch)
     trained = kernels(*leaves)
     with torch.no_grad():
         no_grad = kernels(*leaves)

@@ -9,7 +9,7 @@ from support import readouts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lstm_triton
-from lstm_triton import SoftmaxReadout, dispatch, functional, readout_ops
+from lstm_triton import SoftmaxReadout, dispatch, functional, operators
 from lstm_triton.kernels.config import (
     all_readout_backward_configs,
     all_readout_forward_configs,
@@ -19,6 +19,7 @@ from lstm_triton.kernels.config import (
     readout_rescale_config,
     steps_per_part,
 )
+from lstm_triton.kernels.inputs import ReadoutInputs, ReadoutOptions
 
 
 def _by_torch(h, weight, bias=None):
@@ -98,9 +99,9 @@ def test_a_tensor_subclass_anywhere_passes_through_the_dispatcher(device):
 def test_operators_pass_opcheck(needs, device):
     inputs = readouts.draw(2, 4, 5, bias=needs[2], device=device).inputs
     dy, y = torch.randn(2, 5, device=device), _fused(*inputs)
-    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout_backward, (dy, *inputs, y, needs, None))
+    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout_backward, (dy, *inputs, y, needs, None, torch.float32))
     leaves = [None if t is None else t.requires_grad_(n) for t, n in zip(inputs, needs)]
-    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout, (*leaves, None, torch.float32))
+    torch.library.opcheck(torch.ops.lstm_triton.softmax_readout, (*leaves, None, torch.float32, True))
 
 
 def test_export(device):
@@ -218,7 +219,8 @@ def test_float32_results_of_16_bit_inputs(device):
     leaves = [t.requires_grad_() for t in problem.inputs]
     wide = [t.detach().double().requires_grad_() for t in leaves]
     dy = torch.randn(3, 40, device=device)
-    y, true = readout_ops.softmax_readout(*leaves, None, torch.float32), _by_torch(*wide)
+    (y,) = operators.softmax_readout(ReadoutInputs(*leaves), ReadoutOptions(None, torch.float32))
+    true = _by_torch(*wide)
     torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-7)
     first = torch.autograd.grad(y, leaves, dy, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)

@@ -17,7 +17,7 @@ def test_forward_and_written_backward_are_torchs(shape, biases):
     problem = cells.draw(*shape, torch.float64, biases=biases)
     h, c, *gradients = cells.by_torch(problem)
     torch.testing.assert_close(reference.lstm_cell(*problem.inputs), (h, c))
-    found = reference.lstm_cell_backward(*problem.cotangents, *problem.inputs)
+    found = reference.lstm_cell_backward(problem.cotangents, *problem.inputs)
     assert len(found) == 6
     torch.testing.assert_close(found[:5], tuple(gradients[:5]))
     for expected in gradients[5:]:
@@ -34,7 +34,7 @@ def test_forward_is_the_module():
 
 def test_backward_by_central_differences():
     problem = cells.draw(2, 3, 4, torch.float64)
-    found = reference.lstm_cell_backward(*problem.cotangents, *problem.inputs)
+    found = reference.lstm_cell_backward(problem.cotangents, *problem.inputs)
     step = 1e-6
     for index, gradient in enumerate((*found[:5], found[5], found[5])):
         expected = torch.empty_like(gradient)
@@ -54,16 +54,20 @@ def test_reference_is_differentiable_twice_and_its_backward_once():
     leaves = [t.requires_grad_() for t in (*problem.cotangents, *problem.inputs)]
     assert gradcheck(reference.lstm_cell, leaves[2:], fast_mode=True)
     assert gradgradcheck(reference.lstm_cell, leaves[2:], fast_mode=True)
-    assert gradcheck(reference.lstm_cell_backward, leaves, fast_mode=True)
+    assert gradcheck(_backward, leaves, fast_mode=True)
+
+
+def _backward(dh, dc, *inputs):
+    return reference.lstm_cell_backward((dh, dc), *inputs)
 
 
 @pytest.mark.parametrize("asked", [range(6), (0,), (3, 5), ()], ids=str)
 def test_double_backward(asked):
     problem = cells.draw(2, 3, 4, torch.float64)
     inputs = [t.requires_grad_() for t in (*problem.cotangents, *problem.inputs)]
-    results = reference.lstm_cell_backward(*inputs)
+    results = _backward(*inputs)
     grads = [torch.randn_like(t) if k in asked else None for k, t in enumerate(results)]
-    found = reference.lstm_cell_double_backward(grads, inputs)
+    found = reference.back_through(_backward, grads, inputs)
     if not asked:
         assert found == [None] * 9
         return
@@ -77,8 +81,8 @@ def test_double_backward(asked):
 def test_double_backward_without_biases():
     problem = cells.draw(2, 3, 4, torch.float64, biases=(True, False))
     inputs = (*problem.cotangents, *problem.inputs)
-    grads = [torch.randn_like(t) for t in reference.lstm_cell_backward(*inputs)]
-    found = reference.lstm_cell_double_backward(grads, inputs)
+    grads = [torch.randn_like(t) for t in _backward(*inputs)]
+    found = reference.back_through(_backward, grads, inputs)
     assert [t is None for t in found] == [t is None for t in inputs]
 
 

@@ -10,6 +10,7 @@ import torch
 from support import layers
 
 from lstm_triton import functional
+from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, split_weights
 
 SEGMENTS = {
     "resets": dict(resets=True),
@@ -150,10 +151,11 @@ def test_a_reset_state_not_given_is_zero(given, device):
     problem = layers.draw(5, 3, 3, 5, 2, device=device, **SEGMENTS["resets to a stored state"])
     h, c = (s.expand(5, 2, 3, 5) for s in problem.reset_state)
     h, c = (h, None) if given == "h" else (None, c)
-    arguments = problem.x, *problem.hx, problem.weights, 2, problem.resets
+    (directions,) = split_weights(problem.weights, 1, 2)
 
     def run(h, c):
-        found = torch.ops.lstm_triton.lstm_layer(*arguments, h, c, None, None, 0.0, "ieee", True, True, False)
+        inputs = LayerInputs.of(problem.x, problem.hx, directions, Segments(problem.resets, h, c))
+        found = torch.ops.lstm_triton.lstm_layer(*inputs, *LayerOptions("ieee"), True)
         assert len(found) == 6
         return found
 

@@ -1,7 +1,6 @@
 """A kernel that gave up waiting is named: by the layer it is in, by the next one, and at the end of the process."""
 
 import ctypes
-import inspect
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import torch
 
 from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer, layer_backward, stall
+from lstm_triton.kernels.inputs import LayerInputs
 
 
 @pytest.fixture
@@ -32,9 +32,11 @@ def test_the_next_layer_names_the_kernel(stalled):
     """Before it asks anything of a device whose context is lost."""
     with pytest.raises(RuntimeError, match=NAMED):
         stall.check()
-    for run in (layer.lstm_layer_forward, layer_backward.lstm_layer_backward):
-        with pytest.raises(RuntimeError, match=NAMED):
-            run(*(None,) * len(inspect.signature(run).parameters))
+    inputs = LayerInputs(*(torch.empty(0, device="meta"),) * 5)
+    with pytest.raises(RuntimeError, match=NAMED):
+        layer.lstm_layer_forward(inputs)
+    with pytest.raises(RuntimeError, match=NAMED):
+        layer_backward.lstm_layer_backward(None, inputs, None, ())
 
 
 def test_a_layer_names_the_kernel_before_it_asks_for_zeros(stalled):
@@ -54,10 +56,10 @@ def test_an_error_inside_a_layer_names_the_kernel(monkeypatch):
     word = ctypes.c_int32(0)
     monkeypatch.setattr(stall, "_values", {"_some_kernel": word})
 
-    @stall.names_the_kernel
     def run(polls):
-        word.value = polls
-        raise RuntimeError("CUDA error: unspecified launch failure")
+        with stall.names_the_kernel:
+            word.value = polls
+            raise RuntimeError("CUDA error: unspecified launch failure")
 
     with pytest.raises(RuntimeError, match="^CUDA error"):
         run(0)

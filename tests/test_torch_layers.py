@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lstm_triton import LSTM, functional, torch_ops
+from lstm_triton.kernels.device import cudnn_precision
 
 
 class _OnGPU(torch.Tensor):
@@ -159,7 +160,7 @@ def test_under_torch_func_the_setting_must_be_the_precision(seen, monkeypatch):
     with pytest.raises(RuntimeError, match="set torch.backends.cudnn.rnn.fp32_precision"):
         gradient(x)
     monkeypatch.setattr(torch._VF, "lstm", torch._C._VariableFunctions.lstm)  # the stand-in knows no transforms
-    with torch_ops._products("ieee"):
+    with cudnn_precision("ieee"):
         found = gradient(x)
     x.requires_grad_()
     torch.testing.assert_close(found, torch.autograd.grad(lstm(x)[0].square().sum(), x)[0])

@@ -7,7 +7,7 @@ import torch
 from support import cells, layers, readouts
 
 from lstm_triton import check
-from lstm_triton.kernels.launch import fp32_precision
+from lstm_triton.kernels.device import fp32_precision
 
 
 class _OnGPU(torch.Tensor):

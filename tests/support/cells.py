@@ -90,7 +90,7 @@ def truth(problem: Problem) -> list[Tensor | Extended | None]:
         inputs = [None if t is None else t.detach().cpu().double() for t in problem.inputs]
         dh, dc = (t.cpu().double() for t in problem.cotangents)
     h, c = reference.lstm_cell(*inputs)
-    *gradients, db = reference.lstm_cell_backward(dh, dc, *inputs)
+    *gradients, db = reference.lstm_cell_backward((dh, dc), *inputs)
     return [h, c, *gradients, *(db if has else None for has in has_bias)]
 
 

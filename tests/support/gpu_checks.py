@@ -17,7 +17,7 @@ from triton.language.extra.cuda import globaltimer
 
 from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer, layer_backward, sequence_config
-from lstm_triton.kernels.launch import device_limits
+from lstm_triton.kernels.device import device_limits
 
 from . import layers, tolerance
 
@@ -31,7 +31,8 @@ class Unserved(Exception):
 def _waits(T, B, H, dtype, device):
     """Whether forward and backward of one direction would be one launch each, of programs that wait for each other."""
     ways = (sequence_config.sequence_forward_config, sequence_config.sequence_backward_config)
-    configs = [layer.plan(way, T, B, H, 1, dtype, "tf32", device, False) for way in ways]
+    recurrence = layer.Recurrence(T, B, H, 1, dtype, "tf32")
+    configs = [layer.plan(way, recurrence, device) for way in ways]
     return all(config.persistent and config.programs > 1 for config in configs)
 
 
@@ -172,10 +173,11 @@ def both_do_not_fit(device):
     if device.type == "cpu":
         return 2, 5
     ways = (sequence_config.sequence_forward_config, sequence_config.sequence_backward_config)
-    multiprocessors = layer.device_limits(device)[0]
+    multiprocessors = device_limits(device)[0]
     for H in (1024, 768, 512):
         for B in (128, 96, 64, 48, 32, 16):
-            configs = [layer.plan(way, 64, B, H, 1, BF16, "ieee", device, False) for way in ways]
+            recurrence = layer.Recurrence(64, B, H, 1, BF16, "ieee")
+            configs = [layer.plan(way, recurrence, device) for way in ways]
             if all(c.persistent and 2 * c.programs * c.groups > multiprocessors for c in configs):
                 return B, H
     raise Unserved("no layer takes more than half of this GPU")

@@ -247,7 +247,7 @@ def truth(problem: Problem) -> list[Extended]:
             for t, (h, c) in zip(steps[::-1], states[::-1]):
                 dh = dh + dy[t, rows, units]
                 dc = dc + (dcells[0][t, rows, units] if dcells else 0)
-                back = reference.lstm_cell_backward(Extended(dh), Extended(dc), Extended(x[t, rows]), h, c, *weights)
+                back = reference.lstm_cell_backward((Extended(dh), Extended(dc)), Extended(x[t, rows]), h, c, *weights)
                 dx_t, dh, dc, *dw = (t.values for t in back)
                 dx[t, rows] += dx_t
                 for k, g in enumerate([*dw, dw[-1]][:n]):

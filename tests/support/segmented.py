@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import LSTM
-from lstm_triton.layer_ops import dropped
+from lstm_triton.operators import dropped
 
 from . import tolerance
 from .lstms import assert_close, flat

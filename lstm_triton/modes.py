@@ -1,0 +1,57 @@
+"""What torch is doing around a call: compiling, tracing, transforming. It decides which way the call takes."""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records operators: for calls with and without gradients, whichever the one recorded is."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether t stands for several tensors, one for each call under torch.func.vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
+
+
+def sees_operators(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher has to see the operator; elsewhere a kernel may take the memory of the tensors as it is.
+
+    It has to for compilers, torch.jit.trace, dispatch modes (fake tensors), torch.func and what it leaves behind, tensor
+    subclasses, and tensors whose elements are negated when read (the imaginary part of a conjugate).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_jit_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or _functorch.is_functorch_wrapped_tensor(t)):
+            return True
+    return False
+
+
+def takes_reference(*gradients: Tensor | None) -> bool:
+    """Whether only the reference can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    for g in gradients:
+        if g is not None and _functorch.is_legacy_batchedtensor(g):
+            return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() != _functorch.TransformType.Grad for i in _functorch.get_interpreter_stack())

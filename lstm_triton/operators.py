@@ -1,0 +1,200 @@
+"""The operators that launch kernels: the cell, a layer, the readout; and the product of a layer's projection."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autograd import Operator, implements, library
+from .kernels.inputs import (
+    CellGradients,
+    CellInputs,
+    CellOptions,
+    CellOutputs,
+    CellSaved,
+    LayerGradients,
+    LayerInputs,
+    LayerOptions,
+    LayerOutputs,
+    LayerSaved,
+    Product,
+    ProductOutputs,
+    ProductSaved,
+    ReadoutGradients,
+    ReadoutInputs,
+    ReadoutOptions,
+    ReadoutOutputs,
+    ReadoutSaved,
+)
+
+
+def _cell_launchers():
+    from .kernels.cell import lstm_cell_forward
+    from .kernels.cell_backward import lstm_cell_backward
+
+    return lstm_cell_forward, lstm_cell_backward
+
+
+def _cell_fake(inputs: CellInputs, options: CellOptions, save: bool) -> CellOutputs:
+    x, shape = inputs.x, inputs.h.shape
+    return CellOutputs(x.new_empty(shape), x.new_empty(shape), x.new_empty((*shape, 4)) if save else None)
+
+
+lstm_cell = Operator(
+    "lstm_cell",
+    inputs=CellInputs,
+    options=CellOptions,
+    outputs=CellOutputs,
+    gradients=CellGradients,
+    saved=CellSaved,
+    launchers=_cell_launchers,
+    save=lambda outputs: CellSaved(outputs.c, outputs.gates),
+    fake=_cell_fake,
+    reference=lambda inputs, options: reference.lstm_cell(*inputs),
+)
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def _layer_launchers():
+    from .kernels.layer import lstm_layer_forward
+    from .kernels.layer_backward import lstm_layer_backward
+
+    return lstm_layer_forward, lstm_layer_backward
+
+
+def _new_in_order_of(t: Tensor, size: int) -> Tensor:
+    """[T, B, size] in the memory order in which the kernels give their results: that of x forward, of y backward.
+
+    As `kernels.layer.new_states` does; but compilers ask for it where there may be no triton.
+    """
+    T, B = t.shape[:2]
+    if t.stride(0) >= t.stride(1) or T == 1 or B == 1:
+        return t.new_empty((T, B, size))
+    return t.new_empty((B, T, size)).transpose(0, 1)
+
+
+def _layer_fake(inputs: LayerInputs, options: LayerOptions, save: bool) -> LayerOutputs:
+    x, h0, c0 = inputs[:3]
+    D, _, H = h0.shape
+    x = x.contiguous() if save and options.recompute else x
+    c = _new_in_order_of(x, D * H) if save or options.return_cells else None
+    has_gates = save and not options.recompute
+    gates = _new_in_order_of(x, D * H * 4).unflatten(2, (D, H, 4)) if has_gates else None
+    h = None if inputs.seed is None else _new_in_order_of(x, D * H)
+    return LayerOutputs(_new_in_order_of(x, D * H), h0.new_empty(h0.shape), c0.new_empty(c0.shape), c, gates, h)
+
+
+def _layer_fake_gradients(inputs: LayerInputs, saved: LayerSaved) -> dict[str, Tensor]:
+    T, B, I = inputs.x.shape
+    D, _, H = inputs.h0.shape
+    h = saved.h.contiguous() if saved.gates is None else saved.h
+    return {
+        "x": _new_in_order_of(h, I),
+        "reset_h": h.new_empty((T, D, B, H)),
+        "reset_c": _new_in_order_of(h, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3),
+    }
+
+
+def _layer_reference(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, ...]:
+    y, *states = reference.lstm_layer(inputs.x, inputs.h0, inputs.c0, inputs.directions, *inputs.segments)
+    return dropped(y, options.dropout, inputs.seed), *states
+
+
+lstm_layer = Operator(
+    "lstm_layer",
+    inputs=LayerInputs,
+    options=LayerOptions,
+    outputs=LayerOutputs,
+    gradients=LayerGradients,
+    saved=LayerSaved,
+    launchers=_layer_launchers,
+    save=lambda outputs: LayerSaved(outputs.y if outputs.h is None else outputs.h, outputs.c, outputs.gates),
+    fake=_layer_fake,
+    fake_backward=_layer_fake_gradients,
+    reference=_layer_reference,
+    recurrent=True,
+)
+
+library.define("lstm_dropout_kept(Tensor seed, float dropout, int T, int B, int N) -> Tensor")
+
+
+@implements("lstm_dropout_kept")
+def _lstm_dropout_kept(seed, dropout, T, B, N):
+    from .kernels.dropout import kept
+
+    return kept(seed, dropout, (T, B, N))
+
+
+@torch.library.register_fake("lstm_triton::lstm_dropout_kept", lib=library)
+def _(seed, dropout, T, B, N):
+    return seed.new_empty((T, B, N), dtype=torch.bool)
+
+
+def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """y [T, B, N], computed otherwise, with the kernels' dropout; differentiable."""
+    if seed is None:
+        return y
+    kept = torch.ops.lstm_triton.lstm_dropout_kept(seed, dropout, *y.shape[-3:])
+    return y * (1 / (1 - dropout) if dropout < 1 else 0.0) * kept
+
+
+# ---- the readout -----------------------------------------------------------------------------------------------------
+
+
+def _readout_launchers():
+    from .kernels.readout import softmax_readout_forward
+    from .kernels.readout_backward import softmax_readout_backward
+
+    return softmax_readout_forward, softmax_readout_backward
+
+
+def _readout_reference(inputs: ReadoutInputs, options: ReadoutOptions) -> tuple[Tensor]:
+    """Computed in the dtype of the result: under autocast it is wider than the inputs'."""
+    bias = None if inputs.bias is None else inputs.bias.to(options.dtype)
+    return (reference.softmax_readout(inputs.h.to(options.dtype), inputs.weight.to(options.dtype), bias),)
+
+
+softmax_readout = Operator(
+    "softmax_readout",
+    inputs=ReadoutInputs,
+    options=ReadoutOptions,
+    outputs=ReadoutOutputs,
+    gradients=ReadoutGradients,
+    saved=ReadoutSaved,
+    launchers=_readout_launchers,
+    save=lambda outputs: ReadoutSaved(outputs.y),
+    fake=lambda inputs, options, save: ReadoutOutputs(
+        inputs.h.new_empty((inputs.h.shape[0], inputs.weight.shape[0]), dtype=options.dtype)
+    ),
+    reference=_readout_reference,
+)
+
+# ---- the product of a projection: torch's own GEMM, in the precision of the kernels' ---------------------------------
+
+
+def _product(inputs: Product, options: CellOptions, save: bool) -> ProductOutputs:
+    a, b = inputs
+    with product.reference_precision(a.dtype, options.precision):
+        return ProductOutputs(a @ b)
+
+
+def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
+    (dy,), (a, b) = grads, inputs
+    with product.reference_precision(a.dtype, options.precision):
+        ways = {"a": lambda: dy @ b.t(), "b": lambda: a.t() @ dy}
+        return {name: ways[name]() for name in needs}
+
+
+product = Operator(
+    "lstm_product",
+    inputs=Product,
+    options=CellOptions,
+    outputs=ProductOutputs,
+    gradients=ReadoutGradients,
+    saved=ProductSaved,
+    launchers=lambda: (_product, _product_backward),
+    save=lambda outputs: ProductSaved(),
+    fake=lambda inputs, options, save: ProductOutputs(inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))),
+    reference=lambda inputs, options: (inputs.a @ inputs.b,),
+    recurrent=True,
+)
