@@ -3,6 +3,7 @@
 # make quick     of the test suite what takes little time, while you change things
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
+# make mutants   synchronisation taken out of the compiled kernels, one piece at a time: what is not noticed (minutes)
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 # make clients   other packages and torch's tools with converted LSTMs, in an environment of their own: prints a table
 # make step-model  cycles of a step of the sequence kernels, by a model of their compiled code: no GPU needed
@@ -72,6 +73,9 @@ gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
 	@.ci/gpu $(PY) $(BUDGET)
 
+mutants: ready-test
+	@OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
+
 sanitize: ready-test
 	@$(PY) tests/sanitize.py $(ARGS)
 
@@ -98,7 +102,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test quick check gpu sanitize step-model clients clean
+.PHONY: help demo test quick check gpu sanitize mutants step-model clients clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

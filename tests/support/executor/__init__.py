@@ -26,7 +26,7 @@ Not in a process with TRITON_INTERPRET=1. `why_not` says why it cannot run here:
 """
 
 from .build import why_not
-from .driver import ExecutingDriver, KernelFault, Report, executing
+from .driver import ExecutingDriver, KernelFault, Launch, Report, executing
 from .ptx import Unsupported
 
-__all__ = ["ExecutingDriver", "KernelFault", "Report", "Unsupported", "executing", "why_not"]
+__all__ = ["ExecutingDriver", "KernelFault", "Launch", "Report", "Unsupported", "executing", "why_not"]

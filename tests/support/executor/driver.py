@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import struct
 from array import array
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from ..aot_sequence import LIMITS
 from . import encode_matrix  # noqa: F401  declares its families
 from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
 from .encode import Program, encode
-from .ptx import SIZES, Statement
+from .ptx import SIZES, Statement, parse
 
 _REPORT_BYTES = 1 << 16
 
@@ -50,6 +51,18 @@ class KernelFault(RuntimeError):
     def __init__(self, reports: list[Report]):
         super().__init__("\n".join(map(str, reports)))
         self.reports = reports
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be executed."""
+
+    kernel: str
+    ptx: str
+    grid: tuple[int, int, int]
+    arguments: list[tuple[str, str, Any]]  # name, type and value of each
+    shared: int  # bytes of shared memory
+    at_once: int  # programs that run at the same time
 
 
 @dataclass(frozen=True)
@@ -101,54 +114,48 @@ class ExecutingDriver(NullDriver):
 
         def launch(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
             device = drivers.active  # Triton keeps this function for every later driver of the same device number
-            changed = device.change(metadata.name, ptx) if device.change else ptx
-            given = [(str(name), type_, value) for (name, type_), value in zip(types, arguments, strict=True)]
-            at_once = None if metadata.launch_cooperative_grid else 8
-            device._execute(_encoded(changed), metadata.name, metadata.shared, (grid_x, grid_y, grid_z), given, at_once)
+            named = [(str(name), type_, value) for (name, type_), value in zip(types, arguments, strict=True)]
+            grid = (grid_x, grid_y, grid_z)
+            at_once = math.prod(grid) if metadata.launch_cooperative_grid else 8
+            device.execute(Launch(metadata.name, ptx, grid, named, metadata.shared, at_once))
 
         return launch
 
     def run(self, ptx: str, grid: tuple[int, int, int], *arguments: Any, shared: int = 0) -> Executed:
         """Execute PTX that was written by hand; also in a process with TRITON_INTERPRET=1."""
-        encoded = _encoded(ptx)
-        given = [(f"argument {k}", "", value) for k, value in enumerate(arguments)]
-        self._execute(encoded, encoded.program.kernel.name, shared, grid, given, None)
-        return self.executed[-1]
+        named = [(f"argument {k}", "", value) for k, value in enumerate(arguments)]
+        return self.execute(Launch(parse(ptx).name, ptx, grid, named, shared, math.prod(grid)))
 
-    def _execute(
-        self,
-        encoded: _Encoded,
-        name: str,
-        shared: int,
-        grid: tuple[int, int, int],
-        arguments: list,
-        at_once: int | None,
-    ) -> None:
-        kernel = encoded.program.kernel
-        parameters = _parameters(encoded, arguments)
+    def execute(self, launch: Launch) -> Executed:
+        ptx = self.change(launch.kernel, launch.ptx) if self.change else launch.ptx
+        executed = self._execute(_encoded(ptx), launch)
+        self.executed.append(executed)
+        if executed.reports and self.raises:
+            raise KernelFault(list(executed.reports))
+        return executed
+
+    def _execute(self, encoded: _Encoded, launch: Launch) -> Executed:
+        kernel, parameters = encoded.program.kernel, _parameters(encoded, launch.arguments)
         storages: dict[tuple[int, int], list[str]] = {}
-        for argument, _, value in arguments:
+        for argument, _, value in launch.arguments:
             if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes():
                 start = value.untyped_storage().data_ptr()
                 storages.setdefault((start, start + value.untyped_storage().nbytes()), []).append(argument)
-        programs, n = grid[0] * grid[1] * grid[2], len(storages)
-        message = ctypes.create_string_buffer(_REPORT_BYTES)
-        launch = LaunchStruct(
-            grid=grid, threads=kernel.threads, shared=shared, tensors=n,
-            concurrent=min(programs, at_once or programs), programs_per_sm=self.programs_per_sm,
+        n, message = len(storages), ctypes.create_string_buffer(_REPORT_BYTES)
+        c_launch = LaunchStruct(
+            grid=launch.grid, threads=kernel.threads, shared=launch.shared, tensors=n,
+            concurrent=min(math.prod(launch.grid), launch.at_once), programs_per_sm=self.programs_per_sm,
             check=self.check, seed=self.seed, parameters=ctypes.cast(parameters, ctypes.c_void_p),
             starts=(ctypes.c_uint64 * n)(*(start for start, _ in storages)),
             ends=(ctypes.c_uint64 * n)(*(end for _, end in storages)),
             names=(ctypes.c_char_p * n)(*("/".join(names).encode() for names in storages.values())),
-            message=ctypes.cast(message, ctypes.c_void_p), message_size=_REPORT_BYTES, parameter_bytes=kernel.parameter_bytes,
+            message=ctypes.cast(message, ctypes.c_void_p), message_size=_REPORT_BYTES,
+            parameter_bytes=kernel.parameter_bytes,
         )  # fmt: skip
-        machine().execute(encoded.struct, launch)
-        reports = [_report(name, encoded.program, line) for line in message.value.decode().splitlines()]
-        self.executed.append(
-            Executed(name, grid, launch.steps, launch.benign, launch.unfenced, launch.serialized, tuple(reports))
-        )
-        if reports and self.raises:
-            raise KernelFault(reports)
+        machine().execute(encoded.struct, c_launch)
+        reports = [_report(launch.kernel, encoded.program, line) for line in message.value.decode().splitlines()]
+        counts = c_launch.steps, c_launch.benign, c_launch.unfenced, c_launch.serialized
+        return Executed(launch.kernel, launch.grid, *counts, tuple(reports))
 
 
 def _report(kernel: str, encoded: Program, line: str) -> Report:
@@ -174,12 +181,16 @@ def _parameters(encoded: _Encoded, arguments: list[tuple[str, str, Any]]) -> cty
 
 
 @contextlib.contextmanager
-def executing(target: str = "sm_90", *, seed: int = 1, programs_per_sm: int = 1) -> Iterator[ExecutingDriver]:
+def executing(
+    target: str = "sm_90", *, seed: int = 1, programs_per_sm: int = 1, driver: ExecutingDriver | None = None
+) -> Iterator[ExecutingDriver]:
     """Within, kernels launched on CPU tensors are compiled for `target` ("sm_80", "sm_90", ...), executed and checked.
 
     seed: of the order in which programs, warps and lanes take turns.
     programs_per_sm: how many programs share an SM, and so its tensor memory.
+    driver: one that is there already, instead of target, seed and programs_per_sm.
     """
-    with knobs.cache.scope(), active(ExecutingDriver(int(target.removeprefix("sm_")), seed, programs_per_sm)) as driver:
+    driver = driver or ExecutingDriver(int(target.removeprefix("sm_")), seed, programs_per_sm)
+    with knobs.cache.scope(), active(driver):
         knobs.cache.dir = str(CACHE / "triton")
         yield driver

@@ -224,12 +224,7 @@ def family(pattern: str):
 
 @family(r"bra(\.uni)?")
 def _branch(e: _Encoder, s: Statement, found: re.Match) -> None:
-    scope = s.label_scope
-    while (target := e.out.kernel.labels.get(scope + s.operands[0])) is None:
-        if not scope:
-            raise s.unsupported("label")
-        scope = scope.rpartition("/")[0]
-    e.emit(s, "bra", [], 0, target=target)
+    e.emit(s, "bra", [], 0, target=e.out.kernel.target(s))
 
 
 @family(

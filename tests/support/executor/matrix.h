@@ -26,12 +26,11 @@ static int shuffle(Warp *w, const Instruction *i, u32 mask) {
 }
 FAMILY("shfl.sync", WARP, shuffle)
 
-// One lane is chosen: always the same in a launch.
+// PTX leaves open which lane is chosen; hardware takes the lowest, and Triton 3.6.0 counts on it.
 static int elect(Warp *w, const Instruction *i, u32 mask) {
     (void)mask;
-    const u32 chosen = M.launch->seed % 32;
-    for (int l = 0; l < 32; l++) ((u32 *)lanes(w, operand(i, 0)))[l] = chosen;
-    *(u32 *)lanes(w, operand(i, 1)) = 1u << chosen;
+    memset(lanes(w, operand(i, 0)), 0, 32 * 4);
+    *(u32 *)lanes(w, operand(i, 1)) = 1;
     for (int k = 0; k < 2; k++) define(w, i, operand(i, k), FULL_WARP, FULL_WARP);
     return 0;
 }

@@ -64,6 +64,15 @@ class Kernel:
     statements: list[Statement]
     labels: dict[str, int]  # position in statements
 
+    def target(self, branch: Statement) -> int:
+        """The position to which this statement branches: of the label in the innermost scope that has it."""
+        scope = branch.label_scope
+        while (found := self.labels.get(scope + branch.operands[0])) is None:
+            if not scope:
+                raise branch.unsupported("label")
+            scope = scope.rpartition("/")[0]
+        return found
+
     @property
     def parameter_bytes(self) -> int:
         return max((p.offset + SIZES[p.type] for p in self.parameters), default=0)
