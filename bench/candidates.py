@@ -1,13 +1,14 @@
-"""The launch configurations that `--tune` tries, each as a provider."""
+"""The launch configurations that `--tune` tries, each as a provider: neighbours of the shipped one in every field."""
 
 import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from lstm_triton.kernels.device import device_limits
 
 from . import providers
 from .cases import Case
@@ -20,6 +21,7 @@ PLACES = {
     "sequence forward": ("layer", "sequence_forward_config"),
     "sequence backward": ("layer_backward", "sequence_backward_config"),
 }
+_FIXED = ("persistent", "programs", "groups", "max_registers")  # follow from the others, or decide the way of launching
 
 
 def provider(name: str) -> providers.Provider:
@@ -29,29 +31,24 @@ def provider(name: str) -> providers.Provider:
 
 
 def _tuned(problem: Problem, kernel: str, number: int) -> providers.Model:
-    from lstm_triton.kernels.device import device_limits
-
     config = candidates(kernel, problem.case, device_limits(problem.device))[number]
     model = providers.ours(problem, "triton")
     model.backend_reason = ", ".join(f"{n}={v}" for n, v in dataclasses.asdict(config).items() if v is not None)
 
-    def with_config(function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            _use(kernel, config)
-            return function(*arguments)
+    def with_config(function: Any, *arguments: Any) -> Any:
+        _use(kernel, config)
+        return function(*arguments)
 
-        return call
-
-    model.run, model.step = with_config(model.run), model.step and with_config(model.step)
+    model.run = functools.partial(with_config, model.run)
+    model.step = model.step and functools.partial(with_config, model.step)
     return model
 
 
 @functools.cache
 def _place(kernel: str) -> tuple[Any, str, Any]:
     """The module and the name where a kernel's launcher finds the shipped configuration, and that."""
-    module_name, name = PLACES[kernel]
-    module = importlib.import_module(f"lstm_triton.kernels.{module_name}")
-    return module, name, getattr(module, name)
+    module = importlib.import_module(f"lstm_triton.kernels.{PLACES[kernel][0]}")
+    return module, PLACES[kernel][1], getattr(module, PLACES[kernel][1])
 
 
 def _use(kernel: str, config: Any) -> None:
@@ -65,40 +62,25 @@ def _use(kernel: str, config: Any) -> None:
 
 
 def candidates(kernel: str, case: Case, limits: tuple[int, ...]) -> list[Any]:
-    """Legal configurations, the shipped one first. limits: those of the device, SMs and bytes of shared memory in front."""
-    from lstm_triton.kernels import config, sequence_config
+    """The shipped configuration, then all that differ from it by a factor of 2 in one or two fields and are launched the same
+    way. limits: those of the device, its SMs in front. What does not compile or fit says so when it is tried.
+    """
+    from lstm_triton.kernels.sequence_config import DeviceLimits
 
-    dtype, precision, shipped = getattr(torch, case.dtype), case.precision or "ieee", _place(kernel)[2]
-    B, I, H, product = case.batch, case.input_size, case.hidden_size, itertools.product
-    found: list[Any] = []
-    if kernel == "cell forward":
-        first = shipped(B, I, H, dtype, precision, limits[0])
-        for warps, stages, b, h, k in product((4, 8), (2, 3, 4, 6), (16, 32, 64), (4, 8, 16, 32), (32, 64, 128)):
-            if (b + 4 * h) * k * dtype.itemsize * stages <= limits[1]:
-                found.append(config.CellForwardConfig(warps, stages, b, h, k))
-    elif kernel == "cell backward":
-        first = shipped(B, I, H, dtype, precision, limits[0])
-        found = [config.CellBackwardConfig(*c) for c in product((4, 8), (2, 3), (16, 32, 64), (8, 16, 32), (32, 64))]
+    dtype, precision, configure = getattr(torch, case.dtype), case.precision or "ieee", _place(kernel)[2]
+    sequence = kernel.startswith("sequence")
+    if sequence:
+        shipped = configure(case.batch, case.hidden_size, case.directions, dtype, precision, DeviceLimits(*limits))
     else:
-        first = shipped(B, H, case.directions, dtype, precision, sequence_config.DeviceLimits(*limits))
-        found = list(_sequence(case, kernel == "sequence forward", first, limits, dtype.itemsize))
-    return [first, *(c for c in dict.fromkeys(found) if c != first)]
-
-
-def _sequence(case: Case, forward: bool, shipped: Any, limits: tuple[int, ...], itemsize: int) -> Iterator[Any]:
-    """Variants of the shipped configuration that are launched the same way, and fit the device."""
-    B, H, inner = case.batch, case.hidden_size, case.hidden_size if forward else 4 * case.hidden_size
-    warps_and_split = ((4, 1), (8, 1)) if forward else ((8, 8), (4, 4))
-    sizes = itertools.product(warps_and_split, (16, 32, 64), (8, 16, 32, 64, 128), (16, 32, 64, 128, 256))
-    for (warps, split), b, h, k in sizes:
-        if h > max(H, 8) * 2 or split * k > 2 * inner:
-            continue
-        programs, groups, chunks = -(-H // h), -(-B // b) * case.directions, -(-inner // (split * k))
-        weights, chunk = (4 if forward else 1) * h * chunks * split * k * itemsize, b * split * k * itemsize
-        # As many at once as have room in shared memory, and by twice what the shipped ones ask of registers.
-        at_once = max(min((limits[1] - weights) // chunk, 512 * 32 * warps // chunk, chunks), 1)
-        if shipped.persistent and (programs * groups > limits[0] or weights + at_once * chunk > limits[1]):
-            continue
-        for in_flight in sorted({1, -(-at_once // 2), at_once}) if shipped.persistent else {1}:
-            tile = dict(num_warps=warps, block_b=b, block_h=h, split_k=split, block_k=k, in_flight=in_flight)
-            yield dataclasses.replace(shipped, **tile, programs=programs, groups=groups)
+        shipped = configure(case.batch, case.input_size, case.hidden_size, dtype, precision, limits[0])
+    fields = {n: v for n, v in dataclasses.asdict(shipped).items() if isinstance(v, int) and n not in _FIXED}
+    steps = [(name, max(int(value * factor), 1)) for name, value in fields.items() for factor in (0.5, 2)]
+    found = [shipped]
+    for changes in itertools.chain(itertools.combinations(steps, 1), itertools.combinations(steps, 2)):
+        tried = dataclasses.replace(shipped, **dict(changes))
+        if sequence:
+            groups = -(-case.batch // tried.block_b) * case.directions
+            tried = dataclasses.replace(tried, programs=-(-case.hidden_size // tried.block_h), groups=groups)
+        if tried not in found and not (sequence and tried.persistent and tried.programs * tried.groups > limits[0]):
+            found.append(tried)
+    return found

@@ -55,7 +55,7 @@ class Case:
             object.__setattr__(self, "precision", "")
         elif not self.precision:
             object.__setattr__(self, "precision", "tf32" if self.form == "layer" else "ieee")
-        checked.check(self, "case")
+        checked.read(self, Case, "case")
         if self.form == "cell" and (self.length != 1 or self.layers != 1 or self.bidirectional or self.proj_size):
             raise ValueError("case: a cell is one step of one layer in one direction")
         if self.carried and (self.length != 1 or self.mode == "train" or self.rows != "padded"):

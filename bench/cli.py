@@ -14,7 +14,7 @@ from . import device as devices
 from .cases import DTYPES, MODES, Task
 from .device import UsageError
 from .progress import Progress, missing
-from .rows import CPU_LABEL, Row, StoreError, read_all
+from .rows import CPU_LABEL, StoreError, read_all
 
 EPILOG = f"""suites:
 {suites.describe()}
@@ -42,20 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     try:
-        return _dispatch(options, arguments, begin)
-    except (StoreError, UsageError) as error:
+        if options.list_providers:
+            print("\n".join(choice.all_providers()))
+            return 0
+        shows = options.validate or options.compare or options.report or options.readme
+        return _show(options) if shows else _measure(options, arguments, begin)
+    except (StoreError, UsageError, RuntimeError) as error:
         print(f"lstm-triton bench: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"lstm-triton bench: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, StoreError | UsageError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured is kept, and the same command continues", file=sys.stderr)
         return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lstm-triton bench", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter,
+    parser = argparse.ArgumentParser("lstm-triton bench", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter,
                                      description="Compare this package with cuDNN and others, on this machine.")  # fmt: skip
     what = parser.add_argument_group("what is measured").add_argument
     what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
@@ -63,14 +64,14 @@ def make_parser() -> argparse.ArgumentParser:
     what("--mode", action="append", choices=MODES)
     what("--provider", action="append", metavar="NAME", help="--list-providers shows them")
     for name in ("hidden", "batch", "length"):
-        what(f"--{name}", type=numbers, metavar="N|A..B,...", help=f"only these {name} sizes")
+        what(f"--{name}", type=numbers, default=bool, metavar="N|A..B,...", help=f"only these {name} sizes")
     what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
     what("--list-providers", action="store_true", help=argparse.SUPPRESS)
     how = parser.add_argument_group("how").add_argument
     how("--device", default="auto", help="auto (the GPU, if any), cuda, cuda:1, cpu")
     how("--budget", type=seconds_of, metavar="8m", help="stop in time: 45s, 8m, 1h")
-    how("--seconds", type=positive, help="sampling per provider and case (default 1; CPU 0.5)")
-    how("--timeout", type=positive, default=180.0, help="seconds of silence after which a kernel counts as hung")
+    how("--seconds", type=seconds_of, help="sampling per provider and case (default 1; CPU 0.5)")
+    how("--timeout", type=seconds_of, default=180.0, help="seconds of silence after which a kernel counts as hung")
     how("--flush-l2", action="store_true", help="write over the L2 cache before each timed call")
     how("--threads", type=int, help="of the CPU, for torch")
     how("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
@@ -108,60 +109,6 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def positive(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return float(text)
-
-
-def _dispatch(options: argparse.Namespace, arguments: list[str], begin: float) -> int:
-    if options.list_providers:
-        print("\n".join(choice.all_providers()))
-        return 0
-    if options.validate:
-        rows = _read(options.validate)
-        print(f"{len(rows[0])} good rows, {len(rows[1])} lines that are none")
-        return 1 if rows[1] else 0
-    if options.compare or options.report or options.readme:
-        return _show(options)
-    device = devices.pick(options.device)
-    tasks = select_tasks(options, device)
-    if options.list:
-        for t in tasks:
-            print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
-        return 0
-    folder = options.output
-    if folder is None:
-        folder = devices.results_folder() / devices.folder_name(devices.describe(torch.device(device)).name)
-    budget = options.budget
-    if budget is not None:
-        # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
-        at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
-        budget = max(budget - (time.monotonic() - begin) - at_the_end, 1.0)
-    wanted = run.Options(
-        folder, device, command_line(arguments), budget, options.seconds or (0.5 if device == "cpu" else 1.0),
-        options.timeout, options.flush_l2, tuple(options.provider) if options.provider else None, options.threads,
-        options.again, options.retry,
-    )  # fmt: skip
-    if options.tune:
-        from . import tune
-
-        return tune.main(wanted, options)
-    if options.against:
-        from . import against
-
-        return against.main(options.against, wanted, tasks)
-    if device != "cpu" and not any(task.kind == "roof" for task in tasks):
-        tasks = [*suites.tasks(["roofs"], "gpu", "cuda"), *tasks]  # for the floors; measured once
-    return _measure(wanted, tasks, options.no_report)
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """What was typed, for rows: paths that are nobody else's business are left out."""
-    typed = " ".join(["lstm-triton bench", *(argument.replace(" ", "\0") for argument in arguments)])
-    return re.sub(r"(--(?:output|rows))([ =])\S+", r"\1\2...", typed).replace("\0", " ")
-
-
 def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
     """The tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
     known = choice.all_providers()
@@ -171,10 +118,10 @@ def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
     chosen = list(suites.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
 
     def passes(task: Task) -> bool:
-        case = task.case
-        sizes = {"hidden": case.hidden_size, "batch": case.batch, "length": case.length}
-        words = case.dtype in (options.dtype or DTYPES) and case.mode in (options.mode or MODES)
-        return task.kind == "roof" or (words and all((getattr(options, n) or bool)(size) for n, size in sizes.items()))
+        c = task.case
+        words = c.dtype in (options.dtype or DTYPES) and c.mode in (options.mode or MODES)
+        sizes = options.hidden(c.hidden_size) and options.batch(c.batch) and options.length(c.length)
+        return task.kind == "roof" or (words and sizes)
 
     found = [t for t in suites.tasks(chosen, options.scale or ("cpu" if kind == "cpu" else "gpu"), kind) if passes(t)]
     if not found or (all(t.kind == "roof" for t in found) and chosen != ["roofs"]):
@@ -182,58 +129,83 @@ def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
     return found
 
 
-def _measure(options: run.Options, tasks: list[Task], no_report: bool) -> int:
-    if options.device == "cpu":
+def command_line(arguments: Sequence[str]) -> str:
+    """What was typed, for rows: paths that are nobody else's business are left out."""
+    typed = " ".join(["lstm-triton bench", *(argument.replace(" ", "\0") for argument in arguments)])
+    return re.sub(r"(--(?:output|rows))([ =])\S+", r"\1\2...", typed).replace("\0", " ")
+
+
+def _measure(o: argparse.Namespace, arguments: list[str], begin: float) -> int:
+    device = devices.pick(o.device)
+    tasks = select_tasks(o, device)
+    if o.list:
+        for t in tasks:
+            print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
+        return 0
+    name = devices.describe(torch.device(device)).name
+    folder = o.output or devices.results_folder() / devices.folder_name(name)
+    if (budget := o.budget) is not None:
+        # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
+        at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
+        budget = max(budget - (time.monotonic() - begin) - at_the_end, 1.0)
+    options = run.Options(
+        folder, device, command_line(arguments), budget, o.seconds or (0.5 if device == "cpu" else 1.0), o.timeout, o.flush_l2,
+        tuple(o.provider) if o.provider else None, o.threads, o.again, o.retry,
+    )  # fmt: skip
+    if o.tune:
+        from . import tune
+
+        return tune.main(options, o)
+    if o.against:
+        from . import against
+
+        return against.main(o.against, options, tasks)
+    if device == "cpu":
         print(f"{CPU_LABEL}.", flush=True)
+    elif not any(task.kind == "roof" for task in tasks):
+        tasks = [*suites.tasks(["roofs"], "gpu", "cuda"), *tasks]  # for the floors; measured once
     if absent := missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    progress = Progress(len(tasks), None if options.budget_s is None else time.monotonic() + options.budget_s)
-    try:
-        outcome = run.Runner(options, tasks, progress).run()
-    finally:
-        progress.close()
-    print(outcome.describe(options.folder, options.budget_s))
-    if not no_report and (outcome.rows or outcome.before) and not missing("pandas", "matplotlib", "jinja2"):
+    outcome = run.Runner(options, tasks, Progress(len(tasks), budget)).run()
+    print(outcome.describe(folder, budget))
+    if not o.no_report and (outcome.rows or outcome.before) and not missing("pandas", "matplotlib", "jinja2"):
         from . import report
 
-        report.write(options.folder / "report.html", *read_all([options.folder]))
-        print(f"Report: {options.folder / 'report.html'}")
+        report.write(folder / "report.html", *read_all([folder]))
+        print(f"Report: {folder / 'report.html'}")
     return 0
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    rows, problems = read_all(paths)
+def _show(o: argparse.Namespace) -> int:
+    """What needs rows alone: checks, a comparison, the report, tables of a Markdown page."""
+    paths = o.validate or o.compare or o.rows or [o.output or devices.results_folder()]
+    sides = [read_all([path]) for path in paths]
+    rows, problems = [row for side in sides for row in side[0]], [problem for side in sides for problem in side[1]]
     for problem in problems:
         print(f"not a row, left out: {problem}", file=sys.stderr)
-    return rows, problems
-
-
-def _show(options: argparse.Namespace) -> int:
-    """What needs rows alone: a comparison, the report, tables of a Markdown page."""
-    paths = options.compare or options.rows or [options.output or devices.results_folder()]
-    sides = [_read([path]) for path in paths]
-    rows, problems = [row for side in sides for row in side[0]], [problem for side in sides for problem in side[1]]
+    if o.validate:
+        print(f"{len(rows)} good rows, {len(problems)} lines that are none")
+        return 1 if problems else 0
     if absent := missing("pandas", "matplotlib", "jinja2"):
         print(f"lstm-triton bench: {absent}", file=sys.stderr)
         return NO_LIBRARY
     from . import report, tables
 
-    if options.compare:
+    if not rows:
+        raise UsageError(f"no rows in {', '.join(map(str, paths))}: measure first")
+    if o.report == Path("report.html"):
+        o.report = (paths[0] if paths[0].is_dir() else paths[0].parent) / o.report
+    if o.compare:
         table, said = tables.side_by_side(sides[0][0], sides[1][0])
         names = [tables.name_of(side[0], path.stem) for side, path in zip(sides, paths)]
         lead = [f"A: {names[0]}", f"B: {names[1]}", "A / B above 1: B is faster.", said]
-        print("\n".join(lead[:3]), f"\n\n{tables.plain(table)}\n\n{said}")
-        if options.report:
-            report.write_comparison(options.report, table, lead)
-    elif not rows:
-        raise UsageError(f"no rows in {', '.join(map(str, paths))}: measure first")
-    elif options.report:
-        beside = paths[0] if paths[0].is_dir() else paths[0].parent
-        options.report = beside / "report.html" if options.report == Path("report.html") else options.report
-        report.write(options.report, rows, problems)
-    if options.report:
-        print(f"Report: {options.report}")
-    if options.readme:
-        report.update_markdown(options.readme, rows)
-        print(f"Tables: {options.readme}")
+        print("\n".join([*lead[:3], "", tables.plain(table), "", said]))
+        section = report.Section("pairs", "Both sides", tables.html(table))
+        if o.report:
+            report.write_page(o.report, "lstm_triton: two sets of rows", lead, [report.Part("pair", "", "", [section])])
+    elif o.report:
+        report.write(o.report, rows, problems)
+    if o.readme:
+        report.update_markdown(o.readme, rows)
+    print("\n".join(f"Written: {path}" for path in (o.report, o.readme) if path))
     return 1 if problems else 0

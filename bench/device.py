@@ -1,7 +1,6 @@
 """What rows are taken on: device, versions, the code's own identity, clocks. All of it is read, nothing is ever set."""
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -10,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import lstm_triton
 from lstm_triton import environment
 
 from .cases import Task
-from .rows import CPU_LABEL, Device, Precision, Row, Source, Versions
+from .rows import CPU_LABEL, Device, Row, Source, Versions
 
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
 _NVML: dict[str, Any] = {
@@ -55,18 +55,15 @@ def pick(name: str) -> str:
 
 def describe(device: torch.device) -> Device:
     if device.type != "cuda":
-        return Device("cpu", _cpu_name(), threads=torch.get_num_threads(), cores=os.cpu_count())
+        name = platform.processor() or platform.machine()
+        with contextlib.suppress(OSError):
+            models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            name = models[0].strip() if models else name
+        return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
     p = torch.cuda.get_device_properties(device)
-    l2_bytes, driver = getattr(p, "L2_cache_size", None), _read_nvml(device, _DRIVER).get("driver")
-    capability = f"{p.major}.{p.minor}"
-    return Device("cuda", p.name, driver, None, None, capability, p.multi_processor_count, p.total_memory, l2_bytes)
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "CPU " + next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"CPU {platform.processor() or platform.machine()}"
+    memory, l2 = p.total_memory, getattr(p, "L2_cache_size", None)
+    capability, driver = f"{p.major}.{p.minor}", _read_nvml(device, _DRIVER).get("driver")
+    return Device("cuda", p.name, driver, None, None, capability, p.multi_processor_count, memory, l2)
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -84,12 +81,10 @@ def _read_nvml(device: torch.device, readers: dict[str, Any]) -> dict[str, Any]:
         return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
     except Exception as error:  # NVMLError, or a torch without UUIDs
         return {"unread": f"NVML: {error}"}
-    found = {}
+    found = dict.fromkeys(readers)
     for name, reader in readers.items():
-        try:
+        with contextlib.suppress(pynvml.NVMLError):  # as on a slice of a GPU
             found[name] = reader(pynvml, gpu)
-        except pynvml.NVMLError:  # as on a slice of a GPU
-            found[name] = None
     return found
 
 
@@ -117,13 +112,11 @@ def checkout() -> Path | None:
 
 
 def _git(*arguments: str) -> str | None:
-    if (folder := checkout()) is None:
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if folder := checkout():
+            command = ["git", "-C", str(folder), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return None
 
 
 def digest(package: Path) -> str:
@@ -138,11 +131,10 @@ def digest(package: Path) -> str:
 
 def process_age() -> float:
     """Seconds since this process began, imports included; infinite where the system does not tell."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return float("inf")
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+    return float("inf")
 
 
 def results_folder() -> Path:
@@ -156,14 +148,14 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
 
 
-@dataclasses.dataclass
+@dataclass
 class RowMaker:
     """Makes the rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
 
     on: torch.device
     command: str
     run: str
-    l2: str | None = None
+    l2: Any = None
     synthetic: bool = False
 
     def __post_init__(self) -> None:
@@ -181,27 +173,24 @@ class RowMaker:
         self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
     ) -> Row:
         """A row; `measured` has what there is of model (a providers.Model), label, state and Row's fields of figures."""
-        model, label = measured.pop("model", None), measured.pop("label", None)
-        labels = [
-            CPU_LABEL if self.device.type == "cpu" else "",
-            label,
-            "kernels in Triton's interpreter, errors only" if task.interpreter else "",
-            task.case.note,
-        ]
-        reasons = [model.backend_reason, *model.remarks] if model else []
-        torch_backends: Any = torch.backends
-        empty: dict[str, Any] = dict.fromkeys(("timing", "values", "bytes", "errors", "floor", "distance"))
+        if model := measured.pop("model", None):
+            reasons = [text for text in (model.backend_reason, *model.remarks) if text]
+            measured |= dict(
+                backend=model.backend, backend_reason="; ".join(reasons) or None, algorithm=model.algorithm
+            )
+        labels = [CPU_LABEL] if self.device.type == "cpu" else []
+        labels += [measured.pop("label", None), task.case.note]
+        labels += ["kernels in Triton's interpreter, errors only"] if task.interpreter else []
+        backends: Any = torch.backends
+        rnn, matmul = backends.cudnn.rnn.fp32_precision, backends.cuda.matmul.fp32_precision
+        precision = {"cudnn_rnn": rnn, "cuda_matmul": matmul, "lstm_triton": task.case.precision or "as the dtype"}
         measured.setdefault("state", self.state() if status == "ok" else {})
         return Row(
-            schema=1, kind=task.kind, status=status, reason=reason, suite=task.suite, case=task.case, provider=provider,
-            backend=model.backend if model else None, backend_reason="; ".join(r for r in reasons if r) or None,
-            algorithm=model.algorithm if model else None, execution=execution,
-            precision=Precision(torch_backends.cudnn.rnn.fp32_precision, torch_backends.cuda.matmul.fp32_precision,
-                                task.case.precision or "as the dtype"),
+            kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution, status=status,
+            reason=reason, label="; ".join(text for text in labels if text) or None, precision=precision,
             # Failures name the cache too: with another state of it they are tried again.
-            l2=self.l2 if task.kind in ("timing", "anchor") else None,  # type: ignore[arg-type]
-            device=self.device, versions=self.versions, source=self.source,
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), run=self.run,
-            command=self.command, label="; ".join(text for text in labels if text) or None, synthetic=self.synthetic,
-            **(empty | measured),
+            l2=self.l2 if task.kind in ("timing", "anchor") else None,
+            device=self.device, versions=self.versions, source=self.source, run=self.run, command=self.command,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), synthetic=self.synthetic,
+            **measured,
         )  # fmt: skip

@@ -1,20 +1,19 @@
 """What a call costs besides device time: host microseconds and what they go into, the first call of a process, memory."""
 
 import contextlib
+import functools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy
 import torch
 from torch import Tensor
 
 from lstm_triton import dispatch
 from lstm_triton.kernels.launch import Launcher
 
-from . import null_driver
+from . import null_driver, timing
 from .built import Built
 from .cases import Case
 from .process import Process
@@ -48,7 +47,11 @@ def overhead(built: Built, provider: str, device: torch.device, calls: int) -> d
     choice of a backend) and checks_us (the rest: module, checks, autograd, allocation); launches.
     """
     with torch.set_grad_enabled(built.training):
-        total = host_us(built.call, device, calls)
+
+        def host_us(call: Callable[[], Any]) -> float:
+            return timing.median_us(call, timing.HostClock(device), BATCHES, calls)
+
+        total = host_us(built.call)
         if not provider.startswith("lstm_triton"):
             return {"total_us": total}
         launches: list[tuple[Any, tuple, dict]] = []
@@ -60,29 +63,15 @@ def overhead(built: Built, provider: str, device: torch.device, calls: int) -> d
 
         with mock.patch.object(Launcher, "__call__", recording):
             built.call()
-        launch = sum(host_us(lambda s=s, a=a, o=o: s(*a, **o), device, calls) for s, a, o in launches)  # type: ignore[misc]
+        launch = sum(host_us(functools.partial(s, *a, **o)) for s, a, o in launches)
     backend, dtype = provider.split()[1], built.inputs[0].dtype
     if built.problem.case.form == "cell":
-        choice = host_us(lambda: dispatch.cell_backend(backend, device, dtype), device, calls)
+        choice = host_us(lambda: dispatch.cell_backend(backend, device, dtype))
     else:
-        choice = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None), device, calls)
+        choice = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None))
     rest = max(total - launch - choice, 0.0)
     parts = {"launch_us": launch, "dispatch_us": choice, "checks_us": rest, "launches": float(len(launches))}
     return {"total_us": total} | parts
-
-
-def host_us(call: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Median host microseconds of a call, the device left to catch up between batches of `calls`."""
-    times = []
-    for batch in range(BATCHES + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if batch >= 2:  # the first ones compile
-            times.append((time.perf_counter() - begin) * 1e6 / calls)
-    return float(numpy.median(times))
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> tuple[dict[str, float], str | None]:
@@ -98,7 +87,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> tuple[dict[st
 
 
 def _new_process(case: Case, provider: str, device: torch.device, cache: str) -> dict[str, float]:
-    child = Process("first_call:main", (case, provider, device.type), None, {"TRITON_CACHE_DIR": cache})
+    child = Process("worker:first_calls", (case, provider, device.type), None, {"TRITON_CACHE_DIR": cache})
     try:
         return child.receive(_TIMEOUT_S)
     finally:

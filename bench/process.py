@@ -1,5 +1,6 @@
 """Python processes of this package's code, which send what they find through a pipe and take nothing along when they die."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -45,26 +46,23 @@ class Process:
         self.send(argument)
 
     def send(self, message: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is dead: the next `receive` says how
             self._connection.send(message)
-        except OSError:
-            pass  # it is dead: the next `receive` says how
 
-    def receive(self, silence_s: float, deadline: float | None = None) -> Any:
+    def receive(self, silence_s: float, deadline: float = float("inf")) -> Any:
         """Its next message. Raises Died when there is none for `silence_s`, TimeoutError at `deadline` (time.monotonic)."""
-        left = silence_s if deadline is None else min(silence_s, deadline - time.monotonic())
         try:
-            if self._connection.poll(max(left, 0.0)):
+            if self._connection.poll(max(min(silence_s, deadline - time.monotonic()), 0.0)):
                 return self._connection.recv()
         except (EOFError, OSError):
             code = self._process.wait()
             raise Died(f"the process ended {f'by signal {-code}' if code < 0 else f'with exit code {code}'}") from None
-        if deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError
         self.end()
+        if time.monotonic() >= deadline:
+            raise TimeoutError
         raise Died(f"no sign of life for {silence_s:.0f} s: ended")
 
-    def end(self, patience_s: float = 0.5) -> None:
+    def end(self, patience_s: float = 0.0) -> None:
         """End the process, by force if it does not go within `patience_s`."""
         self._connection.close()
         try:
@@ -77,8 +75,8 @@ class Process:
 def main(begin: float, function: str, handle: str) -> None:
     """The process's side."""
     global imports_s
-    connection: Connection = Connection(int(handle))
     module, _, name = function.partition(":")
     run = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     imports_s = time.perf_counter() - begin
+    connection: Connection = Connection(int(handle))
     run(connection, connection.recv())

@@ -3,23 +3,18 @@
 import importlib.util
 import sys
 import time
-from typing import Any
 
 # What serves output alone, and what is not shown without it.
 EXTRAS = {
-    "pandas": "tables",
-    "matplotlib": "figures",
-    "jinja2": "the report",
-    "rich": "the progress line",
-    "pynvml": "clocks and power of a GPU (nvidia-ml-py)",
-}
-INSTALL = "pip install 'lstm-triton[bench]'"
+    "pandas": "tables", "matplotlib": "figures", "jinja2": "report", "rich": "progress line", "pynvml": "clocks of a GPU"
+}  # fmt: skip
 
 
 def missing(*names: str) -> str | None:
     """A sentence about those of EXTRAS (by default of all) that are not installed, or None."""
     absent = [name for name in names or EXTRAS if importlib.util.find_spec(name) is None]
-    return f"{', '.join(f'no {EXTRAS[n]} without {n}' for n in absent)}: {INSTALL}" if absent else None
+    without = ", ".join(f"no {EXTRAS[name]} without {name}" for name in absent)
+    return f"{without}: pip install 'lstm-triton[bench]'" if absent else None
 
 
 def duration(seconds: float) -> str:
@@ -35,36 +30,33 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts up to `total`; knows how long that took, and so about how long the rest will."""
 
-    def __init__(self, total: float, deadline: float | None = None) -> None:
+    def __init__(self, total: float, budget_s: float | None = None) -> None:
         self.total, self.done = total, 0.0
-        self._begin, self._deadline, self._live = time.monotonic(), deadline, None
+        self._begin, self._budget_s, self._live = time.monotonic(), budget_s, None
         if sys.stderr.isatty() and missing("rich") is None:
             from rich.console import Console
             from rich.live import Live
 
-            console, quiet = Console(file=sys.stderr), dict(redirect_stdout=False, redirect_stderr=False)
-            self._live = Live(console=console, auto_refresh=False, transient=True, **quiet)
+            quiet = dict(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(console=Console(file=sys.stderr), **quiet)
             self._live.start()
 
     def left(self) -> float | None:
         """Seconds until all is done or the budget is used; None before there is anything to judge by."""
-        now = time.monotonic()
-        bounds = [] if self._deadline is None else [self._deadline - now]
-        if self.done:
-            bounds.append((now - self._begin) / self.done * (self.total - self.done))
-        return min(bounds) if bounds else None
+        spent = time.monotonic() - self._begin
+        bounds = [] if self._budget_s is None else [self._budget_s - spent]
+        bounds += [spent / self.done * (self.total - self.done)] if self.done else []
+        return min(bounds, default=None)
 
     def show(self, what: str) -> None:
         """`what` is under way."""
         if self._live is not None:
             from rich.columns import Columns
             from rich.progress_bar import ProgressBar
-            from rich.text import Text
 
             left = self.left()
-            text = (f"{duration(left)} left · " if left is not None else "") + what
-            bar: Any = ProgressBar(total=self.total, completed=self.done, width=20)
-            self._live.update(Columns([bar, Text(text, no_wrap=True, overflow="ellipsis")]), refresh=True)
+            text = what if left is None else f"{duration(left)} left · {what}"
+            self._live.update(Columns([ProgressBar(self.total, self.done, width=20), text]), refresh=True)
 
     def say(self, text: str) -> None:
         """A line that stays, on standard output."""

@@ -1,10 +1,10 @@
 """The report, and the tables of Markdown pages: everything in them comes from rows."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -12,22 +12,16 @@ from pandas import DataFrame
 
 from . import figures, tables, workloads
 from .providers import CUDNN
-from .rows import CPU_LABEL, Row, StoreError, replace_text
+from .rows import CPU_LABEL, Row, StoreError, unfinished
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
 MEANINGS = {
     "kernels": "Kernels: the fastest of this package's Triton backends that is right, each forced",
     "auto": "Auto: what is taken when no backend is asked for, which may be cuDNN itself",
 }
-LEAD = (
-    "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with "
-    "float64. Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; "
-    "above 1 this package is ahead, and ▼ marks where it is not."
-)
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of a page. command: what reproduces it."""
 
     id: str
@@ -36,8 +30,7 @@ class Section:
     command: str = ""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Sections that belong together: those of one device."""
 
     id: str
@@ -46,11 +39,12 @@ class Part:
     sections: Sequence[Section]
 
 
-def page(title: str, lead: Sequence[str], parts: Sequence[Part]) -> str:
+def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> None:
     """One HTML file, complete in itself, for light and dark, wide and narrow."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(template).render(title=title, lead=lead, parts=parts)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template)
+    with unfinished(path) as file:
+        file.write_text(page.render(title=title, lead=lead, parts=parts), encoding="utf-8")
 
 
 def paragraph(text: str, style: str = "") -> Markup:
@@ -58,121 +52,93 @@ def paragraph(text: str, style: str = "") -> Markup:
 
 
 def figure(caption: str, *pictures: Markup) -> Markup:
-    shown = Markup("").join(picture for picture in pictures if picture)
+    shown = Markup("").join(pictures)
     with_caption = Markup('<figure><div class="pictures">{}</div><figcaption>{}</figcaption></figure>')
-    return with_caption.format(shown, caption) if shown else Markup("")
+    return with_caption.format(shown, caption) if shown else shown
 
 
-def details(summary: str, body: Markup) -> Markup:
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body) if body else body
-
-
-def write(path: Path, rows: Sequence[Row], problems: Sequence[str]) -> None:
-    replace_text(path, render(rows, problems))
-
-
-def render(rows: Sequence[Row], problems: Sequence[str] = ()) -> str:
-    lead = [LEAD]
+def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None:
+    """The page of all rows; problems: sentences on lines that are none."""
+    lead = [
+        "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with "
+        "float64. Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; "
+        "above 1 this package is ahead, and ▼ marks where it is not."
+    ]
     if problems:
         lead.append(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}")
-    table = tables.newest(rows)
-    parts = [_part(f"d{k}", name, of) for k, (name, of) in enumerate(table.groupby("machine", sort=False))]
-    return page("lstm_triton beside cuDNN and others", lead if parts else [*lead, "There are no rows yet."], parts)
+    lead += [] if rows else ["There are no rows yet."]
+    machines = enumerate(tables.newest(rows).groupby("machine", sort=False)) if rows else ()
+    parts = [_part(f"d{k}", name, table) for k, (name, table) in machines]
+    write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
 
 
 def _part(id: str, name: Any, table: DataFrame) -> Part:
     first: Row = table["row"].iloc[0]
-    notes = [f"{CPU_LABEL}."] if first.device.type == "cpu" else []
-    if any(row.synthetic for row in table["row"]):
-        notes.append("SYNTHETIC rows, made up to test this page: not results.")
+    found = tables.comparisons(table)
+    notes = [f"{CPU_LABEL}."] * (first.device.type == "cpu")
+    notes += ["SYNTHETIC rows, made up to test this page: not results."] * any(row.synthetic for row in table["row"])
     options = f" --device cpu --threads {first.device.threads}" if first.device.type == "cpu" else ""
-    options += " --flush-l2" if any(table["row"].map(lambda r: r.l2 == "flushed")) else ""
-    makers: Sequence[tuple[str, str, Callable[[DataFrame], Markup]]] = (
-        ("hidden-sizes", "Time per step against hidden size", _hidden_sizes),
-        ("cudnn", "Where cuDNN still wins", lambda t: tables.html(_won_by_cudnn(t), True)),
-        ("batch", "Hidden size by batch", _heat),
-        ("length", "Scaling in the number of steps", _length),
-        ("cell", "One step: the cell", _cell),
-        (
-            "step",
-            "One step a call, the state carried",
-            lambda t: tables.html(tables.timings(tables.comparisons(t, "step"))),
-        ),
-        ("real", "LSTMs that people run", _real),
-        ("features", "What features cost", _features),
-        ("memory", "Memory of a training step", lambda t: tables.html(tables.memory(t))),
-        ("accuracy", "Accuracy against float64", _accuracy),
-        ("overhead", "Host time of a call", lambda t: tables.html(tables.overhead(t), True)),
-        ("cold-start", "The first call", lambda t: tables.html(tables.cold_start(t), True)),
-        ("losses", "What loses, and why", _losses),
-        ("roofs", "Roofs and floors", lambda t: tables.html(tables.roofs(t))),
-        ("environment", "Environment and drift", _environment),
-    )
+    options += " --flush-l2" if any(row.l2 == "flushed" for row in table["row"]) else ""
     sections = []
-    for key, title, make in makers:
-        suite = key not in ("cudnn", "losses", "environment")
-        sections.append(
-            Section(f"{id}-{key}", title, make(table), f"lstm-triton bench --suite {key}{options}" if suite else "")
-        )
+    for k, view in enumerate(VIEWS):
+        shown = tables.html(view.table(table, found), view.texts)
+        if pictures := view.draw and view.draw(tables.of_suite(found, view.suite)):
+            shown = pictures + Markup("<details><summary>All figures</summary>{}</details>").format(shown)
+        command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
+        sections.append(Section(f"{id}-{k}", view.title, shown and paragraph(view.note, "quiet") + shown, command))
     return Part(id, name, " ".join(notes), sections)
 
 
-def _hidden_sizes(table: DataFrame) -> Markup:
-    return _over(tables.comparisons(table, "hidden-sizes"), "hidden size", lambda case: case.hidden_size)
+def _by_dtype_and_mode(found: DataFrame) -> Iterator[tuple[str, str, DataFrame]]:
+    names = [[c.dtype_name for c in found["case"]], [c.mode for c in found["case"]]]
+    for (dtype, mode), of in found.groupby(names, sort=False):
+        yield dtype, mode, of
 
 
-def _length(table: DataFrame) -> Markup:
-    return _over(tables.comparisons(table, "length"), "steps", lambda case: case.length)
-
-
-def _over(found: DataFrame, x_label: str, x_of: Callable[[Any], int]) -> Markup:
+def _over(x_name: str, found: DataFrame) -> Markup:
     """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
     body = Markup("")
-    eager = found[found["execution"] == "eager"]
-    for (dtype, mode), of in eager.groupby(
-        [[c.dtype_name for c in eager["case"]], [c.mode for c in eager["case"]]], sort=False
-    ):
+    for dtype, mode, of in _by_dtype_and_mode(found[found["execution"] == "eager"]):
         times: dict[str, list[tuple[float, float]]] = {CUDNN: [], "kernels": [], "auto": []}
         floor: list[tuple[float, float]] = []
         for line in of.itertuples():
-            x = float(x_of(line.case))
+            x = float(getattr(line.case, x_name.replace(" ", "_")))
             by = {name: row for name, row in line.rows.items() if not name.startswith("lstm_triton")}
             by |= {way: row for way in tables.WAYS if (row := getattr(line, way)) is not None}
             for name, row in by.items():
                 times.setdefault(name, []).append((x, row.timing.us_per_step))
-            floor += [(x, row.floor.us_per_step) for row in list(line.rows.values())[:1] if row.floor]
-        torchs = dict(times[CUDNN])
+            floor += [(x, row.floor.us_per_step) for row in list(by.values())[:1] if row.floor]
+        torchs, case = dict(times[CUDNN]), of["case"].iloc[0]
         ratios = {name: [(x, torchs[x] / us) for x, us in points if x in torchs] for name, points in times.items()}
-        title, case = f"{MODES[mode]}, {dtype}", of["case"].iloc[0]
-        step = figures.curves(
-            f"{title}: microseconds per step", x_label, "microseconds per step", times | {"floor": floor}
+        title = f"{MODES[mode]}, {dtype}; batch {case.batch}"
+        title += f", {case.length} steps" if x_name != "length" else f", hidden size {case.hidden_size}"
+        step = figures.curves(f"{title}: time", x_name, "microseconds per step", times | {"floor": floor})
+        beside = figures.curves(
+            f"{title}: speed-up", x_name, f"{CUDNN}'s time over theirs", ratios | {CUDNN: []}, level=1
         )
-        ratio = ratios | {CUDNN: []}
-        beside = figures.curves(f"{title}: speed-up", x_label, f"{CUDNN}'s time over theirs", ratio, level=1.0)
-        length = f", {case.length} steps" if x_label != "steps" else f", hidden size {case.hidden_size}"
-        body += figure(f"{title}; batch {case.batch}{length}.", step, beside)
-    return body and body + paragraph(". ".join(MEANINGS.values()) + ".", "quiet") + _all(found)
+        body += figure(f"{title}.", step, beside)
+    return body
 
 
-def _all(found: DataFrame) -> Markup:
-    return details("All figures", tables.html(tables.timings(found)))
-
-
-def _heat(table: DataFrame) -> Markup:
-    found, body = tables.comparisons(table, "batch"), Markup("")
+def _heat(found: DataFrame) -> Markup:
+    """Speed-ups by hidden size and batch."""
+    body = Markup("")
     for way in tables.WAYS:
         known = found[found[f"{way}_ratio"].notna()]
-        names = [[c.dtype_name for c in known["case"]], [c.mode for c in known["case"]]]
-        for (dtype, mode), of in known.groupby(names, sort=False):
-            sizes = DataFrame({"H": [c.hidden_size for c in of["case"]], "B": [c.batch for c in of["case"]],
-                               "text": of[f"{way}_ratio"].map(_heat_cell).values})  # fmt: skip
-            grid = sizes.pivot(index="H", columns="B", values="text").fillna("")
-            shown = Markup('<div class="scroll">{}</div>').format(Markup(grid.to_html(border=0, escape=False)))
-            steps = of["case"].iloc[0].length
-            body += figure(
-                f"Speed-up, {dtype}, {steps} steps. {MODES[mode]}. ▲ ahead, ▼ behind. {MEANINGS[way]}.", shown
-            )
-    return body and body + _all(found)
+        for dtype in dict.fromkeys(c.dtype_name for c in known["case"]):
+            pictures = []
+            for _, mode, of in _by_dtype_and_mode(known[[c.dtype_name == dtype for c in known["case"]]]):
+                for execution, part in of.groupby("execution", sort=False):
+                    sizes = {"H \\ B": [c.hidden_size for c in part["case"]], "B": [c.batch for c in part["case"]]}
+                    cells = DataFrame(sizes | {"text": [_heat_cell(ratio) for ratio in part[f"{way}_ratio"]]})
+                    grid = cells.pivot(index="H \\ B", columns="B", values="text").fillna("")
+                    shown = grid.rename_axis(None).rename_axis("H \\ B", axis=1).to_html(border=0, escape=False)
+                    picture = Markup('<div class="scroll">{}: {}{}</div>')
+                    pictures.append(picture.format(MODES[mode], execution, Markup(shown)))
+            steps = known["case"].iloc[0].length
+            caption = f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {MEANINGS[way]}."
+            body += figure(caption, *pictures)
+    return body
 
 
 def _heat_cell(ratio: float) -> str:
@@ -181,104 +147,105 @@ def _heat_cell(ratio: float) -> str:
     return f'<span class="heat" style="--hue:var(--{hue});--share:{share:.0f}%">{ratio:.2f} {mark}</span>'
 
 
-def _cell(table: DataFrame) -> Markup:
-    found, body = tables.comparisons(table, "cell"), Markup("")
-    known = found[found["auto_ratio"].notna()]
-    names = [[c.dtype_name for c in known["case"]], [c.mode for c in known["case"]]]
-    for (dtype, mode), of in known.groupby(names, sort=False):
-        pictures = []
-        for execution in ("eager", "graph"):
-            series: dict[str, list[tuple[float, float]]] = {}
-            for line in of[of["execution"] == execution].itertuples():
-                series.setdefault(f"batch {line.case.batch}", []).append((line.case.hidden_size, line.auto_ratio))
-            what = "eager calls" if execution == "eager" else "replays of a CUDA graph"
-            label = f"speed-up over nn.LSTMCell, {what}"
-            pictures.append(figures.curves(f"{dtype}, {mode}: {label}", "hidden size", label, series, level=1.0))
-        body += figure(f"One step of a cell, {dtype}, as backend auto takes it. {MODES[mode]}.", *pictures)
-    return body + _all(found) if len(found) else body
-
-
-def _real(table: DataFrame) -> Markup:
-    known = {w.id: w for w in workloads.load()}
-    found, body = tables.comparisons(table, "real"), Markup("")
+def _real(found: DataFrame) -> Markup:
+    known, body = {w.id: w for w in workloads.load()}, Markup("")
     for way in tables.WAYS:
-        ahead = found[found[f"{way}_ratio"].notna()].sort_values(f"{way}_ratio", ascending=False)
         values = []
-        for line in ahead.itertuples():
+        for line in found[found[f"{way}_ratio"].notna()].sort_values(f"{way}_ratio", ascending=False).itertuples():
             project = known[line.case.name].project if line.case.name in known else line.case.name
             ratio, graph = getattr(line, f"{way}_ratio"), ", graph" if line.execution == "graph" else ""
             values.append((f"{project}: {line.case.describe()}{graph}", ratio, ratio, ratio, f"{ratio:.2f}x"))
         text = "Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic, to the right where this package is ahead"
-        if values:
-            body += figure(f"{text}. {MEANINGS[way]}.", figures.bars("speed-up of each workload", values, ratio=True))
-    if not len(found):
-        return body
-    sources = [{"workload": w.id, "project": w.project, "source of the shape": w.source, "remark": w.case.note if w.case
-                else f"not run: {w.reason}"} for w in known.values()]  # fmt: skip
-    return body + _all(found) + details("Each workload's source", tables.html(tables.text_table(sources), True))
+        picture = figures.bars("speed-up of each workload", values, ratio=True) if values else Markup("")
+        body += figure(f"{text}. {MEANINGS[way]}.", picture)
+    return body
 
 
-def _features(table: DataFrame) -> Markup:
-    found = tables.comparisons(table, "features")
-    promised = " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items())
-    text = f"Promised of this package at most: {promised}. In brackets the multiple of the padded time; ▼: more than promised."
-    body = tables.html(tables.timings(found[found["execution"] == "eager"], base="padded"))
-    return body and paragraph(text, "quiet") + body
+def _sources(table: DataFrame, found: DataFrame) -> DataFrame:
+    """Where the shapes of the real workloads come from."""
+    lines = []
+    for w in workloads.load() if len(tables.of_suite(found, "real")) else ():
+        remark = w.case.note if w.case else f"not run: {w.reason}"
+        lines.append({"workload": w.id, "project": w.project, "source of the shape": w.source, "remark": remark})
+    return tables.text_table(lines)
 
 
-def _accuracy(table: DataFrame) -> Markup:
-    body = tables.html(tables.accuracy(table))
-    text = "The largest max and RMS error over all shapes, in units of the true tensor's largest value; the truth is float64."
-    by_shape = details("By hidden size and length", tables.html(tables.accuracy(table, by_shape=True)))
-    return body and paragraph(text, "quiet") + body + by_shape
-
-
-def _won_by_cudnn(table: DataFrame) -> DataFrame:
-    return tables.lost(tables.comparisons(table), "kernels", CUDNN)
-
-
-def _losses(table: DataFrame) -> Markup:
-    found, body = tables.comparisons(table), Markup("")
-    for way in tables.WAYS:
-        if compared := int(found[f"{way}_ratio"].notna().sum()):
-            behind = int((found[f"{way}_lost"] == True).sum())  # noqa: E712
-            text = f"Of {compared} comparisons torch is ahead in {behind}, beyond what the samples leave open."
-            body += paragraph(f"{MEANINGS[way]}. {text}") + tables.html(tables.lost(found, way), True)
-    bad = tables.html(tables.not_timed(table), True)
-    return body + (
-        bad and paragraph("Not timed: results that were wrong, failures, and what could not be tried.") + bad
-    )
-
-
-def _environment(table: DataFrame) -> Markup:
+def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
     rows: list[Row] = sorted(table["row"], key=lambda r: r.date)
     last = rows[-1]
-    facts = [*vars(last.device).items(), *vars(last.versions).items()]
+    facts = {name: str(value) for name, value in (vars(last.device) | vars(last.versions)).items() if value is not None}
     commits = {f"{r.source.commit or 'installed'}{' with changes' if r.source.dirty else ''}" for r in rows}
-    facts += [("commits of the rows", ", ".join(sorted(commits))), ("digest of the newest code", last.source.digest)]
-    facts += [("rows", f"{len(rows)}, from {rows[0].date} to {last.date}")]
-    facts += [("L2 cache", ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated")]
+    facts |= {"commits of the rows": ", ".join(sorted(commits)), "digest of the newest code": last.source.digest}
+    facts["rows"] = f"{len(rows)}, from {rows[0].date} to {last.date}"
+    facts["L2 cache"] = ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"
+    facts["commands"] = "; ".join(sorted({r.command for r in rows})[:8])
     for name in ("sm_clock_mhz", "power_w", "temperature_c"):
         if seen := [r.state[name] for r in rows if r.state.get(name) is not None]:
-            facts.append((name, f"{min(seen):g} to {max(seen):g}"))
-    facts.append(("commands", "; ".join(sorted({r.command for r in rows})[:8])))
-    listed = tables.text_table([{"what": name, "is": str(value)} for name, value in facts if value is not None])
-    return tables.html(listed, True) + drift([r for r in rows if r.kind == "anchor" and r.timing])
+            facts[name] = f"{min(seen):g} to {max(seen):g}"
+    # What the repeated anchor case says of the machine's steadiness.
+    times = [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
+    facts["drift"] = "the anchor case has run too seldom to show any"
+    if len(times) > 1:
+        facts["drift"] = (
+            f"the same anchor case, measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}: "
+        )
+        facts["drift"] += (
+            f"{', '.join(f'{t:.4g}' for t in times[:40])} us; smaller differences than that mean nothing here"
+        )
+    return tables.text_table([{"what": name, "is": value} for name, value in facts.items()])
 
 
-def drift(anchors: Sequence[Row]) -> Markup:
-    """What the repeated anchor case says of the machine's steadiness."""
-    times = [r.timing.p50_us for r in anchors if r.timing]
-    if len(times) < 2:
-        return paragraph("The anchor case has run too seldom to show drift.", "quiet")
-    spread = (max(times) / min(times) - 1) * 100
-    text = f"The same anchor case, measured {len(times)} times along the way, moved by {spread:.1f} %."
-    text += " Smaller differences than that mean nothing here." if spread >= 5 else ""
-    listed = paragraph(", ".join(f"{t:.4g}" for t in times[:40]) + " us", "quiet")
-    return paragraph(text, "quiet" if spread < 5 else "note") + listed
+class View(NamedTuple):
+    """A section of the page and a table of Markdown pages. suite: whose command reproduces it; texts: cells are sentences."""
+
+    suite: str
+    title: str
+    table: Callable[[DataFrame, DataFrame], DataFrame]  # of tables.newest and tables.comparisons
+    draw: Callable[[DataFrame], Markup] | None = None  # of the suite's comparisons
+    note: str = ""
+    texts: bool = False
 
 
-_MARKER = "<!-- benchmark{}: {} -->"
+def _timings(suite: str, base: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
+    return lambda table, found: tables.timings(tables.of_suite(found, suite), base)
+
+
+def _lost(way: str, torchs: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
+    return lambda table, found: tables.lost(found, way, torchs)
+
+
+def _readings(kind: str) -> Callable[[DataFrame, DataFrame], DataFrame]:
+    return lambda table, found: tables.readings(table, kind)
+
+
+_BOTH = ". ".join(MEANINGS.values()) + "."
+_FEATURES = "In brackets the multiple of the padded time, ▼ where it is more than this package promises: at most "
+_FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items()) + "."
+_ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
+_FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
+VIEWS = (
+    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), functools.partial(_over, "hidden size"),
+         _BOTH),
+    View("", "Comparisons that torch wins", lambda _, found: tables.count_lost(found)),
+    View("", "Where cuDNN still wins", _lost("kernels", CUDNN), None, MEANINGS["kernels"] + ".", True),
+    View("batch", "Hidden size by batch", _timings("batch"), _heat),
+    View("length", "Scaling in the number of steps", _timings("length"), functools.partial(_over, "length"), _BOTH),
+    View("cell", "One step: the cell", _timings("cell"), _heat),
+    View("step", "One step a call, the state carried", _timings("step")),
+    View("real", "LSTMs that people run", _timings("real"), _real),
+    View("real", "Sources of their shapes", _sources, texts=True),
+    View("features", "What features cost", _timings("features", "padded"), None, _FEATURES),
+    View("memory", "Memory of a training step", _readings("memory")),
+    View("accuracy", "Accuracy against float64, over all shapes", lambda t, _: tables.accuracy(t), None, _ERRORS),
+    View("accuracy", "Accuracy against float64, by hidden size and length", lambda t, _: tables.accuracy(t, True)),
+    View("overhead", "Host time of a call", _readings("overhead"), texts=True),
+    View("cold-start", "The first call", _readings("cold-start"), None, _FIRST, True),
+    View("", "Where torch is ahead of the kernels, the worst first", _lost("kernels"), texts=True),
+    View("", "Where torch is ahead of what is taken by itself", _lost("auto"), texts=True),
+    View("", "Not timed: wrong, failed, skipped", lambda t, _: tables.not_timed(t), texts=True),
+    View("roofs", "Roofs and floors", lambda t, _: tables.readings(t, "roof").T),
+    View("", "Environment and drift", _environment, texts=True),
+)  # fmt: skip
 _WRITTEN = " (written by lstm-triton bench --readme)"
 
 
@@ -294,16 +261,15 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error
-    pairs = {kind: (_MARKER.format(kind, "begin" + _WRITTEN), _MARKER.format(kind, "end")) for kind in (" summary", "")}
-    there = [kind for kind, pair in pairs.items() if any(marker in text for marker in pair)]
-    for kind in there or [""]:
-        begin, end = pairs[kind]
+    kinds = ("benchmark summary", "benchmark")
+    for kind in [k for k in kinds if f"<!-- {k}: " in text] or kinds[1:]:
+        begin, end = f"<!-- {kind}: begin{_WRITTEN} -->", f"<!-- {kind}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise StoreError(f"{path} needs one line\n{begin}\nand after it one line\n{end}\n(or, for a summary, "
-                             f"{pairs[' summary'][0]})")  # fmt: skip
+            raise StoreError(f"{path} needs one line\n{begin}\nand after it one line\n{end}\n(a summary: {kinds[0]})")
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{markdown(rows, kind != '')}\n{end}{rest.split(end)[1]}"
-    replace_text(path, text)
+        text = f"{before}{begin}\n\n{markdown(rows, kind == kinds[0])}\n{end}{rest.split(end)[1]}"
+    with unfinished(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row], short: bool = False) -> str:
@@ -316,35 +282,11 @@ def markdown(rows: Sequence[Row], short: bool = False) -> str:
         versions = f"torch {last.versions.torch}, triton {last.versions.triton}"
         parts += [f"### {name}{label}", f"{versions}, {last.date[:10]}, commit {commit}"]
         found = tables.comparisons(table)
-        headline = found[found["suite"] == "hidden-sizes"]
-        if short and len(headline):
-            dtypes = [c.dtype for c in headline["case"]]
-            wanted = "bfloat16" if "bfloat16" in dtypes else dtypes[0]
-            headline = headline[[d == wanted for d in dtypes]]
-        made = {"Time per step against hidden size; speed-up above 1: this package is ahead": tables.timings(headline)}
-        if not short:
-            made |= {
-                "One step: the cell": tables.timings(found[found["suite"] == "cell"]),
-                "One step a call, the state carried": tables.timings(found[found["suite"] == "step"]),
-                "What features cost": tables.timings(found[found["suite"] == "features"], base="padded"),
-                "Memory of a training step": tables.memory(table),
-                "Accuracy against float64, over all shapes": tables.accuracy(table),
-                "Accuracy against float64, by hidden size and length": tables.accuracy(table, by_shape=True),
-                "Where cuDNN still wins": tables.lost(found, "kernels", CUDNN, 30),
-                "Where torch is ahead of the kernels, the worst first": tables.lost(found, "kernels", most=30),
-                "Where torch is ahead of what is taken by itself": tables.lost(found, "auto", most=30),
-            }
-        parts += [
-            f"**{title}**\n\n{tables.markdown(made_table)}" for title, made_table in made.items() if len(made_table)
-        ]
-        for way, who in (("kernels", "this package's kernels"), ("auto", "what is taken when no backend is asked for")):
-            if compared := int(found[f"{way}_ratio"].notna().sum()):
-                behind = int((found[f"{way}_lost"] == True).sum())  # noqa: E712
-                parts.append(f"In {behind} of {compared} comparisons torch is ahead of {who}.")
+        if short:
+            dtypes = [c.dtype for c in tables.of_suite(found, "hidden-sizes")["case"]]
+            wanted = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
+            found = found[[c.dtype == wanted or s != "hidden-sizes" for c, s in zip(found["case"], found["suite"])]]
+        for view in VIEWS[: 2 if short else None]:
+            if len(shown := view.table(table, found)):
+                parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(shown)]
     return "\n\n".join(parts) + "\n"
-
-
-def write_comparison(path: Path, table: DataFrame, lead: Sequence[str]) -> None:
-    """The page of two sets of rows side by side."""
-    section = Section("pairs", "Both sides", tables.html(table) or paragraph("Nothing in common."))
-    replace_text(path, page("lstm_triton: two sets of rows", lead, [Part("compared", "Side by side", "", [section])]))

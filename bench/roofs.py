@@ -6,11 +6,11 @@ whichever takes longer: floor = one exchange + max(tensor, memory). Not counted:
 beside the exchange), launches, and what is saved for backward (which can be recomputed). The floor is a model.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 
 from . import timing
@@ -94,18 +94,12 @@ def measured(
     return values, problems
 
 
-def _median_us(call: Callable[[], Any], device: torch.device, samples: int = 20) -> float:
-    clock = timing.clock(device)
-    clock.sample(call, 2)
-    return float(numpy.median([clock.sample(call, 1)[0] for _ in range(samples)]))
-
-
 def copy_rate(device: torch.device, size: int | None = None) -> dict[str, float]:
     """Bytes read plus bytes written per second, copying a buffer that no cache holds."""
     size = size or (2**30 if device.type == "cuda" else 2**26)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return {"copy_bytes_per_s": 2 * size / _median_us(lambda: target.copy_(source), device) * 1e6}
+    return {"copy_bytes_per_s": 2 * size / timing.median_us(lambda: target.copy_(source), timing.clock(device)) * 1e6}
 
 
 def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
@@ -117,10 +111,10 @@ def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
         dtype, _, precision = name.partition("_")
         size = n or ((4096 if precision == "ieee" else 8192) if on_gpu else 512)
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
         try:
             matmul.fp32_precision = precision or before
-            us = _median_us(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)  # type: ignore[misc]
+            call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+            us = timing.median_us(call, timing.clock(device))
         finally:
             matmul.fp32_precision = before
         found[f"gemm_{name}_flops_per_s"] = 2.0 * size**3 / us * 1e6
@@ -146,7 +140,7 @@ def _per_step(programs: int, exchange: bool, device: torch.device) -> float:
     if exchange and not last.eq(_STEPS).all():
         raise RuntimeError(f"the exchange lost a value: {last.tolist()} after {_STEPS} steps")
     few, many = (
-        _median_us(lambda steps=steps: launch(programs, steps, exchange, device), device, 10)  # type: ignore[misc]
+        timing.median_us(functools.partial(launch, programs, steps, exchange, device), timing.clock(device), 10)
         for steps in (_STEPS // 4, _STEPS)
     )
     return (many - few) / (_STEPS - _STEPS // 4)  # launches and allocations cancel

@@ -15,9 +15,17 @@ from typing import Annotated, Any, Literal
 
 from . import checked
 from .cases import Case, Execution, Kind, measurement_key
-from .checked import Count, NotNegative, Positive, Scalar, Share, Size, Text
+from .checked import Count, NotNegative, Positive, Share, Size, Text
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
+ErrorSize = Annotated[Any, "a number from 0, 'inf' or 'nan'", lambda v: v in ("inf", "nan") or _is_size(v)]
+
+
+Reading = Annotated[Any, "a figure, a text or null", lambda v: v is None or isinstance(v, str) or checked.is_number(v)]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and not value < 0
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,6 @@ class Timing:
     clock: Text
 
 
-ErrorSize = Annotated[Any, "a number from 0, 'inf' or 'nan'", lambda v: v in ("inf", "nan") or _is_size(v)]
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and not value < 0
-
-
 @dataclass(frozen=True)
 class Error:
     """Largest and RMS error of a tensor, in units of its largest true value; infinite ones are words in JSON."""
@@ -58,13 +59,13 @@ class Error:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least microseconds per step by the roofs, and the parts of it."""
+    """The least microseconds per step by the roofs, its parts, and where they come from."""
 
     us_per_step: Positive
     exchange_us: NotNegative
     tensor_us: NotNegative
     memory_us: NotNegative
-    roofs: Text  # where the parts come from
+    roofs: Text
 
 
 @dataclass(frozen=True)
@@ -104,63 +105,55 @@ class Source:
     digest: Text
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How float32 products are computed, by torch's settings and by this package."""
-
-    cudnn_rnn: Text
-    cuda_matmul: Text
-    lstm_triton: Text
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One measurement; raises ValueError naming the field that is wrong."""
 
-    schema: Literal[1]
+    schema: Literal[1] = 1
     kind: Kind
     status: Literal["ok", "wrong", "failed", "skipped"]
-    reason: str | None
+    reason: str | None = None
     suite: Text
     case: Case
     provider: Text
-    backend: str | None
-    backend_reason: str | None
-    algorithm: str | None
+    backend: str | None = None
+    backend_reason: str | None = None
+    algorithm: str | None = None
     execution: Execution
-    precision: Precision
-    timing: Timing | None
-    values: dict[str, float] | None
-    bytes: dict[str, Size] | None
-    errors: dict[str, Error] | None
-    floor: Floor | None
-    distance: Positive | None
-    l2: Literal["warm", "flushed"] | None
+    precision: dict[str, Text]
+    timing: Timing | None = None
+    values: dict[str, float] | None = None
+    bytes: dict[str, Size] | None = None
+    errors: dict[str, Error] | None = None
+    floor: Floor | None = None
+    distance: Positive | None = None
+    l2: Literal["warm", "flushed"] | None = None
     device: Device
-    state: dict[str, Scalar]
+    state: dict[str, Reading]
     versions: Versions
     source: Source
     date: Text
     run: Text
     command: str
-    label: str | None
+    label: str | None = None
     synthetic: bool
 
     def __post_init__(self) -> None:
-        checked.check(self)
+        checked.read(self, Row, "")
         datetime.datetime.fromisoformat(self.date)
-        rules = (
-            (self.status == "ok" or bool(self.reason), f"status is {self.status!r} and reason is empty"),
-            (self.status == "ok" or self.timing is None, f"status is {self.status!r} and there is a timing"),
-            (self.status != "ok" or self.kind not in ("timing", "anchor") or self.timing is not None,
-             "a good row of kind 'timing' has a timing"),
-            (self.device.type != "cpu" or self.label is not None, "a row from a CPU carries a label"),
-            (all(v > 0 for name, v in (self.values or {}).items() if name.endswith("_per_s")), "field 'values': a rate of 0"),
-            (all(n == "unread" or not isinstance(v, str) for n, v in self.state.items()), "field 'state': no figure"),
-        )  # fmt: skip
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(message)
+        ok, timed = self.status == "ok", self.timing is not None
+        rates = [value for name, value in (self.values or {}).items() if name.endswith("_per_s")]
+        readings = [value for name, value in self.state.items() if name != "unread" and value is not None]
+        rules = {
+            f"status is {self.status!r} and reason is empty": ok or self.reason,
+            f"status is {self.status!r} and there is a timing": ok or not timed,
+            "a good row of kind 'timing' has a timing": timed or not ok or self.kind not in ("timing", "anchor"),
+            "a row from a CPU carries a label": self.device.type != "cpu" or self.label is not None,
+            "field 'values' has a rate of 0": all(rate > 0 for rate in rates),
+            "field 'state' has what is no figure": all(map(checked.is_number, readings)),
+        }
+        for wrong in (message for message, holds in rules.items() if not holds):
+            raise ValueError(wrong)
 
     @property
     def key(self) -> tuple:
@@ -180,10 +173,10 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def decode(line: str) -> Row:
+def decode(line: bytes) -> Row:
     """The row of one line; raises ValueError where it is none."""
     try:
-        value = json.loads(line, parse_constant=lambda name: float("nan"))
+        value = json.loads(line.decode(), parse_constant=lambda name: float("nan"))
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no page takes it
         return checked.read(value, Row, "")
     except RecursionError:
@@ -221,8 +214,7 @@ def _read(path: Path) -> tuple[list[Row], list[str]]:
     rows, problems = [], []
     for number, line in enumerate(lines, 1):
         try:
-            if line.strip():
-                rows.append(decode(line.decode()))
+            rows += [decode(line)] if line.strip() else []
         except ValueError as error:
             cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
             problems.append(f"{path}:{number}: {cut}{error}")
@@ -236,17 +228,14 @@ def append(path: Path, row: Row) -> None:
     """
     data = row.encode().encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed
-        size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
+    with path.open("ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        size = os.fstat(file.fileno()).st_size
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
             data = b"\n" + data
-        if (written := os.write(handle, data)) != len(data):
+        if (written := file.write(data)) != len(data):
             raise StoreError(f"{path}: the disk took {written} of {len(data)} bytes")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.fsync(file)
 
 
 @contextlib.contextmanager
@@ -258,11 +247,6 @@ def unfinished(path: Path) -> Iterator[Path]:
     os.replace(written, path)
 
 
-def replace_text(path: Path, text: str) -> None:
-    with unfinished(path) as file:
-        file.write_text(text, encoding="utf-8")
-
-
 @contextlib.contextmanager
 def one_run_at_a_time(folder: Path) -> Iterator[None]:
     """Hold `folder` for one run, since two at once would time each other.
@@ -270,18 +254,15 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: another run holds it, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Outside the folder, which is meant to be committed.
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        handle = os.open(Path(tempfile.gettempdir()) / f"lstm-triton-bench-{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
-    try:
+    # Outside the folder, which is meant to be committed.
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((Path(tempfile.gettempdir()) / f"lstm-triton-bench-{name}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
         yield
-    finally:
-        os.close(handle)  # which also unlocks

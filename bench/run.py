@@ -1,8 +1,10 @@
 """A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there."""
 
+import contextlib
+import itertools
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ class Runner:
 
     def __init__(self, options: Options, tasks: Sequence[Task], progress: Progress, new_worker: Any = Worker) -> None:
         self._options, self._tasks, self._progress, self._new_worker = options, list(tasks), progress, new_worker
-        self._deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+        self._deadline = time.monotonic() + (float("inf") if options.budget_s is None else options.budget_s)
         self._workers: dict[bool, Worker] = {}
         self._run = uuid.uuid4().hex[:12]
         self._rows: list[Row] = []
@@ -99,17 +101,20 @@ class Runner:
 
     def steps(self) -> Generator[None, None, None]:
         """Run, with a pause after every task; `outcome` is there at the end."""
-        with rows.one_run_at_a_time(self._options.folder):
-            try:
-                yield from self._steps()
-            finally:
-                for worker in self._workers.values():
-                    worker.end(0.5 if self._deadline is None else 0.0)
+        with rows.one_run_at_a_time(self._options.folder), contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self._end_workers)
+            at_the_end.callback(self._progress.close)
+            at_the_end.enter_context(contextlib.suppress(TimeoutError))  # at the deadline
+            self._rows, self.outcome.problems = rows.read_all([self._options.folder])
+            self._maker = self._worker(False).maker
+            yield from self._steps()
 
-    def _steps(self) -> Generator[None, None, None]:
+    def _end_workers(self) -> None:
+        for worker in self._workers.values():
+            worker.end()
+
+    def _steps(self) -> Iterator[None]:
         outcome, options, last_anchor = self.outcome, self._options, float("-inf")
-        self._rows, outcome.problems = rows.read_all([options.folder])
-        self._maker = self._worker(False).maker
         done = set() if options.again else done_before(self._rows, self._maker, options.retry)
         anchored = anchor(self._maker.device.type)
         for task in self._tasks:
@@ -118,27 +123,21 @@ class Runner:
             if skip == wanted:
                 outcome.before, outcome.left = outcome.before + 1, outcome.left - 1
                 self._progress.total -= 1
-                continue
-            if not self._fits(task, len(wanted - skip)):
-                continue  # a later one may be shorter
-            if options.anchors and time.monotonic() - last_anchor > ANCHOR_SECONDS:
-                if not self._measure(anchored, set()):
-                    return
-                last_anchor = time.monotonic()
-            begin = time.monotonic()
-            if not self._measure(task, skip):
-                return
-            self._pace.took(task.suite, len(wanted - skip), time.monotonic() - begin)
-            outcome.measured, outcome.left = outcome.measured + 1, outcome.left - 1
-            self._progress.done += 1
-            yield
+            elif self._fits(task, len(wanted - skip)):  # a later one may be shorter
+                if options.anchors and time.monotonic() - last_anchor > ANCHOR_SECONDS:
+                    self._measure(anchored, set())
+                    last_anchor = time.monotonic()
+                begin = time.monotonic()
+                self._measure(task, skip)
+                self._pace.took(task.suite, len(wanted - skip), time.monotonic() - begin)
+                outcome.measured, outcome.left = outcome.measured + 1, outcome.left - 1
+                self._progress.done += 1
+                yield
         if options.anchors and outcome.measured and self._fits(anchored, 1):
             self._measure(anchored, set())
 
     def _fits(self, task: Task, count: int) -> bool:
         """Whether so many rows of a task will be there before the budget ends: what is cut off would be lost."""
-        if self._deadline is None:
-            return True
         start = 0.0 if task.interpreter in self._workers else self._startup_s
         return time.monotonic() + start + self._pace.predict(task.suite, count) < self._deadline
 
@@ -158,8 +157,8 @@ class Runner:
             self._startup_s = time.monotonic() - begin
         return self._workers[interpreter]
 
-    def _measure(self, task: Task, skip: Pairs) -> bool:
-        """False when the budget ended first."""
+    def _measure(self, task: Task, skip: Pairs) -> None:
+        """Raises TimeoutError when the budget ends first."""
         written: list[Row] = []
         everyone, what = self._wanted(task), task.case.describe()
         roof = roofs.from_rows(self._rows, self._maker.device.name)
@@ -170,30 +169,25 @@ class Runner:
             self._rows.append(row)
             self.outcome.rows += 1
 
+        def show(stage: str) -> None:
+            self._progress.show(f"{what} · {stage}")
+
         groups = [everyone - skip]  # measured together, each of them
         while groups:
             group, count = groups.pop(0), len(written)
-            self._progress.show(what)
             worker = self._worker(task.interpreter)
             try:
-                finished = worker.run(task, everyone - group, roof, self._deadline, emit,
-                                      lambda stage: self._progress.show(f"{what} · {stage}"))  # fmt: skip
+                worker.run(task, everyone - group, roof, self._deadline, emit, show)
             except Died as death:
                 del self._workers[task.interpreter]
                 group -= {(row.provider, row.execution) for row in written[count:]}
-                named = any(row.status == "failed" for row in written[count:])
-                guilty, again = blame(group, worker.doing, named)
+                guilty, again = blame(group, worker.doing, any(row.status == "failed" for row in written[count:]))
                 for pair in sorted(guilty):
                     reason = f"{death} (while: {worker.doing[2]} of {worker.doing[0]})"
                     emit(self._maker.make(task, *pair, "failed", reason))
                 groups += again
-                continue
-            if not finished:
-                del self._workers[task.interpreter]
-                return False
         if written and task.kind != "anchor":
             self._progress.say(summary(task, written))
-        return True
 
 
 def blame(group: Pairs, doing: tuple[str, str, str], named: bool) -> tuple[Pairs, list[Pairs]]:
@@ -213,13 +207,10 @@ def blame(group: Pairs, doing: tuple[str, str, str], named: bool) -> tuple[Pairs
 def run_in_turns(options: Sequence[Options], tasks: Sequence[Task], progress: Progress) -> list[Outcome]:
     """Several runs of the same tasks, task by task in turns, so that a drift of the machine touches all alike."""
     runners = [Runner(o, tasks, progress) for o in options]
-    waiting = [runner.steps() for runner in runners]
-    try:
-        while waiting:
-            waiting = [steps for steps in waiting if next(steps, waiting) is not waiting]
-    finally:
-        for steps in waiting:
-            steps.close()
+    with contextlib.ExitStack() as stack:
+        turns = [stack.enter_context(contextlib.closing(runner.steps())) for runner in runners]
+        for _ in itertools.zip_longest(*turns):
+            pass
     return [runner.outcome for runner in runners]
 
 

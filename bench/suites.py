@@ -11,7 +11,7 @@ from .cases import MODES, Case, Dtype, Form, Task
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of all suites at one scale; the most telling first."""
+    """The sizes of all suites at one scale, the most telling first."""
 
     hidden: tuple[int, ...]
     batch: int
@@ -30,42 +30,25 @@ class Sizes:
 
 SIZES = {
     "gpu": Sizes(
-        hidden=(768, 512, 1024, 256, 128, 2048, 64, 1536, 32, 384, 640, 192, 96, 3072, 4096, 500),
-        batch=16,
-        length=1024,
-        dtypes=("bfloat16", "float16", "float32"),
-        grid=((512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128),
+        hidden=(768, 512, 1024, 256, 128, 2048, 64, 1536, 32, 384, 640, 192, 96, 3072, 4096, 500), batch=16, length=1024,
+        dtypes=("bfloat16", "float16", "float32"), grid=((512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128),
         lengths=(256, 16, 4096, 1, 64, 1024, 16384, 70000),
-        cells=((512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)),
-        compiled=float("inf"),
-        steps=((512, 16), (128, 1), (640, 64), (1024, 4096)),
-        features=(512, 64, 256),
+        cells=((512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)), compiled=float("inf"),
+        steps=((512, 16), (128, 1), (640, 64), (1024, 4096)), features=(512, 64, 256),
         memory=((512, 64, 512), (1024, 16, 1024), (256, 1024, 64)),
         accuracy=((512, 16, 128), (1024, 16, 16), (128, 16, 1024), (512, 16, 1024), (19, 3, 7)),
     ),
     # What a CPU does in minutes.
-    "cpu": Sizes(
-        hidden=(256, 64, 128, 512, 32),
-        batch=8,
-        length=32,
-        dtypes=("float32",),
-        grid=((128, 64, 256), (8, 1, 64), 16),
-        lengths=(16, 1, 64, 256),
-        cells=((128, 256, 64), (1, 16, 64)),
-        compiled=1,
-        steps=((128, 1), (256, 16)),
-        features=(128, 16, 32),
-        memory=((128, 16, 64),),
-        accuracy=((64, 4, 32), (19, 3, 7)),
-        most_flops=2e9,
-    ),
+    "cpu": Sizes((256, 64, 128, 512, 32), 8, 32, ("float32",), ((128, 64, 256), (8, 1, 64), 16), (16, 1, 64, 256),
+                 ((128, 256, 64), (1, 16, 64)), 1, ((128, 1), (256, 16)), (128, 16, 32), ((128, 16, 64),),
+                 ((64, 4, 32), (19, 3, 7)), 2e9),
     # For the tests of the harness itself.
     "tiny": Sizes((16, 8), 2, 3, ("float32",), ((8,), (1, 2), 2), (2, 1), ((8,), (2,)), 0, ((8, 2),), (8, 3, 5),
                   ((8, 2, 3),), ((5, 2, 3),), 2e6),
 }  # fmt: skip
-
 FORMS: tuple[Form, Form] = ("layer", "cell")
-# Pairs of a priority, the lowest first, and a task's case and options.
+BOTH = {"executions": ("eager", "graph")}
+# Of a priority, the lowest first, a case and the task's options.
 Ordered = Iterator[tuple[float, Case, dict[str, Any]]]
 
 
@@ -73,9 +56,8 @@ def hidden_sizes(s: Sizes) -> Ordered:
     """cuDNN, these kernels, peers and the floor across hidden sizes: the headline."""
     for (rank, H), (k, dtype), mode in product(enumerate(s.hidden), enumerate(s.dtypes), MODES):
         # Everything at the first hidden size, then the first dtype throughout, then the others.
-        executions = ("eager", "graph") if rank < 3 else ("eager",)
         case = Case(f"H{H}", H, s.batch, s.length, dtype=dtype, mode=mode)
-        yield 1.0 if rank == 0 else 2 + 0.05 * rank + 2 * k, case, {"executions": executions}
+        yield 1.0 if rank == 0 else 2 + 0.05 * rank + 2 * k, case, BOTH if rank < 3 else {}
 
 
 def batch(s: Sizes) -> Ordered:
@@ -96,20 +78,17 @@ def length(s: Sizes) -> Ordered:
 def cell(s: Sizes) -> Ordered:
     """One step of a cell, eager and in a CUDA graph."""
     hidden, batches = s.cells
-    for (i, H), (j, B), dtype, mode in product(enumerate(hidden), enumerate(batches), reversed(s.dtypes), MODES):
+    for (i, H), (j, B), dtype, mode in product(enumerate(hidden), enumerate(batches), s.dtypes, MODES):
         first = i == j == 0 and dtype == "float32"  # what most cells run in
-        case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
         names = ("lstm_triton auto", "torch.nn.LSTMCell", "torch.compile") if i + j <= s.compiled else None
-        options = {"executions": ("eager", "graph"), "providers": names}
-        yield 1.5 if first else 3 + 0.15 * (i + j) + s.dtypes.index(dtype), case, options
+        case = Case(f"H{H} B{B}", H, B, 1, form="cell", dtype=dtype, mode=mode)
+        yield 1.5 if first else 3 + 0.15 * (i + j) + s.dtypes.index(dtype), case, BOTH | {"providers": names}
 
 
 def step(s: Sizes) -> Ordered:
     """One step a call, with the state carried from call to call in place: streaming, decoding, acting."""
-    for rank, (H, B) in enumerate(s.steps):
-        for form in FORMS:
-            case = Case(f"H{H} B{B} {form}", H, B, 1, form=form, dtype="float32", carried=True)
-            yield 2.25 + 0.3 * rank, case, {"executions": ("eager", "graph")}
+    for (rank, (H, B)), form in product(enumerate(s.steps), FORMS):
+        yield 2.25 + 0.3 * rank, Case(f"H{H} B{B} {form}", H, B, 1, form=form, dtype="float32", carried=True), BOTH
 
 
 def real(s: Sizes) -> Ordered:
@@ -118,25 +97,21 @@ def real(s: Sizes) -> Ordered:
     for workload in workloads.load():
         turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
         if workload.case is not None:
-            executions = ("eager", "graph") if workload.case.carried else ("eager",)
-            yield 2.2 + 0.3 * turn, _shrink(workload.case, s.most_flops), {"executions": executions}
+            yield 2.2 + 0.3 * turn, _shrink(workload.case, s.most_flops), BOTH if workload.case.carried else {}
 
 
 def _shrink(case: Case, most: float) -> Case:
     """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
-    if case.flops() <= most:
-        return case
-    note = f"; {case.note}" if case.note else ""
-    case = replace(case, note=f"made smaller than the real one, to end in time{note}")
+    if case.flops() > most:
+        note = f"; {case.note}" if case.note else ""
+        case = replace(case, note=f"made smaller than the real one, to end in time{note}")
     while case.flops() > most:
-        if case.batch > 1:
-            case = replace(case, batch=case.batch // 2)
-        elif case.length > 4:
-            case = replace(case, length=case.length // 2)
+        if case.batch > 1 or case.length > 4:
+            name = "batch" if case.batch > 1 else "length"
+            case = replace(case, **{name: getattr(case, name) // 2})
         else:
-            half = max(case.hidden_size // 2, 1)
-            smaller: dict[str, Any] = {"hidden_size": half, "input_size": max(case.input_size // 2, 1)}
-            case = replace(case, **smaller, proj_size=min(case.proj_size, half // 2))
+            half, inputs = max(case.hidden_size // 2, 1), max(case.input_size // 2, 1)
+            case = replace(case, hidden_size=half, input_size=inputs, proj_size=min(case.proj_size, half // 2))
     return case
 
 
@@ -172,7 +147,7 @@ def accuracy(s: Sizes) -> Ordered:
 
 def interpreted(s: Sizes) -> Ordered:
     """On a CPU: the kernels' accuracy, in Triton's interpreter, on problems that it can do."""
-    shapes = ((19, 3, 7), (64, 4, 5)) if s is not SIZES["tiny"] else ((5, 2, 3),)
+    shapes = ((5, 2, 3),) if s is SIZES["tiny"] else ((19, 3, 7), (64, 4, 5))
     for (H, B, T), dtype, form in product(shapes, SIZES["gpu"].dtypes, FORMS):
         name = f"H{H} T{T} interpreted" if form == "layer" else f"cell H{H} interpreted"
         case = Case(name, H, B, T if form == "layer" else 1, form=form, dtype=dtype, mode="train")
@@ -206,16 +181,15 @@ def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
     scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there are no graphs and no TF32, and the kernels' accuracy is
     added, in the interpreter.
     """
-    found = []
+    found: dict[Task, float] = {}
     for suite in suites:
         makers = [SUITES[suite], *([interpreted] if suite == "accuracy" and device_type == "cpu" else [])]
-        found += [(p, Task(suite, case, **rest)) for make in makers for p, case, rest in make(SIZES[scale])]
-    if device_type == "cpu":
-        found = [(p, replace(t, executions=("eager",)).with_case(precision="ieee")) for p, t in found]
-    unique: dict[Any, tuple[float, Task]] = {}
-    for p, t in found:
-        unique.setdefault((t.suite, t.kind, t.interpreter, t.case), (p, t))
-    return [task for _, task in sorted(unique.values(), key=lambda pair: pair[0])]
+        for priority, case, options in (line for make in makers for line in make(SIZES[scale])):
+            task = Task(suite, case, **options)
+            if device_type == "cpu":
+                task = replace(task, executions=("eager",)).with_case(precision="ieee")
+            found.setdefault(task, priority)
+    return sorted(found, key=lambda task: found[task])
 
 
 def describe() -> str:

@@ -22,12 +22,17 @@ CONFIDENCE = 0.95
 
 
 class HostClock:
-    """For a device whose results are there when a call returns: a CPU."""
+    """The host's time of calls: that of a CPU, or what a call costs before a GPU has done it."""
 
     name, l2, sample_seconds = "host", None, 5e-3
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def sample(self, call: Call, n: int) -> tuple[float, float]:
-        """Microseconds per call of n calls: on the device, and by the host until the device is done."""
+        """Microseconds per call of n calls, twice."""
+        if self._device.type == "cuda":  # it catches up first
+            torch.cuda.synchronize(self._device)
         begin = time.perf_counter()
         for _ in range(n):
             call()
@@ -54,7 +59,7 @@ class CudaClock:
             self._buffer = torch.empty(2 * size, dtype=torch.int8, device=device)
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
-        """As HostClock's."""
+        """Microseconds per call of n calls: on the device, and by the host until the device is done."""
         if self._buffer is None:
             device_us, wall_us = self._between_events(call, n)
             return device_us / n, wall_us / n
@@ -80,7 +85,12 @@ Clock = HostClock | CudaClock
 
 
 def clock(device: torch.device, flush: bool = False) -> Clock:
-    return CudaClock(device, flush) if device.type == "cuda" else HostClock()
+    return CudaClock(device, flush) if device.type == "cuda" else HostClock(device)
+
+
+def median_us(call: Call, clock: Clock, samples: int = 20, calls: int = 1) -> float:
+    """Median microseconds of a call; the first two samples, which compile and allocate, do not count."""
+    return float(numpy.median([clock.sample(call, calls)[0] for _ in range(samples + 2)][2:]))
 
 
 @dataclass

@@ -5,6 +5,7 @@ what it is about to do; when it falls silent or dies, the parent knows whom to b
 """
 
 import os
+import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
-from . import measure, timing
-from .cases import Task
+from . import choice, host, measure, problem, process, timing
+from .built import Built
+from .cases import Case, Task
 from .device import RowMaker
 from .process import Died, Process
 from .roofs import Roofs
@@ -53,21 +55,16 @@ class Worker(Process):
         self._silence_s = options.silence_s
 
     def run(
-        self, task: Task, skip: Collection[tuple[str, str]], roofs: Roofs | None, deadline: float | None,
+        self, task: Task, skip: Collection[tuple[str, str]], roofs: Roofs | None, deadline: float,
         emit: Callable[[Row], None], stage: Callable[[str], None],
-    ) -> bool:  # fmt: skip
-        """Measure one task; False when `deadline` (time.monotonic) came first, and the worker was ended.
-
-        Raises Died; rows emitted before that are good.
+    ) -> None:  # fmt: skip
+        """Measure one task. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker, and
+        rows emitted before that are good.
         """
         self.doing = ("the worker process", "eager", "task")
         self.send((task, skip, roofs))
         while True:
-            try:
-                event, content = self.receive(self._silence_s, deadline)
-            except TimeoutError:
-                self.end(0.0)
-                return False
+            event, content = self.receive(self._silence_s, deadline)
             if event == "stage":
                 self.doing = content
                 stage(f"{content[0]}: {content[2]}")
@@ -77,7 +74,7 @@ class Worker(Process):
                 self.end()
                 raise Died(content)
             else:
-                return True
+                return
 
 
 def serve(connection: Any, setup: tuple[Options, str]) -> None:
@@ -115,3 +112,22 @@ def make_context(options: Options, run: str, stage: Callable[[str, str, str], No
     clock = timing.clock(device, options.flush_l2)
     maker = RowMaker(device, options.command, run, clock.l2)
     return measure.Context(device, maker, clock, options.seconds, options.names, None, stage)
+
+
+def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
+    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
+    case, provider, device_type = request
+    device = torch.device(device_type)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.zeros(1, device=device)  # CUDA itself starts before the clock does
+    synchronize()
+    with host.conditions(provider, device):
+        built = Built(choice.provider(provider), problem.make(case, device))
+        torch.set_grad_enabled(built.training)
+        times = [time.perf_counter()]
+        for _ in range(2):
+            built.call()
+            synchronize()
+            times.append(time.perf_counter())
+    first, second = times[1] - times[0], times[2] - times[1]
+    connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})

@@ -61,64 +61,64 @@ def _positive(kind: type) -> type:
 def _demo(options: argparse.Namespace) -> int:
     checkpoint = options.out / "checkpoint.pt"
     device = torch.device(pick(options.device or "auto"))
-    if device.index is not None:  # the check runs on the current one
+    if device.type == "cuda" and device.index is not None:  # the check runs on the current one
         torch.cuda.set_device(device)
     config, resumed = _config(options, device, checkpoint)
-    machine = environment.summary(device)
-    print(machine, flush=True)
-    torch.set_num_threads(options.threads)
+    said: list[str] = []  # what is printed, and stands in the report
 
+    def say(text: str) -> None:
+        print(text, flush=True)
+        said.append(text)
+
+    say(environment.summary(device))
+    torch.set_num_threads(options.threads)
     accuracy = _check(options, device, config.seed)
     source = corpus.load(config.seed, vocabulary=resumed["vocabulary"] if resumed else None)
     training = train.Training(config, source, device)
     if resumed:
         training.restore(resumed)
         print(f"\nContinuing after {training.step} updates ({checkpoint})")
-    unigram = source.unigram_bits()
-    text = (
-        f"Text: {sum(source.files)} source files of Python's standard library, "
-        f"{len(source.train) + len(source.validation):,} characters, {source.files[1]} files held out."
+    unigram, characters = source.unigram_bits(), len(source.train) + len(source.validation)
+    say(
+        f"Text: {sum(source.files)} source files of Python's standard library, {characters:,} characters, "
+        f"{source.files[1]} files held out."
     )
-    model = (
-        f"Model: LSTM with {config.hidden_size} units, {config.batch} texts side by side, "
-        f"gradients through {config.steps} steps, on the {'GPU' if device.type == 'cuda' else device.type.upper()}."
+    say(
+        f"Model: LSTM with {config.hidden_size} units, {config.batch} texts side by side, gradients through {config.steps} "
+        f"steps, on the {'GPU' if device.type == 'cuda' else 'CPU'}."
     )
-    backend = explain(training.model.lstm, steps=config.steps)
-    print(f"\n{text}\n{model}\nWhat trains it: {backend}")
-    print(f"Character frequencies alone: {unigram:.2f} bits per character", flush=True)
+    say(f"What trains it: {explain(training.model.lstm, steps=config.steps)}")
     training.run(checkpoint, options.seconds, options.steps)
-    again = f"{sys.executable} -m lstm_triton.demo --out {options.out} --resume"
     if training.interrupted:
-        print(f"Interrupted after {training.step} updates, saved to {checkpoint}; continue with\n  {again}")
+        print(
+            f"Interrupted after {training.step} updates, saved to {checkpoint}; continue with\n"
+            f"  {sys.executable} -m lstm_triton.demo --out {options.out} --resume"
+        )
         return 130
     last = training.curve[-1]
     gain = unigram - last.validation_bits
-    print(
-        f"Validation: {last.validation_bits:.2f} bits per character (training {last.train_bits:.2f}), "
-        f"{abs(gain):.2f} {'below' if gain > 0 else 'ABOVE'} character frequencies alone; "
-        f"{last.tokens / last.seconds:,.0f} tokens/s\nCheckpoint: {checkpoint} (go on with --resume)"
+    say(
+        f"Validation: {last.validation_bits:.2f} bits per character (training {last.train_bits:.2f}), {abs(gain):.2f} "
+        f"{'below' if gain > 0 else 'ABOVE'} the {unigram:.2f} of character frequencies alone, after {last.tokens:,} tokens in "
+        f"{last.seconds:.0f} s: {last.tokens / last.seconds:,.0f} tokens/s."
     )
-
     prompt = corpus.encode(PROMPT, source.vocabulary).tolist()
     sample = corpus.decode(training.model.sample(prompt, 500, config.seed), source.vocabulary)
-    print(f"\nDrawn from Y_t:\n{sample}\n", flush=True)
-
+    print(f"Checkpoint: {checkpoint} (go on with --resume)\n\nDrawn from Y_t:\n{sample}\n", flush=True)
     timings: timing.Report | str = "Not measured (--skip timing)."
     if "timing" not in options.skip:
         try:
             timings = timing.measure(device, seconds=8.0)
         except RuntimeError as error:  # a result was wrong
             timings = f"Not timed: {error}"
-        print(timings if isinstance(timings, str) else timing.table(timings))
+    print(timings if isinstance(timings, str) else timing.table(timings))
     path = options.out / "report.html"
     if absent := missing("jinja2", "matplotlib", "pandas"):
         print(f"\n{absent}")
     else:
         from lstm_triton.demo import report
 
-        curve = training.curve
-        contents = report.Contents(accuracy, curve, unigram, machine, model, backend, text, PROMPT, sample, timings)
-        report.write(path, contents)
+        report.write(path, said, training.curve, unigram, (PROMPT, sample), accuracy, timings)
         print(f"\nReport: {path.resolve()}")
     return 1 if isinstance(accuracy, check.Report) and not accuracy.passed else 0
 

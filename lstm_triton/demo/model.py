@@ -41,12 +41,9 @@ class CharModel(nn.Module):
     @torch.no_grad()
     def sample(self, prompt: list[int], length: int, seed: int = 0) -> list[int]:
         """The prompt and `length` characters drawn one by one from Y_t."""
-        generator = torch.Generator().manual_seed(seed)
-        device = self.readout.weight.device
-        state = self.initial_state(1)
-        drawn = list(prompt)
+        generator, drawn, state = torch.Generator().manual_seed(seed), list(prompt), self.initial_state(1)
         for position in range(len(prompt) + length - 1):
-            y, state = self.step(torch.tensor([drawn[position]], device=device), state)
+            y, state = self.step(torch.tensor([drawn[position]], device=self.readout.weight.device), state)
             if position + 1 >= len(prompt):
                 drawn.append(int(torch.multinomial(y[0].float().cpu(), 1, generator=generator)))
         return drawn

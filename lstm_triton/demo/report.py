@@ -1,72 +1,48 @@
 """The demo's report: one HTML page, made as the benchmark's is."""
 
 import datetime
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
 from lstm_triton import check, environment
-from lstm_triton.bench import figures, rows, tables
-from lstm_triton.bench.report import Part, Section, figure, page, paragraph
+from lstm_triton.bench import figures, tables
+from lstm_triton.bench.report import Part, Section, figure, paragraph, write_page
 from lstm_triton.demo import timing
 from lstm_triton.demo.train import Point
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What the page shows; a part that did not run is the reason why, as text."""
+def write(
+    path: Path, said: Sequence[str], curve: Sequence[Point], unigram_bits: float, sample: tuple[str, str],
+    accuracy: check.Report | str, timings: timing.Report | str,
+) -> None:  # fmt: skip
+    """Write the page to `path`; a page from an earlier run is replaced at once or not at all.
 
-    accuracy: check.Report | str
-    curve: list[Point]
-    unigram_bits: float
-    machine: str
-    model: str
-    backend: str  # what trained the model, and why
-    text: str
-    prompt: str
-    sample: str
-    timing: timing.Report | str
-
-
-def write(path: Path, contents: Contents) -> None:
-    """Write the page to `path`; a page from an earlier run is replaced at once or not at all."""
-    rows.replace_text(path, render(contents))
-
-
-def render(contents: Contents) -> str:
+    said: sentences about the machine, the text, the model and the training; sample: how it began, and the text. A part that did
+    not run is the reason why, as text.
+    """
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    lead = [contents.machine, f"Version {environment.__version__}, {now}."]
-    sections = [Section("training", "A language model, trained character by character", _training(contents))]
-    if contents.sample:
-        drawn = Markup(
-            "<p>Drawn one character at a time from Y<sub>t</sub> = softmax(h<sub>t</sub> W + b), beginning with "
-            "<code>{}</code>.</p><pre>{}</pre>"
-        ).format(repr(contents.prompt), contents.sample)
-        sections.append(Section("sample", "What it writes", drawn))
-    sections.append(Section("accuracy", "Accuracy of the fused cell", _accuracy(contents.accuracy)))
-    sections.append(Section("timing", "Time per timestep", _timing(contents.timing)))
-    return page("lstm_triton on this machine", lead, [Part("demo", "", "", sections)])
-
-
-def _training(contents: Contents) -> Markup:
-    if not contents.curve:
-        return paragraph(contents.text) + paragraph("Training ended before the first measurement.")
-    last, unigram = contents.curve[-1], contents.unigram_bits
     lines = {
-        "training": [(p.tokens, p.train_bits) for p in contents.curve if p.step > 0],
-        "validation": [(p.tokens, p.validation_bits) for p in contents.curve],
+        "training": [(p.tokens, p.train_bits) for p in curve if p.step > 0],
+        "validation": [(p.tokens, p.validation_bits) for p in curve],
     }
-    title, frequencies = "bits per character", f"character frequencies alone: {unigram:.2f}"
-    picture = figures.curves(title, "characters trained on", title, lines, level=unigram, level_name=frequencies,
+    title, frequencies = "bits per character", f"character frequencies alone: {unigram_bits:.2f}"
+    picture = figures.curves(title, "characters trained on", title, lines, level=unigram_bits, level_name=frequencies,
                              logarithmic=False)  # fmt: skip
-    said = Markup(
-        "<p>Held-out files cost <strong>{:.2f} bits per character</strong> after {:,} characters in {:.0f} s ({:,.0f} a "
-        "second): {:.2f} {} the {:.2f} of character frequencies alone.</p>"
-    ).format(last.validation_bits, last.tokens, last.seconds, last.tokens / last.seconds if last.seconds else 0.0,
-             abs(unigram - last.validation_bits), "below" if last.validation_bits < unigram else "above", unigram)  # fmt: skip
-    trained = paragraph(f"What trained it: {contents.backend}")
-    return paragraph(contents.text) + said + figure(contents.model, picture) + trained
+    training = Markup("").join(map(paragraph, said[1:])) + figure("Training and held-out text.", picture)
+    drawn = Markup(
+        "<p>Drawn one character at a time from Y<sub>t</sub> = softmax(h<sub>t</sub> W + b), beginning with "
+        "<code>{}</code>.</p><pre>{}</pre>"
+    ).format(repr(sample[0]), sample[1])
+    sections = [
+        Section("training", "A language model, trained character by character", training),
+        Section("sample", "What it writes", drawn),
+        Section("accuracy", "Accuracy of the fused cell", _accuracy(accuracy)),
+        Section("timing", "Time per timestep", _timing(timings)),
+    ]
+    lead = [said[0], f"Version {environment.__version__}, {now}."]
+    write_page(path, "lstm_triton on this machine", lead, [Part("demo", "", "", sections)])
 
 
 def _accuracy(report: check.Report | str) -> Markup:
@@ -91,8 +67,8 @@ def _timing(report: timing.Report | str) -> Markup:
         return paragraph(report)
     pictures = []
     for mode, title in timing.NAMES.items():
-        found = {name: timing.per_step(t) for (m, name), t in report.timings.items() if m == mode}
-        bars = [(name, *times, f"{times[0]:,.{0 if times[0] >= 100 else 1}f} µs") for name, times in found.items()]
+        times = {name: timing.per_step(t) for (m, name), t in report.timings.items() if m == mode}
+        bars = [(name, *t, f"{t[0]:,.{0 if t[0] >= 100 else 1}f} µs") for name, t in times.items()]
         pictures.append(
             Markup("<div><b>{}</b>{}</div>").format(title, figures.bars(f"Time per timestep, {title}", bars))
         )

@@ -1,24 +1,26 @@
 """A short comparison on this machine: this package's LSTM and cell and torch's, over the same sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lstm_triton import LSTM, explain
 from lstm_triton.bench import choice, problem, rows, timing
 from lstm_triton.bench.built import Built
-from lstm_triton.bench.cases import MODES, Case, Form, Mode
+from lstm_triton.bench.cases import Case, Mode
 from lstm_triton.bench.measure import Judge
 from lstm_triton.bench.precision import precision
 
 # By the name shown: bench's provider, and whether it gets the sequence whole or step by step.
-PROVIDERS: dict[str, tuple[str, Form]] = {
-    "lstm_triton.LSTM": ("lstm_triton auto", "layer"),
-    "lstm_triton.LSTMCell": ("lstm_triton auto", "loop"),
-    "torch.nn.LSTMCell": ("torch.nn.LSTMCell", "layer"),
-    "torch.nn.LSTM": ("torch.nn.LSTM", "layer"),
-}
+PROVIDERS: dict[str, tuple[str, Any]] = {
+    "lstm_triton.LSTM": ("lstm_triton auto", "layer"), "lstm_triton.LSTMCell": ("lstm_triton auto", "loop"),
+    "torch.nn.LSTMCell": ("torch.nn.LSTMCell", "layer"), "torch.nn.LSTM": ("torch.nn.LSTM", "layer"),
+}  # fmt: skip
 NAMES: dict[Mode, str] = {"forward": "inference", "train": "training step"}
+_ON_CPU = """On this CPU lstm_triton calls torch's own kernels, so the two should differ by noise alone; the LSTMs see the whole
+sequence at once. These are CPU times: they say nothing about the speed of either on a GPU."""
+_ON_GPU = "torch.nn.LSTM is cuDNN. The LSTMs see the whole sequence at once; Python calls the cells step by step. "
 
 
 @dataclass(frozen=True)
@@ -36,32 +38,22 @@ def measure(device: torch.device, seconds: float, batch: int = 32, size: int = 2
     """
     clock = timing.clock(device)
     found: dict[tuple[Mode, str], rows.Timing] = {}
-    for mode in MODES:
+    for mode in NAMES:
         case = Case("demo", size, batch, length, dtype="float32", precision="ieee", mode=mode)
-        with precision(case):
-            given = problem.make(case, device)
-            judge, calls = Judge(given), {}
+        with precision(case), torch.set_grad_enabled(mode == "train"):
+            judge, calls = Judge(problem.make(case, device)), {}
             judge.ask(choice.provider("torch.nn.LSTM"))
             for name, (provider, form) in PROVIDERS.items():
-                own = Case("demo", size, batch, length, form=form, dtype="float32", precision="ieee", mode=mode)
-                built = Built(choice.provider(provider), problem.make(own, device))
+                built = Built(choice.provider(provider), problem.make(replace(case, form=form), device))
                 if reason := judge.why_wrong(judge.errors(built)):
                     raise RuntimeError(f"{name}: {reason}")
                 calls[name] = built.call
-            with torch.set_grad_enabled(mode == "train"):
-                samples = timing.interleaved(calls, clock, seconds / len(MODES) / len(calls))
+            samples = timing.interleaved(calls, clock, seconds / len(NAMES) / len(calls))
         found |= {(mode, name): s.summary(length, clock.name) for name, s in samples.items()}
-    threads = torch.get_num_threads()
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
+    threads, gpu = torch.get_num_threads(), device.type == "cuda"
+    on = torch.cuda.get_device_name(device) if gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
     label = f"{on} · batch {batch}, input and hidden size {size}, {length} steps, float32 (no TF32)"
-    note = (
-        "On this CPU lstm_triton calls torch's own kernels, so the two should differ by noise alone; the LSTMs see the whole "
-        "sequence at once.\nThese are CPU times: they say nothing about the speed of either on a GPU."
-    )
-    if device.type == "cuda":
-        note = "torch.nn.LSTM is cuDNN. The LSTMs see the whole sequence at once; Python calls the cells step by step."
-        note += f"\n{explain(LSTM(8, 8, device=device), steps=32)}"
-    return Report(label, note, found)
+    return Report(label, _ON_GPU + explain(LSTM(8, 8, device=device), steps=32) if gpu else _ON_CPU, found)
 
 
 def per_step(t: rows.Timing) -> tuple[float, float, float]:

@@ -83,31 +83,27 @@ class Training:
         """
         begin = time.perf_counter() - self.seconds
         first_step, first_second, warm = self.step, self.seconds, None
-        due, counted, total = list(_MEASURED_AT), 0, torch.zeros((), device=self.device)
-        progress, losses = Progress(seconds), ""
+        due, said, progress = list(_MEASURED_AT), "", Progress(seconds)
+        losses: list[torch.Tensor] = []
         with _on_interrupt(self), contextlib.closing(progress):
             if not self.curve:
-                self._measure(math.nan)
-                self.save(checkpoint)
+                self._measure(math.nan, checkpoint)
             while True:
                 share = (self.step - first_step) / steps if steps else (self.seconds - first_second) / seconds
-                if counted and (share >= due[0] or self.interrupted):
-                    self._measure(total.item() / counted)
+                if losses and (share >= due[0] or self.interrupted):
+                    point = self._measure(torch.stack(losses).mean().item(), checkpoint)
                     self.seconds = time.perf_counter() - begin
-                    self.save(checkpoint)
-                    point = self.curve[-1]
-                    losses = f"bits/char: train {point.train_bits:.2f}, validation {point.validation_bits:.2f}"
-                    progress.say(f"{point.seconds:6.1f} s · {point.tokens:,} tokens · {losses}")
-                    total.zero_()
-                    counted, due = 0, [later for later in due if later > share]
+                    said = f"bits/char: train {point.train_bits:.2f}, validation {point.validation_bits:.2f}"
+                    progress.say(f"{point.seconds:6.1f} s · {point.tokens:,} tokens · {said}")
+                    losses, due = [], [later for later in due if later > share]
                 if share >= 1 or self.interrupted:
                     break
-                total += self._update()
-                counted, self.step, self.seconds = counted + 1, self.step + 1, time.perf_counter() - begin
+                losses.append(self._update())
+                self.step, self.seconds = self.step + 1, time.perf_counter() - begin
                 warm = warm or (self.seconds, self.tokens)  # the first update compiles, and does not count
                 rate = (self.tokens - warm[1]) / max(self.seconds - warm[0], 1e-9)
                 progress.done = min(self.seconds - first_second, seconds)
-                progress.show(f"{rate:,.0f} tokens/s {losses}")
+                progress.show(f"{rate:,.0f} tokens/s {said}")
 
     def _update(self) -> torch.Tensor:
         """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""
@@ -116,29 +112,27 @@ class Training:
         if position < T:  # the beginning of the text: no memory of its end
             self.state = self.model.initial_state(self.config.batch)
         chunk = self._train[position : position + T + 1].long()
-        logits, state = self.model(chunk[:-1], self.state)
+        logits, (h, c) = self.model(chunk[:-1], self.state)
         loss = cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
-        self.state = (state[0].detach(), state[1].detach())
+        self.state = h.detach(), c.detach()
         return loss.detach()
 
-    def _measure(self, train_loss: float) -> None:
-        validation = self.validation_bits()
-        self.curve.append(Point(self.step, self.tokens, self.seconds, train_loss / _NATS, validation))
-
     @torch.no_grad()
-    def validation_bits(self) -> float:
-        """Bits per character on the held-out text."""
-        state = self.model.initial_state(self._validation.shape[1])
-        text = self._validation.long()
-        total = 0.0
+    def _measure(self, train_loss: float, checkpoint: Path) -> Point:
+        """A point of the curve: bits per character on the held-out text; saved."""
+        text, total = self._validation.long(), 0.0
+        state = self.model.initial_state(text.shape[1])
         for x, target in zip(text[:-1].split(128), text[1:].split(128)):
             logits, state = self.model(x, state)
             total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
-        return total / text[1:].numel() / _NATS
+        bits = total / text[1:].numel() / _NATS
+        self.curve.append(Point(self.step, self.tokens, self.seconds, train_loss / _NATS, bits))
+        self.save(checkpoint)
+        return self.curve[-1]
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of tensors and plain values; at no moment is there half a file under `path`."""
@@ -152,9 +146,8 @@ class Training:
         """Continue from what `load_checkpoint` read."""
         self.model.load_state_dict(data["model"])
         self.optimizer.load_state_dict(data["optimizer"])
-        h, c = data["state"]
-        self.state = (h.to(self.device), c.to(self.device))
-        self.step, self.seconds = data["step"], data["seconds"]
+        h, c = (state.to(self.device) for state in data["state"])
+        self.state, self.step, self.seconds = (h, c), data["step"], data["seconds"]
         self.curve = [Point(**point) for point in data["curve"]]
 
 
@@ -185,17 +178,16 @@ def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
 @contextlib.contextmanager
 def _on_interrupt(training: Training) -> Iterator[None]:
     """Ctrl-C sets `interrupted`; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
 
     def handle(signum: int, frame: Any) -> None:
         training.interrupted = True
         signal.signal(signal.SIGINT, before)
 
     before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, handle)
+    if main := threading.current_thread() is threading.main_thread():  # which alone may handle signals
+        signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
