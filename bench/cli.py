@@ -56,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lstm-triton bench", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter,
-                                     description="Compare this package with cuDNN and others, on this machine.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "lstm-triton bench",
+        epilog=EPILOG,
+        formatter_class=argparse.RawTextHelpFormatter,
+        description="Compare this package with cuDNN and others, on this machine.",
+    )
     what = parser.add_argument_group("what is measured").add_argument
     what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
     what("--dtype", action="append", choices=DTYPES)
@@ -79,8 +83,14 @@ def make_parser() -> argparse.ArgumentParser:
     how("--retry", action="store_true", help="try what failed or was skipped once more")
     how("--output", type=Path, help="folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>")
     show = parser.add_argument_group("what is shown").add_argument
-    show("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE",
-         help="only render rows as one HTML page (default: report.html beside them)")  # fmt: skip
+    show(
+        "--report",
+        nargs="?",
+        const=Path("report.html"),
+        type=Path,
+        metavar="FILE",
+        help="only render rows as one HTML page (default: report.html beside them)",
+    )
     show("--no-report", action="store_true", help="do not render the page after measuring")
     show("--readme", type=Path, metavar="FILE", help="only rewrite the tables between the markers of this file")
     show("--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output")
@@ -149,9 +159,18 @@ def _measure(o: argparse.Namespace, arguments: list[str], begin: float) -> int:
         at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
         budget = max(budget - (time.monotonic() - begin) - at_the_end, 1.0)
     options = run.Options(
-        folder, device, command_line(arguments), budget, o.seconds or (0.5 if device == "cpu" else 1.0), o.timeout, o.flush_l2,
-        tuple(o.provider) if o.provider else None, o.threads, o.again, o.retry,
-    )  # fmt: skip
+        folder,
+        device,
+        command_line(arguments),
+        budget,
+        o.seconds or (0.5 if device == "cpu" else 1.0),
+        o.timeout,
+        o.flush_l2,
+        tuple(o.provider) if o.provider else None,
+        o.threads,
+        o.again,
+        o.retry,
+    )
     if o.tune:
         from . import tune
 

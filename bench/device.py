@@ -186,11 +186,23 @@ class RowMaker:
         precision = {"cudnn_rnn": rnn, "cuda_matmul": matmul, "lstm_triton": task.case.precision or "as the dtype"}
         measured.setdefault("state", self.state() if status == "ok" else {})
         return Row(
-            kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution, status=status,
-            reason=reason, label="; ".join(text for text in labels if text) or None, precision=precision,
+            kind=task.kind,
+            suite=task.suite,
+            case=task.case,
+            provider=provider,
+            execution=execution,
+            status=status,
+            reason=reason,
+            label="; ".join(text for text in labels if text) or None,
+            precision=precision,
             # Failures name the cache too: with another state of it they are tried again.
             l2=self.l2 if task.kind in ("timing", "anchor") else None,
-            device=self.device, versions=self.versions, source=self.source, run=self.run, command=self.command,
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), synthetic=self.synthetic,
+            device=self.device,
+            versions=self.versions,
+            source=self.source,
+            run=self.run,
+            command=self.command,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            synthetic=self.synthetic,
             **measured,
-        )  # fmt: skip
+        )

@@ -142,5 +142,8 @@ def fastlstm(problem: Problem) -> Model:
 
 
 PEERS: dict[str, Callable[[Problem], Model]] = {
-    "torchrl": torchrl, "haste": haste, "flashrnn": flashrnn, "fastlstm": fastlstm
-}  # fmt: skip
+    "torchrl": torchrl,
+    "haste": haste,
+    "flashrnn": flashrnn,
+    "fastlstm": fastlstm,
+}

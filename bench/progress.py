@@ -6,8 +6,12 @@ import time
 
 # What serves output alone, and what is not shown without it.
 EXTRAS = {
-    "pandas": "tables", "matplotlib": "figures", "jinja2": "report", "rich": "progress line", "pynvml": "clocks of a GPU"
-}  # fmt: skip
+    "pandas": "tables",
+    "matplotlib": "figures",
+    "jinja2": "report",
+    "rich": "progress line",
+    "pynvml": "clocks of a GPU",
+}
 
 
 def missing(*names: str) -> str | None:

@@ -224,8 +224,13 @@ _FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, l
 _ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
 VIEWS = (
-    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), functools.partial(_over, "hidden size"),
-         _BOTH),
+    View(
+        "hidden-sizes",
+        "Time per step against hidden size",
+        _timings("hidden-sizes"),
+        functools.partial(_over, "hidden size"),
+        _BOTH,
+    ),
     View("", "Comparisons that torch wins", lambda _, found: tables.count_lost(found)),
     View("", "Where cuDNN still wins", _lost("kernels", CUDNN), None, MEANINGS["kernels"] + ".", True),
     View("batch", "Hidden size by batch", _timings("batch"), _heat),
@@ -245,7 +250,7 @@ VIEWS = (
     View("", "Not timed: wrong, failed, skipped", lambda t, _: tables.not_timed(t), texts=True),
     View("roofs", "Roofs and floors", lambda t, _: tables.readings(t, "roof").T),
     View("", "Environment and drift", _environment, texts=True),
-)  # fmt: skip
+)
 _WRITTEN = " (written by lstm-triton bench --readme)"
 
 

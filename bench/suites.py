@@ -119,9 +119,14 @@ def features(s: Sizes) -> Ordered:
     """What a feature costs: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
     H, B, T = s.features
     variants: dict[str, dict[str, Any]] = {
-        "padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02},
-        "two layers": {"layers": 2}, "bidirectional": {"bidirectional": True}, "projection": {"proj_size": H // 2},
-    }  # fmt: skip
+        "padded": {},
+        "packed": {"rows": "packed"},
+        "lengths": {"rows": "lengths"},
+        "resets": {"resets": 0.02},
+        "two layers": {"layers": 2},
+        "bidirectional": {"bidirectional": True},
+        "projection": {"proj_size": H // 2},
+    }
     for (rank, (name, options)), mode in product(enumerate(variants.items()), MODES[::-1]):
         yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 

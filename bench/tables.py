@@ -147,8 +147,14 @@ def _of_kind(table: DataFrame, kind: str, *statuses: str) -> list[Row]:
 
 
 # By the end of a name: what a figure is divided by, and its unit then.
-_UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_bytes": (2**20, "MiB"), "_us": (1, "us"),
-          "_s": (1, "s"), "": (1, "")}  # fmt: skip
+_UNITS = {
+    "_bytes_per_s": (1e9, "GB/s"),
+    "_flops_per_s": (1e12, "TFLOP/s"),
+    "_bytes": (2**20, "MiB"),
+    "_us": (1, "us"),
+    "_s": (1, "s"),
+    "": (1, ""),
+}
 
 
 def readings(table: DataFrame, kind: str) -> DataFrame:

@@ -55,9 +55,14 @@ class Worker(Process):
         self._silence_s = options.silence_s
 
     def run(
-        self, task: Task, skip: Collection[tuple[str, str]], roofs: Roofs | None, deadline: float,
-        emit: Callable[[Row], None], stage: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        task: Task,
+        skip: Collection[tuple[str, str]],
+        roofs: Roofs | None,
+        deadline: float,
+        emit: Callable[[Row], None],
+        stage: Callable[[str], None],
+    ) -> None:
         """Measure one task. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker, and
         rows emitted before that are good.
         """

@@ -14,9 +14,14 @@ from lstm_triton.demo.train import Point
 
 
 def write(
-    path: Path, said: Sequence[str], curve: Sequence[Point], unigram_bits: float, sample: tuple[str, str],
-    accuracy: check.Report | str, timings: timing.Report | str,
-) -> None:  # fmt: skip
+    path: Path,
+    said: Sequence[str],
+    curve: Sequence[Point],
+    unigram_bits: float,
+    sample: tuple[str, str],
+    accuracy: check.Report | str,
+    timings: timing.Report | str,
+) -> None:
     """Write the page to `path`; a page from an earlier run is replaced at once or not at all.
 
     said: sentences about the machine, the text, the model and the training; sample: how it began, and the text. A part that did
@@ -28,8 +33,9 @@ def write(
         "validation": [(p.tokens, p.validation_bits) for p in curve],
     }
     title, frequencies = "bits per character", f"character frequencies alone: {unigram_bits:.2f}"
-    picture = figures.curves(title, "characters trained on", title, lines, level=unigram_bits, level_name=frequencies,
-                             logarithmic=False)  # fmt: skip
+    picture = figures.curves(
+        title, "characters trained on", title, lines, level=unigram_bits, level_name=frequencies, logarithmic=False
+    )
     training = Markup("").join(map(paragraph, said[1:])) + figure("Training and held-out text.", picture)
     drawn = Markup(
         "<p>Drawn one character at a time from Y<sub>t</sub> = softmax(h<sub>t</sub> W + b), beginning with "

@@ -14,9 +14,11 @@ from lstm_triton.bench.precision import precision
 
 # By the name shown: bench's provider, and whether it gets the sequence whole or step by step.
 PROVIDERS: dict[str, tuple[str, Any]] = {
-    "lstm_triton.LSTM": ("lstm_triton auto", "layer"), "lstm_triton.LSTMCell": ("lstm_triton auto", "loop"),
-    "torch.nn.LSTMCell": ("torch.nn.LSTMCell", "layer"), "torch.nn.LSTM": ("torch.nn.LSTM", "layer"),
-}  # fmt: skip
+    "lstm_triton.LSTM": ("lstm_triton auto", "layer"),
+    "lstm_triton.LSTMCell": ("lstm_triton auto", "loop"),
+    "torch.nn.LSTMCell": ("torch.nn.LSTMCell", "layer"),
+    "torch.nn.LSTM": ("torch.nn.LSTM", "layer"),
+}
 NAMES: dict[Mode, str] = {"forward": "inference", "train": "training step"}
 _ON_CPU = """On this CPU lstm_triton calls torch's own kernels, so the two should differ by noise alone; the LSTMs see the whole
 sequence at once. These are CPU times: they say nothing about the speed of either on a GPU."""
