@@ -1,5 +1,6 @@
 # make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
-# make test      the test suite (in Triton's interpreter where there is no GPU)
+# make test      the test suite: without a GPU in Triton's interpreter, and on code compiled for TARGET=sm_90, executed on the CPU
+# make sweep     without a GPU: random problems on compiled code, for BUDGET seconds
 # make quick     of the test suite what takes little time, while you change things
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
@@ -16,6 +17,7 @@ VENV ?= .venv
 ARGS ?=
 JOBS ?= auto
 BUDGET ?= 300
+TARGET ?= sm_90
 
 .DEFAULT_GOAL := help
 
@@ -63,8 +65,13 @@ help:
 demo: ready-demo
 	@$(PY) -m lstm_triton.demo $(ARGS)
 
+# Interpreted and compiled kernels need a process each (tests/conftest.py). Status 5 of pytest: ARGS selects none of the one kind.
 test: ready-test
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(ARGS); interpreted=$$?; [ $$interpreted = 0 ] || [ $$interpreted = 5 ] || exit $$interpreted; \
+	export COMPILED_FOR=$(TARGET); $(PYTEST) $(ARGS); compiled=$$?; [ $$compiled = 5 ] && exit $$interpreted || exit $$compiled
+
+sweep: ready-test
+	@$(PY) tests/sweep.py $(BUDGET) $(ARGS)
 
 quick: ready-test
 	@$(PYTEST) -m "not slow and not long" --ignore-glob="*/test_bench_*" --ignore-glob="*/test_demo*" $(ARGS)
@@ -102,7 +109,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test quick check gpu sanitize mutants step-model clients clean
+.PHONY: help demo test quick sweep check gpu sanitize mutants step-model clients clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

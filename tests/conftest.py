@@ -1,4 +1,9 @@
-"""One suite for CPU and GPU: without a GPU, or with TRITON_INTERPRET=1, kernels run in Triton's interpreter on CPU tensors."""
+"""One suite, three engines. On a GPU every test runs there. Elsewhere kernels run on CPU tensors: in Triton's interpreter, or,
+with COMPILED_FOR=sm_90 (or another) in the environment, compiled for that target and executed by support.executor.
+
+A process is one or the other. Tests marked `compiled` belong to the executor, all others to the interpreter, which has those
+marked too where the executor cannot run.
+"""
 
 import os
 import shutil
@@ -6,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-if INTERPRETING:  # before triton is imported: it reads the variable when it decorates a kernel
-    os.environ["TRITON_INTERPRET"] = "1"
+TARGET = os.environ.get("COMPILED_FOR")
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+EXECUTING = bool(TARGET) and not ON_GPU
+INTERPRETING = not (ON_GPU or EXECUTING)
+if not ON_GPU:  # before triton is imported: it reads the variable when it decorates a kernel
+    os.environ["TRITON_INTERPRET"] = "1" if INTERPRETING else "0"
 
 # Compiled kernels are kept for the next run, and shared by all processes of this one.
 COMPILED = Path(__file__).parent.parent / ".ci-cache" / "triton"
@@ -18,9 +26,10 @@ import importlib  # noqa: E402
 import pkgutil  # noqa: E402
 import random  # noqa: E402
 import types  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 
 import pytest  # noqa: E402
+from support import executor  # noqa: E402
 from support.plugins import EndWhenLost, Resume  # noqa: E402
 
 import lstm_triton.kernels  # noqa: E402
@@ -39,7 +48,7 @@ KERNEL_MODULES = [
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: on a GPU, where most of the time goes into compiling, a process for each core; otherwise xdist decides."""
-    return None if INTERPRETING else max(4, os.cpu_count() or 1)
+    return max(4, os.cpu_count() or 1) if ON_GPU else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,14 +58,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if file := config.getoption("--resume"):
         config.pluginmanager.register(Resume(Path(file), config))
-    if not INTERPRETING:
+    if ON_GPU:
         config.pluginmanager.register(EndWhenLost(why_lost))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
+    if ON_GPU or executor.why_not() is not None:
+        other = items[:] if TARGET else []  # the process without a target has run them all
+    else:
+        other = [item for item in items if (item.get_closest_marker("compiled") is None) == EXECUTING]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        left_out = set(other)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -111,6 +128,16 @@ def checked_bounds():
 
 
 @pytest.fixture(autouse=True)
+def executed() -> Iterator[executor.ExecutingDriver | None]:
+    """The driver that executes and checks the compiled kernels of a test; what it reports, raises. None with other engines."""
+    if not EXECUTING:
+        yield None
+        return
+    with executor.executing(TARGET) as driver:
+        yield driver
+
+
+@pytest.fixture(autouse=True)
 def seeds():
     torch.manual_seed(0)
     random.seed(0)
@@ -119,7 +146,7 @@ def seeds():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels run."""
-    return torch.device("cpu" if INTERPRETING else "cuda")
+    return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture

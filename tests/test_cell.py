@@ -30,6 +30,7 @@ def _check(shape, kind, device, **options):
     cells.assert_as_accurate_as_torch(cells.by_kernels(problem), problem)
 
 
+@pytest.mark.compiled
 @kinds
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
@@ -170,6 +171,7 @@ def test_empty(shape, device):
         assert found.shape == expected.shape and torch.equal(found, torch.zeros_like(expected)), name
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
 def test_two_runs_agree_bit_for_bit(kind, device):
     dtype, precision = KINDS[kind]

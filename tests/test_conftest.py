@@ -8,12 +8,13 @@ from pathlib import Path
 
 import conftest
 import pytest
+from support import executor
 
 
-@pytest.mark.parametrize("interpreting, cores, workers", [(True, 16, None), (False, 16, 16), (False, 2, 4)])
-def test_a_gpu_is_shared_by_as_many_workers_as_cores(interpreting, cores, workers, monkeypatch, pytestconfig):
+@pytest.mark.parametrize("on_gpu, cores, workers", [(False, 16, None), (True, 16, 16), (True, 2, 4)])
+def test_a_gpu_is_shared_by_as_many_workers_as_cores(on_gpu, cores, workers, monkeypatch, pytestconfig):
     monkeypatch.setattr(conftest.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(conftest, "INTERPRETING", interpreting)
+    monkeypatch.setattr(conftest, "ON_GPU", on_gpu)
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == workers
 
 
@@ -23,6 +24,30 @@ def test_what_uses_the_device_is_marked(request, device):
 
 def test_what_does_not_is_not(request):
     assert not request.node.get_closest_marker("gpu")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    conftest.ON_GPU or executor.why_not() is not None, reason="a GPU, or no executor: all tests run in one process"
+)
+def test_each_test_belongs_to_the_interpreter_or_to_the_executor():
+    def collected(**environment):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            "-m",
+            "",
+            str(Path(__file__).parent / "test_cell.py"),
+        ]
+        clean = {name: value for name, value in os.environ.items() if name not in ("COMPILED_FOR", "TRITON_INTERPRET")}
+        printed = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True).stdout
+        return set(re.findall(r"::(\w+)", printed))
+
+    compiled, interpreted = collected(COMPILED_FOR="sm_90"), collected()
+    assert "test_small_shapes" in compiled and "test_empty" in interpreted and not compiled & interpreted
 
 
 # Stands for conftest.py and a GPU that a test can lose.

@@ -29,6 +29,7 @@ FEATURES = {
 SIZES = {"T": (1, 6), "B": (1, 4), "I": (1, 3)}
 
 
+@pytest.mark.compiled
 @pytest.mark.long
 @pytest.mark.parametrize("row", segmented.pairwise(FEATURES), ids=lambda row: " ".join(map(str, row.values())))
 def test_every_pair_of_features(row, device):

@@ -38,6 +38,7 @@ def _check(shape, kind, device, **options):
     readouts.assert_as_accurate_as_torch(readouts.by_kernels(problem), problem)
 
 
+@pytest.mark.compiled
 @kinds
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_shapes(shape, kind, device):
@@ -69,6 +70,7 @@ def test_more_rows_of_tiles_than_one_group(device, multiprocessors):
     torch.testing.assert_close(y, reference.softmax_readout(h, weight, bias))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     "shape, kind", [(shape, "fp32") for shape in LONG_SUMS_FP32] + [(LONG_SUMS[0], "bf16")], ids=str
 )
@@ -219,6 +221,7 @@ def test_empty(shape, device):
         torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("shape", [(17, 7, 33), (2, 3, 260)], ids=str)
 def test_two_runs_agree_bit_for_bit(shape, kind, device):

@@ -16,6 +16,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.long
 def test_its_cases_launch_every_kernel(device, count_launches):
     sanitize.run_cases(device)

@@ -37,6 +37,7 @@ def _check(shape, kind, device, D=1, backend="triton", **options):
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, backend), problem)
 
 
+@pytest.mark.compiled
 @kinds
 @pytest.mark.parametrize("D, scale", [(1, 4.0), (2, 1.0)])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
@@ -56,6 +57,7 @@ def test_tile_edges_of_the_hidden_size(shape, kind, device):
     _check(shape, kind, device, D=2 if shape[3] % 2 else 1)
 
 
+@pytest.mark.compiled
 @pytest.mark.long
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_layers(shape, device):

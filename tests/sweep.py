@@ -1,0 +1,105 @@
+"""Random problems on compiled code: `make sweep BUDGET=600`, or `python tests/sweep.py 600 [seed]`.
+
+Draws kernels, shapes, dtypes, features, targets and orders of execution until the seconds are over. Each launch is executed and
+checked (support.executor), every result judged against float64. What fails is printed with all that is needed to draw it again;
+the status is then 1.
+"""
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+
+import torch  # noqa: E402
+from support import cells, executor, layers, readouts  # noqa: E402
+
+KINDS = [
+    (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
+    (torch.float32, "tf32x3"), (torch.float64, "ieee"),
+]  # fmt: skip
+SEGMENTS: list[dict[str, Any]] = [
+    {}, {"resets": True}, {"lengths": True}, {"cells": True}, {"resets": True, "reset_state": "shared"},
+    {"resets": True, "reset_state": "stored", "lengths": True, "cells": True},
+]  # fmt: skip
+MOST = 12000  # elements of a state, all rows and directions: an execution takes seconds
+
+
+def cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+    shape = (
+        rng.choice([1, 3, 16, 17, 33, 64, 100]),
+        rng.choice([1, 8, 19, 32, 64, 70]),
+        rng.choice([4, 19, 32, 48, 65, 96]),
+    )
+    return shape, {}, cells.by_kernels, cells
+
+
+def readout(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+    shape = rng.choice([1, 5, 17, 40]), rng.choice([8, 19, 32, 70]), rng.choice([2, 37, 128, 300, 1500])
+    return shape, {}, readouts.by_kernels, readouts
+
+
+def layer(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+    while True:
+        B, H, D = rng.choice([1, 3, 16, 17, 33, 64, 65, 128]), rng.randint(1, 300), rng.choice([1, 1, 2])
+        if B * H * D <= MOST:
+            break
+    options = {**rng.choice(SEGMENTS), "batch_major": rng.random() < 0.3, "bias": rng.random() < 0.8}
+    backend, recompute = rng.choice(["triton", "triton", "triton-stepwise"]), rng.random() < 0.3
+
+    def by_kernels(problem: layers.Problem) -> list[torch.Tensor]:
+        return layers.by_kernels(problem, backend, recompute=recompute)
+
+    by_kernels.__name__ = f"{backend}, recompute={recompute}"
+    return (rng.choice([1, 3, 4]), B, rng.choice([1, 8, 19]), H, D), options, by_kernels, layers
+
+
+def once(rng: random.Random) -> tuple[str, str | None, int]:
+    """One problem: what it is, what is wrong with it, how many programs were executed."""
+    kind = rng.choice([cell, readout, layer, layer, layer])
+    shape, options, by_kernels, module = kind(rng)
+    dtype, precision = rng.choice(KINDS)
+    target, seed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6)
+    what = f"{kind.__name__} {shape} {dtype} {precision} {options} {by_kernels.__name__} {target} seed={seed}"
+    problem = module.draw(*shape, dtype, precision=precision, seed=seed, **options)
+    wrong = None
+    with executor.executing(target, seed=seed) as device:
+        try:
+            results = by_kernels(problem)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+    if wrong is None:
+        try:
+            module.assert_as_accurate_as_torch(results, problem)
+        except AssertionError as error:
+            wrong = f"inaccurate: {error}"
+    return what, wrong, sum(launch.grid[0] * launch.grid[1] * launch.grid[2] for launch in device.executed)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if (reason := executor.why_not()) is not None:
+        print(f"make sweep: {reason}", file=sys.stderr)
+        return 2
+    budget, seed = float(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.randrange(10**6)
+    torch.set_num_threads(1)
+    rng, end = random.Random(seed), time.monotonic() + budget
+    drawn, programs, failed = Counter[str](), 0, 0
+    print(f"seed {seed}", flush=True)
+    while time.monotonic() < end:
+        what, wrong, executed = once(rng)
+        drawn[what.split()[0]] += 1
+        programs += executed
+        if wrong is not None:
+            failed += 1
+            print(f"{what}\n    {wrong}", flush=True)
+    counts = ", ".join(f"{n} {name}s" for name, n in sorted(drawn.items()))
+    print(f"{counts}: {programs} programs executed, {failed} problems failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""Programs of one launch that wait for each other, as compiled code: accurate with every pair of features, and no race."""
+
+import math
+
+import pytest
+import torch
+from support import executor, layers, segmented
+
+from lstm_triton import functional
+from lstm_triton.kernels import interpreter, sequence_config
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.long,
+    pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
+]
+
+FEATURES = {
+    "kind": [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee")],
+    # T, B, I, H: rows of h that begin at 16 bytes and rows that do not, one block of rows and two, one chunk and several.
+    "shape": [(3, 18, 5, 150), (4, 3, 5, 145), (3, 20, 16, 144)],
+    "D": [1, 2],
+    "resets": [None, "zero", "stored", "shared"],
+    "lengths": [False, True],
+    "cells": [False, True],
+    "recompute": [False, True],
+    "batch_major": [False, True],
+    "bias": [True, False],
+}
+
+
+@pytest.mark.parametrize("row", segmented.pairwise(FEATURES), ids=lambda row: " ".join(map(str, row.values())))
+def test_every_pair_of_features(row, device, count_launches):
+    dtype, precision = row.pop("kind")
+    resets, recompute = row.pop("resets"), row.pop("recompute")
+    problem = layers.draw(
+        *row.pop("shape"), row.pop("D"), dtype, precision=precision, device=device, resets=resets is not None,
+        reset_state=resets if resets in ("stored", "shared") else None, **row,
+    )  # fmt: skip
+    results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
+    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+def test_programs_that_share_an_sm_share_its_tensor_memory(monkeypatch, executed):
+    """On sm_100 a program gets its columns for as long as it runs. If two on one SM need more than there are, the second never
+    starts, and the first waits for it for ever: such tiles were chosen once, and are refused now."""
+    if executed is None:
+        pytest.skip("the executor places programs on SMs")
+    dtype, B, H, D = torch.bfloat16, 256, 136, 2
+    x, states = torch.randn(2, B, 3).to(dtype), (torch.zeros(D, B, H, dtype=dtype),) * 2
+    weights = [torch.randn(4 * H, n).to(dtype) / math.sqrt(H) for n in (3, H)] * D
+
+    def run(programs_per_sm):
+        with torch.no_grad(), executor.executing("sm_100", programs_per_sm=programs_per_sm) as device:
+            functional.lstm(x, states, weights, backend="triton-persistent")
+        return device.executed
+
+    (alone,), (beside,) = run(1), run(2)
+    assert alone.grid == beside.grid and alone.grid[0] > 16
+
+    monkeypatch.setattr(sequence_config, "_TENSOR_MEMORY_COLUMNS", math.inf)
+    sequence_config.sequence_forward_config.cache_clear()
+    try:
+        run(1)
+        with pytest.raises(executor.KernelFault, match="tcgen05.alloc|waits"):
+            run(2)
+    finally:
+        sequence_config.sequence_forward_config.cache_clear()
