@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import device, run, tables
+from . import device, run
 from .cases import Task
-from .progress import Progress
+from .progress import Progress, missing
 from .rows import read_all
 
 
@@ -32,6 +32,11 @@ def main(ref: str, options: run.Options, tasks: Sequence[Task]) -> int:
         sides = [dataclasses.replace(o, folder=folder / name) for name, o in (("there", there), ("here", options))]
         outcomes = run.run_in_turns(sides, timed, Progress(2 * len(timed)))
     print("\n".join(outcome.describe(side.folder, side.budget_s) for outcome, side in zip(outcomes, sides)))
+    if absent := missing("pandas", "jinja2"):
+        print(absent)
+        return 0
+    from . import tables
+
     found, said = tables.side_by_side(*(read_all([side.folder])[0] for side in sides))
     print(f"A: {ref} ({commit[:12]})\nB: the code here\nA / B above 1: B is faster\n\n{tables.plain(found)}\n\n{said}")
     return 0

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 from test_bench_rows import FLOOR, make_row
 
-from lstm_triton.bench import cli, figures, report, rows, tables
+from lstm_triton.bench import cli, rows
 from lstm_triton.bench.cases import Case
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 from lstm_triton.bench.rows import Error
 
+figures, report, tables = (
+    pytest.importorskip(f"lstm_triton.bench.{name}", reason="needs the libraries of the extra [bench]")
+    for name in ("figures", "report", "tables")
+)
 GPU = rows.Device("cuda", "A GPU that does not exist", "0")
 PERSISTENT, STEPWISE = "lstm_triton triton-persistent", "lstm_triton triton-stepwise"
 BACKENDS = {PERSISTENT: "triton-persistent", STEPWISE: "triton-stepwise"}

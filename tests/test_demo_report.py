@@ -4,9 +4,13 @@ import math
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from lstm_triton import check
 from lstm_triton.bench.rows import Timing
-from lstm_triton.demo import report, timing, train
+from lstm_triton.demo import timing, train
+
+report = pytest.importorskip("lstm_triton.demo.report", reason="needs the libraries of the extra [demo]")
 
 
 class Page(HTMLParser):
