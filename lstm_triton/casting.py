@@ -1,15 +1,17 @@
-"""Autocast: whether tensors are cast, and their casts, one of each parameter for all the steps of a graph."""
+"""Autocast: whether tensors are cast, and their casts, one of each parameter until the autocast ends."""
 
 import contextlib
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from .modes import sees_operators
 
-# Of a parameter: what it was when it was cast, and the cast. Only graphs hold casts, so a backward that frees them leaves none.
-_casts = WeakTensorKeyDictionary()
+# Of each device: what torch's own cache of casts holds of ours, as long as that block of autocast lasts.
+_held: dict[torch.device, TensorWeakRef] = {}
 
 
 def is_autocast(device_type: str) -> bool:
@@ -26,7 +28,7 @@ def without_autocast(device_type: str):
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t as torch's own autocast gives it: float64 and integers stay what they are.
 
-    torch keeps the casts of parameters until the autocast ends. Here one is reused as long as some graph holds it.
+    As torch does, the casts of parameters are kept until the outermost autocast ends.
     """
     if t.dtype == dtype or t.dtype == torch.float64 or not t.is_floating_point():
         return t
@@ -35,12 +37,34 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     # A cast on one stream is not ready on another.
     stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
     state = (dtype, t._version, t.data_ptr(), stream)
-    before, reference = _casts.get(t, (None, None))
-    found = reference() if before == state else None
-    if found is None:
+    casts = kept(t.device)
+    before, found = casts.get(id(t), (None, None))  # the graph of a cast holds t: nothing else gets its id
+    if found is None or before != state:
         found = t.to(dtype)
-        _casts[t] = state, TensorWeakRef(found)
+        casts[id(t)] = state, found
     return found
+
+
+def kept(device: torch.device) -> dict:
+    """The casts made since the outermost autocast began: an attribute of a cast that torch's own cache holds.
+
+    Torch tells nobody when an autocast ends, but then it drops that cast, and with it ours.
+    """
+    reference = _held.get(device)
+    ours = None if reference is None else reference()
+    if ours is None:
+        parameter = _parameter(device)
+        # A product with no columns, which computes nothing: it casts the parameter and saves the cast.
+        product: Any = torch.mm(parameter, parameter[:, :0]).grad_fn
+        ours = product._saved_self
+        ours.casts = {}
+        _held[device] = TensorWeakRef(ours)
+    return ours.casts
+
+
+@functools.cache
+def _parameter(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.float32, device=device, requires_grad=True)
 
 
 def _is_reusable(t: Tensor) -> bool:
