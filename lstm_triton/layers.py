@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, operators, projection, reference, torch_ops
+from . import casting, dispatch, operators, projection, reference, reference_ops, torch_ops
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
 from .modes import is_batched, is_jit_tracing
@@ -99,7 +99,8 @@ def run(
     """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
     (T, B, _), (D, _, H) = x.shape, hx[1].shape
     if chosen == "reference" or B == 0 or H == 0:
-        y, *states = reference.lstm_layer(x, *hx, directions, *segments)
+        layer = reference_ops if reference_ops.is_recorded() else reference
+        y, *states = layer.lstm_layer(x, *hx, directions, *segments)
         return _dropped(y, options.dropout), *states
     if chosen == "triton-persistent":
         weights = [w for direction in directions for w in direction]

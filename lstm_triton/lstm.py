@@ -106,7 +106,8 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if lengths is not None:
         raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
-    T, B = len(batch_sizes), int(batch_sizes[0])
+    # torch.jit.trace records these two, so that the trace holds for any number of steps and rows.
+    T, B = batch_sizes.shape[0], batch_sizes[0] if is_jit_tracing() else int(batch_sizes[0])
     hx = _zero_state(module, data, B) if hx is None else module.permute_hidden(hx, sorted_indices)
     layers.check_pair(hx)
     weight = module._flat_weights[0]
@@ -208,7 +209,7 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
     """For each row of packed data its row t * B + b in the padded [T, B]."""
-    padded = torch.arange(len(batch_sizes) * B).view(-1, B)
+    padded = torch.arange(batch_sizes.shape[0] * B).view(-1, B)
     return padded[torch.arange(B) < batch_sizes[:, None]]
 
 

@@ -32,7 +32,7 @@ def lstm_layer(
         # The given h of each direction has columns of its own.
         columns = [w_hh if k == d else w_hh.new_zeros(w_hh.shape) for k in range(len(directions))]
         combined.append(Direction(torch.cat([w_ih, *columns], dim=1), product(w_hh, w_hr), b_ih, b_hh))
-    given = [_given_states(len(x), h0[d], d, segments) for d in range(len(directions))]
+    given = [_given_states(x.shape[0], h0[d], d, segments) for d in range(len(directions))]
     zeros = x.new_zeros(c0.shape[2])
     no_h = None if reset_c is None else zeros.expand(reset_c.shape)
     inputs = LayerInputs.of(
@@ -46,14 +46,15 @@ def lstm_layer(
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
         # Zero already; but a gradient that arrives there, perhaps NaN, must not meet the zeros of u in a product.
-        y = torch.where((torch.arange(len(x), device=x.device)[:, None] < lengths)[..., None], y, 0.0)
+        y = torch.where((torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[..., None], y, 0.0)
     return y, h_n, c_n, c
 
 
 def _given_states(T: int, h0: Tensor, d: int, segments: Segments) -> Tensor:
     """[T, B, R]: the h that direction d is given before each step, zero where it comes from the step before."""
     resets, reset_h, _, lengths = segments
-    t = torch.arange(T, device=h0.device)[:, None]
+    steps = torch.arange(T, device=h0.device)
+    t = steps[:, None]
     if lengths is None:
         begins = t == (0 if d == 0 else T - 1)
     else:
@@ -62,7 +63,7 @@ def _given_states(T: int, h0: Tensor, d: int, segments: Segments) -> Tensor:
     if resets is None:
         return h
     # The segment that direction 1 enters at t is marked at t + 1.
-    flags = resets if d == 0 else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+    flags = resets if d == 0 else resets[(steps + 1).clamp(max=T - 1)] & (t + 1 < T)
     if lengths is not None:
         flags = flags & (t + d < lengths)
     return torch.where(flags[..., None], 0.0 if reset_h is None else reset_h[:, d], h)

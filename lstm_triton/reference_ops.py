@@ -1,0 +1,99 @@
+"""The reference of a layer as one operator: traces and exported programs would keep its loop, for one number of steps."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autograd import Operator
+from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved
+from .modes import is_jit_tracing
+
+
+class _Inputs(NamedTuple):
+    """As `kernels.inputs.LayerInputs`, with projections and without dropout."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    w_ih_reverse: Tensor | None
+    w_hh_reverse: Tensor | None
+    b_ih_reverse: Tensor | None
+    b_hh_reverse: Tensor | None
+    w_hr_reverse: Tensor | None
+    resets: Tensor | None
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    lengths: Tensor | None
+
+    @property
+    def directions(self) -> list[Direction]:
+        forward = Direction(self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr)
+        if self.w_ih_reverse is None or self.w_hh_reverse is None:
+            return [forward]
+        reverse = Direction(
+            self.w_ih_reverse, self.w_hh_reverse, self.b_ih_reverse, self.b_hh_reverse, self.w_hr_reverse
+        )
+        return [forward, reverse]
+
+
+class _Outputs(NamedTuple):
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    c: Tensor
+
+
+def _reference(inputs: _Inputs, options: CellOptions) -> tuple[Tensor, ...]:
+    states, segments = (inputs.h0, inputs.c0), (inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
+    return reference.lstm_layer(inputs.x, *states, inputs.directions, *segments)
+
+
+def _forward(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
+    return _Outputs(*_reference(inputs, options))
+
+
+def _backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
+    found = reference.back_through(lambda *tensors: _reference(_Inputs(*tensors), options), grads, inputs)
+    return {name: g.clone() for name, g in zip(_Inputs._fields, found) if name in needs and g is not None}
+
+
+def _fake(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
+    x, h0, c0 = inputs.x, inputs.h0, inputs.c0
+    (T, B), (D, _, R), H = x.shape[:2], h0.shape, c0.shape[2]
+    return _Outputs(x.new_empty(T, B, D * R), h0.new_empty(h0.shape), c0.new_empty(c0.shape), x.new_empty(T, B, D * H))
+
+
+_operator = Operator(
+    "lstm_reference",
+    inputs=_Inputs,
+    options=CellOptions,
+    outputs=_Outputs,
+    gradients=LayerGradients,
+    saved=ProductSaved,
+    launchers=lambda: (_forward, _backward),
+    save=lambda outputs: ProductSaved(),
+    fake=_fake,
+    reference=_reference,
+)
+
+
+def is_recorded() -> bool:
+    """Whether the call has to hold for other numbers of steps. ONNX has no such operator, and takes the loop of some."""
+    recorded = is_jit_tracing() or torch.compiler.is_exporting()
+    return recorded and not torch.onnx.is_in_onnx_export()
+
+
+def lstm_layer(
+    x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], *segments: Tensor | None
+) -> Sequence[Any]:
+    """`reference.lstm_layer`."""
+    reverse = directions[1] if len(directions) == 2 else (None,) * 5
+    return _operator(_Inputs(x, h0, c0, *directions[0], *reverse, *segments), CellOptions())
