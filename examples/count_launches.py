@@ -84,9 +84,16 @@ def main() -> None:
     T, B = options.steps, options.batch
 
     lstm = LSTM(
-        options.size, options.size, options.layers, dropout=options.dropout, bidirectional=options.bidirectional,
-        batch_first=options.batch_first, proj_size=options.projection, precision="tf32", backend=options.backend,
-    )  # fmt: skip
+        options.size,
+        options.size,
+        options.layers,
+        dropout=options.dropout,
+        bidirectional=options.bidirectional,
+        batch_first=options.batch_first,
+        proj_size=options.projection,
+        precision="tf32",
+        backend=options.backend,
+    )
     shape = (B, T) if options.batch_first else (T, B)
     x = torch.randn(*shape, options.size, requires_grad=True)
     resets = torch.rand(shape) < 0.1 if options.resets else None

@@ -48,10 +48,38 @@ def _lstm_cell_forward_kernel(
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
 
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
-    z = add_projection(z, x_ptr, w_ih_ptr, offs_b, mask_b, rows, mask_rows, I, stride_x_b, stride_x_i,
-                        stride_w_ih_row, stride_w_ih_k, BLOCK_K, PRECISION)  # fmt: skip
-    z = add_projection(z, h_prev_ptr, w_hh_ptr, offs_b, mask_b, rows, mask_rows, H, stride_h_b, stride_h_h,
-                        stride_w_hh_row, stride_w_hh_k, BLOCK_K, PRECISION)  # fmt: skip
+    z = add_projection(
+        z,
+        x_ptr,
+        w_ih_ptr,
+        offs_b,
+        mask_b,
+        rows,
+        mask_rows,
+        I,
+        stride_x_b,
+        stride_x_i,
+        stride_w_ih_row,
+        stride_w_ih_k,
+        BLOCK_K,
+        PRECISION,
+    )
+    z = add_projection(
+        z,
+        h_prev_ptr,
+        w_hh_ptr,
+        offs_b,
+        mask_b,
+        rows,
+        mask_rows,
+        H,
+        stride_h_b,
+        stride_h_h,
+        stride_w_hh_row,
+        stride_w_hh_k,
+        BLOCK_K,
+        PRECISION,
+    )
     if b_ih_ptr is not None:
         z += tl.load(b_ih_ptr + rows.to(tl.int64) * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
     if b_hh_ptr is not None:
@@ -86,14 +114,14 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
         All contiguous, in the dtype of x.
     """
     x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh = inputs
-    (B, I), H = x.shape, h_prev.shape[1]
-    h = torch.empty((B, H), dtype=x.dtype, device=x.device)
-    c = torch.empty((B, H), dtype=x.dtype, device=x.device)
-    gates = torch.empty((B, H, 4), dtype=x.dtype, device=x.device) if save else None
+    (B, I), H, dtype, device = x.shape, h_prev.shape[1], x.dtype, x.device
+    h = torch.empty((B, H), dtype=dtype, device=device)
+    c = torch.empty((B, H), dtype=dtype, device=device)
+    gates = torch.empty((B, H, 4), dtype=dtype, device=device) if save else None
     if h.numel() == 0:
         return CellOutputs(h, c, gates)
-    precision = matmul_precision(x.dtype, options.precision)
-    config = cell_forward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
+    precision = matmul_precision(dtype, options.precision)
+    config = cell_forward_config(B, I, H, dtype, precision, multiprocessor_count(device))
     stride_x_b, stride_x_i = x.stride()
     stride_h_b, stride_h_h = h_prev.stride()
     stride_c_b, stride_c_h = c_prev.stride()
@@ -127,7 +155,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
         stride_w_hh_k=stride_w_hh_k,
         stride_b_ih=0 if b_ih is None else b_ih.stride(0),
         stride_b_hh=0 if b_hh is None else b_hh.stride(0),
-        ACC=accumulator(x.dtype),
+        ACC=accumulator(dtype),
         PRECISION=precision,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,

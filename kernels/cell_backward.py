@@ -24,12 +24,28 @@ from .tiles import load_tile
 @triton.jit
 def _gate_gradients(
     step,  # (gates, c_prev, c, dh, dc, their sizes and strides): see _lstm_cell_backward_kernel
-    first_row, first_unit,
-    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    first_row,
+    first_unit,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """dz_i, dz_f, dz_g, dz_o and dc_prev, each [BLOCK_B, BLOCK_H]; past B and H all are 0, as is everything loaded there."""
-    (gates_ptr, c_prev_ptr, c_ptr, dh_ptr, dc_ptr, B, H,
-     stride_c_b, stride_c_h, stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h) = step  # fmt: skip
+    (
+        gates_ptr,
+        c_prev_ptr,
+        c_ptr,
+        dh_ptr,
+        dc_ptr,
+        B,
+        H,
+        stride_c_b,
+        stride_c_h,
+        stride_dh_b,
+        stride_dh_h,
+        stride_dc_b,
+        stride_dc_h,
+    ) = step
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask_b = offs_b < B
@@ -48,10 +64,20 @@ def _gate_gradients(
 
 @triton.jit
 def _weight_gradient_tile(
-    tile, out_ptr, a_ptr, N, stride_a_b, stride_a_n, step, B, H,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    tile,
+    out_ptr,
+    factor,  # (a, N, its strides)
+    step,
+    B,
+    H,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """One [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_ih (a = x, N = I) or of dW_hh (a = h_prev, N = H)."""
+    a_ptr, N, stride_a_b, stride_a_n = factor
     tiles_n = tl.cdiv(N, BLOCK_N)
     first_unit = (tile // tiles_n) * BLOCK_H
     offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -72,10 +98,20 @@ def _weight_gradient_tile(
 
 @triton.jit
 def _input_gradient_tile(
-    tile, out_ptr, w_ptr, N, stride_w_row, stride_w_k, step, B, H,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    tile,
+    out_ptr,
+    factor,  # (W, N, its strides)
+    step,
+    B,
+    H,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """One [BLOCK_B, BLOCK_N] tile of dz W: of dx (W = W_ih, N = I) or of dh_prev (W = W_hh, N = H)."""
+    w_ptr, N, stride_w_row, stride_w_k = factor
     tiles_n = tl.cdiv(N, BLOCK_N)
     first_row = (tile // tiles_n) * BLOCK_B
     offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -94,9 +130,17 @@ def _input_gradient_tile(
 
 @triton.jit
 def _state_gradient_tile(
-    tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H,
-    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    tile,
+    dc_prev_ptr,
+    db_ih_ptr,
+    db_hh_ptr,
+    step,
+    B,
+    H,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
     first_unit = tile * BLOCK_H
     offs_h = first_unit + tl.arange(0, BLOCK_H)
@@ -160,32 +204,43 @@ def _lstm_cell_backward_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
-    step = (gates_ptr, c_prev_ptr, c_ptr, dh_ptr, dc_ptr, B, H,
-            stride_c_b, stride_c_h, stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h)  # fmt: skip
+    step = (
+        gates_ptr,
+        c_prev_ptr,
+        c_ptr,
+        dh_ptr,
+        dc_ptr,
+        B,
+        H,
+        stride_c_b,
+        stride_c_h,
+        stride_dh_b,
+        stride_dh_h,
+        stride_dc_b,
+        stride_dc_h,
+    )
+    x, h_prev = (x_ptr, I, stride_x_b, stride_x_i), (h_prev_ptr, H, stride_h_b, stride_h_h)
+    w_ih, w_hh = (w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k), (w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
     tile = tl.program_id(0)
     if dw_hh_ptr is not None:
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dw_hh_ptr, h_prev_ptr, H, stride_h_b, stride_h_h, step, B, H,
-                                  ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+            _weight_gradient_tile(tile, dw_hh_ptr, h_prev, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dw_ih_ptr is not None:
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dw_ih_ptr, x_ptr, I, stride_x_b, stride_x_i, step, B, H,
-                                  ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+            _weight_gradient_tile(tile, dw_ih_ptr, x, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dh_prev_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dh_prev_ptr, w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k, step, B, H,
-                                 ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+            _input_gradient_tile(tile, dh_prev_ptr, w_hh, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dx_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k, step, B, H,
-                                 ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)  # fmt: skip
+            _input_gradient_tile(tile, dx_ptr, w_ih, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dc_prev_ptr is not None or db_ih_ptr is not None or db_hh_ptr is not None:
         if (tile >= 0) & (tile < tl.cdiv(H, BLOCK_H)):

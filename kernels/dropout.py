@@ -39,9 +39,12 @@ def drop(values, seed, p, scale, t, rows_b, units):
 def _lstm_kept_kernel(
     seed_ptr,  # [1]
     out_ptr,  # [T, B, N] out, bytes
-    B, N, p_hi, p_lo,
+    B,
+    N,
+    p_hi,
+    p_lo,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     t, b = tl.program_id(0) // B, tl.program_id(0) % B
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seed, p, scale = begin(seed_ptr, p_hi, p_lo, tl.float32)

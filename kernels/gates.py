@@ -63,9 +63,19 @@ def load_gates(
 
 @triton.jit
 def store_gates(
-    ptr, i, f, g, o, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    ptr,
+    i,
+    f,
+    g,
+    o,
+    rows,
+    mask_rows,
+    first_unit,
+    H,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     ALL_UNITS: tl.constexpr = False,
-):  # fmt: skip
+):
     """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there.
 
     ALL_UNITS promises that all units exist.

@@ -64,7 +64,11 @@ def wait(counter_ptr, target, stall_ptr):
         if polls == _MAX_POLLS:
             # Not tl.device_assert: the function call in it, never made, still serializes every wgmma of the kernel.
             tl.inline_asm_elementwise(
-                "st.volatile.u32 [$2], $1; membar.sys; trap; mov.u32 $0, $1;", "=r,r,l",
-                [polls, stall_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+                "st.volatile.u32 [$2], $1; membar.sys; trap; mov.u32 $0, $1;",
+                "=r,r,l",
+                [polls, stall_ptr.to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
     tl.debug_barrier()

@@ -1,10 +1,9 @@
 """From a launch configuration to a running kernel, with nothing done per call that can be done once."""
 
 import contextlib
-import itertools
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +34,15 @@ class Launcher:
         self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
         if not self._is_compiled:
             return
-        pointers = [p for p in kernel.params if p.name.endswith("_ptr")]
-        integers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-        constants = [p for p in kernel.params if p.is_constexpr]
         names = [p.name for p in kernel.params]
-        assert names == [p.name for p in (*pointers, *integers, *constants)], f"{kernel.__name__}: order of parameters"
-        self._n_parameters = len(names)
-        self._pointers, self._integers = slice(len(pointers)), slice(len(pointers), len(pointers) + len(integers))
-        self._constants = slice(len(pointers) + len(integers), None)
-        self._in_order = operator.itemgetter(*names)
-        self._is_specialized = [not p.do_not_specialize for p in integers]
+        pointers = [name for name in names if name.endswith("_ptr")]
+        integers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
+        constants = [p.name for p in kernel.params if p.is_constexpr]
+        assert names == [*pointers, *(p.name for p in integers), *constants], f"{kernel.__name__}: order of parameters"
+        self._n_parameters, self._n_pointers = len(names), len(pointers)
+        self._in_order = _values_of(names)
+        self._specialized = _values_of([p.name for p in integers if not p.do_not_specialize] + constants)
+        self._unspecialized = _values_of([p.name for p in integers if p.do_not_specialize])
 
     def __call__(
         self,
@@ -64,26 +62,29 @@ class Launcher:
         if len(arguments) != self._n_parameters:
             raise TypeError(f"{self.kernel.__name__} takes {self._n_parameters} arguments, got {len(arguments)}")
         values = self._in_order(arguments)
-        device = next(t for t in values if t is not None).device
+        for tensor in values:
+            if tensor is not None:
+                break
+        device = tensor.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(device, grid, config, values, launch_cooperative_grid)
-        return self._launch(device, grid, config, values, launch_cooperative_grid)
+                return self._launch(device, grid, config, values, arguments, launch_cooperative_grid)
+        return self._launch(device, grid, config, values, arguments, launch_cooperative_grid)
 
-    def _launch(self, device, grid, config, values, cooperative) -> None:
-        tensors, integers, constants = values[self._pointers], values[self._integers], values[self._constants]
+    def _launch(self, device, grid, config, values, arguments, cooperative) -> None:
         unaligned = 0  # a bit for each tensor
         dtypes: list[torch.dtype | None] = []
-        for t in tensors:
+        for t in values[: self._n_pointers]:
             if t is None:
                 dtypes.append(None)
             else:
                 unaligned = unaligned << 1 | (t.data_ptr() & 15 != 0)
                 dtypes.append(t.dtype)
+        key = (device.index, *self._specialized(arguments), config.num_warps, config.num_stages, unaligned, *dtypes)
         # An integer that is not specialised still has a type: of 32 bits, or where it needs them of 64.
-        is_long = max(integers, default=0) >= 2**31
-        specialized = integers if is_long else tuple(itertools.compress(integers, self._is_specialized))
-        key = (device.index, specialized, constants, config.num_warps, config.num_stages, unaligned, *dtypes)
+        unspecialized = self._unspecialized(arguments)
+        if max(unspecialized, default=0) >= 2**31:
+            key += unspecialized
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*values)
@@ -95,6 +96,14 @@ class Launcher:
         if len(self._compiled) >= _MAX_KEPT:
             self._compiled.clear()
         self._compiled[key] = compiled
+
+
+def _values_of(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple]:
+    """A function that gives the values under these names, in this order."""
+    if len(names) == 1:
+        (name,) = names
+        return lambda arguments: (arguments[name],)
+    return operator.itemgetter(*names) if names else lambda arguments: ()
 
 
 @contextlib.contextmanager

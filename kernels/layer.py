@@ -17,6 +17,7 @@ from .dropout import probability
 from .grid_sync import COUNTER_STRIDE
 from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
+from .layout import as_rows, is_time_major, new_states
 from .sequence import _lstm_sequence_forward_kernel
 from .sequence_config import DeviceLimits, SequenceConfig, exchanged_row, sequence_forward_config
 
@@ -26,25 +27,9 @@ _forward = Launcher(_lstm_sequence_forward_kernel)
 _MAX_ARRIVALS = 2**31 - 1
 
 
-def new_states(like: Tensor, time_major: bool, T: int, B: int, *rest: int) -> Tensor:
-    """Uninitialised [T, B, *rest], its memory in the order of `like`: time-major or batch-major."""
-    if time_major:
-        return torch.empty((T, B, *rest), dtype=like.dtype, device=like.device)
-    return torch.empty((B, T, *rest), dtype=like.dtype, device=like.device).transpose(0, 1)
-
-
-def as_rows(t: Tensor, time_major: bool) -> Tensor:
-    """[T, B, n] as a matrix of T * B rows, in memory order: a view for what `new_states` made."""
-    return (t if time_major else t.transpose(0, 1)).flatten(0, 1)
-
-
 def unit_major(w: Tensor) -> Tensor:
     """Rows gate * H + unit -> 4 * unit + gate."""
     return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def is_time_major(x: Tensor) -> bool:
-    return x.stride(0) >= x.stride(1) or x.shape[0] == 1 or x.shape[1] == 1
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -17,12 +17,9 @@ from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
     Recurrence,
     aligned,
-    as_rows,
     index_type,
-    is_time_major,
     launch,
     launches,
-    new_states,
     plan,
     pre_activations,
     recurrent_weights,
@@ -31,6 +28,7 @@ from .layer import (
     state_strides,
     unit_major,
 )
+from .layout import as_rows, is_time_major, new_states
 from .sequence_backward import _lstm_sequence_backward_kernel
 from .sequence_config import sequence_backward_config
 

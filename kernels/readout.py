@@ -35,13 +35,23 @@ def _readout_forward_kernel(
     y_ptr,  # [B, V] out: exponentials within the tile
     stats_ptr,  # [B, tiles, 2] out: largest logit and sum; None when one tile holds a row, and y is divided by the sum
     # sizes
-    B, H, V,
+    B,
+    H,
+    V,
     # strides
-    stride_h_b, stride_h_k, stride_weight_v, stride_weight_k, stride_bias,
+    stride_h_b,
+    stride_h_k,
+    stride_weight_v,
+    stride_weight_k,
+    stride_bias,
     # meta-parameters
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Softmax of one [BLOCK_B, BLOCK_V] tile of h W^T + b, which never leaves registers until it is y."""
     # Programs that run at the same time share up to GROUP row tiles of h and neighbouring tiles of the weight.
     tiles_b = tl.cdiv(B, BLOCK_B)
@@ -57,8 +67,22 @@ def _readout_forward_kernel(
     mask_v = offs_v < V
 
     logits = tl.zeros((BLOCK_B, BLOCK_V), ACC)
-    logits = add_projection(logits, h_ptr, weight_ptr, offs_b, mask_b, offs_v, mask_v, H, stride_h_b, stride_h_k,
-                             stride_weight_v, stride_weight_k, BLOCK_K, PRECISION)  # fmt: skip
+    logits = add_projection(
+        logits,
+        h_ptr,
+        weight_ptr,
+        offs_b,
+        mask_b,
+        offs_v,
+        mask_v,
+        H,
+        stride_h_b,
+        stride_h_k,
+        stride_weight_v,
+        stride_weight_k,
+        BLOCK_K,
+        PRECISION,
+    )
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v.to(tl.int64) * stride_bias, mask=mask_v, other=0.0)
         logits += bias.to(ACC)[None, :]
@@ -84,10 +108,14 @@ def _readout_rescale_kernel(
     y_ptr,  # [B, V] in and out
     stats_ptr,  # [B, tiles, 2]
     # sizes
-    V, tiles,
+    V,
+    tiles,
     # meta-parameters
-    ACC: tl.constexpr, TILE_V: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_STATS: tl.constexpr,
-):  # fmt: skip
+    ACC: tl.constexpr,
+    TILE_V: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
+):
     """From softmax within each tile to softmax of the row: one program owns BLOCK_TILES tiles of one row."""
     programs = tl.cdiv(tiles, BLOCK_TILES)  # per row
     row = (tl.program_id(0) // programs).to(tl.int64)

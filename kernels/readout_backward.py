@@ -19,33 +19,8 @@ from .config import cdiv, readout_backward_config, readout_row_dots_config, read
 from .device import matmul_precision, multiprocessor_count
 from .inputs import ReadoutGradients, ReadoutInputs, ReadoutOptions, ReadoutSaved
 from .launch import Launcher, accumulator, accumulator_dtype
+from .readout_sums import _readout_row_dots_kernel, _readout_sum_parts_kernel
 from .tiles import load_tile
-
-
-@triton.jit(do_not_specialize=["B", "part_v"])
-def _readout_row_dots_kernel(
-    # pointers
-    dy_ptr,  # [B, V]
-    y_ptr,  # [B, V], contiguous
-    dots_ptr,  # [B, parts] out
-    # sizes
-    B, V, part_v,  # columns per part, a multiple of BLOCK_V
-    # strides
-    stride_dy_b, stride_dy_v,
-    # meta-parameters
-    ACC: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """sum_v dY * Y over part_v columns of one row."""
-    parts = tl.cdiv(V, part_v)
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    dot = tl.zeros((BLOCK_V,), ACC)
-    for first in range(part * part_v, tl.minimum(part * part_v + part_v, V), BLOCK_V):
-        offs_v = first + tl.arange(0, BLOCK_V)
-        dy = tl.load(dy_ptr + row * stride_dy_b + offs_v.to(tl.int64) * stride_dy_v, mask=offs_v < V, other=0.0)
-        y = tl.load(y_ptr + row * V + offs_v, mask=offs_v < V, other=0.0)
-        dot += dy.to(ACC) * y.to(ACC)
-    tl.store(dots_ptr + row * parts + part, tl.sum(dot, axis=0))
 
 
 @triton.jit
@@ -64,9 +39,12 @@ def _row_dots(upstream, first_row, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLO
 def _logit_gradients(
     upstream,  # (dy, y, dots, parts_dot, B, V, stride_dy_b, stride_dy_v): see _readout_backward_kernel
     dot,  # [BLOCK_B]
-    first_row, first_column,
-    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    first_row,
+    first_column,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """dlogits [BLOCK_B, BLOCK_V]; past B all are 0, and past V those of finite rows."""
     dy_ptr, y_ptr, _, _, B, V, stride_dy_b, stride_dy_v = upstream
     offs_b = first_row + tl.arange(0, BLOCK_B)
@@ -78,11 +56,22 @@ def _logit_gradients(
 
 @triton.jit
 def _weight_gradient_tile(
-    tile, out_ptr, h_ptr, H, part_b, stride_h_b, stride_h_k, upstream, B, V,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    tile,
+    out_ptr,
+    factor,  # (h, H, its strides)
+    part_b,
+    upstream,
+    B,
+    V,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
+):
     """One [BLOCK_V, BLOCK_N] tile of dlogits^T h, summed over part_b rows."""
+    h_ptr, H, stride_h_b, stride_h_k = factor
     tiles_n = tl.cdiv(H, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V) * tiles_n
     part = tile // tiles
@@ -103,11 +92,22 @@ def _weight_gradient_tile(
 
 @triton.jit
 def _input_gradient_tile(
-    tile, out_ptr, weight_ptr, H, part_v, stride_weight_v, stride_weight_k, upstream, B, V,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    tile,
+    out_ptr,
+    factor,  # (W, H, its strides)
+    part_v,
+    upstream,
+    B,
+    V,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
+):
     """One [BLOCK_B, BLOCK_N] tile of dlogits W, summed over part_v columns."""
+    weight_ptr, H, stride_weight_v, stride_weight_k = factor
     tiles_n = tl.cdiv(H, BLOCK_N)
     tiles = tl.cdiv(B, BLOCK_B) * tiles_n
     part = tile // tiles
@@ -128,9 +128,17 @@ def _input_gradient_tile(
 
 @triton.jit
 def _bias_gradient_slice(
-    tile, out_ptr, part_b, upstream, B, V,
-    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
+    tile,
+    out_ptr,
+    part_b,
+    upstream,
+    B,
+    V,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
     """BLOCK_V entries of db, summed over part_b rows."""
     tiles = tl.cdiv(V, BLOCK_V)
     part = tile // tiles
@@ -165,6 +173,7 @@ def _readout_backward_kernel(
 ):  # fmt: skip
     """The gradients, or parts of their sums. The grid holds, in this order, tiles of dW, tiles of dh, slices of db."""
     upstream = (dy_ptr, y_ptr, dots_ptr, parts_dot, B, V, stride_dy_b, stride_dy_v)
+    h, weight = (h_ptr, H, stride_h_b, stride_h_k), (weight_ptr, H, stride_weight_v, stride_weight_k)
     tiles_b = tl.cdiv(B, BLOCK_B)
     tiles_v = tl.cdiv(V, BLOCK_V)
     tiles_n = tl.cdiv(H, BLOCK_N)
@@ -174,63 +183,20 @@ def _readout_backward_kernel(
     if dweight_ptr is not None:
         tiles = parts_b * tiles_v * tiles_n
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dweight_ptr, h_ptr, H, part_b, stride_h_b, stride_h_k, upstream, B, V,
-                                  ACC, PRECISION, BLOCK_B, BLOCK_V, BLOCK_N, BLOCK_PARTS)  # fmt: skip
+            _weight_gradient_tile(
+                tile, dweight_ptr, h, part_b, upstream, B, V, ACC, PRECISION, BLOCK_B, BLOCK_V, BLOCK_N, BLOCK_PARTS
+            )
         tile -= tiles
     if dh_ptr is not None:
         tiles = parts_v * tiles_b * tiles_n
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dh_ptr, weight_ptr, H, part_v, stride_weight_v, stride_weight_k, upstream, B, V,
-                                 ACC, PRECISION, BLOCK_B, BLOCK_V, BLOCK_N, BLOCK_PARTS)  # fmt: skip
+            _input_gradient_tile(
+                tile, dh_ptr, weight, part_v, upstream, B, V, ACC, PRECISION, BLOCK_B, BLOCK_V, BLOCK_N, BLOCK_PARTS
+            )
         tile -= tiles
     if dbias_ptr is not None:
         if (tile >= 0) & (tile < parts_b * tiles_v):
             _bias_gradient_slice(tile, dbias_ptr, part_b, upstream, B, V, ACC, BLOCK_B, BLOCK_V, BLOCK_PARTS)
-
-
-@triton.jit
-def _sum_of_parts(
-    block, parts_ptr, out_ptr, parts, size, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """BLOCK elements of the sum of [parts, size] over parts."""
-    offs = block * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, parts, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        total += tl.sum(load_tile(parts_ptr, offs_p, offs_p < parts, offs, mask, size, 1), axis=0)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["size_h", "parts_b", "parts_v"])
-def _readout_sum_parts_kernel(
-    # pointers: each pair None where there is nothing to add
-    dh_parts_ptr,  # [parts_v, size_h]
-    dweight_parts_ptr,  # [parts_b, size_weight]
-    dbias_parts_ptr,  # [parts_b, V]
-    dh_ptr,  # [size_h] out
-    dweight_ptr,  # [size_weight] out
-    dbias_ptr,  # [V] out
-    # sizes
-    size_h, size_weight, V, parts_b, parts_v,
-    # meta-parameters
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add the parts of dh, dW and db; the grid holds the blocks of each in this order."""
-    block = tl.program_id(0)
-    if dh_ptr is not None:
-        blocks = tl.cdiv(size_h, BLOCK)
-        if (block >= 0) & (block < blocks):
-            _sum_of_parts(block, dh_parts_ptr, dh_ptr, parts_v, size_h, ACC, BLOCK_P, BLOCK)
-        block -= blocks
-    if dweight_ptr is not None:
-        blocks = tl.cdiv(size_weight, BLOCK)
-        if (block >= 0) & (block < blocks):
-            _sum_of_parts(block, dweight_parts_ptr, dweight_ptr, parts_b, size_weight, ACC, BLOCK_P, BLOCK)
-        block -= blocks
-    if dbias_ptr is not None:
-        if (block >= 0) & (block < tl.cdiv(V, BLOCK)):
-            _sum_of_parts(block, dbias_parts_ptr, dbias_ptr, parts_b, V, ACC, BLOCK_P, BLOCK)
 
 
 _dots = Launcher(_readout_row_dots_kernel)

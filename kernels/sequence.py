@@ -38,12 +38,25 @@ def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
     do_not_specialize=[
-        "T", "B", "first_step", "last_step", "p_hi", "p_lo", "stride_t", "stride_b", "stride_resets_t", "stride_resets_b",
-        "stride_reset_h_t", "stride_reset_h_d", "stride_reset_h_b",
-        "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
+        "T",
+        "B",
+        "first_step",
+        "last_step",
+        "p_hi",
+        "p_lo",
+        "stride_t",
+        "stride_b",
+        "stride_resets_t",
+        "stride_resets_b",
+        "stride_reset_h_t",
+        "stride_reset_h_d",
+        "stride_reset_h_b",
+        "stride_reset_c_t",
+        "stride_reset_c_d",
+        "stride_reset_c_b",
     ],
     do_not_specialize_on_alignment=["resets_ptr", "seed_ptr"],
-)  # fmt: skip
+)
 def _lstm_sequence_forward_kernel(
     # pointers
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input

@@ -42,12 +42,26 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
     do_not_specialize=[
-        "T", "B", "first_step", "last_step", "p_hi", "p_lo", "gates_t", "gates_reverse_t", "stride_t", "stride_b",
-        "stride_dy_t", "stride_dy_b", "stride_resets_t", "stride_resets_b",
-        "stride_reset_c_t", "stride_reset_c_d", "stride_reset_c_b",
+        "T",
+        "B",
+        "first_step",
+        "last_step",
+        "p_hi",
+        "p_lo",
+        "gates_t",
+        "gates_reverse_t",
+        "stride_t",
+        "stride_b",
+        "stride_dy_t",
+        "stride_dy_b",
+        "stride_resets_t",
+        "stride_resets_b",
+        "stride_reset_c_t",
+        "stride_reset_c_d",
+        "stride_reset_c_b",
     ],
     do_not_specialize_on_alignment=["dy_ptr", "resets_ptr", "seed_ptr"],
-)  # fmt: skip
+)
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped

@@ -16,10 +16,18 @@ def add_projection(
     acc,  # [BLOCK_B, n]
     a_ptr,  # [B, K]
     w_ptr,  # [N, K]
-    offs_b, mask_b, rows, mask_rows, K,
-    stride_a_b, stride_a_k, stride_w_row, stride_w_k,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    offs_b,
+    mask_b,
+    rows,
+    mask_rows,
+    K,
+    stride_a_b,
+    stride_a_k,
+    stride_w_row,
+    stride_w_k,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """acc + a W^T for one tile of rows of a and one of rows of W."""
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_b.to(tl.int64)[:, None] * stride_a_b + offs_k.to(tl.int64)[None, :] * stride_a_k

@@ -64,7 +64,7 @@ class Operator:
         recurrent: whether products follow torch's setting for recurrent layers, not that for matrix products.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         name: str,
         *,
@@ -145,16 +145,22 @@ class Operator:
 
     def __call__(self, inputs: Any, options: Any) -> Sequence[Any]:
         """The outputs for two of its NamedTuples; those that nobody needs are None or empty."""
-        if takes_reference():
+        sees = sees_operators(*inputs)
+        if takes_reference(watched=sees):
             with self.reference_precision(inputs[0].dtype, options.precision):
                 return *self.reference(inputs, options), *(None,) * (len(self.outputs._fields) - self._n_gradients)
-        launch: Callable = self._through_dispatcher if sees_operators(*inputs) else self.launch
         recorded = torch.is_grad_enabled() and _any_requires_grad(inputs)
+        if not sees:
+            return (
+                self._first.apply(self, self.launch, options, *inputs)
+                if recorded
+                else self.launch(inputs, options, False)
+            )
         traced = is_jit_tracing()
         if not recorded or traced or torch.compiler.is_compiling():
-            return launch(inputs, options, recorded or traced)
+            return self._through_dispatcher(inputs, options, recorded or traced)
         function = _FirstOfTransform if torch._C._are_functorch_transforms_active() else self._first
-        return function.apply(self, launch, options, *inputs)
+        return function.apply(self, self._through_dispatcher, options, *inputs)
 
     def _through_dispatcher(self, inputs: Any, options: Any, save: bool) -> Sequence[Any]:
         outputs = self.operator(*inputs, *options, save)

@@ -17,6 +17,16 @@ PERSISTENT_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
 _MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloat16 and TF32 products begin there
 
 
+def check_precision(precision: str | None) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
 @dataclass(frozen=True)
 class Choice:
     """What serves a call, one of the backends or "torch" for its own kernels on a CPU, and the reason in one sentence."""
@@ -89,8 +99,7 @@ def _choose(
     backend: str, device_type: str, dtype: torch.dtype, env: Environment, no_cudnn: str, fused: str, torchs: str
 ) -> Choice:
     """What `choose_cell` and `choose_readout` share; no_cudnn, fused and torchs (what torch has) word the reasons."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_backend(backend)
     if backend == "reference":
         return Choice("reference", "asked for")
     if backend == "cudnn":
@@ -121,8 +130,7 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
 
     Raises as `choose_cell` does.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_backend(backend)
     if backend == "reference":
         return Choice("reference", "asked for")
     obstacle = _why_no_kernels(device_type, dtype, env)

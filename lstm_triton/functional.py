@@ -41,8 +41,7 @@ def lstm_cell(
         ValueError: x, h or c of a wrong rank; unknown precision or backend.
         RuntimeError: sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
     """
-    if precision not in dispatch.PRECISIONS:
-        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    dispatch.check_precision(precision)
     if isinstance(hx, Tensor):
         raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
@@ -71,7 +70,7 @@ def _lstm_cell(inputs: CellInputs, precision: str | None, backend: str) -> tuple
     _check_cell(inputs)
     if chosen == "reference":
         return reference.lstm_cell(*inputs)
-    h, c, *_ = operators.lstm_cell(inputs, CellOptions(precision))
+    h, c, _ = operators.lstm_cell(inputs, CellOptions(precision))
     return h, c
 
 
@@ -83,17 +82,22 @@ def _check_cell(inputs: CellInputs) -> None:
     dtype, device = x.dtype, x.device
     if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, H) or w_hh.shape != (4 * H, H):
         _raise_cell_sizes(inputs)
-    for name, t in (("h", h), ("c", c), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
-        if t is None:
-            continue
-        if t.dtype != dtype:
-            raise RuntimeError(f"input and {name} must have the same dtype, but got {dtype} and {t.dtype}")
-        if t.device != device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but input is on {device} and {name} on {t.device}"
-            )
-        if name[0] == "b" and t.shape != (4 * H,):
-            raise RuntimeError(f"{name} must have size 4 * hidden_size = {4 * H}, but got {list(t.shape)}")
+    for t in inputs:
+        if t is not None and (t.dtype != dtype or t.device != device):
+            _raise_unlike(inputs, t)
+    for b in (b_ih, b_hh):
+        if b is not None and b.shape != (4 * H,):
+            name = "b_ih" if b is b_ih else "b_hh"
+            raise RuntimeError(f"{name} must have size 4 * hidden_size = {4 * H}, but got {list(b.shape)}")
+
+
+def _raise_unlike(inputs: CellInputs, t: Tensor) -> None:
+    x, name = inputs.x, next(name for name, value in inputs._asdict().items() if value is t)
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"input and {name} must have the same dtype, but got {x.dtype} and {t.dtype}")
+    raise RuntimeError(
+        f"Expected all tensors to be on the same device, but input is on {x.device} and {name} on {t.device}"
+    )
 
 
 def _raise_cell_sizes(inputs: CellInputs) -> None:
@@ -142,8 +146,7 @@ def softmax_readout(
         ValueError: unknown precision or backend.
         RuntimeError: ranks, sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
     """
-    if precision not in dispatch.PRECISIONS:
-        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    dispatch.check_precision(precision)
     chosen = dispatch.readout_backend(backend, h.device, h.dtype)
     if chosen == "torch":
         return torch.softmax(torch.nn.functional.linear(h, weight, bias), -1)

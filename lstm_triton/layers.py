@@ -14,7 +14,7 @@ from .modes import is_batched, is_jit_tracing
 from .segments import checked_segments
 
 
-def lstm(
+def lstm(  # noqa: PLR0913
     x: Tensor,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
@@ -58,8 +58,7 @@ def lstm(
         TypeError: resets that are not bool, lengths that are not integers.
         RuntimeError: T = 0; sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
     """
-    if precision not in dispatch.PRECISIONS:
-        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    dispatch.check_precision(precision)
     if x.dim() != 3:
         raise ValueError(f"LSTM: Expected input to be 3D, got {x.dim()}D instead")
     if len(weights) < 2 or weights[1].dim() != 2:

@@ -26,9 +26,16 @@ def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> t
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     self.check_forward_args(x, hx, None)
     y, h_n, c_n = torch._VF.lstm(
-        x, hx, self._flat_weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+        x,
+        hx,
+        self._flat_weights,
+        self.bias,
+        self.num_layers,
+        self.dropout,
+        self.training,
+        self.bidirectional,
         self.batch_first,
-    )  # fmt: skip
+    )
     if input.dim() == 2:
         return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
     return y, (h_n, c_n)
@@ -254,7 +261,7 @@ class LSTM(torch.nn.RNNBase):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     permute_hidden: Any = torch.nn.LSTM.permute_hidden
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         input_size: int,
         hidden_size: int,

@@ -32,7 +32,7 @@ def sees_operators(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or is_jit_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     ):
@@ -43,8 +43,13 @@ def sees_operators(*tensors: Tensor | None) -> bool:
     return False
 
 
-def takes_reference(*gradients: Tensor | None) -> bool:
-    """Whether only the reference can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients."""
+def takes_reference(*gradients: Tensor | None, watched: bool = True) -> bool:
+    """Whether only the reference can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients.
+
+    watched: what `sees_operators` says, where it is known.
+    """
+    if not watched:
+        return forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0:

@@ -14,10 +14,8 @@ from . import dispatch, functional
 
 
 def check_options(precision: str | None, backend: str) -> None:
-    if precision not in dispatch.PRECISIONS:
-        raise ValueError(f"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, dispatch.BACKENDS))}, got {backend!r}")
+    dispatch.check_precision(precision)
+    dispatch.check_backend(backend)
 
 
 def options_repr(module: torch.nn.Module) -> str:
@@ -99,9 +97,15 @@ class LSTMCell(torch.nn.LSTMCell):
             zeros = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
             hx = (zeros, zeros)
         return functional.lstm_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
-            precision=self.precision, backend=self.backend,
-        )  # fmt: skip
+            input,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            precision=self.precision,
+            backend=self.backend,
+        )
 
 
 class SoftmaxReadout(torch.nn.Linear):

@@ -25,6 +25,7 @@ from .kernels.inputs import (
     ReadoutOutputs,
     ReadoutSaved,
 )
+from .kernels.layout import is_time_major, new_states
 
 
 def _cell_launchers():
@@ -63,14 +64,8 @@ def _layer_launchers():
 
 
 def _new_in_order_of(t: Tensor, size: int) -> Tensor:
-    """[T, B, size] in the memory order in which the kernels give their results: that of x forward, of y backward.
-
-    As `kernels.layer.new_states` does; but compilers ask for it where there may be no triton.
-    """
-    T, B = t.shape[:2]
-    if t.stride(0) >= t.stride(1) or T == 1 or B == 1:
-        return t.new_empty((T, B, size))
-    return t.new_empty((B, T, size)).transpose(0, 1)
+    """[T, B, size] in the memory order in which the kernels give their results: that of x forward, of y backward."""
+    return new_states(t, is_time_major(t), t.shape[0], t.shape[1], size)
 
 
 def _layer_fake(inputs: LayerInputs, options: LayerOptions, save: bool) -> LayerOutputs:

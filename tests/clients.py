@@ -112,9 +112,13 @@ def opacus(make: Make) -> list[torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 4, 3)), batch_size=4)
     model, optimizer, data = PrivacyEngine().make_private(
-        module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0,
+        module=model,
+        optimizer=optimizer,
+        data_loader=data,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
         poisson_sampling=False,
-    )  # fmt: skip
+    )
     for (x,) in data:
         optimizer.zero_grad()
         model(x).pow(2).sum().backward()

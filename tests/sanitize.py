@@ -25,9 +25,17 @@ TOOLS = {
 }
 # Only this package's kernels, and neither the CUDA calls by which torch probes nor the compilers that Triton starts.
 OPTIONS = [
-    "--kernel-name", "kns=_lstm_", "--kernel-name", "kns=_readout_", "--report-api-errors", "no",
-    "--target-processes", "application-only", "--error-exitcode", "1",
-]  # fmt: skip
+    "--kernel-name",
+    "kns=_lstm_",
+    "--kernel-name",
+    "kns=_readout_",
+    "--report-api-errors",
+    "no",
+    "--target-processes",
+    "application-only",
+    "--error-exitcode",
+    "1",
+]
 
 Results = Sequence[Tensor | None]
 

@@ -19,13 +19,21 @@ import torch  # noqa: E402
 from support import cells, executor, layers, readouts  # noqa: E402
 
 KINDS = [
-    (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
-    (torch.float32, "tf32x3"), (torch.float64, "ieee"),
-]  # fmt: skip
+    (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32x3"),
+    (torch.float64, "ieee"),
+]
 SEGMENTS: list[dict[str, Any]] = [
-    {}, {"resets": True}, {"lengths": True}, {"cells": True}, {"resets": True, "reset_state": "shared"},
+    {},
+    {"resets": True},
+    {"lengths": True},
+    {"cells": True},
+    {"resets": True, "reset_state": "shared"},
     {"resets": True, "reset_state": "stored", "lengths": True, "cells": True},
-]  # fmt: skip
+]
 MOST = 12000  # elements of a state, all rows and directions: an execution takes seconds
 
 

@@ -15,7 +15,7 @@ from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 
 from lstm_triton.kernels import config as configs
-from lstm_triton.kernels import readout, readout_backward
+from lstm_triton.kernels import readout, readout_backward, readout_sums
 from lstm_triton.kernels.inputs import ReadoutGradients, ReadoutInputs, ReadoutOptions, ReadoutSaved
 
 pytestmark = pytest.mark.long
@@ -86,9 +86,9 @@ def _others(dtype):
         tile = {"TILE_V": tile_v, "BLOCK_TILES": c.block_tiles, "BLOCK_STATS": c.block_stats}
         yield readout._readout_rescale_kernel, common | tile, c
     c = configs.readout_row_dots_config()
-    yield readout_backward._readout_row_dots_kernel, common | {"BLOCK_V": c.block_v}, c
+    yield readout_sums._readout_row_dots_kernel, common | {"BLOCK_V": c.block_v}, c
     c = configs.readout_sum_parts_config()
-    yield readout_backward._readout_sum_parts_kernel, common | {"BLOCK_P": c.block_parts, "BLOCK": c.block}, c
+    yield readout_sums._readout_sum_parts_kernel, common | {"BLOCK_P": c.block_parts, "BLOCK": c.block}, c
 
 
 def _cases(archs, everything):
@@ -174,9 +174,9 @@ def _compiled(*shapes):
         for kernel in (
             readout._readout_forward_kernel,
             readout._readout_rescale_kernel,
-            readout_backward._readout_row_dots_kernel,
+            readout_sums._readout_row_dots_kernel,
             readout_backward._readout_backward_kernel,
-            readout_backward._readout_sum_parts_kernel,
+            readout_sums._readout_sum_parts_kernel,
         )
     ]
 

@@ -118,8 +118,16 @@ def test_every_suite_has_cases_at_every_scale():
             keys = [(t.interpreter, t.case.name, t.key) for t in everything]
             assert len(set(keys)) == len(keys)
     assert set(suites.SUITES) >= {
-        "hidden-sizes", "batch", "length", "cell", "real", "memory", "accuracy", "overhead", "cold-start",
-    }  # fmt: skip
+        "hidden-sizes",
+        "batch",
+        "length",
+        "cell",
+        "real",
+        "memory",
+        "accuracy",
+        "overhead",
+        "cold-start",
+    }
 
 
 def test_a_short_run_tells_the_story():
@@ -205,9 +213,12 @@ def test_real_workloads_lie_in_their_ranges():
     for w in run:
         row, case = table[w.id], w.case
         for field, value in (
-            ("input_size", case.input_size), ("hidden_size", case.hidden_size), ("layers", case.layers), ("B", case.batch),
+            ("input_size", case.input_size),
+            ("hidden_size", case.hidden_size),
+            ("layers", case.layers),
+            ("B", case.batch),
             ("T", case.length),
-        ):  # fmt: skip
+        ):
             given = [int(n) for n in re.findall(r"(?<!x)\d+", row[field].split("(")[0])]
             if ".." in row[field] and not row[field].endswith(".."):
                 assert given[0] <= value <= given[-1], (w.id, field)

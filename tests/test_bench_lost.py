@@ -85,9 +85,13 @@ def test_a_capture_that_fails_leaves_the_stream_that_was(monkeypatch):
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name, stand_in in dict(
-        Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(), CUDAGraph=object, graph=graph,
-        current_stream=lambda: stream, set_stream=streams.append,
-    ).items():  # fmt: skip
+        Stream=lambda: stream,
+        stream=lambda s: contextlib.nullcontext(),
+        CUDAGraph=object,
+        graph=graph,
+        current_stream=lambda: stream,
+        set_stream=streams.append,
+    ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     calls = []
 

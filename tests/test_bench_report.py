@@ -125,12 +125,25 @@ def test_the_page_has_every_section_and_fetches_nothing():
     assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
     assert "http" not in re.sub(r"<td>[^<]*</td>", "", text)
     for title in (
-        "Time per step against hidden size", "Where cuDNN still wins", "Hidden size by batch", "Scaling in the number of steps",
-        "One step: the cell", "One step a call, the state carried", "LSTMs that people run", "Sources of their shapes",
-        "What features cost", "Memory of a training step", "Accuracy against float64, over all shapes", "Host time of a call",
-        "The first call", "Where torch is ahead of the kernels, the worst first", "Not timed: wrong, failed, skipped",
-        "Where torch is ahead of what is taken by itself", "Roofs and floors", "Environment and drift",
-    ):  # fmt: skip
+        "Time per step against hidden size",
+        "Where cuDNN still wins",
+        "Hidden size by batch",
+        "Scaling in the number of steps",
+        "One step: the cell",
+        "One step a call, the state carried",
+        "LSTMs that people run",
+        "Sources of their shapes",
+        "What features cost",
+        "Memory of a training step",
+        "Accuracy against float64, over all shapes",
+        "Host time of a call",
+        "The first call",
+        "Where torch is ahead of the kernels, the worst first",
+        "Not timed: wrong, failed, skipped",
+        "Where torch is ahead of what is taken by itself",
+        "Roofs and floors",
+        "Environment and drift",
+    ):
         assert f"<h3>{title}</h3>" in text, title
     assert "No rows of this yet" not in text
     assert "SYNTHETIC" in text and "lstm-triton bench --suite hidden-sizes" in text
@@ -185,8 +198,10 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
 
 def test_rows_under_other_settings_stand_apart():
     case = Case("H512", 512, 16, 128)
-    warm, flushed = (timed(case, OURS, us, l2=l2, date=f"2030-01-0{day}T00:00:00+00:00")
-                     for us, l2, day in ((10.0, "warm", 1), (20.0, "flushed", 2)))  # fmt: skip
+    warm, flushed = (
+        timed(case, OURS, us, l2=l2, date=f"2030-01-0{day}T00:00:00+00:00")
+        for us, l2, day in ((10.0, "warm", 1), (20.0, "flushed", 2))
+    )
     assert list(tables.newest([warm, flushed])["row"]) == [warm, flushed], "the newer row is of another measurement"
     parts = tables.newest([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])["machine"].unique()
     assert list(parts) == [GPU.name, f"{GPU.name}, L2 cache flushed before each call"]

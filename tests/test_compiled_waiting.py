@@ -34,9 +34,15 @@ def test_every_pair_of_features(row, device, count_launches):
     dtype, precision = row.pop("kind")
     resets, recompute = row.pop("resets"), row.pop("recompute")
     problem = layers.draw(
-        *row.pop("shape"), row.pop("D"), dtype, precision=precision, device=device, resets=resets is not None,
-        reset_state=resets if resets in ("stored", "shared") else None, **row,
-    )  # fmt: skip
+        *row.pop("shape"),
+        row.pop("D"),
+        dtype,
+        precision=precision,
+        device=device,
+        resets=resets is not None,
+        reset_state=resets if resets in ("stored", "shared") else None,
+        **row,
+    )
     results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
     layers.assert_as_accurate_as_torch(results, problem)

@@ -22,9 +22,14 @@ def readout(*inputs, **options):
 
 def layer(x, h0, c0, *rest, **options):
     y, hidden = functional.lstm(
-        x, (h0, c0), rest[:8], resets=torch.tensor([[False], [True], [False]], device=x.device).expand(3, 2),
-        reset_state=rest[8:], backend="triton", **options,
-    )  # fmt: skip
+        x,
+        (h0, c0),
+        rest[:8],
+        resets=torch.tensor([[False], [True], [False]], device=x.device).expand(3, 2),
+        reset_state=rest[8:],
+        backend="triton",
+        **options,
+    )
     return y, *hidden
 
 

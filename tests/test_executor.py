@@ -222,9 +222,10 @@ CASES = {
     "cp.async of others": (COPY_UNORDERED, ["race in shared memory"]),
     "wgmma": (WGMMA, ["proxy fence missing", "race in shared memory", "wgmma", "wgmma", IN_FLIGHT]),
     "tcgen05": (
-        TENSOR, ["proxy fence missing", "race in shared memory", "tensor memory", IN_FLIGHT, "tensor memory", "left over"]
+        TENSOR,
+        ["proxy fence missing", "race in shared memory", "tensor memory", IN_FLIGHT, "tensor memory", "left over"],
     ),
-}  # fmt: skip
+}
 
 
 def sound(body: str) -> str:

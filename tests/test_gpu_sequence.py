@@ -40,35 +40,50 @@ def hang(device, backend):
 
 # By name: the check, its arguments on a GPU, and without one.
 CHECKS = {
-    "captured training step": (captured_training_step, dict(T=64, B=16, H=512, replays=4), dict(T=3, B=2, H=5, replays=2)),
+    "captured training step": (
+        captured_training_step,
+        dict(T=64, B=16, H=512, replays=4),
+        dict(T=3, B=2, H=5, replays=2),
+    ),
     "two streams": (two_streams, dict(T=512, sizes=both_fit, rounds=10), dict(T=2, sizes=both_fit, rounds=1)),
     "two streams that take turns": (
-        two_streams, dict(T=256, sizes=both_do_not_fit, rounds=10), dict(T=2, sizes=both_do_not_fit, rounds=1)
+        two_streams,
+        dict(T=256, sizes=both_do_not_fit, rounds=10),
+        dict(T=2, sizes=both_do_not_fit, rounds=1),
     ),
     "two streams of unequal priority": (
-        two_streams, dict(T=512, sizes=both_fit, rounds=10, priorities=(0, -1)),
+        two_streams,
+        dict(T=512, sizes=both_fit, rounds=10, priorities=(0, -1)),
         dict(T=2, sizes=both_fit, rounds=1, priorities=(0, -1)),
     ),
     "two streams of unequal priority that take turns": (
-        two_streams, dict(T=256, sizes=both_do_not_fit, rounds=10, priorities=(0, -1)),
+        two_streams,
+        dict(T=256, sizes=both_do_not_fit, rounds=10, priorities=(0, -1)),
         dict(T=2, sizes=both_do_not_fit, rounds=1, priorities=(0, -1)),
     ),
-    "beside a kernel that stays": (
-        beside_a_kernel_that_stays, dict(T=256, seconds=4), dict(T=2, seconds=0)
-    ),
+    "beside a kernel that stays": (beside_a_kernel_that_stays, dict(T=256, seconds=4), dict(T=2, seconds=0)),
     **{
         f"poisoned runs of {H} units in {kind}": (
-            poisoned_runs, dict(T=T, B=B, H=H, dtype=dtype, runs=10), dict(T=3, B=2, H=5, dtype=dtype, runs=2)
+            poisoned_runs,
+            dict(T=T, B=B, H=H, dtype=dtype, runs=10),
+            dict(T=3, B=2, H=5, dtype=dtype, runs=2),
         )
         for kind, dtype, T, B, H in (
-            ("bf16", BF16, 200, 16, 256), ("bf16", BF16, 200, 33, 512), ("bf16", BF16, 257, 16, 768),
-            ("fp16", torch.float16, 200, 16, 512), ("tf32", torch.float32, 200, 16, 512),
+            ("bf16", BF16, 200, 16, 256),
+            ("bf16", BF16, 200, 33, 512),
+            ("bf16", BF16, 257, 16, 768),
+            ("fp16", torch.float16, 200, 16, 512),
+            ("tf32", torch.float32, 200, 16, 512),
         )
     },
     "many steps": (many_steps, dict(T=70_000, B=2, H=256, chunk=10_000), dict(T=9, B=2, H=5, chunk=4)),
-    "after running out of memory": (after_out_of_memory, dict(T=2048, B=16, H=512, least=3), dict(T=2, B=2, H=5, least=5)),
+    "after running out of memory": (
+        after_out_of_memory,
+        dict(T=2048, B=16, H=512, least=3),
+        dict(T=2, B=2, H=5, least=5),
+    ),
     "the host does not wait": (the_host_does_not_wait, dict(T=64, B=16, H=256), dict(T=4, B=3, H=5)),
-}  # fmt: skip
+}
 
 
 def _in_a_process(name, limit=LIMIT):

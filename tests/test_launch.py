@@ -136,12 +136,12 @@ def test_a_first_launch_is_not_captured(monkeypatch):
     kernel, capturing = _StandIn(), False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     launcher = launch.Launcher(kernel)
-    launcher._pointers, launcher._integers, launcher._constants = slice(1), slice(1, 1), slice(1, None)
-    launcher._is_specialized = []
+    launcher._n_pointers = 1
+    launcher._specialized, launcher._unspecialized = (lambda arguments: (arguments["N"],)), (lambda arguments: ())
 
     def call(n):
         device = torch.device("cuda", 0)
-        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), False)
+        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {"N": n}, False)
 
     call(1)
     capturing = True

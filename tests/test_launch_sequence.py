@@ -110,9 +110,23 @@ def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
 
 
 def _run(
-    T, B, H, D=1, dtype=torch.bfloat16, *, resets=False, reset_state=None, lengths=False, batch_major=False, layer_of_two=0,
-    training=True, recompute=False, cells=False, dropped=False, precision="tf32",
-):  # fmt: skip
+    T,
+    B,
+    H,
+    D=1,
+    dtype=torch.bfloat16,
+    *,
+    resets=False,
+    reset_state=None,
+    lengths=False,
+    batch_major=False,
+    layer_of_two=0,
+    training=True,
+    recompute=False,
+    cells=False,
+    dropped=False,
+    precision="tf32",
+):
     """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
     from lstm_triton.kernels.inputs import Direction, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
     from lstm_triton.kernels.layer import lstm_layer_forward

@@ -17,30 +17,44 @@ FAULTS = {
     "one weight": (lambda x, hx, w: (x, hx, w[:1], {}), RuntimeError, "needs w_ih and w_hh"),
     "a vector for w_hh": (lambda x, hx, w: (x, hx, [w[0], w[2]], {}), RuntimeError, "needs w_ih and w_hh"),
     "three weights": (lambda x, hx, w: (x, hx, w[:3], {}), RuntimeError, "weights must be w_ih and w_hh"),
-    "a bias too short": (lambda x, hx, w: (x, hx, [*w[:3], w[3][1:]], {}), RuntimeError, r"weights\[3\] must have size"),
+    "a bias too short": (
+        lambda x, hx, w: (x, hx, [*w[:3], w[3][1:]], {}),
+        RuntimeError,
+        r"weights\[3\] must have size",
+    ),
     "one state": (lambda x, hx, w: (x, hx[:1], w, {}), RuntimeError, "expects two hidden states"),
     "three states": (lambda x, hx, w: (x, (*hx, hx[0]), w, {}), RuntimeError, "expects two hidden states"),
     "a tensor for states": (lambda x, hx, w: (x, torch.stack(hx), w, {}), TypeError, "tuple of two Tensors"),
     "states of other rows": (lambda x, hx, w: (x, (hx[0][:, :1], hx[1]), w, {}), RuntimeError, r"Expected hidden\[0\]"),
     "a state of another dtype": (
-        lambda x, hx, w: (x, (hx[0], hx[1].double()), w, {}), RuntimeError, r"hx\[1\] must have the same dtype",
+        lambda x, hx, w: (x, (hx[0], hx[1].double()), w, {}),
+        RuntimeError,
+        r"hx\[1\] must have the same dtype",
     ),
     "a weight on another device": (
-        lambda x, hx, w: (x, hx, [*w[:3], w[3].to("meta")], {}), RuntimeError, "parameter tensor at meta",
+        lambda x, hx, w: (x, hx, [*w[:3], w[3].to("meta")], {}),
+        RuntimeError,
+        "parameter tensor at meta",
     ),
     "unknown precision": (lambda x, hx, w: (x, hx, w, {"precision": "fp8"}), ValueError, "precision must be"),
     "unknown backend": (lambda x, hx, w: (x, hx, w, {"backend": "cuda"}), ValueError, "backend must be"),
     "resets that count": (
-        lambda x, hx, w: (x, hx, w, {"resets": torch.zeros(T, B, device=x.device)}), TypeError, "bool",
+        lambda x, hx, w: (x, hx, w, {"resets": torch.zeros(T, B, device=x.device)}),
+        TypeError,
+        "bool",
     ),
     "a reset state without resets": (
-        lambda x, hx, w: (x, hx, w, {"reset_state": hx}), ValueError, "reset_state",
+        lambda x, hx, w: (x, hx, w, {"reset_state": hx}),
+        ValueError,
+        "reset_state",
     ),
     "lengths that are no integers": (
-        lambda x, hx, w: (x, hx, w, {"lengths": torch.ones(B, device=x.device)}), TypeError, "integer",
+        lambda x, hx, w: (x, hx, w, {"lengths": torch.ones(B, device=x.device)}),
+        TypeError,
+        "integer",
     ),
     "a row longer than x": (lambda x, hx, w: (x, hx, w, {"lengths": torch.tensor([1, 4])}), ValueError, "lengths"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])

@@ -21,9 +21,16 @@ def function_of(problem, **options):
 
     def layer(x, h0, c0, *rest):
         result = functional.lstm(
-            x, (h0, c0), rest[:n], resets=problem.resets, reset_state=rest[n:] or None, lengths=problem.lengths,
-            return_cell_states=problem.with_cells, backend="triton", **options,
-        )  # fmt: skip
+            x,
+            (h0, c0),
+            rest[:n],
+            resets=problem.resets,
+            reset_state=rest[n:] or None,
+            lengths=problem.lengths,
+            return_cell_states=problem.with_cells,
+            backend="triton",
+            **options,
+        )
         return (result[0], *result[1], *result[2:])
 
     return layer, [t.detach().requires_grad_() for t in problem.inputs]

@@ -44,8 +44,12 @@ def test_a_step_polls_a_counter_for_nothing_and_loads_what_tells_itself_once():
     data = [".L_x_3:", *["LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]"] * 2, "@!P1 BRA `(.L_x_3)"]
     listing = _listing("MOV R1, R2", ".L_x_1:", *counter, *data, "FADD R1, R1, R1", "@!P2 BRA `(.L_x_1)", "EXIT")
     assert [instruction.name for instruction in time_step(disassembled(listing))] == [
-        "LDG.E.128.STRONG.GPU", "LDG.E.128.STRONG.GPU", "BRA", "FADD", "BRA"
-    ]  # fmt: skip
+        "LDG.E.128.STRONG.GPU",
+        "LDG.E.128.STRONG.GPU",
+        "BRA",
+        "FADD",
+        "BRA",
+    ]
 
 
 def test_warps_meet_at_a_barrier():

@@ -32,10 +32,17 @@ LIMITS = {arch: DeviceLimits(n, SHARED_MEMORY_PER_BLOCK[arch], arch // 10) for a
 _POINTEES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # What is None without a feature; "training" is there by default.
 _NEEDED_BY = {
-    "resets_ptr": "resets", "reset_h_ptr": "resets", "reset_c_ptr": "resets", "lengths_ptr": "lengths",
-    "dc_states_ptr": "cells", "dreset_c_ptr": "learned reset state", "c_ptr": "training", "gates_ptr": "training",
-    "seed_ptr": "dropout", "dropped_ptr": "dropout",
-}  # fmt: skip
+    "resets_ptr": "resets",
+    "reset_h_ptr": "resets",
+    "reset_c_ptr": "resets",
+    "lengths_ptr": "lengths",
+    "dc_states_ptr": "cells",
+    "dreset_c_ptr": "learned reset state",
+    "c_ptr": "training",
+    "gates_ptr": "training",
+    "seed_ptr": "dropout",
+    "dropped_ptr": "dropout",
+}
 SEGMENTS = ("resets", "lengths", "cells", "learned reset state")
 _KERNELS = {
     "forward": sequence._lstm_sequence_forward_kernel,
@@ -83,10 +90,17 @@ def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) ->
     kernel = _KERNELS[case.way]
     waits = config.persistent and config.programs > 1 and not case.single_step
     constexprs = {
-        "H": case.H, "D": case.D, "ACC": accumulator(case.dtype), "PRECISION": case.precision, "INDEX": tl.int32,
-        "RESIDENT": config.persistent, "BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
+        "H": case.H,
+        "D": case.D,
+        "ACC": accumulator(case.dtype),
+        "PRECISION": case.precision,
+        "INDEX": tl.int32,
+        "RESIDENT": config.persistent,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
         "IN_FLIGHT": config.in_flight,
-    }  # fmt: skip
+    }
     if case.way == "forward":
         row = exchanged_row(case.H, case.dtype) if config.persistent else case.H
         constexprs |= {"ROW": row}

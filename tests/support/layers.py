@@ -122,9 +122,17 @@ def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Ten
 
     def layer(x, h0, c0, weights, reset_state):
         result = functional.lstm(
-            x, (h0, c0), weights, resets=problem.resets, reset_state=reset_state, lengths=problem.lengths,
-            return_cell_states=problem.with_cells, precision=problem.precision, backend=backend, **options,
-        )  # fmt: skip
+            x,
+            (h0, c0),
+            weights,
+            resets=problem.resets,
+            reset_state=reset_state,
+            lengths=problem.lengths,
+            return_cell_states=problem.with_cells,
+            precision=problem.precision,
+            backend=backend,
+            **options,
+        )
         return (result[0], *result[1], *result[2:])
 
     return with_gradients(layer, problem)

@@ -46,10 +46,20 @@ class Case:
 
     def module(self, backend: str) -> LSTM:
         return LSTM(
-            self.I, self.H, self.num_layers, self.bias, self.batch_first, self.dropout if self.num_layers > 1 else 0.0,
-            self.bidirectional, self.R, dtype=self.dtype, device="meta",
-            backend=backend, precision="ieee", recompute=self.recompute,
-        )  # fmt: skip
+            self.I,
+            self.H,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout if self.num_layers > 1 else 0.0,
+            self.bidirectional,
+            self.R,
+            dtype=self.dtype,
+            device="meta",
+            backend=backend,
+            precision="ieee",
+            recompute=self.recompute,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,22 @@ from .aot import Report
 
 # Cycles until a result of variable latency is there.
 _LATENCIES = {
-    "LDS": (23, 33), "LDSM": (26, 36), "SHFL": (23, 26), "MUFU": (18, 40), "LDG": (263, 500), "ATOMG": (263, 500),
-    "S2R": (15, 30), "S2UR": (15, 30), "LDC": (25, 45), "POPC": (15, 25), "R2UR": (10, 12), "I2F": (15, 25), "F2I": (15, 25),
-    "SYNCS": (20, 30), "LDGSTS": (263, 500),
-}  # fmt: skip
+    "LDS": (23, 33),
+    "LDSM": (26, 36),
+    "SHFL": (23, 26),
+    "MUFU": (18, 40),
+    "LDG": (263, 500),
+    "ATOMG": (263, 500),
+    "S2R": (15, 30),
+    "S2UR": (15, 30),
+    "LDC": (25, 45),
+    "POPC": (15, 25),
+    "R2UR": (10, 12),
+    "I2F": (15, 25),
+    "F2I": (15, 25),
+    "SYNCS": (20, 30),
+    "LDGSTS": (263, 500),
+}
 _FROM_DRAM = (263, 800)  # what other launches have written may still lie in the L2 cache, or not
 _L2_PORT = (64, 40)  # bytes a cycle: where few multiprocessors read, and where all do
 _SOURCES_READ = (8, 15)

@@ -54,8 +54,10 @@ class LaunchStruct(ctypes.Structure):
 
 class _OperationStruct(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("run", ctypes.c_void_p), ("kind", ctypes.c_int)] + [
-        ("results", ctypes.c_int), ("inputs", ctypes.c_int), ("sizes", ctypes.c_int * 5),
-    ]  # fmt: skip
+        ("results", ctypes.c_int),
+        ("inputs", ctypes.c_int),
+        ("sizes", ctypes.c_int * 5),
+    ]
 
 
 def why_not() -> str | None:

@@ -86,9 +86,15 @@ class _Encoded:
         self._arrays = [array("i", part) for part in (program.code, program.operands, program.specials)]
         self._arrays += [array("B", program.image), array("i", program.constants)]
         self.struct = KernelStruct(
-            *(a.buffer_info()[0] for a in self._arrays), len(program.origin), program.registers,
-            len(program.image), len(program.specials) // 3, len(program.constants), program.waits, program.uses_tensor_memory,
-        )  # fmt: skip
+            *(a.buffer_info()[0] for a in self._arrays),
+            len(program.origin),
+            program.registers,
+            len(program.image),
+            len(program.specials) // 3,
+            len(program.constants),
+            program.waits,
+            program.uses_tensor_memory,
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,15 +149,22 @@ class ExecutingDriver(NullDriver):
                 storages.setdefault((start, start + value.untyped_storage().nbytes()), []).append(argument)
         n, message = len(storages), ctypes.create_string_buffer(_REPORT_BYTES)
         c_launch = LaunchStruct(
-            grid=launch.grid, threads=kernel.threads, shared=launch.shared, tensors=n,
-            concurrent=min(math.prod(launch.grid), launch.at_once), programs_per_sm=self.programs_per_sm,
-            check=self.check, seed=self.seed, parameters=ctypes.cast(parameters, ctypes.c_void_p),
+            grid=launch.grid,
+            threads=kernel.threads,
+            shared=launch.shared,
+            tensors=n,
+            concurrent=min(math.prod(launch.grid), launch.at_once),
+            programs_per_sm=self.programs_per_sm,
+            check=self.check,
+            seed=self.seed,
+            parameters=ctypes.cast(parameters, ctypes.c_void_p),
             starts=(ctypes.c_uint64 * n)(*(start for start, _ in storages)),
             ends=(ctypes.c_uint64 * n)(*(end for _, end in storages)),
             names=(ctypes.c_char_p * n)(*("/".join(names).encode() for names in storages.values())),
-            message=ctypes.cast(message, ctypes.c_void_p), message_size=_REPORT_BYTES,
+            message=ctypes.cast(message, ctypes.c_void_p),
+            message_size=_REPORT_BYTES,
             parameter_bytes=kernel.parameter_bytes,
-        )  # fmt: skip
+        )
         machine().execute(encoded.struct, c_launch)
         reports = [_report(launch.kernel, encoded.program, line) for line in message.value.decode().splitlines()]
         counts = c_launch.steps, c_launch.benign, c_launch.unfenced, c_launch.serialized

@@ -127,8 +127,10 @@ def _tensor_product(e: _Encoder, s: Statement, found: re.Match) -> None:
     e.emit(s, "tcgen05.mma", places, 0, (_TYPES[found[1]], offset, int(in_tensor), left_offset))
 
 
-@family(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64"
-        r"|mbarrier\.(init|inval)\.shared::cta\.b64|mbarrier\.try_wait\.parity\.shared(::cta)?\.b64")  # fmt: skip
+@family(
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64"
+    r"|mbarrier\.(init|inval)\.shared::cta\.b64|mbarrier\.try_wait\.parity\.shared(::cta)?\.b64"
+)
 def _mbarrier(e: _Encoder, s: Statement, found: re.Match) -> None:
     tests = s.opcode.startswith("mbarrier.try_wait")
     name = "tcgen05.commit" if "commit" in s.opcode else "mbarrier.try_wait.parity" if tests else s.opcode

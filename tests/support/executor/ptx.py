@@ -147,10 +147,17 @@ class _Body:
             raise Unsupported(f"PTX line {self.line}: predicate {guard} is not declared in `{text}`")
         self.kernel.statements.append(
             Statement(
-                self.line, self.source, text, register, negated == "!", opcode,
-                tuple(o.strip() for o in _OPERAND.findall(operands)), tuple(self.scopes), self.names[0],
+                self.line,
+                self.source,
+                text,
+                register,
+                negated == "!",
+                opcode,
+                tuple(o.strip() for o in _OPERAND.findall(operands)),
+                tuple(self.scopes),
+                self.names[0],
             )
-        )  # fmt: skip
+        )
 
     def _registers(self, text: str) -> None:
         found = re.fullmatch(r"\.reg \.(\w+) (.*)", text)

@@ -1,0 +1,87 @@
+"""Sums of the readout's backward: the launch before its matrix products, and the one after them. See readout_backward."""
+
+import triton
+import triton.language as tl
+
+from .tiles import load_tile
+
+
+@triton.jit(do_not_specialize=["B", "part_v"])
+def _readout_row_dots_kernel(
+    # pointers
+    dy_ptr,  # [B, V]
+    y_ptr,  # [B, V], contiguous
+    dots_ptr,  # [B, parts] out
+    # sizes
+    B,
+    V,
+    part_v,  # columns per part, a multiple of BLOCK_V
+    # strides
+    stride_dy_b,
+    stride_dy_v,
+    # meta-parameters
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """sum_v dY * Y over part_v columns of one row."""
+    parts = tl.cdiv(V, part_v)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    dot = tl.zeros((BLOCK_V,), ACC)
+    for first in range(part * part_v, tl.minimum(part * part_v + part_v, V), BLOCK_V):
+        offs_v = first + tl.arange(0, BLOCK_V)
+        dy = tl.load(dy_ptr + row * stride_dy_b + offs_v.to(tl.int64) * stride_dy_v, mask=offs_v < V, other=0.0)
+        y = tl.load(y_ptr + row * V + offs_v, mask=offs_v < V, other=0.0)
+        dot += dy.to(ACC) * y.to(ACC)
+    tl.store(dots_ptr + row * parts + part, tl.sum(dot, axis=0))
+
+
+@triton.jit
+def _sum_of_parts(
+    block, parts_ptr, out_ptr, parts, size, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK elements of the sum of [parts, size] over parts."""
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = tl.zeros((BLOCK,), ACC)
+    for first in range(0, parts, BLOCK_P):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        total += tl.sum(load_tile(parts_ptr, offs_p, offs_p < parts, offs, mask, size, 1), axis=0)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size_h", "parts_b", "parts_v"])
+def _readout_sum_parts_kernel(
+    # pointers: each pair None where there is nothing to add
+    dh_parts_ptr,  # [parts_v, size_h]
+    dweight_parts_ptr,  # [parts_b, size_weight]
+    dbias_parts_ptr,  # [parts_b, V]
+    dh_ptr,  # [size_h] out
+    dweight_ptr,  # [size_weight] out
+    dbias_ptr,  # [V] out
+    # sizes
+    size_h,
+    size_weight,
+    V,
+    parts_b,
+    parts_v,
+    # meta-parameters
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the parts of dh, dW and db; the grid holds the blocks of each in this order."""
+    block = tl.program_id(0)
+    if dh_ptr is not None:
+        blocks = tl.cdiv(size_h, BLOCK)
+        if (block >= 0) & (block < blocks):
+            _sum_of_parts(block, dh_parts_ptr, dh_ptr, parts_v, size_h, ACC, BLOCK_P, BLOCK)
+        block -= blocks
+    if dweight_ptr is not None:
+        blocks = tl.cdiv(size_weight, BLOCK)
+        if (block >= 0) & (block < blocks):
+            _sum_of_parts(block, dweight_parts_ptr, dweight_ptr, parts_b, size_weight, ACC, BLOCK_P, BLOCK)
+        block -= blocks
+    if dbias_ptr is not None:
+        if (block >= 0) & (block < tl.cdiv(V, BLOCK)):
+            _sum_of_parts(block, dbias_parts_ptr, dbias_ptr, parts_b, V, ACC, BLOCK_P, BLOCK)
