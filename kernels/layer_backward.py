@@ -39,8 +39,9 @@ _WEIGHTS = frozenset(name for name in LayerInputs._fields if name.startswith(("w
 
 
 def _gate_major(w: Tensor) -> Tensor:
-    """The inverse of `unit_major`."""
-    return w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+    """The inverse of `unit_major`, always a copy: a caller may change the gradient of one bias in place."""
+    gates = w.unflatten(0, (-1, 4)).transpose(0, 1)
+    return gates.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def lstm_layer_backward(
@@ -189,7 +190,7 @@ def _weight_gradients(
         found["w_hh" + suffix] = _recurrent_weight_gradient(dz, inputs.h0, h, d, segments, time_major)
         for name in ("b_ih" + suffix, "b_hh" + suffix):
             if name in needs:
-                found[name] = _gate_major(db[d])  # a copy: a caller may change either in place
+                found[name] = _gate_major(db[d])
     return found
 
 
