@@ -56,8 +56,9 @@ class Launcher:
 
         launch_cooperative_grid: refuse a grid whose programs cannot all run at once. It must follow from the arguments.
         """
+        options = {"launch_cooperative_grid": True} if launch_cooperative_grid else {}
         if not self._is_compiled:
-            self.kernel[grid](**arguments)
+            self.kernel[grid](**arguments, **options)
             return
         if len(arguments) != self._n_parameters:
             raise TypeError(f"{self.kernel.__name__} takes {self._n_parameters} arguments, got {len(arguments)}")
@@ -68,10 +69,10 @@ class Launcher:
         device = tensor.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(device, grid, config, values, arguments, launch_cooperative_grid)
-        return self._launch(device, grid, config, values, arguments, launch_cooperative_grid)
+                return self._launch(device, grid, config, values, arguments, options)
+        return self._launch(device, grid, config, values, arguments, options)
 
-    def _launch(self, device, grid, config, values, arguments, cooperative) -> None:
+    def _launch(self, device, grid, config, values, arguments, options) -> None:
         unaligned = 0  # a bit for each tensor
         dtypes: list[torch.dtype | None] = []
         for t in values[: self._n_pointers]:
@@ -91,7 +92,6 @@ class Launcher:
             return
         if device.type == "cuda":
             refuse_capture(self.kernel.__name__)
-        options = {"launch_cooperative_grid": True} if cooperative else {}
         compiled = self.kernel[grid](*values, **config.options, **options)
         if len(self._compiled) >= _MAX_KEPT:
             self._compiled.clear()
