@@ -75,7 +75,7 @@ def sequence_forward_config(
         if generation == 10 and block_b == 64:
             # Shorter ones take more than the 512 columns of tensor memory, and Triton refuses to launch the kernel.
             shortest, longest = 64, 128
-        tile = _Tile(block_b, block_h, num_warps, shortest, longest, scratch)
+        tile = _Tile(block_b, block_h, num_warps, shortest, longest, scratch, _BYTES_IN_FLIGHT)
         configs += _resident(product, (B, H, D), tile, limits)
     if configs:
         return min(configs, key=functools.partial(_clocks, product, limits))
@@ -207,7 +207,7 @@ class _Tile(NamedTuple):
     shortest: int
     longest: int
     scratch: int
-    bytes_in_flight: int = _BYTES_IN_FLIGHT
+    bytes_in_flight: int
     even_rounds: bool = True
 
 

@@ -141,7 +141,7 @@ def test_a_first_launch_is_not_captured(monkeypatch):
 
     def call(n):
         device = torch.device("cuda", 0)
-        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {"N": n}, False)
+        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {"N": n}, {})
 
     call(1)
     capturing = True
