@@ -138,7 +138,7 @@ def from_gate_matrices(
         An `LSTMCell(p, n)` with copies of the values, in the matrices' dtype, on their device; bias_hh is zero.
 
     Raises:
-        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
+        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ, or are no floating-point ones.
     """
     matrices, biases = (W_u, W_f, W_c, W_r), (b_u, b_f, b_c, b_r)  # in PyTorch's order i, f, g, o
     rows, n = W_f.shape if W_f.dim() == 2 else (-1, -1)
@@ -148,6 +148,8 @@ def from_gate_matrices(
         raise ValueError(f"expected four matrices [p + n, n] and four biases [n], got {shapes}")
     if any(t.dtype != W_f.dtype or t.device != W_f.device for t in (*matrices, *biases)):
         raise TypeError("the matrices and biases must have one dtype and one device")
+    if not W_f.is_floating_point():
+        raise TypeError(f"the matrices and biases must be of a floating-point dtype, got {W_f.dtype}")
     # Uninitialised parameters, so that building the cell draws nothing from the random number generator.
     cell = LSTMCell(p, n, device="meta", dtype=W_f.dtype).to_empty(device=W_f.device)
     with torch.no_grad():

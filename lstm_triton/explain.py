@@ -14,6 +14,8 @@ from .modules import LSTMCell, SoftmaxReadout
 def _launches(module, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
     from .kernels import layer, sequence_config
 
+    if batch == 0:
+        return "with B = 0 no launch"
     directions = 2 if module.bidirectional else 1
     precision = matmul_precision(dtype, module.precision, recurrent=True)
     recurrence = layer.Recurrence(steps, batch, module.hidden_size, directions, dtype, precision)

@@ -1,6 +1,7 @@
 """Functions: the LSTM cell, an LSTM layer and the softmax readout, on explicit weights."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -46,9 +47,10 @@ def lstm_cell(
         raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
+    h, c = hx
+    _require_tensors("lstm_cell", (("w_ih", w_ih), ("w_hh", w_hh)))
     if x.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {x.dim()}D instead")
-    h, c = hx
     for index, state in enumerate(hx):
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
@@ -63,6 +65,7 @@ def _lstm_cell(inputs: CellInputs, precision: str | None, backend: str) -> tuple
     x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch":
+        _check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of what does not fit
         return torch.lstm_cell(x, (inputs.h, inputs.c), inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh)
     if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -74,7 +77,13 @@ def _lstm_cell(inputs: CellInputs, precision: str | None, backend: str) -> tuple
     return h, c
 
 
-def _check_cell(inputs: CellInputs) -> None:
+def _require_tensors(function: str, arguments: Iterable[tuple[str, object]]) -> None:
+    for name, t in arguments:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(t).__name__}")
+
+
+def _check_cell(inputs: CellInputs, dtypes: bool = True) -> None:
     """One pass over good arguments; the first fault raises with torch's own words."""
     x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
     B, I = x.shape
@@ -83,7 +92,7 @@ def _check_cell(inputs: CellInputs) -> None:
     if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, H) or w_hh.shape != (4 * H, H):
         _raise_cell_sizes(inputs)
     for t in inputs:
-        if t is not None and (t.dtype != dtype or t.device != device):
+        if t is not None and ((dtypes and t.dtype != dtype) or t.device != device):
             _raise_unlike(inputs, t)
     for b in (b_ih, b_hh):
         if b is not None and b.shape != (4 * H,):
@@ -93,11 +102,11 @@ def _check_cell(inputs: CellInputs) -> None:
 
 def _raise_unlike(inputs: CellInputs, t: Tensor) -> None:
     x, name = inputs.x, next(name for name, value in inputs._asdict().items() if value is t)
-    if t.dtype != x.dtype:
-        raise RuntimeError(f"input and {name} must have the same dtype, but got {x.dtype} and {t.dtype}")
-    raise RuntimeError(
-        f"Expected all tensors to be on the same device, but input is on {x.device} and {name} on {t.device}"
-    )
+    if t.device != x.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but input is on {x.device} and {name} on {t.device}"
+        )
+    raise RuntimeError(f"input and {name} must have the same dtype, but got {x.dtype} and {t.dtype}")
 
 
 def _raise_cell_sizes(inputs: CellInputs) -> None:
@@ -147,8 +156,10 @@ def softmax_readout(
         RuntimeError: ranks, sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
     """
     dispatch.check_precision(precision)
+    _require_tensors("softmax_readout", (("h", h), ("weight", weight)))
     chosen = dispatch.readout_backend(backend, h.device, h.dtype)
     if chosen == "torch":
+        _check_readout_devices(h, weight, bias)
         return torch.softmax(torch.nn.functional.linear(h, weight, bias), -1)
     dtype = h.dtype
     device_type = h.device.type
@@ -173,14 +184,17 @@ def _check_readout(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"h must be [..., H] and weight [V, H], but they are {h.dim()}D and {weight.dim()}D")
     if h.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"h and weight shapes cannot be multiplied: {list(h.shape)} and {list(weight.shape)}")
+    _check_readout_devices(h, weight, bias)
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dtype != h.dtype:
+        if t is not None and t.dtype != h.dtype:
             raise RuntimeError(f"h and {name} must have the same dtype, but got {h.dtype} and {t.dtype}")
-        if t.device != h.device:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"bias must have size {weight.shape[0]}, but got {list(bias.shape)}")
+
+
+def _check_readout_devices(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != h.device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but h is on {h.device} and {name} on {t.device}"
             )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"bias must have size {weight.shape[0]}, but got {list(bias.shape)}")

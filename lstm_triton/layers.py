@@ -59,9 +59,12 @@ def lstm(  # noqa: PLR0913
         RuntimeError: T = 0; sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
     """
     dispatch.check_precision(precision)
+    for t in (x, *weights):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"lstm(): x and weights must be Tensors, not {type(t).__name__}")
     if x.dim() != 3:
         raise ValueError(f"LSTM: Expected input to be 3D, got {x.dim()}D instead")
-    if len(weights) < 2 or weights[1].dim() != 2:
+    if len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
         raise RuntimeError("lstm() needs w_ih and w_hh, and b_ih and b_hh where there are biases, of each direction")
     if hx is not None:
         check_pair(hx)
@@ -97,6 +100,8 @@ def run(
 ) -> Sequence[Any]:
     """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
     (T, B, _), (D, _, H) = x.shape, hx[1].shape
+    if not 0 <= options.dropout <= 1:  # set after construction
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     if chosen == "reference" or B == 0 or H == 0:
         layer = reference_ops if reference_ops.is_recorded() else reference
         y, *states = layer.lstm_layer(x, *hx, directions, *segments)
@@ -113,8 +118,6 @@ def run(
         return _dropped(y, options.dropout), *rest
     if not options.dropout:
         return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
-    if not 0 <= options.dropout <= 1:  # set after construction: the kernels would take it
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     seed = dropout_seed(x)
     if not is_batched(seed):
         return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments, seed), options)
@@ -199,10 +202,13 @@ def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], dire
 
 
 def check_pair(hx: Any) -> None:
-    if isinstance(hx, Tensor):
-        raise TypeError("LSTM: hx must be a tuple of two Tensors, not a Tensor")
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"LSTM: hx must be a tuple of two Tensors, not a {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
+    for state in hx:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"LSTM: hx must be a tuple of two Tensors, not of {type(state).__name__}")
 
 
 def check_device(device: torch.device) -> None:

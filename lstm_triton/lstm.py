@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import casting, dispatch, layers, segments, torch_ops
 from .kernels.inputs import LayerOptions, split_weights
-from .modes import is_jit_tracing
+from .modes import has_values, is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
 
 
@@ -87,7 +87,7 @@ def _time_major(module, input, hx, resets):
         layers.check_pair(hx)
     if module.batch_first:
         input = input.transpose(0, 1)
-        resets = resets.transpose(0, 1) if resets is not None and resets.dim() == 2 else resets
+        resets = resets.transpose(0, 1) if isinstance(resets, Tensor) and resets.dim() == 2 else resets
     return input, hx, resets
 
 
@@ -101,8 +101,8 @@ def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_c
             )
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     batch_dim = 0 if module.batch_first else 1
-    resets = resets.unsqueeze(batch_dim) if resets is not None and resets.dim() == 1 else resets
-    lengths = lengths.unsqueeze(0) if lengths is not None and lengths.dim() == 0 else lengths
+    resets = resets.unsqueeze(batch_dim) if isinstance(resets, Tensor) and resets.dim() == 1 else resets
+    lengths = lengths.unsqueeze(0) if isinstance(lengths, Tensor) and lengths.dim() == 0 else lengths
     x, hx, resets = _time_major(module, input.unsqueeze(batch_dim), hx, resets)
     y, (h, c), *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
     return y.squeeze(1), (h.squeeze(1), c.squeeze(1)), *(c.squeeze(1) for c in cells)
@@ -139,8 +139,10 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
                 s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
             )
         # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
-        lengths = segments.sent((batch_sizes[None, :] > torch.arange(B)[:, None]).sum(1), data.device)
+        lengths = segments.sent((batch_sizes[None, :] > _range(B)[:, None]).sum(1), data.device)
         at = segments.sent(_packed_rows(batch_sizes, B), data.device)
+        if has_values(data) and data.shape[0] != at.shape[0]:
+            raise RuntimeError(f"a PackedSequence of these batch_sizes has {at.shape[0]} rows, got {data.shape[0]}")
         x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
         y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
         y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
@@ -216,8 +218,13 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
     """For each row of packed data its row t * B + b in the padded [T, B]."""
-    padded = torch.arange(batch_sizes.shape[0] * B).view(-1, B)
-    return padded[torch.arange(B) < batch_sizes[:, None]]
+    padded = _range(batch_sizes.shape[0] * B).view(-1, B)
+    return padded[_range(B) < batch_sizes[:, None]]
+
+
+def _range(n: int) -> Tensor:
+    """On the host, where batch sizes are, whatever torch's default device."""
+    return torch.arange(n, device="cpu")
 
 
 class LSTM(torch.nn.RNNBase):

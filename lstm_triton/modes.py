@@ -43,6 +43,17 @@ def sees_operators(*tensors: Tensor | None) -> bool:
     return False
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether the host may read t: no compiler, tracer, fake tensor or transform stands between."""
+    return not (
+        torch.compiler.is_compiling()
+        or is_jit_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(t) not in _PLAIN
+        or _functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 def takes_reference(*gradients: Tensor | None, watched: bool = True) -> bool:
     """Whether only the reference can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients.
 

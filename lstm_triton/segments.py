@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .kernels.inputs import Segments
+from .modes import has_values
 
 
 def checked_segments(
@@ -31,10 +32,11 @@ def checked_segments(
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         if lengths.shape != (B,):
             raise RuntimeError(f"Expected lengths size {(B,)}, got {list(lengths.shape)}")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B:
+        lengths = lengths.to(torch.int64)
+        if lengths.device.type == "cpu" and B and has_values(lengths):
             if int(lengths.min()) < 0 or int(lengths.max()) > T:
                 raise ValueError(f"lengths must lie in 0 ... {T}, got {int(lengths.min())} ... {int(lengths.max())}")
-        lengths = sent(lengths, x.device).to(torch.int64).clamp(0, T)
+        lengths = sent(lengths, x.device).clamp(0, T)
     return Segments(resets, reset_h, reset_c, lengths)
 
 

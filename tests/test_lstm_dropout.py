@@ -224,7 +224,7 @@ def test_a_checkpoint_replays_the_mask(device):
 def test_a_probability_set_later_is_checked(p, device):
     lstm = LSTM(2, 3, 2, dropout=0.5, backend="triton", device=device)
     lstm.dropout = p
-    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+    with pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
         lstm(torch.zeros(3, 2, 2, device=device))
 
 
