@@ -41,6 +41,10 @@ def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> t
     return y, (h_n, c_n)
 
 
+# Taken before `hooks` may replace it.
+_torchs_forward = torch.nn.LSTM.forward
+
+
 @scripted_as(_scripted)
 def forward(
     module,
@@ -56,6 +60,9 @@ def forward(
     if is_proxy(input):
         options = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
         return leaf(module, input, hx, **options)
+    plain = resets is None and reset_state is None and lengths is None and not return_cell_states
+    if plain and _is_torchs(module, input):
+        return _torchs_forward(module, input, hx)
     # Weights may have been replaced since the last call: functional_call, parametrizations, a move to another device.
     module._update_flat_weights()
     layers.check_device(module._flat_weights[0].device)
@@ -70,6 +77,15 @@ def forward(
     if module.batch_first:
         y, cells = y.transpose(0, 1), [c.transpose(0, 1) for c in cells]
     return y, hidden, *cells
+
+
+def _is_torchs(module, input) -> bool:
+    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, outside compilers and autocast."""
+    x = input.data if isinstance(input, PackedSequence) else input
+    # A backend that was asked for may be unable to serve, which is said after faults of the arguments.
+    if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or torch.compiler.is_compiling():
+        return False
+    return _choose(module, x, True, 1) == "torch" and not casting.is_autocast("cpu")
 
 
 def _time_major(module, input, hx, resets):
