@@ -55,9 +55,8 @@ def explain(
     device = weight.device if device is None else torch.device(device)
     dtype = weight.dtype if dtype is None else dtype
     if kind is LSTM:
-        call = Call(
-            not segments and not module.recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0
-        )
+        recompute = module.recompute and device.type == "cuda"
+        call = Call(not segments and not recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0)
         sizes = (module.input_size, module.hidden_size)
         choice = choose_layer(module.backend, device.type, dtype, dispatch.environment(device), call)
         if choice.backend == "triton":

@@ -43,6 +43,7 @@ def lstm(  # noqa: PLR0913
             of each row's last step, and the reverse direction starts there.
         return_cell_states: also return c of every step.
         recompute: hold y and c for the backward, but not the gates, 4/7 of the memory; it costs a GEMM to rebuild them.
+            On a CPU, where torch's own kernels run, it changes nothing.
         precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
             torch.backends.cudnn.rnn says ("tf32" unless you changed it).
         backend: "auto", "triton" (one launch where it fits, else one per step), "triton-persistent" (one launch, or an
@@ -78,7 +79,7 @@ def lstm(  # noqa: PLR0913
     _check(x, hx, weights, directions)
     (by_direction,) = split_weights(weights, 1, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
-    plain = resets is None and lengths is None and not return_cell_states and not recompute
+    plain = resets is None and lengths is None and not return_cell_states and not (recompute and x.is_cuda)
     chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, dispatch.is_long(T, x.device), precision)
     if chosen in ("torch", "cudnn"):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.

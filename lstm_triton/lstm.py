@@ -80,7 +80,7 @@ def forward(
 
 
 def _is_torchs(module, input) -> bool:
-    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, outside compilers and autocast."""
+    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU."""
     x = input.data if isinstance(input, PackedSequence) else input
     # A backend that was asked for may be unable to serve, which is said after faults of the arguments.
     if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or torch.compiler.is_compiling():
@@ -190,7 +190,7 @@ def _choose(module, x: Tensor, plain: bool, T: int) -> str:
         module.backend,
         x.device,
         x.dtype,
-        plain and not module.recompute,
+        plain and not (module.recompute and x.is_cuda),
         dispatch.is_long(T, x.device),
         module.precision,
         module.proj_size > 0,
@@ -255,7 +255,8 @@ class LSTM(torch.nn.RNNBase):
             torch.backends.cudnn.rnn says ("tf32" unless you changed it), as torch.nn.LSTM does.
         backend: "auto" (the fastest known to be right; `lstm_triton.explain(lstm)` says which and why), "triton",
             "triton-persistent", "triton-stepwise", "cudnn", "reference".
-        recompute: keep outputs and c for the backward but rebuild the gates, 4/7 of the memory, by a GEMM.
+        recompute: keep outputs and c for the backward but rebuild the gates, 4/7 of the memory, by a GEMM. On a CPU,
+            where torch's own kernels run, it changes nothing.
 
     Inputs:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.

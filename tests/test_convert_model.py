@@ -244,7 +244,8 @@ def test_explain(monkeypatch):
     assert explain(lstm, device="cuda") == f"LSTM(2, 3) on cuda, torch.float32: cudnn: {UNMEASURED}."
     assert "cuDNN takes no more than 65535 steps" in explain(lstm, device="cuda", steps=65536)
     assert NO_CUDNN in explain(lstm, device="cuda", dtype=torch.bfloat16, segments=True)
-    assert "reference: torch's own kernels have no resets" in explain(LSTM(2, 3, recompute=True))
+    assert explain(LSTM(2, 3, recompute=True)) == explain(LSTM(2, 3)) and ": torch: " in explain(LSTM(2, 3))
+    assert "reference: torch's own kernels have no resets" in explain(LSTM(2, 3), segments=True)
     assert explain(convert(torch.nn.LSTM(2, 3))).startswith("LSTM(2, 3) on cpu")
     assert "LSTMCell(2, 3) on cuda, torch.float32: triton: " in explain(LSTMCell(2, 3), device="cuda")
     assert "SoftmaxReadout(2, 3)" in explain(SoftmaxReadout(2, 3))

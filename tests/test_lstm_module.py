@@ -10,7 +10,7 @@ import torch
 from support.lstms import backends, flat, pair
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, layers
 
 # ---- construction and parameters -------------------------------------------------------------------------------------
 
@@ -243,3 +243,18 @@ def test_weights_of_another_dtype(backend, device):
     lstm.weight_hh_l0 = torch.nn.Parameter(lstm.weight_hh_l0.double())
     with pytest.raises(RuntimeError, match=r"Input and weights\[1\] must have the same dtype"):
         lstm(_zeros(*X, device=device))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_plain_call_on_a_cpu_is_torchs_forward(recompute, monkeypatch):
+    theirs, ours = torch.nn.LSTM(3, 5, 2), LSTM(3, 5, 2, recompute=recompute)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 2, 3)
+    monkeypatch.setattr(layers, "autocast", None)  # no other way may be taken
+    for input in (x, x[:, 0], torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 1]))):
+        (y, states), (expected, expected_states) = ours(input), theirs(input)
+        torch.testing.assert_close((y, states), (expected, expected_states), rtol=0, atol=0)
+        grads = [
+            torch.autograd.grad(s[0].sum(), m.weight_hh_l0) for m, s in ((ours, states), (theirs, expected_states))
+        ]
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
