@@ -34,6 +34,9 @@ The counters must be zero at the start of a launch and belong to that launch alo
 import triton
 import triton.language as tl
 
+from .interpreter import is_interpreting
+
+_INTERPRETED = tl.constexpr(is_interpreting())
 COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 
 # A wait this long means that a program is missing, or that another kernel keeps its place: communication may wait long for
@@ -46,7 +49,15 @@ _MAX_POLLS = tl.constexpr(1 << 24)
 def arrive(counter_ptr):
     """Publish everything this program has stored, and count it as arrived."""
     tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    if _INTERPRETED:
+        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    else:
+        # The same without a result, which the next step would wait for.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+            " @first red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0; }", "=r,l",
+            [counter_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -39,6 +39,20 @@ def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
+@triton.jit
+def _sum_of_splits(parts, SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[SPLIT_K, BLOCK_B, BLOCK_H] -> [BLOCK_B, BLOCK_H], each entry summed by one thread.
+
+    The parts of an entry, one in each warp, move to one thread, which adds them up in pairs. tl.sum would leave all of the sum
+    in every warp, and each would go on to compute all units.
+    """
+    rest = tl.permute(parts, (1, 2, 0))
+    for halving in tl.static_range(1, SPLIT_K.bit_length()):
+        a, b = tl.split(tl.reshape(rest, (BLOCK_B, BLOCK_H, SPLIT_K >> halving, 2)))
+        rest = a + b
+    return tl.reshape(rest, (BLOCK_B, BLOCK_H))
+
+
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
 @triton.jit(
     do_not_specialize=[
@@ -208,10 +222,7 @@ def _lstm_sequence_backward_kernel(
                 w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K)
                 dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
-        # Every warp has all of the sum, and without the gather each would go on to compute all units: by a gather of what is in
-        # its place already, the compiler chooses anew which thread has which.
-        units = tl.broadcast_to(tl.arange(0, BLOCK_H)[None, :], (BLOCK_B, BLOCK_H))
-        dh_next = tl.gather(tl.sum(parts, axis=0), units, axis=1)
+        dh_next = _sum_of_splits(parts, SPLIT_K, BLOCK_B, BLOCK_H)
         if resets_ptr is not None:
             # A state that was cleared before the step t_next passes no gradient back to here.
             dh_next = tl.where(resets_next[:, None], 0.0, dh_next)

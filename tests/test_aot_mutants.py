@@ -87,7 +87,7 @@ def _find_mutants():
 
 def _waiting_after_the_loads(way, source):
     wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", source)[0]
-    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = tl.gather("}[way]
+    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = _sum_of_splits("}[way]
     assert source.count(behind) == 1
     return source.replace(wait, "").replace(behind, wait + behind)
 
@@ -103,7 +103,9 @@ def _loading_chunk_by_chunk(way, source):
 
 
 def _computing_units_in_every_warp(source):
-    return source.replace("tl.gather(tl.sum(parts, axis=0), units, axis=1)", "tl.sum(parts, axis=0)")
+    return source.replace(
+        "dh_next = _sum_of_splits(parts, SPLIT_K, BLOCK_B, BLOCK_H)", "dh_next = tl.sum(parts, axis=0)"
+    )
 
 
 def _loading_resets_on_the_way_to_the_product(source):
