@@ -43,11 +43,11 @@ class Counter(TorchDispatchMode):
             self.launches.append((name, sum(map(size, operands.values()))))
         return result
 
-    def note_kernel(self, launcher, grid, config, *, T, first_step, last_step, **arguments) -> None:
+    def note_kernel(self, launcher, grid, config, arguments, **options) -> None:
         """Stands for Launcher.__call__. Of a tensor that holds all T steps, a launch moves those that it computes."""
-        moved = 0
+        moved, T, steps = 0, arguments["T"], arguments["last_step"] - arguments["first_step"]
         for t in tensors(arguments.values()):
-            moved += size(t) * (last_step - first_step) // T if t.dim() > 2 and t.shape[0] == T else size(t)
+            moved += size(t) * steps // T if t.dim() > 2 and t.shape[0] == T else size(t)
         self.launches.append((launcher.kernel.fn.__name__, moved))
 
 

@@ -273,13 +273,14 @@ def lstm_cell_backward(
     (B, I), H = x.shape, h_prev.shape[1]
     # With B = 0 the weight and bias tiles still run and write their empty sums; with H = 0 there is no tile at all.
     allocate = torch.empty if H else torch.zeros
+    dtype, device = x.dtype, x.device
     found = {
-        name: allocate(t.shape, dtype=x.dtype, device=x.device)
+        name: allocate(t.shape, dtype=dtype, device=device)
         for name, t in zip(CellInputs._fields, inputs)
         if name in needs and t is not None
     }
-    precision = matmul_precision(x.dtype, options.precision)
-    config = cell_backward_config(B, I, H, x.dtype, precision, multiprocessor_count(x.device))
+    precision = matmul_precision(dtype, options.precision)
+    config = cell_backward_config(B, I, H, dtype, precision, multiprocessor_count(device))
     tiles_b, tiles_h = cdiv(B, config.block_b), cdiv(H, config.block_h)
     tiles_i_n, tiles_h_n = cdiv(I, config.block_n), cdiv(H, config.block_n)
     grid = (
@@ -301,43 +302,45 @@ def lstm_cell_backward(
     _backward(
         (grid, 1, 1),
         config,
-        dh_ptr=dh,
-        dc_ptr=dc,
-        gates_ptr=gates,
-        x_ptr=x,
-        h_prev_ptr=h_prev,
-        c_prev_ptr=c_prev,
-        c_ptr=c,
-        w_ih_ptr=w_ih,
-        w_hh_ptr=w_hh,
-        dx_ptr=found.get("x"),
-        dh_prev_ptr=found.get("h"),
-        dc_prev_ptr=found.get("c"),
-        dw_ih_ptr=found.get("w_ih"),
-        dw_hh_ptr=found.get("w_hh"),
-        db_ih_ptr=found.get("b_ih"),
-        db_hh_ptr=found.get("b_hh"),
-        B=B,
-        I=I,
-        H=H,
-        stride_dh_b=stride_dh_b,
-        stride_dh_h=stride_dh_h,
-        stride_dc_b=stride_dc_b,
-        stride_dc_h=stride_dc_h,
-        stride_x_b=stride_x_b,
-        stride_x_i=stride_x_i,
-        stride_h_b=stride_h_b,
-        stride_h_h=stride_h_h,
-        stride_c_b=stride_c_b,
-        stride_c_h=stride_c_h,
-        stride_w_ih_row=stride_w_ih_row,
-        stride_w_ih_k=stride_w_ih_k,
-        stride_w_hh_row=stride_w_hh_row,
-        stride_w_hh_k=stride_w_hh_k,
-        ACC=accumulator(x.dtype),
-        PRECISION=precision,
-        BLOCK_B=config.block_b,
-        BLOCK_H=config.block_h,
-        BLOCK_N=config.block_n,
+        dict(
+            dh_ptr=dh,
+            dc_ptr=dc,
+            gates_ptr=gates,
+            x_ptr=x,
+            h_prev_ptr=h_prev,
+            c_prev_ptr=c_prev,
+            c_ptr=c,
+            w_ih_ptr=w_ih,
+            w_hh_ptr=w_hh,
+            dx_ptr=found.get("x"),
+            dh_prev_ptr=found.get("h"),
+            dc_prev_ptr=found.get("c"),
+            dw_ih_ptr=found.get("w_ih"),
+            dw_hh_ptr=found.get("w_hh"),
+            db_ih_ptr=found.get("b_ih"),
+            db_hh_ptr=found.get("b_hh"),
+            B=B,
+            I=I,
+            H=H,
+            stride_dh_b=stride_dh_b,
+            stride_dh_h=stride_dh_h,
+            stride_dc_b=stride_dc_b,
+            stride_dc_h=stride_dc_h,
+            stride_x_b=stride_x_b,
+            stride_x_i=stride_x_i,
+            stride_h_b=stride_h_b,
+            stride_h_h=stride_h_h,
+            stride_c_b=stride_c_b,
+            stride_c_h=stride_c_h,
+            stride_w_ih_row=stride_w_ih_row,
+            stride_w_ih_k=stride_w_ih_k,
+            stride_w_hh_row=stride_w_hh_row,
+            stride_w_hh_k=stride_w_hh_k,
+            ACC=accumulator(dtype),
+            PRECISION=precision,
+            BLOCK_B=config.block_b,
+            BLOCK_H=config.block_h,
+            BLOCK_N=config.block_n,
+        ),
     )
     return found

@@ -67,12 +67,14 @@ def kept(seed: Tensor, p: float, shape: tuple[int, int, int]) -> Tensor:
     _kept(
         (T * B, cdiv(N, 128), 1),
         LaunchConfig(1, 1),
-        seed_ptr=seed,
-        out_ptr=result.view(torch.uint8),
-        B=B,
-        N=N,
-        p_hi=p_hi,
-        p_lo=p_lo,
-        BLOCK=128,
+        dict(
+            seed_ptr=seed,
+            out_ptr=result.view(torch.uint8),
+            B=B,
+            N=N,
+            p_hi=p_hi,
+            p_lo=p_lo,
+            BLOCK=128,
+        ),
     )
     return result

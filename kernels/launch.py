@@ -48,12 +48,13 @@ class Launcher:
         self,
         grid: tuple[int, int, int],
         config: LaunchConfig,
+        arguments: dict[str, Any],
         *,
         launch_cooperative_grid: bool = False,
-        **arguments: Any,
     ) -> None:
-        """Launch with the kernel's arguments, each by name, on the device of the first tensor.
+        """Launch with the kernel's arguments by name, on the device of the first tensor.
 
+        arguments: one dict, since a call with so many keywords costs Python twice as much.
         launch_cooperative_grid: refuse a grid whose programs cannot all run at once. It must follow from the arguments.
         """
         options = {"launch_cooperative_grid": True} if launch_cooperative_grid else {}

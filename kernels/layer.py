@@ -98,7 +98,7 @@ def is_persistent(recurrence: Recurrence, on: torch.device, configure=sequence_f
     return recurrence.T == 1 or plan(configure, recurrence, on).persistent
 
 
-def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, **arguments: Any) -> None:
+def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, arguments: dict[str, Any]) -> None:
     """Launch a sequence kernel for the steps in its arguments, all of them but what its programs wait with."""
     waits = _waits(config, arguments["last_step"] - arguments["first_step"])
     counters = stalled = None
@@ -111,15 +111,8 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, **argum
         launcher(
             (programs, 1, 1),
             config,
+            arguments | {"counters_ptr": counters, "stall_ptr": stalled},
             launch_cooperative_grid=waits,
-            counters_ptr=counters,
-            stall_ptr=stalled,
-            BLOCK_B=config.block_b,
-            BLOCK_H=config.block_h,
-            BLOCK_K=config.block_k,
-            IN_FLIGHT=config.in_flight,
-            RESIDENT=config.persistent,
-            **arguments,
         )
     except RuntimeError as error:
         if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):
@@ -149,6 +142,17 @@ def recurrent_weights(directions: Sequence[Direction]) -> dict[str, Tensor | Non
     steps."""
     reverse = aligned(directions[1].w_hh) if len(directions) == 2 else None
     return {"w_ptr": aligned(directions[0].w_hh), "w_reverse_ptr": reverse}
+
+
+def config_arguments(config: SequenceConfig) -> dict[str, Any]:
+    """The meta-parameters that both kernels take from their configuration."""
+    return {
+        "RESIDENT": config.persistent,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
+        "IN_FLIGHT": config.in_flight,
+    }
 
 
 def segment_arguments(segments: Segments) -> dict[str, Any]:
@@ -237,13 +241,15 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             ACC=accumulator(dtype),
             PRECISION=precision,
             INDEX=index_type(pre, h),
+            **config_arguments(config),
             **recurrent_weights(directions),
             **segment_arguments(segments),
             **state_strides("reset_h", reset_h),
             **state_strides("reset_c", reset_c),
         )
         for step, stop, c_in, c_out in launches(config, c0, c_n, 0, T):
-            launch(_forward, config, on, first_step=step, last_step=stop, c_in_ptr=c_in, c_out_ptr=c_out, **arguments)
+            steps = dict(first_step=step, last_step=stop, c_in_ptr=c_in, c_out_ptr=c_out)
+            launch(_forward, config, on, arguments | steps)
         if row != H:
             exchanged, h = h, new_states(x, time_major, T, B, D * H)
             h.unflatten(2, (D, H)).copy_(exchanged.unflatten(2, (D, row))[..., :H])

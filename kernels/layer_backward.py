@@ -17,6 +17,7 @@ from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
     Recurrence,
     aligned,
+    config_arguments,
     index_type,
     launch,
     launches,
@@ -145,6 +146,7 @@ def _gate_gradients(
         INDEX=index_type(dz, dy),
         ACTIVATED=gates is not None,
         SPLIT_K=config.split_k,
+        **config_arguments(config),
         **recurrent_weights(directions),
         **segment_arguments(segments),
         **state_strides("reset_c", reset_c),
@@ -158,21 +160,11 @@ def _gate_gradients(
             pieces = _rebuilt_pre_activations(inputs, h0, h, starts, last - first)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
-            launch(
-                _backward,
-                config,
-                on,
-                first_step=step,
-                last_step=stop,
-                dc_in_ptr=dc_in,
-                dc_out_ptr=dc_out,
-                gates_ptr=pieces,
-                gates_t=starts[0],
-                gates_reverse_t=starts[1],
-                **arguments,
-            )
+            steps = dict(first_step=step, last_step=stop, dc_in_ptr=dc_in, dc_out_ptr=dc_out)
+            held = dict(gates_ptr=pieces, gates_t=starts[0], gates_reverse_t=starts[1])
+            launch(_backward, config, on, arguments | steps | held)
         state_in = state_out
-        del pieces  # else what was rebuilt is held while the next is
+        del pieces, held  # else what was rebuilt is held while the next is
     return dz, {"c0": dc0} if dreset_c is None else {"c0": dc0, "reset_c": dreset_c.permute(0, 2, 1, 3)}
 
 

@@ -7,6 +7,7 @@ tensors. Where no kernel can serve (second derivatives, torch.func.vmap and jvp,
 
 import contextlib
 import functools
+import itertools
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,7 +109,7 @@ class Operator:
 
         def run_backward(*arguments):
             grads, tensors, saved, needs, options = self._backward_arguments(arguments)
-            names = [field for field, needed in zip(inputs._fields, needs) if needed]
+            names = frozenset(itertools.compress(inputs._fields, needs))
             found = self.launch_backward(grads, tensors, saved, names, options)
             return _results([found[name] if name in names else None for name in inputs._fields], like=tensors[0])
 
@@ -151,11 +152,9 @@ class Operator:
                 return *self.reference(inputs, options), *(None,) * (len(self.outputs._fields) - self._n_gradients)
         recorded = torch.is_grad_enabled() and _any_requires_grad(inputs)
         if not sees:
-            return (
-                self._first.apply(self, self.launch, options, *inputs)
-                if recorded
-                else self.launch(inputs, options, False)
-            )
+            if recorded:
+                return self._first.apply(self, self.launch, options, *inputs)
+            return self.launch(inputs, options, False)
         traced = is_jit_tracing()
         if not recorded or traced or torch.compiler.is_compiling():
             return self._through_dispatcher(inputs, options, recorded or traced)
@@ -164,7 +163,8 @@ class Operator:
 
     def _through_dispatcher(self, inputs: Any, options: Any, save: bool) -> Sequence[Any]:
         outputs = self.operator(*inputs, *options, save)
-        return outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        return outputs if torch.compiler.is_compiling() else _present(outputs)
 
     def reference_precision(self, dtype: torch.dtype, precision: str | None) -> contextlib.AbstractContextManager:
         """Inside, torch's own products, those of the reference, are in the dtype and precision of the kernels'."""
@@ -180,11 +180,8 @@ class Operator:
     def save_first(self, ctx, options, save: bool, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.operator, ctx.options, ctx.is_saved = self, options, save
         ctx.set_materialize_grads(False)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         ctx.mark_non_differentiable(*[t for t in outputs[self._n_gradients :] if t is not None])
         if save:
-            # Nothing that is saved has the shape in which an operator returns None.
-            outputs = [None if t is None or t.shape == (0,) else t for t in outputs]
             ctx.save_for_backward(*inputs, *self.save(self.outputs._make(outputs)))
 
     def first_derivative(self, ctx, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -236,7 +233,7 @@ class Operator:
 
     def _setup(self, ctx, inputs, output):
         *options, save = inputs[self._n_inputs :]
-        self.save_first(ctx, self.options(*options), save, inputs[: self._n_inputs], output)
+        self.save_first(ctx, self.options(*options), save, inputs[: self._n_inputs], _present(output))
 
     def _operator_backward(self, ctx, *grads):
         found = self.first_derivative(ctx, grads, ctx.needs_input_grad[: self._n_inputs])
@@ -263,6 +260,12 @@ def _results(outputs: Sequence[Tensor | None], like: Tensor) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
+def _present(outputs: Any) -> tuple[Tensor | None, ...]:
+    """The inverse; nothing but None is returned in this shape."""
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return tuple(None if t is None or t.shape == (0,) else t for t in outputs)
+
+
 class _First(torch.autograd.Function):
     """The outputs of an operator by this launcher, from tensors in the order of its inputs."""
 
@@ -287,9 +290,9 @@ class _Second(torch.autograd.Function):
             found = [g if needed else None for g, needed in zip(found, needs)]
         else:
             fields = operator.inputs._fields
-            names = {name for name, needed in zip(fields, needs) if needed}
+            names = frozenset(itertools.compress(fields, needs))
             of_inputs = operator.launch_backward(*operator.split(tensors), names, options)
-            found = [of_inputs.get(name) if needed else None for name, needed in zip(fields, needs)]
+            found = [of_inputs[name] if name in names else None for name in fields]
         if ctx is not None:
             operator.save_second(ctx, options, needs, tensors)
         return tuple(found)

@@ -269,9 +269,9 @@ class _LaunchesRecorded:
     def __init__(self):
         self.counters = []
 
-    def __call__(self, grid, config, *, launch_cooperative_grid, counters_ptr, **arguments):
+    def __call__(self, grid, config, arguments, *, launch_cooperative_grid):
         assert launch_cooperative_grid is True
-        counters = counters_ptr
+        counters = arguments["counters_ptr"]
         assert counters.dtype == torch.int32 and not counters.any(), "counters that are not zero"
         assert all(counters.data_ptr() != others.data_ptr() for _, others in self.counters), "those of a running launch"
         self.counters.append((math.prod(grid), counters.fill_(9)))

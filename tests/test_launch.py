@@ -267,7 +267,7 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
                 tensors = [None if p is None else storage[p[0]][p[1] :] for p in (x, y)]
                 launcher._compiled.found = None
                 x_ptr, y_ptr = tensors
-                launcher((1, 1, 1), config, BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr)
+                launcher((1, 1, 1), config, dict(BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr))
                 options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
                 expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **options)
                 found = launcher._compiled.found
@@ -285,14 +285,14 @@ def check_every_argument_has_a_name():
     arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32)
     with fake_driver():
         launcher = Launcher(_tiny_kernel)
-        launcher((1, 1, 1), LaunchConfig(1, 1), **arguments)
+        launcher((1, 1, 1), LaunchConfig(1, 1), arguments)
         for wrong, error in (
             ({**arguments, "m": 1}, TypeError),
             ({name: value for name, value in arguments.items() if name != "n"}, TypeError),
             ({"m" if name == "n" else name: value for name, value in arguments.items()}, KeyError),
         ):
             with pytest.raises(error):
-                launcher((1, 1, 1), LaunchConfig(1, 1), **wrong)
+                launcher((1, 1, 1), LaunchConfig(1, 1), wrong)
 
 
 def check_kept_kernels_are_bounded():
@@ -304,10 +304,10 @@ def check_kept_kernels_are_bounded():
     with fake_driver():
         launcher = launch.Launcher(_tiny_kernel)
         for n in range(100):
-            launcher((1, 1, 1), LaunchConfig(1, 1), x_ptr=x, y_ptr=None, n=n, stride=2, BLOCK=32)
+            launcher((1, 1, 1), LaunchConfig(1, 1), dict(x_ptr=x, y_ptr=None, n=n, stride=2, BLOCK=32))
         assert len(launcher._compiled) == 1, "one for each value of an integer that is not specialised"
         for stride in range(2, 100):
-            launcher((1, 1, 1), LaunchConfig(1, 1), x_ptr=x, y_ptr=None, n=7, stride=stride, BLOCK=32)
+            launcher((1, 1, 1), LaunchConfig(1, 1), dict(x_ptr=x, y_ptr=None, n=7, stride=stride, BLOCK=32))
             assert len(launcher._compiled) <= 8
         assert count_compiled(_tiny_kernel) == 2
 

@@ -24,8 +24,8 @@ class _Recorded:
         self.kernel = kernel
         self.launches = []
 
-    def __call__(self, grid, config, **arguments):
-        self.launches.append((grid, config, arguments))
+    def __call__(self, grid, config, arguments, **options):
+        self.launches.append((grid, config, arguments | options))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class _Launches:
         self.launcher, self.kernel, self.act = launcher, launcher.kernel, act
         self.grids, self.steps, self.starts, self.states, self.largest = set(), [], [], [], 0
 
-    def __call__(self, grid, config, **arguments):
+    def __call__(self, grid, config, arguments, **options):
         self.grids.add(grid)
         self.largest = max(self.largest, *(n for n in arguments.values() if isinstance(n, int)))
         self.steps.append((arguments["first_step"], arguments["last_step"]))
@@ -39,7 +39,7 @@ class _Launches:
         self.states.append([None if s is None else (s.data_ptr(), s.dtype) for s in states])
         if not forward:
             self.starts.append((arguments["gates_t"], arguments["gates_reverse_t"], len(arguments["gates_ptr"])))
-        self.act(lambda: self.launcher(grid, config, **arguments), arguments)
+        self.act(lambda: self.launcher(grid, config, arguments, **options), arguments)
 
 
 def _layer(
