@@ -55,9 +55,13 @@ def arrive(counter_ptr):
         # The same without a result, which the next step would wait for.
         tl.inline_asm_elementwise(
             "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
-            " @first red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0; }", "=r,l",
-            [counter_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            " @first red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0; }",
+            "=r,l",
+            [counter_ptr.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

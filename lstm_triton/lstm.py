@@ -83,8 +83,8 @@ def _is_torchs(module, input) -> bool:
     """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, outside compilers, traces
     and autocast."""
     x = input.data if isinstance(input, PackedSequence) else input
-    # A backend that was asked for may be unable to serve, which is said after faults of the arguments.
-    if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto":
+    # What was asked for may be impossible, which is said after faults of the arguments.
+    if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or module.precision is not None:
         return False
     if torch.compiler.is_compiling() or is_jit_tracing() or casting.is_autocast("cpu"):
         return False

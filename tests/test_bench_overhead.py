@@ -50,7 +50,7 @@ def check_the_latency_kernel_compiles():
         compiled = list(caches[0].values())
     assert len(compiled) == 2, "the number of steps is a runtime value"
     for kernel in compiled:
-        assert "atom" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
+        assert "red.release" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
 
 
 if __name__ == "__main__":
