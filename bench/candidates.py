@@ -1,4 +1,4 @@
-"""The launch configurations that `--tune` tries, each as a provider: neighbours of the shipped one in every field."""
+"""The launch configurations that `--tune` tries, each as a provider."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lstm_triton.kernels.device import device_limits
+from lstm_triton.kernels.device import device_figures
+from lstm_triton.kernels.figures import DeviceFigures
 
 from . import providers
 from .cases import Case
@@ -18,10 +19,10 @@ from .problem import Problem
 PLACES = {
     "cell forward": ("cell", "cell_forward_config"),
     "cell backward": ("cell_backward", "cell_backward_config"),
-    "sequence forward": ("layer", "sequence_forward_config"),
-    "sequence backward": ("layer_backward", "sequence_backward_config"),
+    "sequence forward": ("search", "choose"),
+    "sequence backward": ("search", "choose"),
 }
-_FIXED = ("persistent", "programs", "groups", "max_registers")  # follow from the others, or decide the way of launching
+_FIXED = ("max_registers",)
 
 
 def provider(name: str) -> providers.Provider:
@@ -31,7 +32,7 @@ def provider(name: str) -> providers.Provider:
 
 
 def _tuned(problem: Problem, kernel: str, number: int) -> providers.Model:
-    config = candidates(kernel, problem.case, device_limits(problem.device))[number]
+    config = candidates(kernel, problem.case, device_figures(problem.device))[number]
     model = providers.ours(problem, "triton")
     model.backend_reason = ", ".join(f"{n}={v}" for n, v in dataclasses.asdict(config).items() if v is not None)
 
@@ -55,32 +56,28 @@ def _use(kernel: str, config: Any) -> None:
     """From now on every launch of `kernel` that may take any configuration takes this one."""
     module, name, shipped = _place(kernel)
 
-    def configure(*arguments: Any, stepwise: bool = False) -> Any:
-        return shipped(*arguments, stepwise=True) if stepwise else config
+    def configure(problem: Any, *arguments: Any) -> Any:
+        others = name == "choose" and (problem.stepwise or kernel != f"sequence {problem.way}")
+        return shipped(problem, *arguments) if others else config
 
     setattr(module, name, configure)
 
 
-def candidates(kernel: str, case: Case, limits: tuple[int, ...]) -> list[Any]:
-    """The shipped configuration, then all that differ from it by a factor of 2 in one or two fields and are launched the same
-    way. limits: those of the device, its SMs in front. What does not compile or fit says so when it is tried.
-    """
-    from lstm_triton.kernels.sequence_config import DeviceLimits
+def candidates(kernel: str, case: Case, device: DeviceFigures) -> list[Any]:
+    """Of a sequence, the candidates of the search, the cheapest by its model in front.
 
-    dtype, precision, configure = getattr(torch, case.dtype), case.precision or "ieee", _place(kernel)[2]
-    sequence = kernel.startswith("sequence")
-    if sequence:
-        shipped = configure(case.batch, case.hidden_size, case.directions, dtype, precision, DeviceLimits(*limits))
-    else:
-        shipped = configure(case.batch, case.input_size, case.hidden_size, dtype, precision, limits[0])
+    Of a cell, the shipped configuration, then all that differ from it by a factor of 2 in one or two fields; what does not
+    compile or fit says so when it is tried.
+    """
+    dtype, precision = getattr(torch, case.dtype), case.precision or "ieee"
+    if kernel.startswith("sequence"):
+        from lstm_triton.kernels import search, sequence_config
+
+        sizes = case.batch, case.hidden_size, case.directions
+        found = search.candidates(sequence_config.Problem(kernel.split()[1], *sizes, dtype, precision), device)
+        return [c for c in found if c.persistent == found[0].persistent]
+    shipped = _place(kernel)[2](case.batch, case.input_size, case.hidden_size, dtype, precision, device.sms)
     fields = {n: v for n, v in dataclasses.asdict(shipped).items() if isinstance(v, int) and n not in _FIXED}
     steps = [(name, max(int(value * factor), 1)) for name, value in fields.items() for factor in (0.5, 2)]
-    found = [shipped]
-    for changes in itertools.chain(itertools.combinations(steps, 1), itertools.combinations(steps, 2)):
-        tried = dataclasses.replace(shipped, **dict(changes))
-        if sequence:
-            groups = -(-case.batch // tried.block_b) * case.directions
-            tried = dataclasses.replace(tried, programs=-(-case.hidden_size // tried.block_h), groups=groups)
-        if tried not in found and not (sequence and tried.persistent and tried.programs * tried.groups > limits[0]):
-            found.append(tried)
-    return found
+    pairs = itertools.chain(itertools.combinations(steps, 1), itertools.combinations(steps, 2))
+    return list(dict.fromkeys([shipped, *(dataclasses.replace(shipped, **dict(changes)) for changes in pairs)]))

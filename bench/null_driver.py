@@ -32,8 +32,10 @@ class NullDriver:
     ) -> None:
         from triton.backends.compiler import GPUTarget
 
+        from lstm_triton.kernels.figures import figures
+
         self.utils = self
-        self.limits = multiprocessors, shared_memory, arch // 10
+        self.figures = figures(multiprocessors, shared_memory, divmod(arch, 10))
         self._target = GPUTarget("cuda", arch, 32)
         self._device = device
 
@@ -53,16 +55,15 @@ class NullDriver:
         return ty
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        multiprocessors, shared_memory, _ = self.limits
         return {
-            "max_shared_mem": shared_memory,
+            "max_shared_mem": self.figures.shared_memory,
             "max_num_regs": 65536,
-            "multiprocessor_count": multiprocessors,
+            "multiprocessor_count": self.figures.sms,
             "warpSize": 32,
         }
 
-    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        module, function, registers, spills, max_threads = 1, 1, 32, 0, 1024
+    def load_binary(self, *args: Any) -> tuple[None, int, int, int, int]:
+        module, function, registers, spills, max_threads = None, 1, 32, 0, 1024  # no module, which would be unloaded
         return module, function, registers, spills, max_threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -87,7 +88,7 @@ def active(driver: _Driver) -> Iterator[_Driver]:
     from triton.runtime import driver as drivers
 
     from lstm_triton import dispatch
-    from lstm_triton.kernels import launch
+    from lstm_triton.kernels import launch, search
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("a process with TRITON_INTERPRET=1 has no JIT to give a driver to")
@@ -95,7 +96,11 @@ def active(driver: _Driver) -> Iterator[_Driver]:
     drivers.set_active(driver)
     dispatch._remembered.cache_clear()
     try:
-        with mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None), launch.cpu_as(driver.limits):
+        with (
+            mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None),
+            mock.patch.dict(search._chosen, clear=True),
+            launch.cpu_as(driver.figures),
+        ):
             yield driver
     finally:
         dispatch._remembered.cache_clear()

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lstm_triton.kernels.device import device_limits
+from lstm_triton.kernels.device import device_figures
+from lstm_triton.kernels.figures import DeviceFigures
 
 from . import run
 from .candidates import PLACES, candidates
@@ -29,7 +30,7 @@ def main(options: run.Options, filters: Any) -> int:
     if options.device == "cpu":
         raise UsageError("--tune needs an NVIDIA GPU; a CPU says nothing about launch configurations")
     device = torch.empty(0, device=options.device).device  # with its index
-    tasks = [task for kernel in PLACES for task in _tasks(kernel, filters, device_limits(device))]
+    tasks = [task for kernel in PLACES for task in _tasks(kernel, filters, device_figures(device))]
     options = dataclasses.replace(options, folder=options.folder / "tune", names=None, seconds=0.3, anchors=False)
     outcome = run.Runner(options, tasks, Progress(len(tasks), options.budget_s)).run()
     print(outcome.describe(options.folder, options.budget_s))
@@ -37,7 +38,7 @@ def main(options: run.Options, filters: Any) -> int:
     return 0
 
 
-def _tasks(kernel: str, filters: Any, limits: tuple[int, ...]) -> Iterator[Task]:
+def _tasks(kernel: str, filters: Any, figures: DeviceFigures) -> Iterator[Task]:
     """The problems of a sweep, each with some of its candidates and the shipped configuration, number 0."""
     shape: dict[str, Any] = dict(form="cell", length=1) if kernel.startswith("cell") else dict(length=128)
     shape["mode"] = "train" if kernel.endswith("backward") else "forward"
@@ -45,7 +46,7 @@ def _tasks(kernel: str, filters: Any, limits: tuple[int, ...]) -> Iterator[Task]
     for H, B, dtype in itertools.product((768, 512, 1024, 256, 128, 2048), (16, 64, 1, 256), dtypes):
         if filters.hidden(H) and filters.batch(B):
             case = Case(kernel, H, B, dtype=dtype, precision="tf32", **shape)
-            count = len(candidates(kernel, case, limits))
+            count = len(candidates(kernel, case, figures))
             for first in range(1, count, TOGETHER):
                 names = (f"tune {kernel} {k}" for k in (0, *range(first, min(first + TOGETHER, count))))
                 part = dataclasses.replace(case, name=f"{kernel} {first}")

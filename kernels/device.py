@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
+from .figures import DeviceFigures, figures
+
 
 @functools.cache
-def _cuda_limits(index: int) -> tuple[int, int, int]:
-    properties: Any = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
+def _cuda_figures(index: int) -> DeviceFigures:
+    gpu: Any = torch.cuda.get_device_properties(index)
+    return figures(gpu.multi_processor_count, gpu.shared_memory_per_block_optin, (gpu.major, gpu.minor))
 
 
-_cpu_limits = 132, 227 * 1024, 9  # an H100's; see `launch.cpu_as`
+_cpu_figures = figures(132, 227 * 1024, (9, 0))  # an H100's; see `launch.cpu_as`
 
 
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """Multiprocessors (a MIG slice: its share), bytes of shared memory a program may have, and the first number of the compute
-    capability; on a CPU, those of the GPU that it stands for."""
-    return _cuda_limits(device.index) if device.type == "cuda" else _cpu_limits
+def device_figures(device: torch.device) -> DeviceFigures:
+    """Of a GPU, or of its share of one (MIG); on a CPU, of the GPU that it stands for."""
+    return _cuda_figures(device.index) if device.type == "cuda" else _cpu_figures
 
 
 def _free_multiprocessors() -> int:
@@ -38,8 +39,7 @@ FREE_MULTIPROCESSORS = _free_multiprocessors()
 
 
 def multiprocessor_count(device: torch.device) -> int:
-    """The first of `device_limits`."""
-    return device_limits(device)[0]
+    return device_figures(device).sms
 
 
 def refuse_capture(kernel: str) -> None:

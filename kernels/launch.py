@@ -13,6 +13,7 @@ from triton.runtime import JITFunction
 from . import device as device_module
 from .config import LaunchConfig
 from .device import refuse_capture
+from .figures import DeviceFigures
 
 _MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with more distinct shapes starts over
 
@@ -108,15 +109,15 @@ def _values_of(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple]:
 
 
 @contextlib.contextmanager
-def cpu_as(limits: tuple[int, int, int]) -> Iterator[None]:
-    """Inside, the CPU stands for a GPU with these `device_limits`: for a driver of Triton that takes CPU tensors."""
-    before, device_module._cpu_limits = device_module._cpu_limits, limits
+def cpu_as(figures: DeviceFigures) -> Iterator[None]:
+    """Inside, the CPU stands for a GPU with these figures: for a driver of Triton that takes CPU tensors."""
+    before, device_module._cpu_figures = device_module._cpu_figures, figures
     for launcher in Launcher._all:
         launcher._compiled.clear()
     try:
         yield
     finally:
-        device_module._cpu_limits = before
+        device_module._cpu_figures = before
         for launcher in Launcher._all:
             launcher._compiled.clear()
 

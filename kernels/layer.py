@@ -4,14 +4,14 @@ One GEMM gives the pre-activations of all steps and directions, one launch the r
 call, from gate-major to the unit-major order [H, 4] of the pre-activations.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import device, interpreter, stall
+from . import device, search, stall
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .grid_sync import COUNTER_STRIDE
@@ -19,7 +19,8 @@ from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layout import as_rows, is_time_major, new_states
 from .sequence import _lstm_sequence_forward_kernel
-from .sequence_config import DeviceLimits, SequenceConfig, exchanged_row, sequence_forward_config
+from .sequence_config import Problem, SequenceConfig, exchanged_row
+from .specialization import TRAINING, features
 
 _forward = Launcher(_lstm_sequence_forward_kernel)
 
@@ -63,44 +64,26 @@ def padded(state: Tensor, units: int) -> Tensor:
     return torch.nn.functional.pad(once, (0, units - state.shape[-1])).expand(*state.shape[:-1], units)
 
 
-class Recurrence(NamedTuple):
-    """What a launch is planned for: T steps of B batch rows, H units and D directions."""
-
-    T: int
-    B: int
-    H: int
-    D: int
-    dtype: torch.dtype
-    precision: str  # of products: "ieee", "tf32", "tf32x3"
-
-
-def plan(
-    configure: Callable[..., SequenceConfig], recurrence: Recurrence, on: torch.device, stepwise: bool = False
-) -> SequenceConfig:
-    """The configuration on this device; stepwise: of one launch per step, even where one could run them all."""
-    T, *problem = recurrence
-    sms, *others = device.device_limits(on)
-    limits = DeviceLimits(max(sms - device.FREE_MULTIPROCESSORS, 1), *others)
-    config = configure(*problem, limits)
-    waits = _waits(config, T)
-    if stepwise or (waits and (T * config.programs > _MAX_ARRIVALS or not interpreter.programs_can_wait())):
-        return configure(*problem, limits, stepwise=True)
+def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
+    """The configuration for T steps on this device, which is asked of the compiler once."""
+    figures = device.device_figures(on)
+    figures = figures._replace(sms=max(figures.sms - device.FREE_MULTIPROCESSORS, 1))
+    config = search.choose(problem._replace(single_step=T == 1), figures, on)
+    if config.waits and T * config.programs > _MAX_ARRIVALS:
+        return search.choose(problem._replace(stepwise=True), figures, on)
     return config
 
 
-def _waits(config: SequenceConfig, steps: int) -> bool:
-    """Whether programs of a launch of so many steps wait for each other: not in one, which any CUDA graph may then hold."""
-    return config.persistent and config.programs > 1 and steps > 1
-
-
-def is_persistent(recurrence: Recurrence, on: torch.device, configure=sequence_forward_config) -> bool:
-    """Whether all steps would be one launch: forward, or what `configure` is for."""
-    return recurrence.T == 1 or plan(configure, recurrence, on).persistent
+def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig]:
+    """`plan` of a call that records gradients, forward and backward; problem: of either, with what else the call has."""
+    ways = TRAINING.items()
+    return {way: plan(problem._replace(way=way, features=problem.features | always), T, on) for way, always in ways}
 
 
 def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, arguments: dict[str, Any]) -> None:
     """Launch a sequence kernel for the steps in its arguments, all of them but what its programs wait with."""
-    waits = _waits(config, arguments["last_step"] - arguments["first_step"])
+    # A launch of one step waits for nothing, and any CUDA graph may hold it.
+    waits = config.waits and arguments["last_step"] - arguments["first_step"] > 1
     counters = stalled = None
     if waits:
         stalled = stall.word(launcher.kernel.__name__, on.type == "cuda")
@@ -200,16 +183,18 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
         pre = pre_activations(x, directions)
         time_major = is_time_major(pre)
-        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
-        row = exchanged_row(H, dtype)
-        stepwise = options.stepwise or (T == 1 and row != H)
-        config = plan(sequence_forward_config, Recurrence(T, B, H, D, dtype, precision), on, stepwise)
-        row = row if config.persistent else H
-
-        h = new_states(x, time_major, T, B, D * row)
         dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
         c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None
         gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
+        is_long = index_type(pre) == tl.int64
+        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
+        row = exchanged_row(H, dtype)
+        stepwise = options.stepwise or (T == 1 and row != H)
+        found = features(resets=segments.resets, lengths=segments.lengths, dropout=inputs.seed, cells=c, gates=gates)
+        problem = Problem("forward", B, H, D, dtype, precision, stepwise, found, long_offsets=is_long)
+        config = plan(problem, T, on)
+        row = row if config.persistent else H
+        h = new_states(x, time_major, T, B, D * row)
         h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
         h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
         c_n = torch.empty_like(c0)
@@ -240,7 +225,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             D=D,
             ACC=accumulator(dtype),
             PRECISION=precision,
-            INDEX=index_type(pre, h),
+            INDEX=index_type(pre, h),  # h is the longer one where H = 1
             **config_arguments(config),
             **recurrent_weights(directions),
             **segment_arguments(segments),

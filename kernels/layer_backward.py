@@ -7,6 +7,7 @@ are put back from the unit-major order of dz to gate-major.
 from collections.abc import Collection
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from . import stall
@@ -15,7 +16,6 @@ from .dropout import probability
 from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
-    Recurrence,
     aligned,
     config_arguments,
     index_type,
@@ -31,7 +31,8 @@ from .layer import (
 )
 from .layout import as_rows, is_time_major, new_states
 from .sequence_backward import _lstm_sequence_backward_kernel
-from .sequence_config import sequence_backward_config
+from .sequence_config import Problem
+from .specialization import features
 
 _backward = Launcher(_lstm_sequence_backward_kernel)
 
@@ -105,9 +106,6 @@ def _gate_gradients(
     (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
     time_major = is_time_major(h)
     precision = matmul_precision(dtype, options.precision, recurrent=True)
-    recurrence = Recurrence(T, B, H, D, dtype, precision)
-    config = plan(sequence_backward_config, recurrence, on, options.stepwise)
-
     dz = new_states(x, time_major, T, B, D, H, 4)
     dc0 = torch.empty((D, B, H), dtype=dtype, device=on)
     h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
@@ -118,6 +116,19 @@ def _gate_gradients(
         dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
     dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
     reset_c = reset_state(segments.resets, segments.reset_c, h0)
+    index = index_type(dz, dy)
+    found = features(
+        resets=segments.resets,
+        lengths=segments.lengths,
+        dropout=inputs.seed,
+        cells=dc_states,
+        reset_gradients=dreset_c,
+        dy=dy,
+        dh_n=dh_n,
+        dc_n=dc_n,
+    )
+    problem = Problem("backward", B, H, D, dtype, precision, options.stepwise, found, gates is None, index == tl.int64)
+    config = plan(problem, T, on)
     p_hi, p_lo = probability(options.dropout)
     stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()
     arguments = dict(
@@ -143,7 +154,7 @@ def _gate_gradients(
         D=D,
         ACC=accumulator(dtype),
         PRECISION=precision,
-        INDEX=index_type(dz, dy),
+        INDEX=index,
         ACTIVATED=gates is not None,
         SPLIT_K=config.split_k,
         **config_arguments(config),

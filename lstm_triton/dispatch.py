@@ -12,8 +12,6 @@ PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CUDNN_MAX_STEPS = 65535
-# Where a committed benchmark row shows the persistent kernels right and not slower than cuDNN: nowhere yet.
-PERSISTENT_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
 _MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloat16 and TF32 products begin there
 
 
@@ -144,10 +142,7 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
             raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
         return Choice(backend, "asked for")
     if device_type == "cuda" and obstacle is None:
-        measured = env.capability in PERSISTENT_CAPABILITIES
-        if measured and not call.projected:
-            return Choice("triton", "on this GPU the kernels are measured to be right and not slower than cuDNN")
-        unmeasured = f"the persistent kernels are not yet measured {'with projection' if measured else 'on this GPU'}"
+        unmeasured = "the persistent kernels are not yet measured on this GPU"
         if no_cudnn is not None:
             return Choice("triton-stepwise", f"{no_cudnn}; {unmeasured}")
         return Choice("cudnn", unmeasured)

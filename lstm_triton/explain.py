@@ -11,16 +11,17 @@ from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
 
 
-def _launches(module, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
-    from .kernels import layer, sequence_config
+def _launches(module: LSTM, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
+    from .kernels.layer import training_plans
+    from .kernels.sequence_config import Problem
 
     if batch == 0:
         return "with B = 0 no launch"
-    directions = 2 if module.bidirectional else 1
     precision = matmul_precision(dtype, module.precision, recurrent=True)
-    recurrence = layer.Recurrence(steps, batch, module.hidden_size, directions, dtype, precision)
-    forward = layer.is_persistent(recurrence, device, sequence_config.sequence_forward_config)
-    backward = layer.is_persistent(recurrence, device, sequence_config.sequence_backward_config)
+    directions = 2 if module.bidirectional else 1
+    problem = Problem("forward", batch, module.hidden_size, directions, dtype, precision, recompute=module.recompute)
+    plans = training_plans(problem, steps, device)
+    forward, backward = plans["forward"].persistent, plans["backward"].persistent
     if forward == backward:
         return f"with B = {batch} " + ("all steps in one launch" if forward else "one launch per step")
     once, stepwise = ("forward", "backward") if forward else ("backward", "forward")

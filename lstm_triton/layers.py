@@ -100,7 +100,7 @@ def run(
     options: LayerOptions,
 ) -> Sequence[Any]:
     """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
-    (T, B, _), (D, _, H) = x.shape, hx[1].shape
+    _, B, H = hx[1].shape
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     if chosen == "reference" or B == 0 or H == 0:
@@ -112,8 +112,7 @@ def run(
         is_recorded = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *hx, *weights, *segments)
         )
-        precision = matmul_precision(x.dtype, options.precision, recurrent=True)
-        _require_persistent((T, B, H, D, x.dtype, precision), x.device, is_recorded)
+        _require_persistent(LayerInputs.of(x, hx, directions, segments), options, is_recorded)
     if directions[0].w_hr is not None:
         y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
         return _dropped(y, options.dropout), *rest
@@ -157,19 +156,21 @@ def autocast(
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
 
-def _require_persistent(recurrence: tuple, on: torch.device, is_recorded: bool) -> None:
-    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward.
+def _require_persistent(inputs: LayerInputs, options: LayerOptions, is_recorded: bool) -> None:
+    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward."""
+    from .kernels import interpreter, layer
+    from .kernels.sequence_config import Problem
+    from .kernels.specialization import features
 
-    recurrence: the fields of `kernels.layer.Recurrence`.
-    """
-    from .kernels import interpreter, layer, sequence_config
-
-    problem = layer.Recurrence(*recurrence)
-    ways = {"forward": sequence_config.sequence_forward_config}
-    if is_recorded:
-        ways["backward"] = sequence_config.sequence_backward_config
-    for way, configure in ways.items():
-        if layer.is_persistent(problem, on, configure):
+    x, (D, B, H), on = inputs.x, inputs.c0.shape, inputs.x.device
+    precision = matmul_precision(x.dtype, options.precision, recurrent=True)
+    given = features(
+        resets=inputs.resets, lengths=inputs.lengths, dropout=options.dropout > 0, cells=options.return_cells
+    )
+    problem = Problem("forward", B, H, D, x.dtype, precision, features=given, recompute=options.recompute)
+    plans = layer.training_plans(problem, len(x), on) if is_recorded else {"forward": layer.plan(problem, len(x), on)}
+    for way, config in plans.items():
+        if config.persistent or len(x) == 1:
             continue
         if not interpreter.programs_can_wait():
             raise RuntimeError(
@@ -177,8 +178,8 @@ def _require_persistent(recurrence: tuple, on: torch.device, is_recorded: bool) 
                 f" one would have to wait for another in the {way}"
             )
         raise RuntimeError(
-            f"backend='triton-persistent' cannot serve: for H = {problem.H}, B = {problem.B}, {problem.D} direction(s) in"
-            f" {problem.dtype} the programs of one launch do not all fit on this device together with W_hh in the {way}"
+            f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {D} direction(s) in {x.dtype} the programs of one"
+            f" launch do not all fit on this device, with W_hh in its shared memory and the rest in its registers, in the {way}"
         )
 
 

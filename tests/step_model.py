@@ -13,7 +13,7 @@ import torch
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parent.parent / ".ci-cache" / "triton"))
 
-from support.aot_sequence import Case, compile_case  # noqa: E402
+from support.aot_sequence import Case, choose  # noqa: E402
 from support.step_model import step_cycles  # noqa: E402
 
 KINDS = {"bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32")}
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     layers = [(int(arguments[1]), int(arguments[2]), arguments[3])] if len(arguments) > 1 else LAYERS
     for H, B, kind in layers:
         for way in ("forward", "backward"):
-            report = compile_case(Case(way, H, B, 1, *KINDS[kind]), arch)
+            report = choose(Case(way, H, B, 1, *KINDS[kind]), arch).report
             step, fewest, most = step_cycles(report)
             print(
                 f"sm_{arch} {way:8} H={H} B={B} {kind}: {fewest} to {most} cycles, {len(step)} instructions,"

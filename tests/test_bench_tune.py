@@ -8,9 +8,10 @@ from test_bench_rows import make_row
 
 from lstm_triton.bench import candidates, tune
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.kernels.device import device_limits
+from lstm_triton.kernels.device import device_figures
+from lstm_triton.kernels.figures import figures
 
-LIMITS = (132, 232448, 9)
+H100 = figures(132, 232448, (9, 0))
 
 
 @pytest.mark.parametrize("kernel", candidates.PLACES)
@@ -18,7 +19,7 @@ def test_tuning_candidates_are_distinct_and_the_shipped_one_is_first(kernel):
     shape = {"form": "cell", "length": 1} if kernel.startswith("cell") else {"form": "layer", "length": 2}
     for H, B, dtype in ((768, 16, "bfloat16"), (128, 1, "float32"), (2048, 256, "float16")):
         case = Case("tune", H, B, dtype=dtype, precision="tf32", **shape)
-        found = candidates.candidates(kernel, case, LIMITS)
+        found = candidates.candidates(kernel, case, H100)
         assert len(found) > 2 and len(set(found)) == len(found)
         if kernel.startswith("sequence"):
             assert all(c.persistent == found[0].persistent for c in found)
@@ -36,7 +37,7 @@ def test_candidates_are_checked_and_timed_like_everyone(kernel, monkeypatch):
     names = tuple(f"tune {kernel} {k}" for k in (0, 1))
     found = run(Task("tune", case, providers=names))
     assert [row.status for row in found.values()] == ["ok", "ok"] and found[names[0]].errors
-    assert set(used) == set(candidates.candidates(kernel, case, device_limits(CPU))[:2])
+    assert set(used) == set(candidates.candidates(kernel, case, device_figures(CPU))[:2])
     assert found[names[0]].backend_reason != found[names[1]].backend_reason and place[2] is candidates._place(kernel)[2]
 
 

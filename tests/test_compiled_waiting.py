@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from support import executor, layers, segmented
+from support.aot_sequence import DEVICES
 
 from lstm_triton import functional
-from lstm_triton.kernels import interpreter, sequence_config
+from lstm_triton.kernels import interpreter, search
+from lstm_triton.kernels.sequence_config import Problem, SequenceConfig, tensor_memory
 
 pytestmark = [
     pytest.mark.compiled,
@@ -65,11 +67,12 @@ def test_programs_that_share_an_sm_share_its_tensor_memory(monkeypatch, executed
     (alone,), (beside,) = run(1), run(2)
     assert alone.grid == beside.grid and alone.grid[0] > 16
 
-    monkeypatch.setattr(sequence_config, "_TENSOR_MEMORY_COLUMNS", math.inf)
-    sequence_config.sequence_forward_config.cache_clear()
-    try:
-        run(1)
-        with pytest.raises(executor.KernelFault, match="tcgen05.alloc|waits"):
-            run(2)
-    finally:
-        sequence_config.sequence_forward_config.cache_clear()
+    refused = SequenceConfig(8, 1, 32, 32, 1, 16, 5, programs=5, groups=16, persistent=True)
+    problem = Problem("forward", B, H, D, dtype, "ieee")
+    assert tensor_memory(problem, refused, DEVICES[100]) == 512 and refused not in search.candidates(
+        problem, DEVICES[100]
+    )
+    monkeypatch.setattr(search, "choose", lambda *_: refused)
+    run(1)
+    with pytest.raises(executor.KernelFault, match="tcgen05.alloc|waits"):
+        run(2)

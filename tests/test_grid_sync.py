@@ -18,13 +18,13 @@ from lstm_triton.kernels import (
     interpreter,
     layer,
     layer_backward,
+    search,
     sequence,
     sequence_backward,
-    sequence_config,
 )
-from lstm_triton.kernels.device import device_limits
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
+from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 
 pytestmark = [
     pytest.mark.long,
@@ -35,15 +35,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def few_units_per_program(monkeypatch):
     """Small layers are shared by several programs, as large ones are: 8 units each."""
-    monkeypatch.setattr(sequence_config, "_tiles", lambda *_: [(8, 16)])
-    _forget_configurations()
-    yield
-    _forget_configurations()
-
-
-def _forget_configurations():
-    sequence_config.sequence_forward_config.cache_clear()
-    sequence_config.sequence_backward_config.cache_clear()
+    monkeypatch.setattr(search, "_TILES", [(16, 8, 8)])
+    monkeypatch.setattr(search, "_chosen", {})
 
 
 @pytest.fixture
@@ -94,20 +87,16 @@ def test_waiting_programs_with_many_seeds(name, seed):
     layers.assert_as_accurate_as_torch(_concurrently(problem, weak=True, jitter=1e-3, seed=seed), problem)
 
 
-@pytest.mark.parametrize("most_bytes, forward, backward", [(16, (5, 3), (3, 1)), (32, (5, 5), (3, 2))])
-def test_the_state_is_loaded_in_rounds(most_bytes, forward, backward, monkeypatch):
+@pytest.mark.parametrize("forward, backward", [(3, 1), (5, 2)])
+def test_the_state_is_loaded_in_rounds(forward, backward, monkeypatch):
     """As for long rows: several chunks at once, several times, the last time fewer."""
-    monkeypatch.setattr(sequence_config, "_BYTES_IN_FLIGHT", most_bytes)
-    _forget_configurations()
+
+    def choose(problem, *_):
+        split_k, in_flight = (1, forward) if problem.way == "forward" else (8, backward)
+        return SequenceConfig(8, 1, 16, 8, split_k, 16, in_flight, programs=9, groups=1, persistent=True)
+
+    monkeypatch.setattr(search, "choose", choose)
     problem = layers.draw(T=3, B=3, I=3, H=72, **FP16)
-    for inner, chunks_and_at_once, configure in (
-        (72, forward, sequence_config.sequence_forward_config),
-        (4 * 72, backward, sequence_config.sequence_backward_config),
-    ):
-        config = configure(
-            3, 72, 1, torch.float16, "ieee", sequence_config.DeviceLimits(*device_limits(problem.x.device))
-        )
-        assert (-(-inner // (config.split_k * config.block_k)), config.in_flight) == chunks_and_at_once
     layers.assert_as_accurate_as_torch(_concurrently(problem, weak=True), problem)
 
 
@@ -313,6 +302,6 @@ def test_counters_that_are_not_reset_are_caught(monkeypatch):
 def test_more_arrivals_than_a_counter_holds_run_step_by_step(monkeypatch):
     monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
     steps, cpu = (2**31 - 1) // 3, torch.device("cpu")
-    recurrence = layer.Recurrence(steps, 1, 24, 1, torch.float32, "tf32")
-    assert layer.is_persistent(recurrence, cpu)
-    assert not layer.is_persistent(recurrence._replace(T=steps + 1), cpu)
+    problem = Problem("forward", 1, 24, 1, torch.float32, "tf32")
+    assert layer.plan(problem, steps, cpu).persistent
+    assert not layer.plan(problem, steps + 1, cpu).persistent

@@ -268,8 +268,7 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
                 launcher._compiled.found = None
                 x_ptr, y_ptr = tensors
                 launcher((1, 1, 1), config, dict(BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr))
-                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **options)
+                expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **config.options)
                 found = launcher._compiled.found
                 assert found is None or found is expected, (x, y, n, stride, block, config)
                 assert (found is not None) >= (repeat == 1), "an equal call looks nothing up twice"

@@ -1,58 +1,34 @@
-"""Compile the sequence kernels as `kernels.layer` and `kernels.layer_backward` would launch them, for any NVIDIA GPU."""
+"""The kernels that the search chooses for a problem on a device, compiled without a GPU, and what may be wrong with them."""
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
-from lstm_triton.kernels import sequence, sequence_backward
-from lstm_triton.kernels.config import uses_tensor_cores
-from lstm_triton.kernels.launch import accumulator
-from lstm_triton.kernels.sequence_config import (
-    DeviceLimits,
-    SequenceConfig,
-    exchanged_row,
-    sequence_backward_config,
-    sequence_forward_config,
-)
+from lstm_triton.kernels import search
+from lstm_triton.kernels.config import cdiv
+from lstm_triton.kernels.figures import figures
+from lstm_triton.kernels.sequence_config import Problem, SequenceConfig, cost
+from lstm_triton.kernels.specialization import POINTERS, TRAINING
 
-from .aot import SHARED_MEMORY_PER_BLOCK, Report, compile_ahead
+from .aot import SHARED_MEMORY_PER_BLOCK, Report
 from .barrier_lint import lint_grid_barrier, loads_behind_grid_barrier
+from .earlier_tiles import TILES
+from .fake_driver import fake_driver
 
 # A GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
-_MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-LIMITS = {arch: DeviceLimits(n, SHARED_MEMORY_PER_BLOCK[arch], arch // 10) for arch, n in _MULTIPROCESSORS.items()}
+_SMS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+DEVICES = {arch: figures(n, SHARED_MEMORY_PER_BLOCK[arch], divmod(arch, 10)) for arch, n in _SMS.items()}
 
-_POINTEES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-# What is None without a feature; "training" is there by default.
-_NEEDED_BY = {
-    "resets_ptr": "resets",
-    "reset_h_ptr": "resets",
-    "reset_c_ptr": "resets",
-    "lengths_ptr": "lengths",
-    "dc_states_ptr": "cells",
-    "dreset_c_ptr": "learned reset state",
-    "c_ptr": "training",
-    "gates_ptr": "training",
-    "seed_ptr": "dropout",
-    "dropped_ptr": "dropout",
-}
-SEGMENTS = ("resets", "lengths", "cells", "learned reset state")
-_KERNELS = {
-    "forward": sequence._lstm_sequence_forward_kernel,
-    "backward": sequence_backward._lstm_sequence_backward_kernel,
-}
-_CONFIGURE = {"forward": sequence_forward_config, "backward": sequence_backward_config}
+SEGMENTS = ("resets", "lengths", "cells", "reset_gradients")
 
 
 class Case(NamedTuple):
-    """One launch. features: which of SEGMENTS, "dropout", and "training", which backward means nothing."""
+    """One launch. features: those of `specialization.POINTERS`, and "training" for those of `specialization.TRAINING`."""
 
     way: str  # "forward" or "backward"
     H: int
@@ -64,86 +40,58 @@ class Case(NamedTuple):
     recompute: bool = False
     single_step: bool = False  # nothing to wait for
 
-
-def configuration(case: Case, limits: DeviceLimits) -> SequenceConfig:
-    return _CONFIGURE[case.way](case.B, case.H, case.D, case.dtype, case.precision, limits)
-
-
-def compile_cases(cases: Iterable[Case], archs: Sequence[int]) -> Iterator[tuple[Case, SequenceConfig, Report]]:
-    """Each kernel of these cases for each architecture of one generation, compiled once where the code is the same."""
-    compiled: dict[tuple, dict[int, Report]] = {}
-    for case, arch in itertools.product(cases, archs):
-        config = configuration(case, LIMITS[arch])
-        reports = compiled.setdefault((case._replace(B=0), replace(config, groups=0)), {})
-        if arch in reports:
-            continue
-        if reports and case.dtype != torch.float64:
-            reports[arch] = replace(next(iter(reports.values())), arch=arch)
-        else:
-            reports[arch] = compile_case(case, arch, config)
-        yield case, config, reports[arch]
+    @property
+    def problem(self) -> Problem:
+        always = TRAINING[self.way] if "training" in self.features else set()
+        features = always | set(POINTERS[self.way]).intersection(self.features)
+        problem = Problem(self.way, self.B, self.H, self.D, self.dtype, self.precision, features=frozenset(features))
+        return problem._replace(recompute=self.recompute, single_step=self.single_step)
 
 
-def compile_case(case: Case, arch: int, config: SequenceConfig | None = None) -> Report:
-    """What runs on a GPU of this compute capability; by default in the configuration for the one in LIMITS."""
-    config = config or configuration(case, LIMITS[arch])
-    kernel = _KERNELS[case.way]
-    waits = config.persistent and config.programs > 1 and not case.single_step
-    constexprs = {
-        "H": case.H,
-        "D": case.D,
-        "ACC": accumulator(case.dtype),
-        "PRECISION": case.precision,
-        "INDEX": tl.int32,
-        "RESIDENT": config.persistent,
-        "BLOCK_B": config.block_b,
-        "BLOCK_H": config.block_h,
-        "BLOCK_K": config.block_k,
-        "IN_FLIGHT": config.in_flight,
-    }
-    if case.way == "forward":
-        row = exchanged_row(case.H, case.dtype) if config.persistent else case.H
-        constexprs |= {"ROW": row}
-    else:
-        constexprs |= {"SPLIT_K": config.split_k, "ACTIVATED": not case.recompute}
-    options = {"launch_cooperative_grid": True} if waits else {}
-    signature = {p.name: _type(p, case, waits) for p in kernel.params if p.name not in constexprs}
-    return compile_ahead(kernel, signature, constexprs, arch=arch, **config.options, **options)
+class Choice(NamedTuple):
+    """What the search chose, the kernel, and how many it compiled for that."""
+
+    config: SequenceConfig
+    report: Report
+    compilations: int
 
 
-def _needed_by(name: str, case: Case) -> str | None:
-    return None if case.way == "backward" and name in ("c_ptr", "gates_ptr") else _NEEDED_BY.get(name)
+def choose(case: Case, arch: int) -> Choice:
+    """What would run on a GPU of this compute capability, that of `DEVICES`."""
+    asked = []
+
+    def asking(problem: Problem, config: SequenceConfig):
+        asked.append(config)
+        return compile_for(problem, config)
+
+    compile_for, search.compile_for = search.compile_for, asking
+    try:
+        with fake_driver(arch, DEVICES[arch].sms):
+            config = search.search(case.problem, DEVICES[arch])
+            return Choice(config, Report(compile_for(case.problem, config), arch, config.options), len(asked))
+    finally:
+        search.compile_for = compile_for
 
 
-def _type(parameter, case: Case, waits: bool) -> str | None:
-    """The type and hint that the JIT would find for an argument of this name."""
-    name = parameter.name
-    aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-    hint = ":16" if aligned else ""
-    if (
-        (name in ("counters_ptr", "stall_ptr") and not waits)
-        or (name == "w_reverse_ptr" and case.D == 1)
-        or (_needed_by(name, case) not in (None, *case.features))
-    ):
-        return None
-    if name in ("counters_ptr", "stall_ptr"):
-        return "*i32:16"
-    if name in ("lengths_ptr", "seed_ptr"):
-        return "*i64" + hint
-    if name == "resets_ptr":
-        return "*u8" + hint
-    if name.endswith("_ptr"):
-        return f"*{_POINTEES[case.dtype]}{hint}"
-    return "i32:1" if name == "stride_dy_h" else "i32"  # no other integer is specialised
+def cost_of_earlier_tile(case: Case, arch: int) -> float:
+    """Cycles of a step, by the model, with the tile that a table made by hand gave; infinite where it had none."""
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: case.precision, torch.float64: "fp64"}
+    tile = TILES.get((arch, case.way, kinds[case.dtype], case.H, case.B, case.D))
+    if tile is None:
+        return math.inf
+    block_b, block_h, split_k, block_k, in_flight, num_warps = tile
+    programs, groups = cdiv(case.H, block_h), cdiv(case.B, block_b) * case.D
+    config = SequenceConfig(num_warps, 1, block_b, block_h, split_k, block_k, in_flight, programs, groups, True)
+    return cost(case.problem, config, DEVICES[arch])
 
 
-def faults(case: Case, config: SequenceConfig, report: Report) -> Iterator[str]:
-    """What is wrong with a kernel compiled for this case."""
-    if report.local_memory_in_loops():
-        yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
-    if report.shared_memory > LIMITS[report.arch].shared_memory:
+def faults(case: Case, config: SequenceConfig, report: Report, most_words: int = 8) -> Iterator[str]:
+    """What is wrong with a kernel compiled for this case. most_words: of local memory that a thread may have."""
+    if report.stack_bytes > 4 * most_words:
+        yield f"{report.stack_bytes} bytes of local memory"
+    if report.shared_memory > DEVICES[report.arch].shared_memory:
         yield f"{report.shared_memory} bytes of shared memory"
-    if uses_tensor_cores(case.dtype, case.precision):
+    if case.problem.on_tensor_cores:
         if not report.matrix_instructions():
             yield "no matrix instructions"
         wide = case.way == "forward" and 4 * config.block_h >= 64
@@ -154,13 +102,13 @@ def faults(case: Case, config: SequenceConfig, report: Report) -> Iterator[str]:
         yield f"operands laid out for elements of another width: kWidth {other}"
     if not config.persistent:
         return
-    # Two functions of the special function unit (exp2, reciprocal) an activation.
+    # One exponential an activation.
     activations = 1 if case.way == "backward" and not case.recompute else 5
-    each = max(config.block_b * config.block_h // (32 * config.num_warps), 1)
-    computed = sum(instruction.opcode == "MUFU" for instruction in report.in_loops)
-    if case.dtype != torch.float64 and computed > 2 * activations * each:
-        yield f"{computed} special functions, not {2 * activations * each}: is a unit computed by several threads?"
-    waits = config.programs > 1 and not case.single_step
+    expected = activations * max(config.block_b * config.block_h // (32 * config.num_warps), 1)
+    computed = sum("MUFU.EX2" in instruction.text for instruction in report.in_loops)
+    if case.dtype != torch.float64 and computed > expected:
+        yield f"{computed} exponentials, not {expected}: is a unit computed by several threads?"
+    waits = config.waits and not case.single_step
     if waits and report.tensor_memory * report.blocks_per_sm() > 512:
         yield f"{report.tensor_memory} columns of tensor memory, of which {report.blocks_per_sm()} blocks may share an SM's 512"
     exchanged, own = loads_of_a_step(case, config)
@@ -172,7 +120,7 @@ def faults(case: Case, config: SequenceConfig, report: Report) -> Iterator[str]:
         if sum(loaded) < exchanged[0] or (exact and sum(loaded) > exchanged[-1]):
             yield f"{sum(loaded)} loads between wait and arrive, not {' to '.join(map(str, exchanged))}"
         # Of a later round some loads precede the barrier before its place in shared memory is free, and the others follow it.
-        rounds = config.rounds(case.H if case.way == "forward" else 4 * case.H)
+        rounds = config.rounds(case.problem.inner)
         if case.features == ("training",) and (len(loaded) > 2 * rounds - 1 or loaded[0] < exchanged[0] // rounds):
             yield f"{loaded} loads at once, in more than {rounds} rounds"
     loads = [i.text for i in report.in_loops if i.opcode in ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")]
@@ -193,8 +141,7 @@ def loads_of_a_step(case: Case, config: SequenceConfig) -> tuple[list[int], int]
 
     own = config.block_b * config.block_h
     depth = config.split_k * config.block_k
-    inner = case.H if case.way == "forward" else 4 * case.H
-    chunks, rest = divmod(inner, depth)
+    chunks, rest = divmod(case.problem.inner, depth)
     exchanged = chunks * loads(config.block_b * depth)
     # Of the last chunk what is past the end may be left out.
     exchanged = [exchanged + loads(config.block_b * n) for n in (rest, depth)] if rest else [exchanged]

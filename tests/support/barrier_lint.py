@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import re
 
-import triton
-
 from .aot import Report
-
-# Whether Triton puts a bar.sync before every release by itself.
-RELEASE_COLLECTS_STORES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 _CTA_BARRIER = re.compile(r"(bar|barrier|barrier\.cta)\.sync\b")
 _WARP_BARRIER = re.compile(r"bar\.warp\.sync\b")

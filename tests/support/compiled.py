@@ -13,6 +13,9 @@ process.run_without_interpreter.
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,17 @@ def derived(kernel: CompiledKernel, name: str, make: Callable[[], str | bytes]) 
     """The file of this name beside the compiled kernel. `make` gives its content where it is not there yet."""
     beside = get_cache_manager(kernel.hash)
     return Path(beside.get_file(name) or beside.put(make(), name))
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack
 
 
 def _specialize(params: Sequence[Any], signature: Signature, constants: Mapping[str, Any]):

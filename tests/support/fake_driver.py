@@ -22,6 +22,7 @@ from triton.runtime import driver as drivers
 from lstm_triton.bench.null_driver import NullDriver, active
 
 from .aot import SHARED_MEMORY_PER_BLOCK
+from .compiled import resources
 
 # Kernels are cached per device: numbers of their own keep the caches of real devices, and of other contexts, apart.
 _device_numbers = itertools.count(1000)
@@ -38,6 +39,11 @@ class FakeDriver(NullDriver):
     def __init__(self, arch: int, sm_count: int):
         super().__init__(arch, sm_count, SHARED_MEMORY_PER_BLOCK[arch], next(_device_numbers))
         self.launches: list[Launch] = []
+
+    def load_binary(self, name: str, cubin: bytes, *args: Any) -> tuple[None, int, int, int, int]:
+        module, function, _, _, max_threads = super().load_binary()
+        registers, local_bytes = resources(cubin)
+        return module, function, registers, local_bytes // 4, max_threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:

@@ -16,8 +16,9 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from lstm_triton import LSTM, functional
-from lstm_triton.kernels import layer, layer_backward, sequence_config
-from lstm_triton.kernels.device import device_limits
+from lstm_triton.kernels import layer, layer_backward
+from lstm_triton.kernels.device import multiprocessor_count
+from lstm_triton.kernels.sequence_config import Problem
 
 from . import layers, tolerance
 
@@ -30,10 +31,8 @@ class Unserved(Exception):
 
 def _waits(T, B, H, dtype, device):
     """Whether forward and backward of one direction would be one launch each, of programs that wait for each other."""
-    ways = (sequence_config.sequence_forward_config, sequence_config.sequence_backward_config)
-    recurrence = layer.Recurrence(T, B, H, 1, dtype, "tf32")
-    configs = [layer.plan(way, recurrence, device) for way in ways]
-    return all(config.persistent and config.programs > 1 for config in configs)
+    plans = layer.training_plans(Problem("forward", B, H, 1, dtype, "tf32"), T, device)
+    return all(config.waits for config in plans.values())
 
 
 def _require_waiting(T, B, H, dtype, device):
@@ -142,7 +141,7 @@ def beside_a_kernel_that_stays(device, backend, T, seconds):
     alone = _kept(step())
     synchronize(device)
     if device.type == "cuda":
-        blocks = device_limits(device)[0] // 2
+        blocks = multiprocessor_count(device) // 2
         started = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         with torch.cuda.stream(torch.cuda.Stream()):
             _stay_kernel[(blocks,)](started, int(seconds * 1e9), num_warps=32)
@@ -172,13 +171,11 @@ def both_do_not_fit(device):
     """The layer with the most rows and units that one launch takes, if two of them are more programs than multiprocessors."""
     if device.type == "cpu":
         return 2, 5
-    ways = (sequence_config.sequence_forward_config, sequence_config.sequence_backward_config)
-    multiprocessors = device_limits(device)[0]
+    multiprocessors = multiprocessor_count(device)
     for H in (1024, 768, 512):
         for B in (128, 96, 64, 48, 32, 16):
-            recurrence = layer.Recurrence(64, B, H, 1, BF16, "ieee")
-            configs = [layer.plan(way, recurrence, device) for way in ways]
-            if all(c.persistent and 2 * c.programs * c.groups > multiprocessors for c in configs):
+            plans = layer.training_plans(Problem("forward", B, H, 1, BF16, "ieee"), 64, device)
+            if all(c.persistent and 2 * c.programs * c.groups > multiprocessors for c in plans.values()):
                 return B, H
     raise Unserved("no layer takes more than half of this GPU")
 

@@ -19,7 +19,7 @@ from triton.runtime.cache import get_cache_manager
 
 from lstm_triton.bench.null_driver import NullDriver, active
 
-from ..aot_sequence import LIMITS
+from ..aot_sequence import DEVICES
 from . import encode_matrix  # noqa: F401  declares its families
 from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
 from .encode import Program, encode
@@ -106,8 +106,8 @@ class ExecutingDriver(NullDriver):
     """See `executing`. The attributes may be changed between launches."""
 
     def __init__(self, arch: int, seed: int = 1, programs_per_sm: int = 1):
-        limits = LIMITS[arch]
-        super().__init__(arch, limits.multiprocessors, limits.shared_memory, device=2000 + arch)
+        device = DEVICES[arch]
+        super().__init__(arch, device.sms, device.shared_memory, device=2000 + arch)
         self.seed, self.programs_per_sm, self.check = seed, programs_per_sm, True
         self.change: Callable[[str, str], str] | None = None  # (kernel, its PTX) -> the PTX to execute instead
         self.raises = True  # False: what is reported only stands in `executed`

@@ -1,0 +1,167 @@
+"""Which configuration runs a sequence kernel: the cheapest by the model of those that the compiler compiles well.
+
+How many registers a tile takes only the compiler knows, and each version of it answers anew for each architecture. So it is
+asked at the first launch of a problem: candidates are compiled, cheapest first, until one has registers enough. Nothing is
+launched, and what is chosen is remembered.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from triton.runtime import JITFunction
+
+from . import interpreter
+from .config import MAX_REGISTERS, cdiv
+from .device import refuse_capture
+from .figures import DeviceFigures
+from .sequence_config import Problem, SequenceConfig, cost, registers, shared_memory, tensor_memory
+from .specialization import KERNELS, compile_for
+
+# Compilations of one choice, in all and of kernels that run every step: about two seconds each.
+MOST_COMPILATIONS, _MOST_PERSISTENT = 6, 4
+# Words of local memory per thread. A few cost nothing in a step of thousands of cycles, and differ from process to process;
+# some still cost less than a launch for each step.
+_FEW_WORDS, _SOME_WORDS = 8, 32
+_MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+
+_TILES = tuple(itertools.product((16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
+# Of the exchanged state, for each thread to load at once: a quarter as many registers.
+_BYTES_IN_FLIGHT = (256, 192, 128)
+# More chunks are more code than is worth compiling; more round trips to the L2 cache take longer than a launch for each step.
+_MOST_CHUNKS, _MOST_ROUNDS = 64, 16
+
+
+def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
+    """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step."""
+    found: set[SequenceConfig] = set()
+    # On CUDA cores W_hh would have to be in registers; tf32x3 has three copies of it.
+    if problem.on_tensor_cores and problem.precision != "tf32x3" and not problem.stepwise:
+        for tile in _TILES:
+            found.update(c for c in _persistent(problem, device, *tile) if _fits(problem, c, device))
+
+    def rank(config: SequenceConfig) -> tuple[float, ...]:
+        chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
+        # Of equal cost, what leaves half of the registers to the rest, few programs, and chunks near 4 KiB: shorter ones are
+        # more code. The last three leave nothing to chance.
+        preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
+        return cost(problem, config, device), *preferred, -config.num_warps, config.block_k, config.in_flight
+
+    return [*sorted(found, key=rank), *_stepwise(problem)]
+
+
+def _persistent(
+    problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int
+) -> Iterator[SequenceConfig]:
+    """This tile with W_hh on chip, in chunks of every size, of which more or fewer are in flight."""
+    if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
+        return
+    programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
+    split_k = 1 if problem.way == "forward" else num_warps
+    for block_k, bytes_each in itertools.product((16, 32, 64, 128, 256, 512, 1024), _BYTES_IN_FLIGHT):
+        chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
+        free = device.shared_memory - chunks * chunk * problem.columns * block_h
+        at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
+        if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once):
+            in_flight = cdiv(chunks, cdiv(chunks, at_once))
+            tile = (block_b, block_h, split_k, block_k, in_flight, programs, groups)
+            yield SequenceConfig(num_warps, 1, *tile, True, max_registers=MAX_REGISTERS)
+
+
+def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
+    """One launch per step, with W_hh read again in each: first by more rows, which read it less often."""
+    block_k = (64 if problem.dtype.itemsize == 2 else 32) if problem.on_tensor_cores else 16
+    for block_b, num_warps in itertools.product((32, 16) if problem.B > 16 else (16,), (4, 8)):
+        tile = (block_b, 16, 1, block_k, 1, cdiv(problem.H, 16), cdiv(problem.B, block_b) * problem.D)
+        yield SequenceConfig(num_warps, 3, *tile, False, max_registers=MAX_REGISTERS)
+
+
+def _fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
+    """Whether shared memory and registers may suffice, and programs that wait for one another can all run."""
+    size = shared_memory(problem, config)
+    if size > device.shared_memory or (config.waits and config.programs * config.groups > device.sms):
+        return False
+    if registers(problem, config, device) > MAX_REGISTERS:
+        return False
+    return _has_columns(config, device, tensor_memory(problem, config, device), size)
+
+
+def _has_columns(
+    config: SequenceConfig, device: DeviceFigures, columns: int, shared_memory: int, registers: int = 0
+) -> bool:
+    """Whether the columns of tensor memory suffice for every program that may share an SM with one that waits (grid_sync).
+
+    An SM has room for 64 warps, for 64 K registers, and for as much shared memory as one program may have and 1 KiB for each.
+    """
+    if not config.waits:
+        return columns <= device.tensor_memory
+    sharing = min((device.shared_memory + 1024) // (shared_memory + 1024), 64 // config.num_warps)
+    if registers:
+        sharing = min(sharing, 65536 // (32 * config.num_warps * registers))
+    return columns * sharing <= device.tensor_memory
+
+
+def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> SequenceConfig:
+    """`search` on this device, remembered: one search serves all calls alike.
+
+    Raises:
+        RuntimeError: in the capture of a CUDA graph, if there is none to remember.
+    """
+    key = problem, device, on.index, interpreter.programs_can_wait()
+    config = _chosen.get(key)
+    if config is None:
+        with torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext():
+            if on.type == "cuda":
+                refuse_capture(KERNELS[problem.way].__name__)
+            config = search(problem, device)
+        _chosen[key] = config
+    return config
+
+
+_chosen: dict[tuple, SequenceConfig] = {}
+
+
+def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
+    """The configuration for this problem on the current device, of the figures given.
+
+    It follows from the problem, the device and the compiler alone, so that every process with the same ones chooses alike.
+    """
+    found = candidates(problem, device)
+    if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter: there is no compiler to ask
+        can_wait = problem.single_step or interpreter.programs_can_wait()
+        return next(c for c in found if can_wait or not c.waits)
+    asked: dict[SequenceConfig, float] = {}  # words of local memory; infinite where the kernel cannot be used
+    for persistent, most, enough in ((True, _MOST_PERSISTENT, _SOME_WORDS), (False, MOST_COMPILATIONS, 1 << 20)):
+        for config in (c for c in found if c.persistent == persistent):
+            if len(asked) == most:
+                break
+            if persistent and any(_spills_too(problem, device, config, other, asked[other]) for other in asked):
+                continue
+            asked[config] = _words(problem, device, config)
+            if asked[config] <= _FEW_WORDS:
+                return config
+        best = min((c for c in asked if c.persistent == persistent), key=asked.__getitem__, default=None)
+        if best is not None and asked[best] <= enough:
+            return best
+    raise RuntimeError(f"Triton compiles no kernel for {problem}")
+
+
+def _spills_too(
+    problem: Problem, device: DeviceFigures, config: SequenceConfig, other: SequenceConfig, words: float
+) -> bool:
+    """Whether `config` saves less than half of the registers for want of which the other one spilled: likely in vain."""
+    most = registers(problem, other, device) - words / 2
+    return _FEW_WORDS < words < math.inf and registers(problem, config, device) > most
+
+
+def _words(problem: Problem, device: DeviceFigures, config: SequenceConfig) -> float:
+    """Words of local memory of each thread; infinite if the kernel has lost its product, or what its programs wait for."""
+    kernel = compile_for(problem, config)
+    if kernel is None or not _has_columns(
+        config, device, kernel.metadata.tmem_size, kernel.metadata.shared, kernel.n_regs
+    ):
+        return math.inf
+    has_product = any(name in kernel.asm["ptx"] for name in _MATRIX_INSTRUCTIONS)
+    return kernel.n_spills if has_product or not problem.on_tensor_cores else math.inf

@@ -1,0 +1,74 @@
+"""What the code of a sequence kernel depends on besides its configuration, and the kernel compiled for it without a launch."""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from .launch import accumulator
+from .sequence import _lstm_sequence_forward_kernel
+from .sequence_backward import _lstm_sequence_backward_kernel
+from .sequence_config import Problem, SequenceConfig, exchanged_row
+
+KERNELS: dict[str, Any] = {"forward": _lstm_sequence_forward_kernel, "backward": _lstm_sequence_backward_kernel}
+
+# The pointers that are None without a feature of a call. The backward has gates and c always.
+_SEGMENTS = {"resets": {"resets_ptr", "reset_h_ptr", "reset_c_ptr"}, "lengths": {"lengths_ptr"}}
+_FORWARD = {"dropout": {"seed_ptr", "dropped_ptr"}, "cells": {"c_ptr"}, "gates": {"gates_ptr"}}
+_GRADIENTS = {"dy": {"dy_ptr"}, "dh_n": {"dh_n_ptr"}, "dc_n": {"dc_in_ptr"}, "reset_gradients": {"dreset_c_ptr"}}
+_BACKWARD = {"dropout": {"seed_ptr"}, "cells": {"dc_states_ptr"}, **_GRADIENTS}
+POINTERS = {"forward": {**_SEGMENTS, **_FORWARD}, "backward": {**_SEGMENTS, **_BACKWARD}}
+# The features of a call that records gradients, whatever else it has.
+TRAINING = {"forward": frozenset({"cells", "gates"}), "backward": frozenset({"dy", "dh_n", "dc_n"})}
+
+_INT32 = dict.fromkeys(("counters_ptr", "stall_ptr"), torch.int32)
+_DTYPES = {"resets_ptr": torch.uint8, **_INT32, **dict.fromkeys(("lengths_ptr", "seed_ptr"), torch.int64)}
+
+
+def features(**given: Any) -> frozenset[str]:
+    """The names under which there is something: those of `Problem.features`."""
+    return frozenset(name for name, value in given.items() if value is not None and value is not False)
+
+
+def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
+    """Triton's compiled kernel, as a launch on the current device would have it; None if it cannot be loaded there."""
+    waits = config.waits and not problem.single_step
+    options = {"launch_cooperative_grid": True} if waits else {}
+    arguments = _stand_ins(problem, config, waits)
+    compiled = KERNELS[problem.way].warmup(*arguments, grid=(1,), **config.options, **options)
+    try:
+        compiled._init_handles()  # for n_regs and n_spills, as in Triton's tutorial 02
+    except OutOfResources:
+        return None
+    return compiled
+
+
+def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[Any]:
+    """For the arguments of a launch: for an aligned tensor its dtype; for an integer that is not specialised, any."""
+    pointers = POINTERS[problem.way].items()
+    absent = {name for feature, names in pointers if feature not in problem.features for name in names}
+    absent |= set() if problem.D == 2 else {"w_reverse_ptr"}
+    absent |= set() if waits else {"counters_ptr", "stall_ptr"}
+    values = dict(
+        stride_dy_h=0 if "dy_ptr" in absent else 1,
+        H=problem.H,
+        ROW=exchanged_row(problem.H, problem.dtype) if config.persistent else problem.H,
+        D=problem.D,
+        ACC=accumulator(problem.dtype),
+        PRECISION=problem.precision,
+        INDEX=tl.int64 if problem.long_offsets else tl.int32,
+        ACTIVATED=not problem.recompute,
+        RESIDENT=config.persistent,
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+        SPLIT_K=config.split_k,
+        BLOCK_K=config.block_k,
+        IN_FLIGHT=config.in_flight,
+        **dict.fromkeys(absent),
+    )
+
+    def stand_in(name: str) -> Any:
+        return _DTYPES.get(name, problem.dtype) if name.endswith("_ptr") else 2
+
+    return [values.get(name, stand_in(name)) for name in (p.name for p in KERNELS[problem.way].params)]

@@ -1,0 +1,120 @@
+"""The search: about which candidates the compiler is asked, and which one is taken."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lstm_triton.kernels import interpreter, search
+from lstm_triton.kernels.device import device_figures
+from lstm_triton.kernels.sequence_config import Problem, registers
+
+CPU = torch.device("cpu")
+H100 = device_figures(CPU)
+PROBLEM = Problem("backward", 64, 512, 1, torch.bfloat16, "ieee")
+FORWARD = Problem("forward", 64, 512, 1, torch.bfloat16, "ieee")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """compiler(answers): `search` gets these for one candidate after the other, the last one again and again.
+
+    An answer: words of local memory, or (words, PTX, columns of tensor memory), or None for a kernel that cannot be loaded.
+    Returns a list of the configurations that were asked about.
+    """
+
+    def answering(*answers):
+        asked = []
+
+        def compile_for(problem, config):
+            answer = answers[min(len(asked), len(answers) - 1)]
+            asked.append(config)
+            if answer is None:
+                return None
+            words, ptx, columns = answer if isinstance(answer, tuple) else (answer, "mma.sync", 0)
+            metadata = SimpleNamespace(tmem_size=columns, shared=64 << 10)
+            return SimpleNamespace(n_spills=words, n_regs=64, metadata=metadata, asm={"ptx": ptx})
+
+        monkeypatch.setattr(search, "compile_for", compile_for)
+        monkeypatch.setattr(search, "JITFunction", object)  # also what the interpreter has made of a kernel
+        return asked
+
+    return answering
+
+
+def test_the_cheapest_candidate_that_compiles_well_is_taken(compiler):
+    asked = compiler(0)
+    first = search.candidates(PROBLEM, H100)[0]
+    assert search.search(PROBLEM, H100) == first and asked == [first]
+
+
+def test_after_one_that_spills_comes_one_that_saves_registers(compiler):
+    asked = compiler(60, 8)
+    config = search.search(PROBLEM, H100)
+    assert len(asked) == 2 and asked[1] == config and config.persistent
+    saved = registers(PROBLEM, asked[0], H100) - registers(PROBLEM, config, H100)
+    assert saved >= 30
+    cheaper = itertools.takewhile(lambda c: c != config, search.candidates(PROBLEM, H100))
+    assert all(registers(PROBLEM, asked[0], H100) - registers(PROBLEM, c, H100) < 30 for c in cheaper)
+
+
+@pytest.mark.parametrize("unusable", [None, (0, "fma.rn.f32", 0), (0, "tcgen05.mma", 512)])
+def test_a_kernel_that_cannot_be_used_is_passed_over(unusable, compiler):
+    """It is not loaded; has lost its product; or would leave too few columns of tensor memory to another that waits."""
+    asked = compiler(unusable, (0, "mma.sync", 0))
+    config = search.search(PROBLEM, H100)
+    assert asked == search.candidates(PROBLEM, H100)[:2] and config == asked[1]
+
+
+def test_columns_are_counted_for_all_programs_of_an_sm(compiler):
+    b200 = H100._replace(tensor_memory=512, wide_rate=4096)
+    for columns, found in ((128, 0), (256, 1)):  # three programs of 64 KiB share 228
+        compiler((0, "tcgen05.mma", columns), (0, "tcgen05.mma", 0))
+        assert search.search(FORWARD, b200) == search.candidates(FORWARD, b200)[found]
+
+
+def test_some_words_are_better_than_a_launch_for_each_step(compiler):
+    asked = compiler(32, 9)
+    config = search.search(PROBLEM, H100)
+    assert config.persistent and config in asked[1:]
+
+
+def test_a_choice_takes_few_compilations(compiler):
+    for words in (33, 1000):
+        asked = compiler(words)
+        config = search.search(PROBLEM, H100)
+        assert not config.persistent and 1 < len(asked) <= search.MOST_COMPILATIONS
+    asked = compiler(None, None, None, None, 90, 70)
+    assert search.search(PROBLEM, H100) == asked[5] and len(asked) == search.MOST_COMPILATIONS
+    compiler(None)
+    with pytest.raises(RuntimeError, match="Triton compiles no kernel for Problem"):
+        search.search(PROBLEM, H100)
+
+
+def test_a_choice_is_remembered(compiler, monkeypatch):
+    monkeypatch.setattr(search, "_chosen", {})
+    asked = compiler(0)
+    resets = PROBLEM._replace(features=frozenset({"resets"}))
+    for problem, figures, n in (
+        (PROBLEM, H100, 1),
+        (PROBLEM, H100, 1),
+        (resets, H100, 2),
+        (PROBLEM, H100._replace(sms=60), 3),
+        (resets, H100, 3),
+    ):
+        search.choose(problem, figures, CPU)
+        assert len(asked) == n
+
+
+def test_the_interpreter_is_not_asked(monkeypatch):
+    if not interpreter.is_interpreting():
+        pytest.skip("needs a process with TRITON_INTERPRET=1")
+    monkeypatch.setattr(search, "compile_for", None)
+    waiting, *_ = found = search.candidates(PROBLEM, H100)
+    alone = PROBLEM._replace(H=64)
+    assert waiting.waits and not search.search(PROBLEM, H100).persistent
+    assert search.search(PROBLEM._replace(single_step=True), H100) == waiting
+    assert search.search(alone, H100).programs == 1 and search.search(alone, H100).persistent
+    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
+    assert search.search(PROBLEM, H100) == found[0]
