@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 
-from . import candidates, peers, providers, roofs
+from . import peers, providers, roofs
 from .cases import Task
 from .providers import CUDNN, OURS, TORCH_CELL
 
@@ -25,8 +25,7 @@ def all_providers() -> dict[str, providers.Provider]:
 
 
 def provider(name: str) -> providers.Provider:
-    """The provider of this name; those that `--tune` tries have names of their own."""
-    return candidates.provider(name) if name.startswith("tune ") else all_providers()[name]
+    return all_providers()[name]
 
 
 def chosen_for(task: Task, device_type: str) -> list[str]:

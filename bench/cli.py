@@ -97,7 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
     show("--validate", nargs="+", type=Path, metavar="PATH", help="only check files of rows")
     show("--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two files or folders of rows")
     show("--against", metavar="REF", help="measure this version and another of its git history, in turns")
-    show("--tune", action="store_true", help="sweep the launch configurations; prints a table, changes nothing")
     return parser
 
 
@@ -171,10 +170,6 @@ def _measure(o: argparse.Namespace, arguments: list[str], begin: float) -> int:
         o.again,
         o.retry,
     )
-    if o.tune:
-        from . import tune
-
-        return tune.main(options, o)
     if o.against:
         from . import against
 

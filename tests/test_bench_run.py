@@ -249,7 +249,6 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, capsys):
         (["--device", "mps"], 2, "only NVIDIA GPUs and the CPU"),
         (["--device", "cpu", "--provider", "nobody"], 2, "known are"),
         (["--device", "cpu", "--hidden", "77777"], 2, "no case passes"),
-        (["--device", "cpu", "--tune"], 2, "needs an NVIDIA GPU"),
         (["--compare", "absent.jsonl", "absent.jsonl"], 2, "no such file"),
         (["--report", "--rows", "absent"], 2, "no such file"),
         (["--validate", "absent"], 2, "no such file"),
