@@ -20,7 +20,7 @@ from triton.runtime.cache import get_cache_manager
 from lstm_triton.bench.null_driver import NullDriver, active
 
 from ..aot_sequence import DEVICES
-from . import encode_matrix  # noqa: F401  declares its families
+from . import encode_matrix, encode_memory  # noqa: F401  declare their families
 from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
 from .encode import Program, encode
 from .ptx import SIZES, Statement, parse

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
-from .encode import _TYPES, _Encoder, family
+from .encode import Encoder, family
 from .ptx import Statement
+
+_TYPES = {"bf16": 0, "f16": 1, "tf32": 2}
 
 
 @family(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
-def _shuffle(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _shuffle(e: Encoder, s: Statement, found: re.Match) -> None:
     result, *inputs, members = s.operands
     if members not in ("-1", "0xffffffff") or len(inputs) != 3:
         raise s.unsupported("operands")
@@ -20,7 +22,7 @@ def _shuffle(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"elect\.sync")
-def _elect(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _elect(e: Encoder, s: Statement, found: re.Match) -> None:
     lane, _, predicate = s.operands[0].partition("|")
     if s.operands[1] != "-1":
         raise s.unsupported("operands")
@@ -28,7 +30,7 @@ def _elect(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"vote\.sync\.(any|all|ballot)\.(pred|b32)")
-def _vote(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _vote(e: Encoder, s: Statement, found: re.Match) -> None:
     if s.operands[2] != "-1" or (found[1] == "ballot") != (found[2] == "b32"):
         raise s.unsupported("operands")
     size = 4 if found[2] == "b32" else 1
@@ -37,7 +39,7 @@ def _vote(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"redux\.sync\.(add|min|max)(\.NaN)?\.(s32|u32|f32)")
-def _reduce(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _reduce(e: Encoder, s: Statement, found: re.Match) -> None:
     if (found[3] == "f32" and found[1] == "add") or (found[2] and found[3] != "f32"):
         raise s.unsupported("modifiers")
     kind = ("s32", "u32", "f32").index(found[3]) + bool(found[2])
@@ -46,7 +48,7 @@ def _reduce(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(::cta)?\.b16")
-def _matrix(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _matrix(e: Encoder, s: Statement, found: re.Match) -> None:
     loads = found[1] == "ld"
     registers, memory = s.operands if loads else s.operands[::-1]
     base, offset, _ = e.address(s, memory, (4,))
@@ -58,7 +60,7 @@ def _matrix(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32")
-def _product(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _product(e: Encoder, s: Statement, found: re.Match) -> None:
     k, type_ = int(found[1]), found[2]
     words = k // (1 if type_ == "tf32" else 2) // 4
     parts = [e.places_of(s, o, 4) for o in s.operands]
@@ -68,7 +70,7 @@ def _product(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"mma\.sync\.aligned\.m(8|16)n8k(4|8|16)\.row\.col\.f64\.f64\.f64\.f64")
-def _product_f64(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _product_f64(e: Encoder, s: Statement, found: re.Match) -> None:
     rows, k = int(found[1]), int(found[2])
     parts = [e.places_of(s, o, 8) for o in s.operands]
     if [len(p) for p in parts] != [rows // 4, k // 4 * rows // 8, k // 4, rows // 4]:
@@ -77,7 +79,7 @@ def _product_f64(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(bf16|f16|tf32)\.\3")
-def _wgmma(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _wgmma(e: Encoder, s: Statement, found: re.Match) -> None:
     columns = int(found[1])
     sums, a, b, add, negate_a, negate_b, *transposed = s.operands
     in_registers = a.startswith("{")
@@ -97,14 +99,14 @@ def _wgmma(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"tcgen05\.(alloc\.cta_group::1\.sync\.aligned\.shared::cta|dealloc\.cta_group::1\.sync\.aligned)\.b32")
-def _allocate(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _allocate(e: Encoder, s: Statement, found: re.Match) -> None:
     where, count = s.operands
     place, offset = e.address(s, where, (4,))[:2] if where.startswith("[") else (e.place(s, where, 4), 0)
     e.emit(s, s.opcode, [place, e.place(s, count, 4)], 0, (offset,))
 
 
 @family(r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32b|16x32bx2)\.x(\d+)\.b32")
-def _tensor_move(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _tensor_move(e: Encoder, s: Statement, found: re.Match) -> None:
     loads, split = found[1] == "ld", found[2] == "16x32bx2"
     operands = list(s.operands)
     registers = operands.pop(0 if loads else -1)
@@ -118,7 +120,7 @@ def _tensor_move(e: _Encoder, s: Statement, found: re.Match) -> None:
 
 
 @family(r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)")
-def _tensor_product(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _tensor_product(e: Encoder, s: Statement, found: re.Match) -> None:
     destination, a, b, descriptor, add = s.operands
     base, offset, _ = e.address(s, destination, (4,))
     in_tensor = a.startswith("[")
@@ -131,7 +133,7 @@ def _tensor_product(e: _Encoder, s: Statement, found: re.Match) -> None:
     r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64"
     r"|mbarrier\.(init|inval)\.shared::cta\.b64|mbarrier\.try_wait\.parity\.shared(::cta)?\.b64"
 )
-def _mbarrier(e: _Encoder, s: Statement, found: re.Match) -> None:
+def _mbarrier(e: Encoder, s: Statement, found: re.Match) -> None:
     tests = s.opcode.startswith("mbarrier.try_wait")
     name = "tcgen05.commit" if "commit" in s.opcode else "mbarrier.try_wait.parity" if tests else s.opcode
     base, offset, bytes_ = e.address(s, s.operands[tests])

@@ -93,7 +93,7 @@ static void add(const char *name, Handler run, Kind kind, int results, int input
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 #define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { add(__VA_ARGS__); }
-// An operation with modifiers and operands of its own, decoded by encode.py.
+// An operation with modifiers and operands of its own, decoded by encode_memory.py or encode_matrix.py.
 #define FAMILY(NAME, KIND, FUNCTION) FAMILY_(__COUNTER__, NAME, KIND, FUNCTION)
 #define FAMILY_(N, NAME, KIND, FUNCTION) REGISTER(N, NAME, FUNCTION, KIND, -1, -1, 0, 0, 0, 0, 0)
 
