@@ -1,5 +1,6 @@
 """Two versions of this package on one machine, in turns: the code that is here, and another of its git history."""
 
+import contextlib
 import dataclasses
 import shutil
 import subprocess
@@ -25,34 +26,34 @@ def main(ref: str, options: run.Options, tasks: Sequence[Task]) -> int:
     commit = _git(root, "rev-parse", "--verify", f"{ref}^{{commit}}")
     kernels = ("lstm_triton triton",) if options.device != "cpu" else ()
     options = dataclasses.replace(options, names=options.names or ("lstm_triton auto", *kernels), again=True)
-    folder = options.folder / f"against-{commit[:12]}"
-    with tempfile.TemporaryDirectory(prefix="lstm-triton-against-") as scratch:
+    folders = {side: options.folder / f"against-{commit[:12]}" / side for side in ("there", "here")}
+    with tempfile.TemporaryDirectory(prefix="lstm-triton-against-") as scratch, contextlib.ExitStack() as both:
         path = [str(_export(root, commit, Path(scratch))), *(p for p in sys.path if p and Path(p).resolve() != root)]
-        there = dataclasses.replace(options, path=path, environment={device.COMMIT_VARIABLE: commit})
-        sides = [dataclasses.replace(o, folder=folder / name) for name, o in (("there", there), ("here", options))]
-        outcomes = run.run_in_turns(sides, timed, Progress(2 * len(timed)))
-    print("\n".join(outcome.describe(side.folder, side.budget_s) for outcome, side in zip(outcomes, sides)))
+        there = dict(folder=folders["there"], path=path, environment={device.COMMIT_VARIABLE: commit})
+        sides = [dataclasses.replace(options, **o) for o in (there, dict(folder=folders["here"]))]
+        runners = [both.enter_context(run.runner(side, Progress(2 * len(timed)))) for side in sides]
+        for task in timed:  # in turns, so that a drift of the machine touches both alike
+            for runner in runners:
+                runner.run([task])
+    print("\n".join(runner.outcome.describe(runner.options) for runner in runners))
     if absent := missing("pandas", "jinja2"):
         print(absent)
         return 0
     from . import tables
 
-    found, said = tables.side_by_side(*(read_all([side.folder])[0] for side in sides))
+    found, said = tables.side_by_side(*(read_all([folder])[0] for folder in folders.values()))
     print(f"A: {ref} ({commit[:12]})\nB: the code here\nA / B above 1: B is faster\n\n{tables.plain(found)}\n\n{said}")
     return 0
 
 
 def _export(root: Path, commit: str, scratch: Path) -> Path:
     """A folder to import that commit's package from, with the benchmark of here: one code measures both."""
-    tree, package = scratch / "tree", scratch / "path" / "lstm_triton"
-    ignore = shutil.ignore_patterns("__pycache__", "kernels", "bench", "results")
-    try:
-        _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
-        shutil.copytree(tree / "lstm_triton", package, ignore=ignore)
-        shutil.copytree(tree / "kernels", package / "kernels", ignore=ignore)
-        shutil.copytree(Path(__file__).resolve().parent, package / "bench", ignore=ignore)
-    finally:
-        subprocess.run(["git", "-C", str(root), "worktree", "remove", "--force", str(tree)], capture_output=True)
+    package = scratch / "path" / "lstm_triton"
+    _git(root, "archive", f"--output={scratch / 'tree.zip'}", commit, "lstm_triton", "kernels")
+    shutil.unpack_archive(scratch / "tree.zip", scratch / "tree")
+    shutil.copytree(scratch / "tree" / "lstm_triton", package)
+    shutil.copytree(scratch / "tree" / "kernels", package / "kernels")
+    shutil.copytree(Path(__file__).parent, package / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
     return package.parent
 
 

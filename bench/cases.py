@@ -3,9 +3,6 @@
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, get_args
 
-from . import checked
-from .checked import Count, Positive, Share, Size, Text
-
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 Form = Literal["layer", "cell", "loop"]
 Mode = Literal["forward", "train"]
@@ -30,36 +27,40 @@ class Case:
         cells. Empty for other dtypes.
     """
 
-    name: Text
-    hidden_size: Count
-    batch: Count
-    length: Count
+    name: str
+    hidden_size: int
+    batch: int
+    length: int
     form: Form = "layer"
-    input_size: Size = 0  # 0: the hidden size
-    layers: Count = 1
+    input_size: int = 0  # 0: the hidden size
+    layers: int = 1
     bidirectional: bool = False
-    proj_size: Size = 0
+    proj_size: int = 0
     dtype: Dtype = "bfloat16"
     mode: Mode = "forward"
     rows: Literal["padded", "packed", "lengths"] = "padded"
-    resets: Share = 0.0
+    resets: float = 0.0
     carried: bool = False
-    scale: Positive = 1.0
+    scale: float = 1.0
     precision: Literal["", "ieee", "tf32", "tf32x3"] = ""
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.input_size == 0:
-            object.__setattr__(self, "input_size", self.hidden_size)
-        if self.dtype != "float32":
-            object.__setattr__(self, "precision", "")
-        elif not self.precision:
-            object.__setattr__(self, "precision", "tf32" if self.form == "layer" else "ieee")
-        checked.read(self, Case, "case")
-        if self.form == "cell" and (self.length != 1 or self.layers != 1 or self.bidirectional or self.proj_size):
-            raise ValueError("case: a cell is one step of one layer in one direction")
-        if self.carried and (self.length != 1 or self.mode == "train" or self.rows != "padded"):
-            raise ValueError("case: a carried state is that of forward calls of one step over padded batch rows")
+        object.__setattr__(self, "input_size", self.input_size or self.hidden_size)
+        usual = self.precision or ("tf32" if self.form == "layer" else "ieee")
+        object.__setattr__(self, "precision", usual if self.dtype == "float32" else "")
+        cell, carried = self.form == "cell", self.carried
+        rules = {
+            "sizes and the scale are above 0": min(self.hidden_size, self.batch, self.length, self.layers, self.scale)
+            > 0,
+            f"no dtype is {self.dtype!r}": self.dtype in DTYPES,
+            "resets are a share, from 0 to 1": 0 <= self.resets <= 1,
+            "a cell is one step of one layer in one direction": not cell or (self.length == 1 and self.is_simple),
+            "a carried state is that of forward calls of one step over padded batch rows": not carried
+            or (self.length, self.mode, self.rows) == (1, "forward", "padded"),
+        }
+        for rule in (rule for rule, holds in rules.items() if not holds):
+            raise ValueError(f"case: {rule}")
 
     @property
     def directions(self) -> int:
@@ -104,12 +105,10 @@ class Case:
 
     def flops(self) -> float:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
-        total = 0.0
-        for layer in range(self.layers):
-            inputs = self.input_size if layer == 0 else self.output_size * self.directions
-            per_step = 8.0 * self.hidden_size * (inputs + self.output_size) + 2.0 * self.hidden_size * self.proj_size
-            total += per_step * self.directions * self.batch * self.length
-        return total * (3 if self.mode == "train" else 1)
+        H, R, P, D = self.hidden_size, self.output_size, self.proj_size, self.directions
+        inputs = [self.input_size, *[R * D] * (self.layers - 1)]
+        per_step = sum(8.0 * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
+        return per_step * self.length * (3 if self.mode == "train" else 1)
 
 
 @dataclass(frozen=True)

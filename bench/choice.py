@@ -4,39 +4,39 @@ import functools
 import importlib.util
 
 from . import peers, providers, roofs
-from .cases import Task
+from .cases import Case, Task
 from .providers import CUDNN, OURS, TORCH_CELL
+
+BACKENDS = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
 
 
 def all_providers() -> dict[str, providers.Provider]:
     """Every provider by name; the order is that of the tables."""
-    backends = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
-    found: dict[str, providers.Provider] = {
-        f"lstm_triton {b}": functools.partial(providers.ours, backend=b) for b in backends
-    }
+    found: dict[str, providers.Provider] = {}
+    found |= {f"lstm_triton {b}": functools.partial(providers.ours, backend=b) for b in BACKENDS}
     for b in ("auto", "triton"):
         found[f"lstm_triton {b} recompute"] = functools.partial(providers.ours, backend=b, recompute=True)
-    compiled = functools.partial(providers.torchs_cell, compiled=True)
-    return (
-        found
-        | {CUDNN: providers.torchs_lstm, TORCH_CELL: providers.torchs_cell, "torch.compile": compiled}
-        | peers.PEERS
-    )
+    found |= {CUDNN: providers.torchs_lstm, TORCH_CELL: providers.torchs_cell}
+    return found | {"torch.compile": functools.partial(providers.torchs_cell, compiled=True)} | peers.PEERS
 
 
 def provider(name: str) -> providers.Provider:
     return all_providers()[name]
 
 
+def torchs(case: Case) -> str:
+    """torch's own provider of a case, beside which the others are judged."""
+    return CUDNN if case.form == "layer" else TORCH_CELL
+
+
 def chosen_for(task: Task, device_type: str) -> list[str]:
     """The providers of a task by default: those worth comparing. Which of them can serve, they say themselves."""
     case, kind, gpu = task.case, task.kind, device_type == "cuda"
-    torchs = CUDNN if case.form == "layer" else TORCH_CELL
     if kind in ("overhead", "cold-start"):
-        return ["lstm_triton triton", torchs]
+        return ["lstm_triton triton", torchs(case)]
     if task.interpreter:
         stepwise = ["lstm_triton triton-stepwise"] if case.form == "layer" else []
-        return [*stepwise, "lstm_triton triton", torchs]
+        return [*stepwise, "lstm_triton triton", torchs(case)]
     if kind == "memory":
         kernels = ["lstm_triton triton", "lstm_triton triton recompute"] if gpu else []
         return [OURS, *kernels, "lstm_triton auto recompute", CUDNN]

@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a
     library that the output needs, 130 after Ctrl-C.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
     if (age := devices.process_age()) < _LONGEST_START_S:
-        begin -= age  # a budget counts from the user's Enter, not from here, where torch is imported
+        started -= age  # a budget counts from the user's Enter, not from here, where torch is imported
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     try:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(choice.all_providers()))
             return 0
         shows = options.validate or options.compare or options.report or options.readme
-        return _show(options) if shows else _measure(options, arguments, begin)
+        return _show(options) if shows else _measure(options, arguments, started)
     except (StoreError, UsageError, RuntimeError) as error:
         print(f"lstm-triton bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, StoreError | UsageError) else 1
@@ -56,12 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lstm-triton bench",
-        epilog=EPILOG,
-        formatter_class=argparse.RawTextHelpFormatter,
-        description="Compare this package with cuDNN and others, on this machine.",
-    )
+    text = "Compare this package with cuDNN and others, on this machine."
+    look = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("lstm-triton bench", epilog=EPILOG, formatter_class=look, description=text)
     what = parser.add_argument_group("what is measured").add_argument
     what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
     what("--dtype", action="append", choices=DTYPES)
@@ -83,14 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     how("--retry", action="store_true", help="try what failed or was skipped once more")
     how("--output", type=Path, help="folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>")
     show = parser.add_argument_group("what is shown").add_argument
-    show(
-        "--report",
-        nargs="?",
-        const=Path("report.html"),
-        type=Path,
-        metavar="FILE",
-        help="only render rows as one HTML page (default: report.html beside them)",
-    )
+    page = "only render rows as one HTML page (default: report.html beside them)"
+    show("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE", help=page)
     show("--no-report", action="store_true", help="do not render the page after measuring")
     show("--readme", type=Path, metavar="FILE", help="only rewrite the tables between the markers of this file")
     show("--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output")
@@ -144,32 +135,22 @@ def command_line(arguments: Sequence[str]) -> str:
     return re.sub(r"(--(?:output|rows))([ =])\S+", r"\1\2...", typed).replace("\0", " ")
 
 
-def _measure(o: argparse.Namespace, arguments: list[str], begin: float) -> int:
+def _measure(o: argparse.Namespace, arguments: list[str], started: float) -> int:
     device = devices.pick(o.device)
     tasks = select_tasks(o, device)
     if o.list:
         for t in tasks:
             print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
         return 0
-    name = devices.describe(torch.device(device)).name
-    folder = o.output or devices.results_folder() / devices.folder_name(name)
-    if (budget := o.budget) is not None:
+    folder = o.output or devices.results_folder() / devices.folder_name(devices.describe(torch.device(device)).name)
+    options = run.Options(folder, device, command_line(arguments), o.budget, silence_s=o.timeout, flush_l2=o.flush_l2)
+    options.seconds = o.seconds or (0.5 if device == "cpu" else 1.0)
+    options.names, options.threads = tuple(o.provider) if o.provider else None, o.threads
+    options.again, options.retry = o.again, o.retry
+    if o.budget is not None:
         # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
         at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
-        budget = max(budget - (time.monotonic() - begin) - at_the_end, 1.0)
-    options = run.Options(
-        folder,
-        device,
-        command_line(arguments),
-        budget,
-        o.seconds or (0.5 if device == "cpu" else 1.0),
-        o.timeout,
-        o.flush_l2,
-        tuple(o.provider) if o.provider else None,
-        o.threads,
-        o.again,
-        o.retry,
-    )
+        options.budget_s = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
     if o.against:
         from . import against
 
@@ -180,8 +161,9 @@ def _measure(o: argparse.Namespace, arguments: list[str], begin: float) -> int:
         tasks = [*suites.tasks(["roofs"], "gpu", "cuda"), *tasks]  # for the floors; measured once
     if absent := missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    outcome = run.Runner(options, tasks, Progress(len(tasks), budget)).run()
-    print(outcome.describe(folder, budget))
+    with run.runner(options, Progress(len(tasks), options.budget_s)) as runner:
+        outcome = runner.run(tasks)
+    print(outcome.describe(options))
     if not o.no_report and (outcome.rows or outcome.before) and not missing("pandas", "matplotlib", "jinja2"):
         from . import report
 
@@ -203,20 +185,14 @@ def _show(o: argparse.Namespace) -> int:
     if absent := missing("pandas", "matplotlib", "jinja2"):
         print(f"lstm-triton bench: {absent}", file=sys.stderr)
         return NO_LIBRARY
-    from . import report, tables
+    from . import report
 
     if not rows:
         raise UsageError(f"no rows in {', '.join(map(str, paths))}: measure first")
     if o.report == Path("report.html"):
         o.report = (paths[0] if paths[0].is_dir() else paths[0].parent) / o.report
     if o.compare:
-        table, said = tables.side_by_side(sides[0][0], sides[1][0])
-        names = [tables.name_of(side[0], path.stem) for side, path in zip(sides, paths)]
-        lead = [f"A: {names[0]}", f"B: {names[1]}", "A / B above 1: B is faster.", said]
-        print("\n".join([*lead[:3], "", tables.plain(table), "", said]))
-        section = report.Section("pairs", "Both sides", tables.html(table))
-        if o.report:
-            report.write_page(o.report, "lstm_triton: two sets of rows", lead, [report.Part("pair", "", "", [section])])
+        print(report.compare(dict(zip(paths, (side[0] for side in sides))), o.report))
     elif o.report:
         report.write(o.report, rows, problems)
     if o.readme:

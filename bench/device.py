@@ -56,14 +56,13 @@ def pick(name: str) -> str:
 def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError):
-            models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            name = models[0].strip() if models else name
+        with contextlib.suppress(OSError, AttributeError):
+            name = re.search(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]  # type: ignore[index]
         return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
     p = torch.cuda.get_device_properties(device)
-    memory, l2 = p.total_memory, getattr(p, "L2_cache_size", None)
-    capability, driver = f"{p.major}.{p.minor}", _read_nvml(device, _DRIVER).get("driver")
-    return Device("cuda", p.name, driver, None, None, capability, p.multi_processor_count, memory, l2)
+    sizes = p.multi_processor_count, p.total_memory, getattr(p, "L2_cache_size", None)
+    driver = _read_nvml(device, _DRIVER).get("driver")
+    return Device("cuda", p.name, driver, None, None, f"{p.major}.{p.minor}", *sizes)
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -90,9 +89,9 @@ def _read_nvml(device: torch.device, readers: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> Versions:
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    system, triton = f"{platform.system()} {platform.machine()}", environment.triton_version()
-    python = platform.python_version()
-    return Versions(lstm_triton.__version__, str(torch.__version__), python, triton, torch.version.cuda, cudnn, system)
+    triton, system = environment.triton_version(), f"{platform.system()} {platform.machine()}"
+    own, python = lstm_triton.__version__, platform.python_version()
+    return Versions(own, str(torch.__version__), python, triton, torch.version.cuda, cudnn, system)
 
 
 @functools.cache
@@ -160,30 +159,28 @@ class RowMaker:
 
     def __post_init__(self) -> None:
         self.device, self.versions, self.source = describe(self.on), versions(), source()
-        self._state: dict[str, Any] = {}
-        self._state_at = float("-inf")
+        self._state: tuple[float, dict[str, Any]] = float("-inf"), {}
 
     def state(self) -> dict[str, Any]:
         """Clocks, power, temperature, read at most every two seconds, since asking takes a while."""
-        if (now := time.monotonic()) - self._state_at > 2.0:
-            self._state, self._state_at = state(self.on), now
-        return self._state
+        if (now := time.monotonic()) - self._state[0] > 2.0:
+            self._state = now, state(self.on)
+        return self._state[1]
 
     def make(
         self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
     ) -> Row:
         """A row; `measured` has what there is of model (a providers.Model), label, state and Row's fields of figures."""
         if model := measured.pop("model", None):
-            reasons = [text for text in (model.backend_reason, *model.remarks) if text]
-            measured |= dict(
-                backend=model.backend, backend_reason="; ".join(reasons) or None, algorithm=model.algorithm
-            )
-        labels = [CPU_LABEL] if self.device.type == "cpu" else []
-        labels += [measured.pop("label", None), task.case.note]
+            said = "; ".join(text for text in (model.backend_reason, *model.remarks) if text)
+            measured |= dict(backend=model.backend, backend_reason=said or None, algorithm=model.algorithm)
+        labels = [CPU_LABEL if self.device.type == "cpu" else None, measured.pop("label", None), task.case.note]
         labels += ["kernels in Triton's interpreter, errors only"] if task.interpreter else []
         backends: Any = torch.backends
-        rnn, matmul = backends.cudnn.rnn.fp32_precision, backends.cuda.matmul.fp32_precision
-        precision = {"cudnn_rnn": rnn, "cuda_matmul": matmul, "lstm_triton": task.case.precision or "as the dtype"}
+        precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        measured |= dict(device=self.device, versions=self.versions, source=self.source, synthetic=self.synthetic)
+        measured |= dict(run=self.run, command=self.command, date=now)
         measured.setdefault("state", self.state() if status == "ok" else {})
         return Row(
             kind=task.kind,
@@ -194,15 +191,8 @@ class RowMaker:
             status=status,
             reason=reason,
             label="; ".join(text for text in labels if text) or None,
-            precision=precision,
+            precision=precision | {"lstm_triton": task.case.precision or "as the dtype"},
             # Failures name the cache too: with another state of it they are tried again.
             l2=self.l2 if task.kind in ("timing", "anchor") else None,
-            device=self.device,
-            versions=self.versions,
-            source=self.source,
-            run=self.run,
-            command=self.command,
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            synthetic=self.synthetic,
             **measured,
         )

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -13,10 +14,9 @@ from torch import Tensor
 from lstm_triton import dispatch
 from lstm_triton.kernels.launch import Launcher
 
-from . import null_driver, timing
-from .built import Built
+from . import choice, null_driver, problem, process, timing
 from .cases import Case
-from .process import Process
+from .checks import Built
 
 BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for haste
 _TIMEOUT_S = 300
@@ -46,31 +46,31 @@ def overhead(built: Built, provider: str, device: torch.device, calls: int) -> d
     """total_us of a call, and for this package of it launch_us (each kernel launch timed again by itself), dispatch_us (the
     choice of a backend) and checks_us (the rest: module, checks, autograd, allocation); launches.
     """
+
+    def host_us(call: Callable[[], Any]) -> float:
+        return timing.median_us(call, timing.Clock(device, host=True), BATCHES, calls)
+
+    launches: list[Callable[[], Any]] = []
+    original = Launcher.__call__
+
+    def recording(self: Any, *arguments: Any, **options: Any) -> Any:
+        launches.append(functools.partial(self, *arguments, **options))
+        return original(self, *arguments, **options)
+
     with torch.set_grad_enabled(built.training):
-
-        def host_us(call: Callable[[], Any]) -> float:
-            return timing.median_us(call, timing.HostClock(device), BATCHES, calls)
-
         total = host_us(built.call)
         if not provider.startswith("lstm_triton"):
             return {"total_us": total}
-        launches: list[tuple[Any, tuple, dict]] = []
-        original = Launcher.__call__
-
-        def recording(self: Any, *arguments: Any, **options: Any) -> Any:
-            launches.append((self, arguments, options))
-            return original(self, *arguments, **options)
-
         with mock.patch.object(Launcher, "__call__", recording):
             built.call()
-        launch = sum(host_us(functools.partial(s, *a, **o)) for s, a, o in launches)
+        launch = sum(map(host_us, launches))
     backend, dtype = provider.split()[1], built.inputs[0].dtype
     if built.problem.case.form == "cell":
-        choice = host_us(lambda: dispatch.cell_backend(backend, device, dtype))
+        chosen = host_us(lambda: dispatch.cell_backend(backend, device, dtype))
     else:
-        choice = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None))
-    rest = max(total - launch - choice, 0.0)
-    parts = {"launch_us": launch, "dispatch_us": choice, "checks_us": rest, "launches": float(len(launches))}
+        chosen = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None))
+    rest = max(total - launch - chosen, 0.0)
+    parts = {"launch_us": launch, "dispatch_us": chosen, "checks_us": rest, "launches": float(len(launches))}
     return {"total_us": total} | parts
 
 
@@ -78,20 +78,40 @@ def cold_start(case: Case, provider: str, device: torch.device) -> tuple[dict[st
     """Seconds to import, of the first call (for this package with an empty and with a warm cache of kernels) and of the
     second, in new processes; and the label of it.
     """
+    values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
-        values = {f"empty_{name}": seconds for name, seconds in _new_process(case, provider, device, cache).items()}
-        if provider.startswith("lstm_triton"):
-            values |= {f"warm_{name}": seconds for name, seconds in _new_process(case, provider, device, cache).items()}
+        for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
+            found = _new_process(case, provider, device, cache)
+            values |= {f"{kind}_{name}": seconds for name, seconds in found.items()}
     without_gpu = device.type != "cuda" and null_driver.serves(provider)
     return values, null_driver.LABEL if without_gpu else None
 
 
 def _new_process(case: Case, provider: str, device: torch.device, cache: str) -> dict[str, float]:
-    child = Process("worker:first_calls", (case, provider, device.type), None, {"TRITON_CACHE_DIR": cache})
+    child = process.Process("host:first_calls", (case, provider, device.type), None, {"TRITON_CACHE_DIR": cache})
     try:
         return child.receive(_TIMEOUT_S)
     finally:
         child.end()
+
+
+def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
+    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
+    case, provider, device_type = request
+    device = torch.device(device_type)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.zeros(1, device=device)  # CUDA itself starts before the clock does
+    synchronize()
+    with conditions(provider, device):
+        built = Built(choice.provider(provider), problem.make(case, device))
+        torch.set_grad_enabled(built.training)
+        times = [time.perf_counter()]
+        for _ in range(2):
+            built.call()
+            synchronize()
+            times.append(time.perf_counter())
+    first, second = times[1] - times[0], times[2] - times[1]
+    connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 
 
 def held(built: Built) -> dict[str, int]:

@@ -2,24 +2,23 @@
 
 import contextlib
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import accuracy, choice, host, timing
+from . import choice, host, timing
 from . import problem as problems
 from . import roofs as roof
-from .built import Built
 from .cases import Task
+from .checks import Built, Judge
 from .device import RowMaker
-from .lost import why_lost
-from .precision import precision
-from .problem import Problem
-from .providers import CUDNN, TORCH_CELL, Provider, Unavailable
+from .process import Fatal, raise_if_lost
+from .providers import Unavailable
 from .rows import Error, Row
+
+Pair = tuple[str, str]  # of provider and execution
 
 
 @dataclass
@@ -39,43 +38,15 @@ class Context:
     stage: Callable[[str, str, str], None] = lambda provider, execution, what: None
 
 
-class Fatal(RuntimeError):
-    """The process can measure no more: the device reports an error that stays."""
-
-
-class Judge:
-    """Compares results with the truth, and knows torch's own errors on the problem."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.torchs: dict[str, Error] | None = None
-        self._truth: dict[bool, Mapping[str, Tensor]] = {True: problems.truth(problem)}
-
-    def ask(self, torchs: Provider) -> None:
-        try:
-            self.torchs = self.errors(Built(torchs, self.problem, states=True))
-        except Exception as error:  # it gets a row of its own where it was asked for
-            reraise_fatal(error)
-
-    def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Error]:
-        with_state = built.model.takes_initial_state
-        if with_state not in self._truth:
-            self._truth[with_state] = problems.truth(built.problem)
-        return accuracy.errors(built.results(call), self._truth[with_state])
-
-    def why_wrong(self, found: Mapping[str, Error]) -> str | None:
-        return accuracy.why_wrong(self.problem.case, found, self.torchs)
-
-
-def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Collection[tuple[str, str]] = ()) -> None:
+def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Collection[Pair] = ()) -> None:
     """Emit one row for every provider and execution of the task that is not in `skip`.
 
     Raises Fatal, after its row, when the device is lost.
     """
     names = choice.names_of(task, context.device.type, context.names)
-    wanted: list[tuple[str, str]] = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
+    wanted: list[Pair] = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
     if wanted:
-        with precision(task.case):
+        with problems.precision(task.case):
             _Measurement(task, context, emit).run(wanted)
 
 
@@ -84,103 +55,99 @@ class _Measurement:
 
     def __init__(self, task: Task, context: Context, emit: Callable[[Row], None]) -> None:
         self.task, self.context, self._emit = task, context, emit
-        self.ready: dict[tuple[str, str], tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
+        self.ready: dict[Pair, tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
 
-    def run(self, wanted: list[tuple[str, str]]) -> None:
+    def run(self, wanted: list[Pair]) -> None:
         judge = None
         if self.task.kind in ("timing", "anchor", "accuracy", "memory"):
-            self.context.stage("float64", "eager", "truth")
+            torchs = choice.torchs(self.task.case)
             try:
-                judge = Judge(problems.make(self.task.case, self.context.device))
+                self.context.stage("float64", "eager", "truth")
+                judge = Judge(problems.make(self.task.case, self.context.device), choice.provider(torchs))
+                self.context.stage(torchs, "eager", "check")
+                judge.ask_torch()
             except Exception as error:
-                reraise_fatal(error)
+                raise_if_lost(error)
                 self.tell(wanted, "failed", f"no float64 truth to compare with: {brief(error)}")
                 return
-            torchs = CUDNN if self.task.case.form == "layer" else TORCH_CELL
-            self.context.stage(torchs, "eager", "check")
-            judge.ask(choice.provider(torchs))
         for name in dict.fromkeys(n for n, _ in wanted):
             mine = [(n, e) for n, e in wanted if n == name]
             try:
-                if judge is None:
-                    self._alone(mine)
-                else:
-                    self._check(mine, judge)
-            except Unavailable as error:
-                self.tell(mine, "skipped", str(error))
+                self._alone(mine) if judge is None else self._check(mine, judge)
             except Fatal:
                 raise
             except Exception as error:
                 # A forced backend of this package says at its first call what it cannot do: that is no failure.
-                self.tell(mine, "skipped" if "cannot serve: " in str(error) else "failed", brief(error))
-                reraise_fatal(error)
+                unable = isinstance(error, Unavailable)
+                status = "skipped" if unable or "cannot serve: " in str(error) else "failed"
+                self.tell(mine, status, str(error) if unable else brief(error))
+                raise_if_lost(error)
             finally:
-                _free(self.context.device)
+                with contextlib.suppress(Exception):
+                    torch.cuda.empty_cache()
         del judge
         while self.ready:
             self._time()
 
-    def tell(self, which: list[tuple[str, str]], status: str, reason: str | None = None, **measured: Any) -> None:
+    def tell(self, which: list[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
         for name, execution in which:
             self._emit(self.context.maker.make(self.task, name, execution, status, reason, **measured))
 
-    def _alone(self, which: list[tuple[str, str]]) -> None:
+    def _alone(self, which: list[Pair]) -> None:
         """Roofs, host times and first calls, which are compared with no truth."""
-        name, context = which[0][0], self.context
+        name, context, case = which[0][0], self.context, self.task.case
+        context.stage(name, "eager", self.task.kind)
         if self.task.kind == "roof":
             values, failures = roof.measured(context.device, lambda what: context.stage(name, "eager", what))
             if "copy_bytes_per_s" not in values:
                 raise failures[0][1]
             self.tell(which, "ok", "; ".join(f"{what}: {brief(e)}" for what, e in failures) or None, values=values)
             for _, error in failures:  # after the row, since the device may be lost
-                reraise_fatal(error)
+                raise_if_lost(error)
         elif self.task.kind == "overhead":
-            context.stage(name, "eager", "host time")
             calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
             with host.conditions(name, context.device) as label:
-                built = Built(choice.provider(name), problems.make(self.task.case, context.device))
+                built = Built(choice.provider(name), problems.make(case, context.device))
                 values = host.overhead(built, name, context.device, calls)
             self.tell(which, "ok", model=built.model, values=values, label=label)
         else:
-            context.stage(name, "eager", "cold start")
-            values, label = host.cold_start(self.task.case, name, context.device)
+            values, label = host.cold_start(case, name, context.device)
             self.tell(which, "ok", values=values, label=label)
 
-    def _check(self, which: list[tuple[str, str]], judge: Judge) -> None:
-        name, stage = which[0][0], self.context.stage
+    def _check(self, which: list[Pair], judge: Judge) -> None:
+        name, stage, kind = which[0][0], self.context.stage, self.task.kind
         stage(*which[0], "build")
-        built = Built(choice.provider(name), judge.problem, states=self.task.kind == "accuracy")
+        built = Built(choice.provider(name), judge.problem, states=kind == "accuracy")
         stage(*which[0], "check")
         found = judge.errors(built)
         if reason := judge.why_wrong(found):
             self.tell(which, "wrong", reason, model=built.model, errors=found)
-        elif self.task.kind == "accuracy":
-            self.tell(which, "ok", model=built.model, errors=found)
-        elif self.task.kind == "memory":
-            stage(*which[0], "memory")
-            self.tell(which, "ok", model=built.model, errors=found, bytes=host.held(built))
+        elif kind in ("accuracy", "memory"):
+            stage(*which[0], kind)
+            held = host.held(built) if kind == "memory" else None
+            self.tell(which, "ok", model=built.model, errors=found, bytes=held)
         else:
             for key in which:
                 try:
-                    if key[1] == "graph":
-                        stage(*key, "capture")
+                    stage(*key, "build")
                     self.ready[key] = built, found, _graph(built, judge) if key[1] == "graph" else built.call
                 except Exception as error:
                     self.tell([key], "failed", f"CUDA graph: {brief(error)}", model=built.model)
-                    reraise_fatal(error)
+                    raise_if_lost(error)
 
     def _time(self) -> None:
         """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
         context, case = self.context, self.task.case
-        context.stage(" and ".join(dict.fromkeys(n for n, _ in self.ready)), "eager", "timing")
+        calls = {key: call for key, (_, _, call) in self.ready.items()}
         try:
             with torch.set_grad_enabled(case.mode == "train"):
-                calls = {key: call for key, (_, _, call) in self.ready.items()}
-                samples = timing.interleaved(calls, context.clock, context.seconds)
+                samples = timing.interleaved(
+                    calls, context.clock, context.seconds, lambda key: context.stage(*key, "timing")
+                )
         except timing.Failed as failure:
             cause = failure.__cause__ or failure
             self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
-            reraise_fatal(cause)
+            raise_if_lost(cause)
             return
         floor, state = roof.floor(case, context.roofs), context.maker.state()
         for key, sample in samples.items():
@@ -212,15 +179,3 @@ def brief(error: BaseException) -> str:
     in_backward = any(frame.name == "backward" for frame in traceback.extract_tb(error.__traceback__))
     where = "in its backward: " if in_backward else ""
     return where + (f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__)
-
-
-def reraise_fatal(error: BaseException) -> None:
-    """Raise Fatal from an error after which the device answers nothing any more."""
-    if why := why_lost():
-        raise Fatal(why.splitlines()[0][:300]) from error
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        with contextlib.suppress(Exception):
-            torch.cuda.empty_cache()

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import set_precision
-from .problem import Outputs, Problem
+from .problem import Outputs, Problem, set_precision
 from .providers import Model, Unavailable, load
 
 PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn", "fastlstm": "fastlstm"}
@@ -21,8 +20,7 @@ PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrn
 
 def _module(name: str, problem: Problem, resets: bool = False) -> Any:
     """A peer's module; Unavailable where it is not installed, needs a GPU, or has no such LSTM."""
-    top = name.partition(".")[0]
-    case = problem.case
+    top, case = name.partition(".")[0], problem.case
     if case.form == "loop" or not case.is_simple:
         raise Unavailable(f"{top}: whole padded sequences, one layer, one direction, no projection")
     if case.resets and not resets:
@@ -54,7 +52,6 @@ def torchrl(problem: Problem) -> Model:
     weights = _leaves(problem)
     resets = torch.zeros_like(problem.x[..., 0], dtype=torch.bool) if problem.resets is None else problem.resets
     is_init = resets.t().contiguous()
-    w = [weights[name] for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]
     options, remarks = {}, []
     if "input_precision" in inspect.signature(module.lstm_triton).parameters:
         options["input_precision"] = problem.case.precision or "ieee"
@@ -68,7 +65,7 @@ def torchrl(problem: Problem) -> Model:
             start = torch.where(is_init[:, :1], 0.0, s)
             states.append(torch.cat((start[:, None], at_steps[:, 1:]), dim=1))
         x = x.transpose(0, 1).contiguous()
-        h, _, h_n, c_n = module.lstm_triton(x, *states, *w, is_init, x.dtype, **options)
+        h, _, h_n, c_n = module.lstm_triton(x, *states, *weights.values(), is_init, x.dtype, **options)
         return h.transpose(0, 1), h_n[None], c_n[None]
 
     return Model(run, weights, remarks=remarks)
@@ -90,16 +87,16 @@ def haste(problem: Problem) -> Model:
     def from_haste(w: Tensor) -> Tensor:  # exchanging two gates twice
         return to_haste(w.t() if w.dim() == 2 else w)
 
+    weights = {"weight_ih_l0": lstm.kernel, "weight_hh_l0": lstm.recurrent_kernel, "bias_ih_l0": lstm.bias}
     with torch.no_grad():
-        lstm.kernel.copy_(to_haste(given["weight_ih_l0"]).t())
-        lstm.recurrent_kernel.copy_(to_haste(given["weight_hh_l0"]).t())
         lstm.bias.copy_(to_haste(given["bias_ih_l0"] + given["bias_hh_l0"]))
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            weights[name].copy_(to_haste(given[name]).t())
 
     def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
         y, (h_n, c_n) = lstm(x)
         return y, h_n.view_as(h0), c_n.view_as(c0)
 
-    weights = {"weight_ih_l0": lstm.kernel, "weight_hh_l0": lstm.recurrent_kernel, "bias_ih_l0": lstm.bias}
     return Model(run, weights, takes_initial_state=False, to_torch_gradient=dict.fromkeys(weights, from_haste))
 
 
@@ -117,9 +114,8 @@ def flashrnn(problem: Problem, backend: str = "cuda_fused") -> Model:
         r = weights["weight_hh_l0"].view(4, 1, H, H)
         b = (weights["bias_ih_l0"] + weights["bias_hh_l0"]).view(4, 1, H)
         start = torch.stack((h0[0], c0[0])).view(2, B, 1, 1, H)
-        (h, c), _ = module.flashrnn(
-            wx, r, b, states=start, function="lstm", backend=backend, dtype=dtype
-        )  # [B, T, 1, H]
+        options = dict(states=start, function="lstm", backend=backend, dtype=dtype)
+        (h, c), _ = module.flashrnn(wx, r, b, **options)  # [B, T, 1, H] each
         return h[:, :, 0].transpose(0, 1), h[None, :, -1, 0], c[None, :, -1, 0]
 
     return Model(run, weights, backend, "one head: the same dense recurrence")
@@ -132,18 +128,12 @@ def fastlstm(problem: Problem) -> Model:
     if case.precision == "ieee" or case.dtype == "float64":
         raise Unavailable("fastlstm computes in float16, bfloat16 or TF32")
     lstm = module.FastLSTM(case.input_size, case.hidden_size, 1, device=problem.device, dtype=problem.x.dtype)
-    weights = load(lstm, problem)
 
     def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
         y, (h_n, c_n) = lstm(x, (h0, c0))
         return y, h_n, c_n
 
-    return Model(run, weights, "fast", "adapter by the public signature, untested")
+    return Model(run, load(lstm, problem), "fast", "adapter by the public signature, untested")
 
 
-PEERS: dict[str, Callable[[Problem], Model]] = {
-    "torchrl": torchrl,
-    "haste": haste,
-    "flashrnn": flashrnn,
-    "fastlstm": fastlstm,
-}
+PEERS: dict[str, Callable[[Problem], Model]] = dict(torchrl=torchrl, haste=haste, flashrnn=flashrnn, fastlstm=fastlstm)

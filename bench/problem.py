@@ -1,19 +1,22 @@
-"""The tensors of a case, the same for every provider, and what they give in float64."""
+"""The tensors of a case, the same for every provider, what they give in float64, and torch's precision for the case."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lstm_triton import reference
+import lstm_triton
 
 from .cases import Case
 
 MOST_CUDNN_STEPS = 65535
 PIECE = 32768  # steps of the float64 truth at a time
 Outputs = tuple[Tensor, Tensor, Tensor]  # y [T, B, D * R], h_n [L * D, B, R], c_n [L * D, B, H]
+_BACKENDS: Any = torch.backends
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,25 @@ class Problem:
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     """Draw a problem; the same for one seed on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
+    generator, dtype = torch.Generator().manual_seed(seed), getattr(torch, case.dtype)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:
         return (size * torch.randn(shape, generator=generator)).to(dtype).to(device)
 
     T, B, H, D = case.length, case.batch, case.hidden_size, case.directions
-    bound = 1 / math.sqrt(H)
     weights = {}
-    for name, shape in weight_shapes(case).items():
-        weights[name] = ((2 * torch.rand(shape, generator=generator) - 1) * bound).to(dtype).to(device)
+    for name, w in torch_lstm(case, torch.device("meta")).named_parameters():
+        uniform = 2 * torch.rand(w.shape, generator=generator) - 1
+        weights[name] = (uniform / math.sqrt(H)).to(dtype).to(device)
     x = draw(T, B, case.input_size, size=case.scale)
     h0, c0 = (draw(case.layers * D, B, n, size=0.5) for n in (case.output_size, H))
-    lengths = None
+    resets = torch.rand(T, B, generator=generator).lt(case.resets).to(device) if case.resets else None
+    dy, lengths = draw(T, B, D * case.output_size), None
     if case.rows != "padded":
         # From half of the steps to all, as in a batch of sentences that were sorted into buckets.
         lengths = torch.linspace(T, max(T // 2, 1), B).round().long()
-    resets = torch.rand(T, B, generator=generator).lt(case.resets).to(device) if case.resets else None
-    dy = draw(T, B, D * case.output_size)
-    if lengths is not None:  # what lies past the end of a batch row has no gradient
-        dy = dy * (torch.arange(T)[:, None] < lengths)[..., None].to(device)
+        dy = dy * (torch.arange(T)[:, None] < lengths)[..., None].to(device)  # no gradient past the end of a batch row
     return Problem(case, device, x, h0, c0, weights, lengths, resets, dy)
-
-
-def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """The parameters of torch.nn.LSTM of this case, in its order."""
-    with torch.device("meta"):
-        return {name: tuple(w.shape) for name, w in torch_lstm(case, torch.device("meta")).named_parameters()}
 
 
 def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM:
@@ -77,59 +71,64 @@ def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = Non
     return nn.LSTM(case.input_size, case.hidden_size, case.layers, **options)
 
 
-def results(problem: Problem, outputs: Outputs, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """y, h_n, c_n and in train mode the gradients of `leaves` ("x", "h0", "c0", weights by name), detached.
-
-    The gradients of the two biases are equal: only that of bias_ih is kept.
-    """
-    found = dict(zip(("y", "h_n", "c_n"), outputs))
-    if problem.case.mode == "train":
-        wanted = {name: t for name, t in leaves.items() if not name.startswith("bias_hh")}
-        gradients = torch.autograd.grad(outputs[0], list(wanted.values()), problem.dy.to(outputs[0].dtype))
-        found |= {f"d{name}": g for name, g in zip(wanted, gradients)}
-    return {name: t.detach() for name, t in found.items()}
-
-
 def truth(problem: Problem) -> dict[str, Tensor]:
-    """`results` of the same problem in float64: torch.nn.LSTM's, or where it cannot, the plain-PyTorch specification's."""
+    """y, h_n, c_n and in train mode the gradients ("dx", "dh0", "dc0", "dweight_ih_l0", ...) in float64, detached.
+
+    By torch.nn.LSTM, or with resets or lengths by this package's plain-PyTorch specification. The gradients of the two biases
+    are equal: only that of bias_ih is kept.
+    """
     case, training = problem.case, problem.case.mode == "train"
+    specified = bool(case.resets) or case.rows != "padded"
     # cuDNN takes no longer sequences, and both directions do not run in pieces; on a CPU torch has no such bound.
-    in_one_piece = case.bidirectional and case.length > MOST_CUDNN_STEPS
-    device = torch.device("cpu") if in_one_piece else problem.device
-
-    def widened(t: Tensor) -> Tensor:
-        return t.detach().to(device, torch.float64, copy=True)
-
-    resets = None if problem.resets is None else problem.resets.to(device)
-    weights = {name: widened(w).requires_grad_(training) for name, w in problem.weights.items()}
-    x, h0, c0 = (widened(t).requires_grad_(training) for t in (problem.x, problem.h0, problem.c0))
-    wide = Problem(case, device, x, h0, c0, weights, problem.lengths, resets, widened(problem.dy))
+    device = torch.device("cpu") if case.bidirectional and case.length > MOST_CUDNN_STEPS else problem.device
+    leaves = {
+        name: t.detach().to(device, torch.float64, copy=True).requires_grad_(training)
+        for name, t in {"x": problem.x, "h0": problem.h0, "c0": problem.c0, **problem.weights}.items()
+    }
+    lstm, options = torch_lstm(case, device, torch.float64), {}
+    if specified:
+        lstm_triton.convert(lstm, backend="reference")
+        options = {name: t if t is None else t.to(device) for name, t in vars(problem).items() if name in _SEGMENTS}
+    weights, states, pieces = {name: leaves[name] for name in problem.weights}, (leaves["h0"], leaves["c0"]), []
     with torch.set_grad_enabled(training):
-        outputs = _by_specification(wide) if case.resets or case.rows != "padded" else _by_torch(wide)
-        found = results(wide, outputs, {"x": x, "h0": h0, "c0": c0, **weights})
-    return {name: t.to(problem.device) for name, t in found.items()}
+        for x in leaves["x"].split(case.length if specified or case.bidirectional else PIECE):
+            y, states = torch.func.functional_call(lstm, weights, (x, states), options)
+            pieces.append(y)
+        y = torch.cat(pieces)
+        found = dict(zip(("y", "h_n", "c_n"), (y, *states)))
+        if training:
+            kept = {name: t for name, t in leaves.items() if not name.startswith("bias_hh")}
+            gradients = torch.autograd.grad(y, list(kept.values()), problem.dy.to(device, torch.float64))
+            found |= {f"d{name}": g for name, g in zip(kept, gradients)}
+    return {name: t.detach().to(problem.device) for name, t in found.items()}
 
 
-def _by_torch(problem: Problem) -> Outputs:
-    lstm = torch_lstm(problem.case, problem.device, torch.float64)
-    states = problem.h0, problem.c0
-    pieces = []
-    for x in problem.x.split(problem.case.length if problem.case.bidirectional else PIECE):
-        y, states = torch.func.functional_call(lstm, problem.weights, (x, states))
-        pieces.append(y)
-    return torch.cat(pieces), *states
+_SEGMENTS = ("resets", "lengths")
 
 
-def _by_specification(problem: Problem) -> Outputs:
-    case, D, x, last = problem.case, problem.case.directions, problem.x, []
-    lengths = None if problem.lengths is None else problem.lengths.to(problem.device)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *(("weight_hr",) if case.proj_size else ()))
-    for layer in range(case.layers):
-        ends = [f"_l{layer}{direction}" for direction in ("", "_reverse")[:D]]
-        weights = [[problem.weights[name + end] for name in names] for end in ends]
-        rows = slice(layer * D, (layer + 1) * D)
-        states = problem.h0[rows], problem.c0[rows]
-        x, h_n, c_n, _ = reference.lstm_layer(x, *states, weights, problem.resets, lengths=lengths)
-        last.append((h_n, c_n))
-    h_n, c_n = (torch.cat(states) for states in zip(*last))
-    return x, h_n, c_n
+def set_precision(case: Case) -> None:
+    """Set torch's precision of float32 products, cuDNN's and those of matrices alike, as the case has it.
+
+    For other dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too. Matrix products are set by torch's older call,
+    which sets the newer `fp32_precision` along: after the newer one alone, libraries that read the older one get an error.
+    """
+    ieee = case.precision in ("ieee", "tf32x3")
+    torch.set_float32_matmul_precision("highest" if ieee else "high")
+    _BACKENDS.cudnn.rnn.fp32_precision = "ieee" if ieee else "tf32"
+
+
+@contextlib.contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """Within, torch's settings are those of `set_precision`."""
+    settings = (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul)
+    before, older = [s.fp32_precision for s in settings], None
+    with contextlib.suppress(RuntimeError):  # the older and the newer setting disagree already
+        older = torch.get_float32_matmul_precision()
+    set_precision(case)
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for s, value in zip(settings, before):
+            s.fp32_precision = value

@@ -11,6 +11,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 # Imports come from PYTHONPATH alone, not from the working folder.
 _CODE = """import sys, time
 begin = time.perf_counter()
@@ -22,6 +24,10 @@ imports_s = 0.0  # what the imports of this process took, where it is a Process
 
 class Died(RuntimeError):
     """The process crashed, fell silent or lost the device."""
+
+
+class Fatal(RuntimeError):
+    """This process can measure no more: the device reports an error that stays."""
 
 
 class Process:
@@ -37,11 +43,9 @@ class Process:
         environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in (sys.path if path is None else path))
         self._connection, its = Pipe()
-        command, handles = [sys.executable, "-c", _CODE, function, str(its.fileno())], [its.fileno()]
-        null = subprocess.DEVNULL
-        self._process = subprocess.Popen(
-            command, env=environ | dict(environment), stdin=null, stdout=2, pass_fds=handles
-        )
+        command, null = [sys.executable, "-c", _CODE, function, str(its.fileno())], subprocess.DEVNULL
+        options: Any = dict(env=environ | dict(environment), stdin=null, stdout=2, pass_fds=[its.fileno()])
+        self._process = subprocess.Popen(command, **options)
         its.close()
         self.send(argument)
 
@@ -62,14 +66,10 @@ class Process:
             raise TimeoutError
         raise Died(f"no sign of life for {silence_s:.0f} s: ended")
 
-    def end(self, patience_s: float = 0.0) -> None:
-        """End the process, by force if it does not go within `patience_s`."""
+    def end(self) -> None:
         self._connection.close()
-        try:
-            self._process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
 
 def main(begin: float, function: str, handle: str) -> None:
@@ -80,3 +80,27 @@ def main(begin: float, function: str, handle: str) -> None:
     imports_s = time.perf_counter() - begin
     connection: Connection = Connection(int(handle))
     run(connection, connection.recv())
+
+
+def why_lost() -> str | None:
+    """Why the CUDA context of this process answers nothing any more; None if it does, or there is none.
+
+    It is asked, since the words of an error do not tell: cuDNN and cuBLAS name an illegal access by its call, and a failed
+    capture of a CUDA graph is a "CUDA error" too, after which everything still runs.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    stall = sys.modules.get("lstm_triton.kernels.stall")  # imported with the first launch
+    if stall and (told := stall.message()):
+        return told
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """Raise Fatal from an error after which the device answers nothing any more."""
+    if why := why_lost():
+        raise Fatal(why.splitlines()[0][:300]) from error

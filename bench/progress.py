@@ -10,7 +10,7 @@ EXTRAS = {
     "matplotlib": "figures",
     "jinja2": "report",
     "rich": "progress line",
-    "pynvml": "clocks of a GPU",
+    "pynvml": "GPU clocks",
 }
 
 
@@ -24,11 +24,9 @@ def missing(*names: str) -> str | None:
 def duration(seconds: float) -> str:
     """ "45 s", "3 min 10 s", "1 h 5 min"."""
     seconds = max(round(seconds), 0)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s" if seconds % 60 else f"{seconds // 60} min"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    hours, minutes = divmod(seconds // 60, 60)
+    parts = (hours, "h"), (minutes, "min"), (seconds % 60 if not hours else 0, "s")
+    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "0 s"
 
 
 class Progress:
@@ -36,14 +34,12 @@ class Progress:
 
     def __init__(self, total: float, budget_s: float | None = None) -> None:
         self.total, self.done = total, 0.0
-        self._begin, self._budget_s, self._live = time.monotonic(), budget_s, None
+        self._begin, self._budget_s, self._status = time.monotonic(), budget_s, None
         if sys.stderr.isatty() and missing("rich") is None:
             from rich.console import Console
-            from rich.live import Live
 
-            quiet = dict(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
-            self._live = Live(console=Console(file=sys.stderr), **quiet)
-            self._live.start()
+            self._status = Console(file=sys.stderr).status("", refresh_per_second=2)
+            self._status.start()
 
     def left(self) -> float | None:
         """Seconds until all is done or the budget is used; None before there is anything to judge by."""
@@ -54,20 +50,18 @@ class Progress:
 
     def show(self, what: str) -> None:
         """`what` is under way."""
-        if self._live is not None:
-            from rich.columns import Columns
-            from rich.progress_bar import ProgressBar
-
+        if self._status is not None:
             left = self.left()
             text = what if left is None else f"{duration(left)} left · {what}"
-            self._live.update(Columns([ProgressBar(self.total, self.done, width=20), text]), refresh=True)
+            self._status.update(f"{self.done / max(self.total, 1e-9):4.0%} · {text}")
 
     def say(self, text: str) -> None:
         """A line that stays, on standard output."""
-        if self._live is not None:
-            self._live.update("", refresh=True)
+        self.close()
         print(text, flush=True)
+        if self._status is not None:
+            self._status.start()
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if self._status is not None:
+            self._status.stop()

@@ -83,41 +83,40 @@ def _cells(problem: Problem, what: str, cell: Callable[..., tuple[Tensor, Tensor
 
 def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
     """This package, its backend left to choose or forced."""
-    case = problem.case
-    options: dict[str, Any] = dict(device=problem.device, dtype=problem.x.dtype, backend=backend)
-    options["precision"] = case.precision or None
-    in_cells = case.form in ("cell", "loop")
+    case, in_cells = problem.case, problem.case.form != "layer"
     if in_cells and (recompute or backend in ("triton-persistent", "triton-stepwise", "cudnn")):
         raise Unavailable("a cell has one way in Triton: lstm_triton auto, triton or reference")
     if not in_cells and backend == "reference" and case.length > 256:
         raise Unavailable("plain PyTorch step by step: run up to 256 steps")
+    options: dict[str, Any] = dict(device=problem.device, dtype=problem.x.dtype, backend=backend)
+    options["precision"] = case.precision or None
     module: Any
     if in_cells:
         module = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
+        run = _cells(problem, "lstm_triton.LSTMCell", module, 2**31)
     else:
         options |= dict(bidirectional=case.bidirectional, proj_size=case.proj_size, recompute=recompute)
         module = lstm_triton.LSTM(case.input_size, case.hidden_size, case.layers, **options)
-    segments = problem.resets is not None or case.rows == "lengths"
+        lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
+        segments = {"resets": problem.resets, "lengths": lengths}
+        run = _packed(module, problem) if case.rows == "packed" else _whole(module, segments)
     try:
-        said = lstm_triton.explain(module, steps=case.length, segments=segments, batch=case.batch)
+        segmented = problem.resets is not None or case.rows == "lengths"
+        said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
     except RuntimeError as error:  # a forced backend that cannot serve
         raise Unavailable(str(error)) from None
     _, chosen, reason = said.split(": ", 2)
-    if in_cells:
-        run = _cells(problem, "lstm_triton.LSTMCell", module, 2**31)
-    elif case.rows == "packed":
-        run = _packed(module, problem)
-    else:
-        resets, lengths = problem.resets, problem.lengths if case.rows == "lengths" else None
-        lengths = None if lengths is None else lengths.to(problem.device)
-
-        def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-            y, (h_n, c_n) = module(x, (h0, c0), resets=resets, lengths=lengths)[:2]
-            return y, h_n, c_n
-
     algorithm = cudnn_algorithm(problem) if chosen == "cudnn" else None
     step = module if in_cells else None
     return Model(run, load(module, problem), chosen, reason.rstrip("."), algorithm, step=step)
+
+
+def _whole(lstm: nn.Module, options: Mapping[str, Any] = {}) -> Run:  # noqa: B006
+    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
+        y, (h_n, c_n) = lstm(x, (h0, c0), **options)
+        return y, h_n, c_n
+
+    return run
 
 
 def _packed(lstm: nn.Module, problem: Problem) -> Run:
@@ -162,7 +161,7 @@ def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
 
 def torchs_lstm(problem: Problem) -> Model:
     """torch.nn.LSTM: cuDNN on a GPU, torch's CPU kernels elsewhere. With resets or lengths, as its users work around it."""
-    case, resets = problem.case, problem.resets
+    case, resets, remarks = problem.case, problem.resets, []
     if case.form == "loop":
         raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
     _no_tf32x3(case, "cuDNN")
@@ -171,15 +170,13 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-    remarks = []
+    run = _whole(lstm) if case.rows == "padded" else _packed(lstm, problem)
     if problem.device.type == "cuda" and case.dtype == "bfloat16":
         remarks.append("torch does not flatten bfloat16 weights for cuDNN: each call copies them")
     if case.rows == "lengths":
         remarks.append("no lengths in torch.nn.LSTM: packed and padded again")
-
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        y, (h_n, c_n) = lstm(x, (h0, c0))
-        return y, h_n, c_n
+    if resets is not None:
+        remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
 
     def loop(x: Tensor, h: Tensor, c: Tensor) -> Outputs:
         outputs = []
@@ -189,9 +186,7 @@ def torchs_lstm(problem: Problem) -> Model:
             outputs.append(y)
         return torch.cat(outputs), h, c
 
-    if resets is not None:
-        remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
-    serve = loop if resets is not None else run if case.rows == "padded" else _packed(lstm, problem)
+    serve = run if resets is None else loop
     return Model(serve, weights, algorithm=cudnn_algorithm(problem), remarks=remarks)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Section(NamedTuple):
     id: str
     title: str
     body: Markup
+    note: str = ""
     command: str = ""
 
 
@@ -47,21 +48,26 @@ def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part
         file.write_text(page.render(title=title, lead=lead, parts=parts), encoding="utf-8")
 
 
-def paragraph(text: str, style: str = "") -> Markup:
-    return Markup('<p class="{}">{}</p>').format(style, text) if text else Markup("")
-
-
 def figure(caption: str, *pictures: Markup) -> Markup:
     shown = Markup("").join(pictures)
     with_caption = Markup('<figure><div class="pictures">{}</div><figcaption>{}</figcaption></figure>')
     return with_caption.format(shown, caption) if shown else shown
 
 
+def heat(ratio: float) -> Markup:
+    """A cell of a table: a speed-up, in full colour at x4 and x1/4."""
+    if math.isnan(ratio):
+        return Markup("")
+    share, (hue, mark) = min(abs(math.log2(ratio)) / 2, 1.0) * 70, ("s0", "▲") if ratio >= 1 else ("s1", "▼")
+    cell = Markup('<span class="heat" style="--hue:var(--{});--share:{:.0f}%">{:.2f} {}</span>')
+    return cell.format(hue, share, ratio, mark)
+
+
 def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None:
     """The page of all rows; problems: sentences on lines that are none."""
     lead = [
         "Each figure is a median over interleaved, shuffled rounds, taken only after outputs and gradients were compared with "
-        "float64. Both sides pay for their matrix products, in the same precision and mode. Speed-up: torch's time over ours; "
+        "float64. A speed-up is the time of torch.nn.LSTM (on a GPU cuDNN, for cells torch.nn.LSTMCell) over this package's: "
         "above 1 this package is ahead, and ▼ marks where it is not."
     ]
     if problems:
@@ -85,20 +91,14 @@ def _part(id: str, name: Any, table: DataFrame) -> Part:
         if pictures := view.draw and view.draw(tables.of_suite(found, view.suite)):
             shown = pictures + Markup("<details><summary>All figures</summary>{}</details>").format(shown)
         command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
-        sections.append(Section(f"{id}-{k}", view.title, shown and paragraph(view.note, "quiet") + shown, command))
+        sections.append(Section(f"{id}-{k}", view.title, shown, view.note, command))
     return Part(id, name, " ".join(notes), sections)
-
-
-def _by_dtype_and_mode(found: DataFrame) -> Iterator[tuple[str, str, DataFrame]]:
-    names = [[c.dtype_name for c in found["case"]], [c.mode for c in found["case"]]]
-    for (dtype, mode), of in found.groupby(names, sort=False):
-        yield dtype, mode, of
 
 
 def _over(x_name: str, found: DataFrame) -> Markup:
     """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
-    body = Markup("")
-    for dtype, mode, of in _by_dtype_and_mode(found[found["execution"] == "eager"]):
+    body, found = Markup(""), found[found["execution"] == "eager"]
+    for (dtype, mode), of in found.groupby([found["case"].map(_dtype), found["case"].map(_mode)], sort=False):
         times: dict[str, list[tuple[float, float]]] = {CUDNN: [], "kernels": [], "auto": []}
         floor: list[tuple[float, float]] = []
         for line in of.itertuples():
@@ -110,55 +110,50 @@ def _over(x_name: str, found: DataFrame) -> Markup:
             floor += [(x, row.floor.us_per_step) for row in list(by.values())[:1] if row.floor]
         torchs, case = dict(times[CUDNN]), of["case"].iloc[0]
         ratios = {name: [(x, torchs[x] / us) for x, us in points if x in torchs] for name, points in times.items()}
-        title = f"{MODES[mode]}, {dtype}; batch {case.batch}"
-        title += f", {case.length} steps" if x_name != "length" else f", hidden size {case.hidden_size}"
-        step = figures.curves(f"{title}: time", x_name, "microseconds per step", times | {"floor": floor})
-        beside = figures.curves(
-            f"{title}: speed-up", x_name, f"{CUDNN}'s time over theirs", ratios | {CUDNN: []}, level=1
-        )
-        body += figure(f"{title}.", step, beside)
+        size = f"hidden size {case.hidden_size}" if x_name == "length" else f"{case.length} steps"
+        title, beside = f"{MODES[mode]}, {dtype}; batch {case.batch}, {size}", f"{CUDNN}'s time over theirs"
+        step = figures.curves((f"{title}: time", x_name, "microseconds per step"), times | {"floor": floor})
+        ratio = figures.curves((f"{title}: speed-up", x_name, beside), ratios | {CUDNN: []}, (1, ""))
+        body += figure(f"{title}.", step, ratio)
     return body
+
+
+def _dtype(case: Any) -> str:
+    return case.dtype_name
+
+
+def _mode(case: Any) -> str:
+    return case.mode
 
 
 def _heat(found: DataFrame) -> Markup:
     """Speed-ups by hidden size and batch."""
     body = Markup("")
+    cases = found["case"]
+    found = found.assign(H=[c.hidden_size for c in cases], B=[c.batch for c in cases], dtype=cases.map(_dtype))
     for way in tables.WAYS:
-        known = found[found[f"{way}_ratio"].notna()]
-        for dtype in dict.fromkeys(c.dtype_name for c in known["case"]):
+        for dtype, known in found[found[f"{way}_ratio"].notna()].groupby("dtype", sort=False):
             pictures = []
-            for _, mode, of in _by_dtype_and_mode(known[[c.dtype_name == dtype for c in known["case"]]]):
-                for execution, part in of.groupby("execution", sort=False):
-                    sizes = {"H \\ B": [c.hidden_size for c in part["case"]], "B": [c.batch for c in part["case"]]}
-                    cells = DataFrame(sizes | {"text": [_heat_cell(ratio) for ratio in part[f"{way}_ratio"]]})
-                    grid = cells.pivot(index="H \\ B", columns="B", values="text").fillna("")
-                    shown = grid.rename_axis(None).rename_axis("H \\ B", axis=1).to_html(border=0, escape=False)
-                    picture = Markup('<div class="scroll">{}: {}{}</div>')
-                    pictures.append(picture.format(MODES[mode], execution, Markup(shown)))
+            for (mode, execution), part in known.groupby([known["case"].map(_mode), "execution"], sort=False):
+                grid = part.pivot(index="H", columns="B", values=f"{way}_ratio").astype(float).map(heat)
+                shown = tables.html(grid.rename_axis(columns=None).rename_axis("H \\ B"))
+                pictures.append(Markup("<div>{}: {}{}</div>").format(MODES[mode], execution, shown))
             steps = known["case"].iloc[0].length
             caption = f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {MEANINGS[way]}."
             body += figure(caption, *pictures)
     return body
 
 
-def _heat_cell(ratio: float) -> str:
-    share = min(abs(math.log2(ratio)) / 2, 1.0) * 70  # full colour at x4 and x1/4
-    hue, mark = ("s0", "▲") if ratio >= 1 else ("s1", "▼")
-    return f'<span class="heat" style="--hue:var(--{hue});--share:{share:.0f}%">{ratio:.2f} {mark}</span>'
-
-
 def _real(found: DataFrame) -> Markup:
-    known, body = {w.id: w for w in workloads.load()}, Markup("")
-    for way in tables.WAYS:
-        values = []
-        for line in found[found[f"{way}_ratio"].notna()].sort_values(f"{way}_ratio", ascending=False).itertuples():
-            project = known[line.case.name].project if line.case.name in known else line.case.name
-            ratio, graph = getattr(line, f"{way}_ratio"), ", graph" if line.execution == "graph" else ""
-            values.append((f"{project}: {line.case.describe()}{graph}", ratio, ratio, ratio, f"{ratio:.2f}x"))
-        text = "Speed-up over torch.nn.LSTM (cells: torch.nn.LSTMCell), logarithmic, to the right where this package is ahead"
-        picture = figures.bars("speed-up of each workload", values, ratio=True) if values else Markup("")
-        body += figure(f"{text}. {MEANINGS[way]}.", picture)
-    return body
+    """The workloads, those first where this package is most ahead."""
+    known = {w.id: f"{w.project}: " for w in workloads.load()}
+    lines = [
+        {"workload": f"{known.get(line.case.name, '')}{line.case.describe()}{', graph' * (line.execution == 'graph')}"}
+        | {f"speed-up of {way}": heat(getattr(line, f"{way}_ratio") or math.nan) for way in tables.WAYS}
+        for line in found.sort_values([f"{way}_ratio" for way in tables.WAYS], ascending=False).itertuples()
+        if line.kernels_ratio or line.auto_ratio
+    ]
+    return tables.html(tables.text_table(lines))
 
 
 def _sources(table: DataFrame, found: DataFrame) -> DataFrame:
@@ -180,18 +175,15 @@ def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
     facts["L2 cache"] = ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"
     facts["commands"] = "; ".join(sorted({r.command for r in rows})[:8])
     for name in ("sm_clock_mhz", "power_w", "temperature_c"):
-        if seen := [r.state[name] for r in rows if r.state.get(name) is not None]:
+        if seen := [v for r in rows if isinstance(v := r.state.get(name), int | float)]:
             facts[name] = f"{min(seen):g} to {max(seen):g}"
     # What the repeated anchor case says of the machine's steadiness.
     times = [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
     facts["drift"] = "the anchor case has run too seldom to show any"
     if len(times) > 1:
-        facts["drift"] = (
-            f"the same anchor case, measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}: "
-        )
-        facts["drift"] += (
-            f"{', '.join(f'{t:.4g}' for t in times[:40])} us; smaller differences than that mean nothing here"
-        )
+        moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
+        each = ", ".join(f"{t:.4g}" for t in times[:40])
+        facts["drift"] = f"the same anchor case, {moved}: {each} us; smaller differences than that mean nothing here"
     return tables.text_table([{"what": name, "is": value} for name, value in facts.items()])
 
 
@@ -223,21 +215,16 @@ _FEATURES = "In brackets the multiple of the padded time, ▼ where it is more t
 _FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items()) + "."
 _ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
+_OVER_H, _OVER_T = (functools.partial(_over, name) for name in ("hidden size", "length"))
 VIEWS = (
-    View(
-        "hidden-sizes",
-        "Time per step against hidden size",
-        _timings("hidden-sizes"),
-        functools.partial(_over, "hidden size"),
-        _BOTH,
-    ),
+    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), _OVER_H, _BOTH),
     View("", "Comparisons that torch wins", lambda _, found: tables.count_lost(found)),
     View("", "Where cuDNN still wins", _lost("kernels", CUDNN), None, MEANINGS["kernels"] + ".", True),
     View("batch", "Hidden size by batch", _timings("batch"), _heat),
-    View("length", "Scaling in the number of steps", _timings("length"), functools.partial(_over, "length"), _BOTH),
+    View("length", "Scaling in the number of steps", _timings("length"), _OVER_T, _BOTH),
     View("cell", "One step: the cell", _timings("cell"), _heat),
     View("step", "One step a call, the state carried", _timings("step")),
-    View("real", "LSTMs that people run", _timings("real"), _real),
+    View("real", "LSTMs that people run", _timings("real"), _real, _BOTH),
     View("real", "Sources of their shapes", _sources, texts=True),
     View("features", "What features cost", _timings("features", "padded"), None, _FEATURES),
     View("memory", "Memory of a training step", _readings("memory")),
@@ -251,6 +238,23 @@ VIEWS = (
     View("roofs", "Roofs and floors", lambda t, _: tables.readings(t, "roof").T),
     View("", "Environment and drift", _environment, texts=True),
 )
+
+
+def compare(sides: Mapping[Path, Sequence[Row]], page: Path | None) -> str:
+    """Two sets of rows side by side, as text, and as a page where a path of one is given."""
+    table, said = tables.side_by_side(*sides.values())
+    lead = []
+    for side, (path, rows) in zip("AB", sides.items()):
+        commits = sorted({(row.source.commit or row.source.digest)[:10] for row in rows})
+        devices = ", ".join(sorted({row.device.name for row in rows}))
+        lead.append(f"{side}: {path.stem} ({devices}; {', '.join(commits[:3])})")
+    lead += ["A / B above 1: B is faster."]
+    if page:
+        sections = [Section("pairs", "Both sides", tables.html(table))]
+        write_page(page, "lstm_triton: two sets of rows", [*lead, said], [Part("pair", "", "", sections)])
+    return "\n".join([*lead, "", tables.plain(table), "", said])
+
+
 _WRITTEN = " (written by lstm-triton bench --readme)"
 
 
@@ -289,8 +293,8 @@ def markdown(rows: Sequence[Row], short: bool = False) -> str:
         found = tables.comparisons(table)
         if short:
             dtypes = [c.dtype for c in tables.of_suite(found, "hidden-sizes")["case"]]
-            wanted = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
-            found = found[[c.dtype == wanted or s != "hidden-sizes" for c, s in zip(found["case"], found["suite"])]]
+            shown = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
+            found = found[[c.dtype == shown or s != "hidden-sizes" for c, s in zip(found["case"], found["suite"])]]
         for view in VIEWS[: 2 if short else None]:
             if len(shown := view.table(table, found)):
                 parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(shown)]

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from lstm_triton.kernels.device import fp32_precision
+
 from . import timing
 from .cases import Case
 from .rows import Floor, Row
 
 NAME = "this device"  # the provider of the suite's row
-# Where none was measured: a store, its way through the L2 cache of an H100, a load.
-ASSUMED_EXCHANGE_US = 0.55
-# All of W_hh in one SM: nothing leaves it. The latency of one step inside it, assumed.
-LOCAL_EXCHANGE_US = 0.3
+ASSUMED_EXCHANGE_US = 0.55  # where none was measured: a store, its way through the L2 cache of an H100, a load
+LOCAL_EXCHANGE_US = 0.3  # all of W_hh in one SM: nothing leaves it. The latency of one step inside it, assumed
 SHARED_MEMORY_BYTES = 227 * 1024
 _STEPS = 2000
 
@@ -43,8 +43,7 @@ def floor(case: Case, roofs: Roofs | None) -> Floor | None:
     A stack of layers is counted as a wavefront: one exchange a step for all of them. Backward is a recurrence of its own, of
     twice the product (dh and, per step, its share of dW_hh).
     """
-    rate = roofs.flops_per_s.get(case.dtype_name) if roofs else None
-    if roofs is None or rate is None:
+    if roofs is None or (rate := roofs.flops_per_s.get(case.dtype_name)) is None:
         return None
     size = getattr(torch, case.dtype).itemsize
     passes, recurrences = (3, 2) if case.mode == "train" else (1, 1)
@@ -74,7 +73,7 @@ def from_rows(rows: Iterable[Row], device: str) -> Roofs | None:
     if "copy_bytes_per_s" not in values:
         return None
     names = [name for name in values if name.startswith("gemm_")]
-    rates = {name[len("gemm_") : -len("_flops_per_s")].replace("_", " "): values[name] for name in names}
+    rates = {name.removeprefix("gemm_").removesuffix("_flops_per_s").replace("_", " "): values[name] for name in names}
     return Roofs(values["copy_bytes_per_s"], rates, values.get("exchange_us"))
 
 
@@ -94,30 +93,25 @@ def measured(
     return values, problems
 
 
-def copy_rate(device: torch.device, size: int | None = None) -> dict[str, float]:
+def copy_rate(device: torch.device) -> dict[str, float]:
     """Bytes read plus bytes written per second, copying a buffer that no cache holds."""
-    size = size or (2**30 if device.type == "cuda" else 2**26)
+    size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return {"copy_bytes_per_s": 2 * size / timing.median_us(lambda: target.copy_(source), timing.clock(device)) * 1e6}
+    return {"copy_bytes_per_s": 2 * size / timing.median_us(lambda: target.copy_(source), timing.Clock(device)) * 1e6}
 
 
-def gemm_rates(device: torch.device, n: int | None = None) -> dict[str, float]:
+def gemm_rates(device: torch.device) -> dict[str, float]:
     """Floating-point operations per second of torch's own square matrix products, by dtype."""
     found, on_gpu = {}, device.type == "cuda"
     matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
     for name in ("bfloat16", "float16", "float32_tf32", "float32_ieee") if on_gpu else ("float32_ieee",):
         dtype, _, precision = name.partition("_")
-        size = n or ((4096 if precision == "ieee" else 8192) if on_gpu else 512)
+        size = (4096 if precision == "ieee" else 8192) if on_gpu else 512
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        try:
-            matmul.fp32_precision = precision or before
+        with fp32_precision(matmul, precision or matmul.fp32_precision):
             call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-            us = timing.median_us(call, timing.clock(device))
-        finally:
-            matmul.fp32_precision = before
-        found[f"gemm_{name}_flops_per_s"] = 2.0 * size**3 / us * 1e6
+            found[f"gemm_{name}_flops_per_s"] = 2e6 * size**3 / timing.median_us(call, timing.Clock(device))
     return found
 
 
@@ -139,8 +133,8 @@ def _per_step(programs: int, exchange: bool, device: torch.device) -> float:
     last = launch(programs, _STEPS, exchange, device)
     if exchange and not last.eq(_STEPS).all():
         raise RuntimeError(f"the exchange lost a value: {last.tolist()} after {_STEPS} steps")
-    few, many = (
-        timing.median_us(functools.partial(launch, programs, steps, exchange, device), timing.clock(device), 10)
-        for steps in (_STEPS // 4, _STEPS)
-    )
-    return (many - few) / (_STEPS - _STEPS // 4)  # launches and allocations cancel
+
+    def time_of(steps: int) -> float:
+        return timing.median_us(lambda: launch(programs, steps, exchange, device), timing.Clock(device), 10)
+
+    return (time_of(_STEPS) - time_of(_STEPS // 4)) / (_STEPS - _STEPS // 4)  # launches and allocations cancel

@@ -1,71 +1,67 @@
-"""The rows: one JSON object a line, written and checked by their dataclasses. docs/benchmarking.md explains every field."""
+"""The rows: one JSON object a line, written and read by their dataclasses. docs/benchmarking.md explains every field."""
 
 import contextlib
 import datetime
 import fcntl
-import hashlib
+import functools
 import json
 import math
 import os
-import tempfile
+import types
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from . import checked
 from .cases import Case, Execution, Kind, measurement_key
-from .checked import Count, NotNegative, Positive, Share, Size, Text
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
-ErrorSize = Annotated[Any, "a number from 0, 'inf' or 'nan'", lambda v: v in ("inf", "nan") or _is_size(v)]
-
-
-Reading = Annotated[Any, "a figure, a text or null", lambda v: v is None or isinstance(v, str) or checked.is_number(v)]
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and not value < 0
 
 
 @dataclass(frozen=True)
 class Timing:
     """Microseconds per call: percentiles, time per step, the host's clock, the median's confidence interval."""
 
-    p20_us: Positive
-    p50_us: Positive
-    p80_us: Positive
-    us_per_step: Positive
-    wall_p50_us: Positive
-    ci_low_us: Positive
-    ci_high_us: Positive
-    confidence: Share
-    samples: Count
-    calls_per_sample: Count
-    clock: Text
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    us_per_step: float
+    wall_p50_us: float
+    ci_low_us: float
+    ci_high_us: float
+    confidence: float
+    samples: int
+    calls_per_sample: int
+    clock: str
+
+    def __post_init__(self) -> None:
+        if min(self.p20_us, self.p50_us, self.p80_us, self.us_per_step, self.ci_low_us) <= 0 or self.confidence > 1:
+            raise ValueError("p50_us and the other times are above 0, confidence is at most 1")
 
 
 @dataclass(frozen=True)
 class Error:
     """Largest and RMS error of a tensor, in units of its largest true value; infinite ones are words in JSON."""
 
-    max: ErrorSize
-    rms: ErrorSize
+    max: Any
+    rms: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max", float(self.max))
-        object.__setattr__(self, "rms", float(self.rms))
+        for name in ("max", "rms"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is below 0")
 
 
 @dataclass(frozen=True)
 class Floor:
     """The least microseconds per step by the roofs, its parts, and where they come from."""
 
-    us_per_step: Positive
-    exchange_us: NotNegative
-    tensor_us: NotNegative
-    memory_us: NotNegative
-    roofs: Text
+    us_per_step: float
+    exchange_us: float
+    tensor_us: float
+    memory_us: float
+    roofs: str
 
 
 @dataclass(frozen=True)
@@ -73,84 +69,81 @@ class Device:
     """What a row was taken on."""
 
     type: Literal["cuda", "cpu"]
-    name: Text
+    name: str
     driver: str | None = None
-    threads: Count | None = None
-    cores: Count | None = None
+    threads: int | None = None
+    cores: int | None = None
     capability: str | None = None
-    multiprocessors: Count | None = None
-    memory_bytes: Size | None = None
-    l2_bytes: Size | None = None
+    multiprocessors: int | None = None
+    memory_bytes: int | None = None
+    l2_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Versions:
     """What decides the result besides the device and this package's code."""
 
-    lstm_triton: Text
-    torch: Text
-    python: Text
-    triton: Text | None = None
-    cuda: Text | None = None
+    lstm_triton: str
+    torch: str
+    python: str
+    triton: str | None = None
+    cuda: str | None = None
     cudnn: int | None = None
-    system: Text | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
     """Which version of this package: commit, whether files differed from it, digest of the code that computes."""
 
-    commit: Text | None
+    commit: str | None
     dirty: bool | None
-    digest: Text
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement; raises ValueError naming the field that is wrong."""
+    """One measurement; raises ValueError where its parts contradict each other."""
 
     schema: Literal[1] = 1
     kind: Kind
     status: Literal["ok", "wrong", "failed", "skipped"]
     reason: str | None = None
-    suite: Text
+    suite: str
     case: Case
-    provider: Text
+    provider: str
     backend: str | None = None
     backend_reason: str | None = None
     algorithm: str | None = None
     execution: Execution
-    precision: dict[str, Text]
+    precision: dict[str, str]
     timing: Timing | None = None
     values: dict[str, float] | None = None
-    bytes: dict[str, Size] | None = None
+    bytes: dict[str, int] | None = None
     errors: dict[str, Error] | None = None
     floor: Floor | None = None
-    distance: Positive | None = None
+    distance: float | None = None
     l2: Literal["warm", "flushed"] | None = None
     device: Device
-    state: dict[str, Reading]
+    state: dict[str, float | str | None]
     versions: Versions
     source: Source
-    date: Text
-    run: Text
+    date: str
+    run: str
     command: str
     label: str | None = None
     synthetic: bool
 
     def __post_init__(self) -> None:
-        checked.read(self, Row, "")
         datetime.datetime.fromisoformat(self.date)
         ok, timed = self.status == "ok", self.timing is not None
-        rates = [value for name, value in (self.values or {}).items() if name.endswith("_per_s")]
-        readings = [value for name, value in self.state.items() if name != "unread" and value is not None]
         rules = {
             f"status is {self.status!r} and reason is empty": ok or self.reason,
             f"status is {self.status!r} and there is a timing": ok or not timed,
             "a good row of kind 'timing' has a timing": timed or not ok or self.kind not in ("timing", "anchor"),
             "a row from a CPU carries a label": self.device.type != "cpu" or self.label is not None,
-            "field 'values' has a rate of 0": all(rate > 0 for rate in rates),
-            "field 'state' has what is no figure": all(map(checked.is_number, readings)),
+            "a rate or a floor is 0": all(v or "_per_s" not in n for n, v in (self.values or {}).items())
+            and (self.floor is None or self.floor.us_per_step > 0),
         }
         for wrong in (message for message, holds in rules.items() if not holds):
             raise ValueError(wrong)
@@ -163,24 +156,53 @@ class Row:
 
     def encode(self) -> str:
         """One line of JSON, without its newline."""
-        return json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def _finite(value: Any) -> Any:
-    """Infinities and NaN as words, since JSON has none."""
-    if isinstance(value, dict):
-        return {name: _finite(member) for name, member in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        fields = asdict(self)
+        for error in (fields["errors"] or {}).values():  # infinities and NaN as words, since JSON has none
+            error |= {name: value if math.isfinite(value) else str(value) for name, value in error.items()}
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def decode(line: bytes) -> Row:
-    """The row of one line; raises ValueError where it is none."""
+    """The row of one line; raises ValueError where it is none, naming the field that is wrong."""
     try:
         value = json.loads(line.decode(), parse_constant=lambda name: float("nan"))
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no page takes it
-        return checked.read(value, Row, "")
+        return _read(value, Row, "row")
     except RecursionError:
         raise ValueError("nested too deeply for a row") from None
+
+
+def _read(value: Any, hint: Any, where: str) -> Any:
+    """`value`, as json gives it, as the annotation `hint` has it: mappings become dataclasses, numbers are finite and >= 0."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in options[1:]:
+            with contextlib.suppress(ValueError):
+                return _read(value, option, where)
+        return _read(value, options[0], where)
+    if origin is dict and isinstance(value, dict):
+        return {name: _read(member, options[1], f"{where}.{name}") for name, member in value.items()}
+    if is_dataclass(hint) and isinstance(value, dict):
+        hints = _hints(hint)  # type: ignore[arg-type]
+        members = {name: _read(member, hints.get(name, Any), f"{where}.{name}") for name, member in value.items()}
+        try:
+            return hint(**members)  # type: ignore[operator]
+        except (TypeError, ValueError) as error:  # fields that are missing, unknown, or contradict each other
+            raise ValueError(f"{where}: {error}") from None
+    good = hint is Any or type(value) is hint or (hint is float and type(value) is int)
+    if origin is Literal:
+        good = any(value == option and type(value) is type(option) for option in options)
+    if not good or (type(value) in (int, float) and hint is not Any and not 0 <= value < 1e300):
+        raise ValueError(f"field '{where.removeprefix('row.')}' is {repr(value)[:40]}")
+    return value
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def number(value: float | None) -> str:
+    """A figure with three digits, for people; empty for None."""
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 class StoreError(RuntimeError):
@@ -199,14 +221,14 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
         if not path.exists():
             raise StoreError(f"{path}: no such file or folder")
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            good, bad = _read(file)
+            good, bad = _read_file(file)
             if bad and not good:
                 raise StoreError(f"{file} holds no benchmark rows. First problem: {bad[0]}")
             rows, problems = rows + good, problems + bad
     return rows, problems
 
 
-def _read(path: Path) -> tuple[list[Row], list[str]]:
+def _read_file(path: Path) -> tuple[list[Row], list[str]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -254,13 +276,11 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: another run holds it, or the folder cannot be written.
     """
-    # Outside the folder, which is meant to be committed.
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((Path(tempfile.gettempdir()) / f"lstm-triton-bench-{name}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(os.close, handle := os.open(folder, os.O_RDONLY))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself: no file to commit by mistake
         except BlockingIOError:
             raise StoreError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
         except OSError as error:

@@ -11,41 +11,40 @@ from .cases import MODES, Case, Dtype, Form, Task
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of all suites at one scale, the most telling first."""
+    """The sizes of all suites at one scale, the most telling first; by default a GPU's. (H, B, T): hidden, batch, length."""
 
-    hidden: tuple[int, ...]
-    batch: int
-    length: int
-    dtypes: tuple[Dtype, ...]
-    grid: tuple[tuple[int, ...], tuple[int, ...], int]  # hidden sizes, batches, length of the heat map
-    lengths: tuple[int, ...]
-    cells: tuple[tuple[int, ...], tuple[int, ...]]  # hidden sizes, batches
-    compiled: float  # torch.compile, seconds for each shape, at sizes whose ranks add up to at most this
-    steps: tuple[tuple[int, int], ...]  # hidden, batch of one step a call
-    features: tuple[int, int, int]  # hidden, batch, length
-    memory: tuple[tuple[int, int, int], ...]
-    accuracy: tuple[tuple[int, int, int], ...]
+    hidden: tuple[int, ...] = (768, 512, 1024, 256, 128, 2048, 64, 1536, 32, 384, 640, 192, 96, 3072, 4096, 500)
+    batch: int = 16
+    length: int = 1024
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+    grid: tuple[tuple[int, ...], tuple[int, ...], int] = (512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128
+    lengths: tuple[int, ...] = (256, 16, 4096, 1, 64, 1024, 16384, 70000)
+    cells: tuple[tuple[int, ...], tuple[int, ...]] = (512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)
+    compiled: float = float("inf")  # torch.compile, seconds for each shape, at sizes whose ranks add up to at most this
+    steps: tuple[tuple[int, int], ...] = (512, 16), (128, 1), (640, 64), (1024, 4096)
+    features: tuple[int, int, int] = 512, 64, 256
+    memory: tuple[tuple[int, int, int], ...] = (512, 64, 512), (1024, 16, 1024), (256, 1024, 64)
+    accuracy: tuple[tuple[int, int, int], ...] = (
+        (512, 16, 128),
+        (1024, 16, 16),
+        (128, 16, 1024),
+        (512, 16, 1024),
+        (19, 3, 7),
+    )
+    interpreted: tuple[tuple[int, int, int], ...] = ()  # on a CPU, the kernels in Triton's interpreter
     most_flops: float = float("inf")  # of a real workload
 
 
-SIZES = {
-    "gpu": Sizes(
-        hidden=(768, 512, 1024, 256, 128, 2048, 64, 1536, 32, 384, 640, 192, 96, 3072, 4096, 500), batch=16, length=1024,
-        dtypes=("bfloat16", "float16", "float32"), grid=((512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128),
-        lengths=(256, 16, 4096, 1, 64, 1024, 16384, 70000),
-        cells=((512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)), compiled=float("inf"),
-        steps=((512, 16), (128, 1), (640, 64), (1024, 4096)), features=(512, 64, 256),
-        memory=((512, 64, 512), (1024, 16, 1024), (256, 1024, 64)),
-        accuracy=((512, 16, 128), (1024, 16, 16), (128, 16, 1024), (512, 16, 1024), (19, 3, 7)),
-    ),
-    # What a CPU does in minutes.
-    "cpu": Sizes((256, 64, 128, 512, 32), 8, 32, ("float32",), ((128, 64, 256), (8, 1, 64), 16), (16, 1, 64, 256),
-                 ((128, 256, 64), (1, 16, 64)), 1, ((128, 1), (256, 16)), (128, 16, 32), ((128, 16, 64),),
-                 ((64, 4, 32), (19, 3, 7)), 2e9),
-    # For the tests of the harness itself.
-    "tiny": Sizes((16, 8), 2, 3, ("float32",), ((8,), (1, 2), 2), (2, 1), ((8,), (2,)), 0, ((8, 2),), (8, 3, 5),
-                  ((8, 2, 3),), ((5, 2, 3),), 2e6),
-}  # fmt: skip
+# What a CPU does in minutes.
+_CPU: dict[str, Any] = dict(hidden=(256, 64, 128, 512, 32), batch=8, length=32, dtypes=("float32",), compiled=1)
+_CPU |= dict(grid=((128, 64, 256), (8, 1, 64), 16), lengths=(16, 1, 64, 256), cells=((128, 256, 64), (1, 16, 64)))
+_CPU |= dict(steps=((128, 1), (256, 16)), features=(128, 16, 32), memory=((128, 16, 64),), most_flops=2e9)
+_CPU |= dict(accuracy=((64, 4, 32), (19, 3, 7)), interpreted=((19, 3, 7), (64, 4, 5)))
+# For the tests of the harness itself.
+_TINY: dict[str, Any] = dict(hidden=(16, 8), batch=2, length=3, dtypes=("float32",), compiled=0, lengths=(2, 1))
+_TINY |= dict(grid=((8,), (1, 2), 2), cells=((8,), (2,)), steps=((8, 2),), features=(8, 3, 5), memory=((8, 2, 3),))
+_TINY |= dict(accuracy=((5, 2, 3),), interpreted=((5, 2, 3),), most_flops=2e6)
+SIZES = {"gpu": Sizes(), "cpu": Sizes(**_CPU), "tiny": Sizes(**_TINY)}
 FORMS: tuple[Form, Form] = ("layer", "cell")
 BOTH = {"executions": ("eager", "graph")}
 # Of a priority, the lowest first, a case and the task's options.
@@ -117,17 +116,10 @@ def _shrink(case: Case, most: float) -> Case:
 
 def features(s: Sizes) -> Ordered:
     """What a feature costs: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
-    H, B, T = s.features
-    variants: dict[str, dict[str, Any]] = {
-        "padded": {},
-        "packed": {"rows": "packed"},
-        "lengths": {"rows": "lengths"},
-        "resets": {"resets": 0.02},
-        "two layers": {"layers": 2},
-        "bidirectional": {"bidirectional": True},
-        "projection": {"proj_size": H // 2},
-    }
-    for (rank, (name, options)), mode in product(enumerate(variants.items()), MODES[::-1]):
+    (H, B, T), more = s.features, dict[str, dict[str, Any]]()
+    more |= {"padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02}}
+    more |= {"two layers": {"layers": 2}, "bidirectional": {"bidirectional": True}, "projection": {"proj_size": H // 2}}
+    for (rank, (name, options)), mode in product(enumerate(more.items()), MODES[::-1]):
         yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 
 
@@ -148,14 +140,9 @@ def accuracy(s: Sizes) -> Ordered:
         if rank == 0:
             one = Case(f"cell H{H} x{scale:g}", H, B, 1, form="cell", **options)
             yield 2.2 + 0.025 * scale, one, {"kind": "accuracy"}
-
-
-def interpreted(s: Sizes) -> Ordered:
-    """On a CPU: the kernels' accuracy, in Triton's interpreter, on problems that it can do."""
-    shapes = ((5, 2, 3),) if s is SIZES["tiny"] else ((19, 3, 7), (64, 4, 5))
-    for (H, B, T), dtype, form in product(shapes, SIZES["gpu"].dtypes, FORMS):
-        name = f"H{H} T{T} interpreted" if form == "layer" else f"cell H{H} interpreted"
-        case = Case(name, H, B, T if form == "layer" else 1, form=form, dtype=dtype, mode="train")
+    for (H, B, T), dtype, form in product(s.interpreted, Sizes.dtypes, FORMS):
+        name, T = (f"H{H} T{T} interpreted", T) if form == "layer" else (f"cell H{H} interpreted", 1)
+        case = Case(name, H, B, T, form=form, dtype=dtype, mode="train")
         yield 2.4, case, {"kind": "accuracy", "interpreter": True}
 
 
@@ -183,16 +170,14 @@ SUITES: dict[str, Callable[[Sizes], Ordered]] = {make.__name__.replace("_", "-")
 def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
     """Everything the suites measure, the most telling first.
 
-    scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there are no graphs and no TF32, and the kernels' accuracy is
-    added, in the interpreter.
+    scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there are no graphs and no TF32.
     """
     found: dict[Task, float] = {}
     for suite in suites:
-        makers = [SUITES[suite], *([interpreted] if suite == "accuracy" and device_type == "cpu" else [])]
-        for priority, case, options in (line for make in makers for line in make(SIZES[scale])):
+        for priority, case, options in SUITES[suite](SIZES[scale]):
             task = Task(suite, case, **options)
             if device_type == "cpu":
-                task = replace(task, executions=("eager",)).with_case(precision="ieee")
+                task = replace(task, executions=("eager",), case=replace(case, precision="ieee"))
             found.setdefault(task, priority)
     return sorted(found, key=lambda task: found[task])
 

@@ -6,8 +6,9 @@ from typing import Any
 from markupsafe import Markup
 from pandas import DataFrame
 
-from .providers import CUDNN, OURS, TORCH_CELL
-from .rows import Row
+from .choice import torchs
+from .providers import OURS
+from .rows import Row, number
 
 # This package is compared in two ways: its kernels, each forced, of which the fastest counts, and what auto takes.
 WAYS = ("kernels", "auto")
@@ -21,71 +22,69 @@ def newest(rows: Iterable[Row]) -> DataFrame:
     A machine is a device under its settings: a flushed L2 cache, or another number of threads, makes another one.
     """
     names = ("suite", "kind", "status", "provider", "execution", "case", "date")
-    found: dict[tuple, dict[str, Any]] = {}
+    lines = []
     for row in sorted(rows, key=lambda r: (r.device.type == "cpu", r.l2 == "flushed")):
         machine = row.device.name + (", L2 cache flushed before each call" if row.l2 == "flushed" else "")
         machine += f", {n} thread{'s' * (n > 1)}" if (n := row.device.threads) else ""
-        key = machine, row.kind == "anchor" and row.date, row.key
-        if key not in found or row.date >= found[key]["date"]:
-            line = {name: getattr(row, name) for name in names}
-            found[key] = line | {"row": row, "machine": machine, "us": row.timing.p50_us if row.timing else None}
-    return DataFrame(list(found.values()), columns=[*names, "row", "machine", "us"])
+        line = {"row": row, "machine": machine, "us": row.timing.p50_us if row.timing else None}
+        line["key"] = row.key, row.kind == "anchor" and row.date
+        lines.append(line | {name: getattr(row, name) for name in names})
+    table = DataFrame(lines, columns=["row", "machine", "us", "key", *names])
+    return table.sort_values("date", kind="stable").drop_duplicates(["machine", "key"], keep="last").sort_index()
+
+
+def _timed(table: DataFrame) -> DataFrame:
+    return table[(table["kind"] == "timing") & table["us"].notna()]
 
 
 def comparisons(table: DataFrame) -> DataFrame:
     """One line for each suite, case and execution that was timed: `rows` by provider, and for kernels, auto and torchs the
     row; torch's time over that of kernels and of auto, and whether torch is ahead beyond what the samples leave open.
     """
-    timed = table[(table["kind"] == "timing") & table["us"].notna()]
     found = []
-    for _, group in timed.groupby(["suite", "case", "execution"], sort=False):
+    for (suite, case, execution), group in _timed(table).groupby(["suite", "case", "execution"], sort=False):
         by = dict(zip(group["provider"], group["row"]))
-        first = next(iter(by.values()))
-        kernels = [
-            r for r in by.values() if r.provider.startswith("lstm_triton") and (r.backend or "").startswith("triton")
-        ]
-        torchs: Any = by.get(CUDNN if first.case.form == "layer" else TORCH_CELL)
-        line: dict[str, Any] = {"suite": first.suite, "case": first.case, "execution": first.execution, "rows": by}
-        line |= {
-            "kernels": min(kernels, key=lambda r: r.timing.p50_us, default=None),
-            "auto": by.get(OURS),
-            "torchs": torchs,
-        }
+        kernels = [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
+        line: dict[str, Any] = {"suite": suite, "case": case, "execution": execution, "rows": by, "auto": by.get(OURS)}
+        line["kernels"] = min(kernels, key=lambda r: r.timing.p50_us, default=None)
+        theirs: Any = by.get(torchs(case))
+        line["torchs"] = theirs
         for way in WAYS:
-            both = line[way] and torchs
-            line[f"{way}_ratio"] = torchs.timing.p50_us / line[way].timing.p50_us if both else None
-            line[f"{way}_lost"] = bool(both and line[way].timing.ci_low_us > torchs.timing.ci_high_us)
+            mine, both = line[way], line[way] and theirs
+            line[f"{way}_ratio"] = theirs.timing.p50_us / mine.timing.p50_us if both else None
+            line[f"{way}_lost"] = bool(both and mine.timing.ci_low_us > theirs.timing.ci_high_us)
         found.append(line)
-    columns = ["suite", "case", "execution", "rows", "kernels", "auto", "torchs"]
-    return DataFrame(
-        found, columns=columns + [f"{way}_{what}" for way in WAYS for what in ("ratio", "lost")], dtype=object
-    )
+    columns = [
+        "suite",
+        "case",
+        "execution",
+        "rows",
+        "torchs",
+        *WAYS,
+        *(f"{w}_{x}" for w in WAYS for x in ("ratio", "lost")),
+    ]
+    return DataFrame(found, columns=columns, dtype=object)
 
 
 def of_suite(found: DataFrame, suite: str) -> DataFrame:
     return found[found["suite"] == suite]
 
 
-def text_table(lines: Sequence[Mapping[str, str]]) -> DataFrame:
+def text_table(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
     """A table of text; its first column becomes the index."""
     table = DataFrame(list(lines), dtype=object).fillna("")
     return table.set_index(table.columns[0]) if len(table) else table
 
 
-def count_lost(found: DataFrame) -> DataFrame:
-    """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
-    who = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
-    counts = {way: (sum(found[f"{way}_lost"]), int(found[f"{way}_ratio"].notna().sum())) for way in WAYS}
-    lines = [{"compared": who[w], "torch is ahead in": f"{lost} of {n}"} for w, (lost, n) in counts.items() if n]
-    return text_table(lines)
-
-
 def html(table: DataFrame, texts: bool = False) -> Markup:
-    """The table for the page; empty without rows. texts: cells are sentences, not figures."""
+    """The table for the page; empty without rows. texts: cells are sentences, not figures. Markup in cells is kept."""
     if not len(table):
         return Markup("")
-    shown = table.rename_axis(None).rename_axis(table.index.name, axis=1).to_html(border=0)
-    return Markup('<div class="scroll{}">{}</div>').format(" texts" if texts else "", Markup(shown))
+    shown = (
+        table.rename_axis(None).rename_axis(table.index.name, axis=1).rename(index=Markup.escape, columns=Markup.escape)
+    )
+    body = Markup(shown.map(Markup.escape).to_html(border=0, escape=False))
+    return Markup('<div class="scroll{}">{}</div>').format(" texts" if texts else "", body)
 
 
 def markdown(table: DataFrame) -> str:
@@ -96,10 +95,6 @@ def markdown(table: DataFrame) -> str:
 def plain(table: DataFrame) -> str:
     """The table for a terminal."""
     return table.reset_index().to_string(index=False, justify="left") if len(table) else ""
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _ratio(value: float | None) -> str:
@@ -116,30 +111,53 @@ def timings(found: DataFrame, base: str | None = None) -> DataFrame:
 
     base: the name of a case; beside each time stands its multiple of the same provider's there, marked beyond PROMISES.
     """
-    providers = list(dict.fromkeys(name for rows in found["rows"] for name in rows))
+    names = list(dict.fromkeys(name for rows in found["rows"] for name in rows))
     bases = {line.case.mode: line.rows for line in found.itertuples() if line.case.name == base}
 
     def order(line: Any) -> Any:
         c = line.case
         return c.mode if base else (c.hidden_size, c.batch, c.length, c.dtype_name, c.mode, line.execution)
 
-    lines = []
-    for line in sorted(found.itertuples(), key=order):
-        cells = {"case": (f"{line.case.name}: " if base else "") + _described(line)}
-        for provider in providers:
-            row, other = line.rows.get(provider), bases.get(line.case.mode, {}).get(provider)
-            text = _figure(row.timing.us_per_step) if row else ""
-            if row and other:
-                multiple = row.timing.p50_us / other.timing.p50_us
-                broken = provider.startswith("lstm_triton") and multiple > PROMISES.get(line.case.name, multiple)
-                text += f" ({'▼ ' if broken else ''}x{multiple:.2f})"
-            cells[f"{provider}, us/step"] = text
-        cells |= {"speed-up of kernels": _ratio(line.kernels_ratio), "of auto": _ratio(line.auto_ratio)}
-        cells["auto takes"] = line.auto.backend or "" if line.auto else ""
-        cells["cuDNN algorithm"] = line.torchs.algorithm or "" if line.torchs else ""
-        cells["kernels, times the floor"] = _figure(line.kernels.distance if line.kernels else None)
-        lines.append(cells)
+    def time(line: Any, name: str) -> str:
+        row, other = line.rows.get(name), bases.get(line.case.mode, {}).get(name)
+        if not (row and other):
+            return number(row and row.timing.us_per_step)
+        multiple = row.timing.p50_us / other.timing.p50_us
+        broken = name.startswith("lstm_triton") and multiple > PROMISES.get(line.case.name, multiple)
+        return f"{number(row.timing.us_per_step)} ({'▼ ' if broken else ''}x{multiple:.2f})"
+
+    return text_table(
+        {"case": (f"{line.case.name}: " if base else "") + _described(line)}
+        | {f"{name}, us/step": time(line, name) for name in names}
+        | {"speed-up of kernels": _ratio(line.kernels_ratio), "of auto": _ratio(line.auto_ratio)}
+        | {"auto takes": line.auto and line.auto.backend, "cuDNN algorithm": line.torchs and line.torchs.algorithm}
+        | {"kernels, times the floor": number(line.kernels and line.kernels.distance)}
+        for line in sorted(found.itertuples(), key=order)
+    )
+
+
+def count_lost(found: DataFrame) -> DataFrame:
+    """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
+    who = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
+    counts = {way: (sum(found[f"{way}_lost"]), int(found[f"{way}_ratio"].notna().sum())) for way in WAYS}
+    lines = [{"compared": who[w], "torch is ahead in": f"{lost} of {n}"} for w, (lost, n) in counts.items() if n]
     return text_table(lines)
+
+
+def lost(found: DataFrame, way: str, theirs: str | None = None, most: int = 60) -> DataFrame:
+    """Where torch (or only its provider `theirs`) is ahead of a way, the worst first, with what the rows know of why."""
+    lines = []
+    for line in found[found[f"{way}_lost"].astype(bool)].sort_values(f"{way}_ratio").itertuples():
+        mine, torch = getattr(line, way), line.torchs
+        if theirs in (None, torch.provider):
+            distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
+            why = mine.backend_reason, torch.algorithm and f"cuDNN: {torch.algorithm}", distance
+            us = {"ours, us/step": mine.timing.us_per_step, "torch, us/step": torch.timing.us_per_step}
+            took = {"way": mine.backend if way == "auto" else mine.provider}
+            took |= {"what is known of why": "; ".join(text for text in why if text)}
+            ratio = {"case": _described(line), "speed-up": f"{getattr(line, f'{way}_ratio'):.2f}"}
+            lines.append(ratio | {name: number(value) for name, value in us.items()} | took)
+    return text_table(lines[:most])
 
 
 def _of_kind(table: DataFrame, kind: str, *statuses: str) -> list[Row]:
@@ -147,14 +165,8 @@ def _of_kind(table: DataFrame, kind: str, *statuses: str) -> list[Row]:
 
 
 # By the end of a name: what a figure is divided by, and its unit then.
-_UNITS = {
-    "_bytes_per_s": (1e9, "GB/s"),
-    "_flops_per_s": (1e12, "TFLOP/s"),
-    "_bytes": (2**20, "MiB"),
-    "_us": (1, "us"),
-    "_s": (1, "s"),
-    "": (1, ""),
-}
+_UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_bytes": (2**20, "MiB")}
+_UNITS |= {"_us": (1, "us"), "_s": (1, "s"), "": (1, "")}
 
 
 def readings(table: DataFrame, kind: str) -> DataFrame:
@@ -162,11 +174,9 @@ def readings(table: DataFrame, kind: str) -> DataFrame:
     lines = []
     for r in sorted(_of_kind(table, kind), key=lambda r: (r.case.name, r.case.dtype, r.case.mode)):
         cells = {"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider}
-        for name, value in (
-            (r.values or {}) | {f"{n}_bytes": float(size) for n, size in (r.bytes or {}).items()}
-        ).items():
+        for name, value in {**(r.values or {}), **{f"{n}_bytes": v for n, v in (r.bytes or {}).items()}}.items():
             end, (size, unit) = next((end, how) for end, how in _UNITS.items() if name.endswith(end))
-            cells[f"{name.removesuffix(end).replace('_', ' ')}{', ' * (unit != '')}{unit}"] = _figure(value / size)
+            cells[f"{name.removesuffix(end).replace('_', ' ')}{', ' * (unit != '')}{unit}"] = number(value / size)
         lines.append(cells | {"remark": r.label or ""})
     return text_table(lines)
 
@@ -176,58 +186,41 @@ _COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "
 
 def accuracy(table: DataFrame, by_shape: bool = False) -> DataFrame:
     """The largest max and RMS error of each provider by dtype and input scale: over all shapes, or for each of them."""
-    worst: dict[tuple, dict[str, tuple[float, float]]] = {}
+    names, lines = list(dict.fromkeys([*_COLUMNS.values(), "dW, db"])), []
     for row in _of_kind(table, "accuracy", "ok", "wrong"):
         case, who = row.case, row.provider + (" (interpreted)" if "interpreter" in (row.label or "") else "")
-        shape = (case.form != "cell", case.hidden_size, case.length) if by_shape else ()
-        entry = worst.setdefault((shape, case.dtype_name, case.scale, who), {})
+        sizes = f"cell H{case.hidden_size}, " if case.form == "cell" else f"layer H{case.hidden_size} T{case.length}, "
+        order = (case.form != "cell", case.hidden_size, case.length) if by_shape else ()
+        what = (sizes if by_shape else "") + f"{case.dtype_name}, input x{case.scale:g}"
         for name, e in (row.errors or {}).items():
-            column = _COLUMNS.get(name, "dW, db")
-            old = entry.get(column, (0.0, 0.0))
-            entry[column] = max(old[0], e.max), max(old[1], e.rms)
-    lines = []
-    for (shape, dtype, scale, who), entry in sorted(worst.items()):
-        sizes = (f"layer H{shape[1]} T{shape[2]}, " if shape[0] else f"cell H{shape[1]}, ") if shape else ""
-        order = dict.fromkeys(c for c in [*_COLUMNS.values(), "dW, db"] if c in entry)
-        errors = {f"{c}: max / RMS": f"{entry[c][0]:.1e} / {entry[c][1]:.1e}" for c in order}
-        lines.append({"case": f"{sizes}{dtype}, input x{scale:g}", "provider": who} | errors)
-    return text_table(lines)
-
-
-def lost(found: DataFrame, way: str, torchs: str | None = None, most: int = 60) -> DataFrame:
-    """Where torch (or only its provider `torchs`) is ahead of a way, the worst first, with what the rows know of why."""
-    lines = []
-    for line in found[found[f"{way}_lost"].astype(bool)].sort_values(f"{way}_ratio").itertuples():
-        mine, theirs = getattr(line, way), line.torchs
-        if torchs in (None, theirs.provider):
-            distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
-            why = (mine.backend_reason, theirs.algorithm and f"cuDNN: {theirs.algorithm}", distance)
-            us = {
-                "ours, us/step": _figure(mine.timing.us_per_step),
-                "torch, us/step": _figure(theirs.timing.us_per_step),
-            }
-            took = {"way": mine.backend if way == "auto" else mine.provider}
-            took |= {"what is known of why": "; ".join(text for text in why if text)}
-            lines.append({"case": _described(line), "speed-up": f"{getattr(line, f'{way}_ratio'):.2f}"} | us | took)
-    return text_table(lines[:most])
+            key = {"order": order, "case": what, "provider": who, "column": _COLUMNS.get(name, "dW, db")}
+            lines.append(key | {"max": e.max, "rms": e.rms})
+    if not lines:
+        return DataFrame()
+    worst = DataFrame(lines).groupby(["order", "case", "provider", "column"])[["max", "rms"]].max()
+    texts = worst.apply(lambda e: f"{e['max']:.1e} / {e['rms']:.1e}", axis=1).unstack().fillna("")
+    texts = texts[[name for name in names if name in texts]].rename(columns="{}: max / RMS".format)
+    return texts.reset_index(level="provider").droplevel("order").rename_axis(columns=None)
 
 
 def not_timed(table: DataFrame) -> DataFrame:
     """What was wrong, failed or was skipped, and why; equal reasons once."""
     bad = [r for r in table["row"] if r.status != "ok" and r.kind != "anchor"]
-    counts: dict[tuple, int] = {}
-    for r in sorted(bad, key=lambda r: (("wrong", "failed", "skipped").index(r.status), r.provider, r.reason)):
-        counts[r.status, r.provider, r.reason] = counts.get((r.status, r.provider, r.reason), 0) + 1
-    return text_table([{"what": s, "provider": p, "why": w, "rows": str(n)} for (s, p, w), n in counts.items()])
+    lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in bad]
+    if not lines:
+        return DataFrame()
+    counts = DataFrame(lines).value_counts(sort=False).rename("rows").reset_index()
+    return counts.sort_values(["what", "provider", "why"], key=_badness).set_index("what")
+
+
+def _badness(column: Any) -> Any:
+    return column.map({"wrong": "", "failed": " "}.get).fillna(column) if column.name == "what" else column
 
 
 def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:
     """Timed rows of the same case, provider and execution, and a sentence on how many there are on one side only."""
-    sides = []
-    for table in map(newest, (a, b)):
-        timed = table[(table["kind"] == "timing") & table["us"].notna()]
-        # Machines differ in their numbers of threads: those are no part of what is compared, the state of the cache is.
-        sides.append(timed.assign(key=[r.key[:-1] for r in timed["row"]]))
+    # Machines differ in their numbers of threads: those are no part of what is compared, the state of the cache is.
+    sides = [t.assign(key=[r.key[:-1] for r in t["row"]]) for t in (_timed(newest(rows)) for rows in (a, b))]
     both = sides[0].merge(sides[1], on="key", how="outer", indicator=True, sort=False)
     lines = []
     for one, two in both[both["_merge"] == "both"][["row_x", "row_y"]].itertuples(index=False):
@@ -239,10 +232,3 @@ def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:
     only = both["_merge"].value_counts()
     said = f"{len(lines)} measurements on both sides; {only['left_only']} only in A, {only['right_only']} only in B"
     return text_table(lines), said
-
-
-def name_of(rows: Sequence[Row], fallback: str) -> str:
-    """What distinguishes a set of rows: its device and commit."""
-    devices = sorted({row.device.name for row in rows})
-    commits = sorted({(row.source.commit or row.source.digest)[:10] for row in rows})
-    return f"{fallback} ({', '.join(devices)}; {', '.join(commits[:3])})" if rows else fallback

@@ -21,48 +21,27 @@ MOST_CALLS = 2000  # in one sample
 CONFIDENCE = 0.95
 
 
-class HostClock:
-    """The host's time of calls: that of a CPU, or what a call costs before a GPU has done it."""
-
-    name, l2, sample_seconds = "host", None, 5e-3
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def sample(self, call: Call, n: int) -> tuple[float, float]:
-        """Microseconds per call of n calls, twice."""
-        if self._device.type == "cuda":  # it catches up first
-            torch.cuda.synchronize(self._device)
-        begin = time.perf_counter()
-        for _ in range(n):
-            call()
-        elapsed = (time.perf_counter() - begin) * 1e6 / n
-        return elapsed, elapsed
-
-
-class CudaClock:
-    """CUDA events around the calls, and the host's clock until the device is done.
+class Clock:
+    """CUDA events around the calls, and the host's clock until the device is done; on a CPU, or with `host`, the host's alone.
 
     Without flushing, a call finds in the L2 cache what the one before left there, as in a training loop. With it, a buffer
     larger than the cache is written before each call, outside of its events.
     """
 
-    name, sample_seconds = "cuda events", 2e-3
-
-    def __init__(self, device: torch.device, flush: bool = False, events: Any = None) -> None:
-        self._new_event = events or (lambda: torch.cuda.Event(enable_timing=True))
-        self._synchronize = lambda: torch.cuda.synchronize(device)
-        self._buffer = None
-        self.l2 = "flushed" if flush else "warm"
-        if flush:
+    def __init__(self, device: torch.device, flush: bool = False, host: bool = False) -> None:
+        gpu = device.type == "cuda"
+        self._events, self._buffer = gpu and not host, None
+        self._synchronize = (lambda: torch.cuda.synchronize(device)) if gpu else lambda: None
+        self.name, self.sample_seconds = ("cuda events", 2e-3) if self._events else ("host", 5e-3)
+        self.l2 = ("flushed" if flush else "warm") if self._events else None
+        if self._events and flush:
             size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**27
             self._buffer = torch.empty(2 * size, dtype=torch.int8, device=device)
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
         """Microseconds per call of n calls: on the device, and by the host until the device is done."""
         if self._buffer is None:
-            device_us, wall_us = self._between_events(call, n)
-            return device_us / n, wall_us / n
+            return self._between_events(call, n)
         found = []
         for _ in range(n):
             self._buffer.zero_()
@@ -70,22 +49,20 @@ class CudaClock:
         return sum(d for d, _ in found) / n, sum(w for _, w in found) / n
 
     def _between_events(self, call: Call, n: int) -> tuple[float, float]:
-        begin, end = self._new_event(), self._new_event()
         self._synchronize()
         start = time.perf_counter()
+        if not self._events:  # on a GPU: what a call costs before the device has done it
+            for _ in range(n):
+                call()
+            elapsed = (time.perf_counter() - start) * 1e6 / n
+            return elapsed, elapsed
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(n):
             call()
         end.record()
         self._synchronize()
-        return begin.elapsed_time(end) * 1e3, (time.perf_counter() - start) * 1e6
-
-
-Clock = HostClock | CudaClock
-
-
-def clock(device: torch.device, flush: bool = False) -> Clock:
-    return CudaClock(device, flush) if device.type == "cuda" else HostClock(device)
+        return begin.elapsed_time(end) * 1e3 / n, (time.perf_counter() - start) * 1e6 / n
 
 
 def median_us(call: Call, clock: Clock, samples: int = 20, calls: int = 1) -> float:
@@ -105,10 +82,8 @@ class Samples:
         """The `timing` of a row; steps: of the sequence that one call runs through."""
         p20, p50, p80 = map(float, numpy.percentile(self.device_us, (20, 50, 80)))
         low, high, confidence = median_interval(self.device_us)
-        wall = float(numpy.percentile(self.wall_us, 50))
-        interval = dict(ci_low_us=low, ci_high_us=high, confidence=round(confidence, 4))
-        counts = dict(samples=len(self.device_us), calls_per_sample=self.calls)
-        return Timing(p20, p50, p80, p50 / steps, wall, **interval, **counts, clock=clock_name)  # type: ignore[arg-type]
+        wall, count = float(numpy.median(self.wall_us)), len(self.device_us)
+        return Timing(p20, p50, p80, p50 / steps, wall, low, high, round(confidence, 4), count, self.calls, clock_name)
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -127,10 +102,10 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ranked[best - 1], ranked[n - best], reached
 
 
-def is_settled(values: Sequence[float], relative: float = SETTLED) -> bool:
-    """Whether the median is known to this relative half-width, at CONFIDENCE."""
+def is_settled(values: Sequence[float]) -> bool:
+    """Whether the median is known to SETTLED, at CONFIDENCE."""
     low, high, confidence = median_interval(values)
-    return confidence >= CONFIDENCE and (high - low) / 2 <= relative * float(numpy.median(values))
+    return confidence >= CONFIDENCE and (high - low) / 2 <= SETTLED * float(numpy.median(values))
 
 
 class Failed(RuntimeError):
@@ -141,22 +116,26 @@ class Failed(RuntimeError):
         self.key: Any = key
 
 
-def interleaved(calls: Mapping[K, Call], clock: Clock, seconds: float, seed: int = 0) -> dict[K, Samples]:
-    """Sample all calls in turn, in a new random order each round, for about `seconds` each.
+def interleaved(
+    calls: Mapping[K, Call], clock: Clock, seconds: float, turn: Callable[[K], None] = lambda key: None
+) -> dict[K, Samples]:
+    """Sample all calls in turn, in a new random order each round, for about `seconds` each; turn: is told whose turn it is.
 
     Sampling ends when every median is settled, or time is up; each call has at least LEAST_SAMPLES samples, unless that would
     take ten times as long. Raises Failed from whatever a call raises.
     """
-    generator, order = random.Random(seed), list(calls)
+    generator, order = random.Random(0), list(calls)
     found: dict[K, Samples] = {}
     key: Any = None
     try:
         for key in order:
+            turn(key)
             found[key] = Samples(_calls_per_sample(calls[key], clock))
         begin, budget = time.perf_counter(), seconds * len(order)
         for rounds in range(1, MOST_SAMPLES + 1):
             generator.shuffle(order)
             for key in order:
+                turn(key)
                 device_us, wall_us = clock.sample(calls[key], found[key].calls)
                 found[key].device_us.append(device_us)
                 found[key].wall_us.append(wall_us)
@@ -184,12 +163,11 @@ def _calls_per_sample(call: Call, clock: Clock) -> int:
 
 def graphed(call: Call) -> tuple[Call, Any]:
     """A CUDA graph of a call: the function that replays it, and what the call returned, which every replay writes anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
-    current = torch.cuda.current_stream()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:

@@ -5,20 +5,18 @@ what it is about to do; when it falls silent or dies, the parent knows whom to b
 """
 
 import os
-import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import choice, host, measure, problem, process, timing
-from .built import Built
-from .cases import Case, Task
+from . import measure, timing
+from .cases import Task
 from .device import RowMaker
-from .process import Died, Process
+from .process import Died, Fatal, Process
 from .roofs import Roofs
 from .rows import Row
 
@@ -44,9 +42,7 @@ class Options:
 
 
 class Worker(Process):
-    """A worker process. maker: makes rows as it does; doing: provider, execution and stage that it told last."""
-
-    doing = ("the worker process", "eager", "start")
+    """A worker process. maker: makes rows as it does."""
 
     def __init__(self, options: Options, run: str, interpreter: bool) -> None:
         environment = options.environment | ({"TRITON_INTERPRET": "1"} if interpreter else {})
@@ -55,36 +51,22 @@ class Worker(Process):
         self._silence_s = options.silence_s
 
     def run(
-        self,
-        task: Task,
-        skip: Collection[tuple[str, str]],
-        roofs: Roofs | None,
-        deadline: float,
-        emit: Callable[[Row], None],
-        stage: Callable[[str], None],
-    ) -> None:
-        """Measure one task. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker, and
-        rows emitted before that are good.
+        self, task: Task, skip: Collection[tuple[str, str]], roofs: Roofs | None, deadline: float
+    ) -> Iterator[Row | tuple[str, str, str]]:
+        """Measure one task: its rows, and before whatever may take the process along, whose turn it is: provider, execution,
+        and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker.
         """
-        self.doing = ("the worker process", "eager", "task")
         self.send((task, skip, roofs))
-        while True:
-            event, content = self.receive(self._silence_s, deadline)
-            if event == "stage":
-                self.doing = content
-                stage(f"{content[0]}: {content[2]}")
-            elif event == "row":
-                emit(content)
-            elif event == "error":
+        while (event := self.receive(self._silence_s, deadline)) is not None:
+            if isinstance(event, str):
                 self.end()
-                raise Died(content)
-            else:
-                return
+                raise Died(event)
+            yield event
 
 
 def serve(connection: Any, setup: tuple[Options, str]) -> None:
     """The worker's side: answer requests until there are no more, or the device is lost."""
-    context = make_context(*setup, lambda *doing: connection.send(("stage", doing)))
+    context = make_context(*setup, lambda *doing: connection.send(doing))
     connection.send(context.maker)
     while True:
         try:
@@ -92,13 +74,12 @@ def serve(connection: Any, setup: tuple[Options, str]) -> None:
         except EOFError:
             return
         try:
-            measure.measure(task, context, lambda row: connection.send(("row", row)), skip)
-            connection.send(("done", None))
+            measure.measure(task, context, connection.send, skip)
+            connection.send(None)
         except Exception as error:
             traceback.print_exc()
-            lost = isinstance(error, measure.Fatal)
-            why = f"the device was lost: {error}" if lost else f"the benchmark itself failed: {measure.brief(error)}"
-            connection.send(("error", why))
+            what = "the device was lost" if isinstance(error, Fatal) else "the benchmark itself failed"
+            connection.send(f"{what}: {measure.brief(error)}")
             return
 
 
@@ -114,25 +95,6 @@ def make_context(options: Options, run: str, stage: Callable[[str, str, str], No
         from lstm_triton.kernels import interpreter
 
         interpreter.install()  # what Triton's own gets wrong
-    clock = timing.clock(device, options.flush_l2)
+    clock = timing.Clock(device, options.flush_l2)
     maker = RowMaker(device, options.command, run, clock.l2)
     return measure.Context(device, maker, clock, options.seconds, options.names, None, stage)
-
-
-def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
-    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
-    case, provider, device_type = request
-    device = torch.device(device_type)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    torch.zeros(1, device=device)  # CUDA itself starts before the clock does
-    synchronize()
-    with host.conditions(provider, device):
-        built = Built(choice.provider(provider), problem.make(case, device))
-        torch.set_grad_enabled(built.training)
-        times = [time.perf_counter()]
-        for _ in range(2):
-            built.call()
-            synchronize()
-            times.append(time.perf_counter())
-    first, second = times[1] - times[0], times[2] - times[1]
-    connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})

@@ -170,12 +170,12 @@ def test_float32_products_default_to_what_torch_does():
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 0}, {"batch": -1}, {"length": 0}, {"resets": 2.0}, {"scale": 0.0}])
 def test_sizes_that_make_no_case(changes):
-    with pytest.raises(ValueError, match="number"):
+    with pytest.raises(ValueError, match="case: .*, from 0|above 0|share"):
         Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
 
 
 def test_what_makes_no_case():
-    with pytest.raises(ValueError, match="'float8', not one of"):
+    with pytest.raises(ValueError, match="no dtype is 'float8'"):
         Case("a", 8, 1, 1, dtype="float8")
     with pytest.raises(ValueError, match="a cell is one step"):
         Case("a", 8, 1, 2, form="cell")

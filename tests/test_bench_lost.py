@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.benches import context
 
-from lstm_triton.bench import measure, timing
+from lstm_triton.bench import measure, process, timing
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.kernels import stall
 
@@ -40,23 +40,23 @@ def gpu_says(monkeypatch):
 def test_an_error_is_fatal_where_the_device_is_lost(words, gpu_says):
     """Whatever its words: the device is asked."""
     gpu_says("CUDA error: misaligned address\nCUDA kernel errors might be asynchronously reported")
-    with pytest.raises(measure.Fatal, match="^CUDA error: misaligned address$") as fatal:
-        measure.reraise_fatal(RuntimeError(words))
+    with pytest.raises(process.Fatal, match="^CUDA error: misaligned address$") as fatal:
+        process.raise_if_lost(RuntimeError(words))
     assert str(fatal.value.__cause__) == words
     gpu_says(None)
-    measure.reraise_fatal(RuntimeError(words))
+    process.raise_if_lost(RuntimeError(words))
 
 
 def test_a_kernel_that_gave_up_waiting_is_fatal(gpu_says, monkeypatch):
     gpu_says(None)
     monkeypatch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(7)})
-    with pytest.raises(measure.Fatal, match="_some_kernel waited for seconds"):
-        measure.reraise_fatal(ValueError("no"))
+    with pytest.raises(process.Fatal, match="_some_kernel waited for seconds"):
+        process.raise_if_lost(ValueError("no"))
 
 
 def test_without_a_gpu_nothing_is_lost(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    measure.reraise_fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    process.raise_if_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):

@@ -7,10 +7,10 @@ import torch
 from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
-from lstm_triton.bench import accuracy, choice, peers, problem, providers
-from lstm_triton.bench.built import Built
+from lstm_triton.bench import checks, choice, peers, problem, providers
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.bench.precision import precision as torchs_precision
+from lstm_triton.bench.checks import Built
+from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.bench.rows import Error
 
 
@@ -38,7 +38,7 @@ def test_providers_agree_with_the_truth(options):
         except providers.Unavailable:
             assert name == "torch.nn.LSTMCell"
             continue
-        found = accuracy.errors(built.results(), truth)
+        found = {name: checks.error(t, truth[name]) for name, t in built.results().items()}
         assert set(found) >= set(truth) - {"dh0", "dc0"}
         assert max(e.max for e in found.values()) < 1e-5, (name, found)
 
@@ -295,12 +295,12 @@ def test_every_backend_is_a_provider_and_forced_on_a_gpu():
 def test_limits_of_what_is_wrong():
     case = Case("a", 8, 2, 5, dtype="float32", precision="ieee")
     torchs = {"y": Error(1e-6, 1e-7)}
-    assert accuracy.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
-    assert "y is off by 1.0e-03" in accuracy.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
-    assert "c_n is off" in accuracy.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
-    assert accuracy.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
-    assert accuracy.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
-    found = accuracy.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
+    assert checks.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
+    assert "y is off by 1.0e-03" in checks.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
+    assert "c_n is off" in checks.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
+    assert checks.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
+    assert checks.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
+    found = checks.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
     assert (found.max, found.rms) == (0.5, pytest.approx(0.5 / math.sqrt(2)))
-    assert accuracy.rounding(Case("a", 8, 1, 4, dtype="float32")) == 2**-11
-    assert accuracy.rounding(case) == 2**-24
+    by_tf32 = Case("a", 8, 1, 4, dtype="float32")
+    assert checks.why_wrong(by_tf32, {"y": Error(1e-3, 0.0)}, torchs) is None, "roundings to 11 bits, not 24"

@@ -7,9 +7,9 @@ import torch
 from support.benches import CPU, FakeClock
 from support.concurrent import concurrent_grid
 
-from lstm_triton.bench import accuracy, choice, device, grid_latency, host, measure, problem, timing
-from lstm_triton.bench.built import Built
+from lstm_triton.bench import checks, choice, device, grid_latency, host, measure, problem, timing
 from lstm_triton.bench.cases import Case
+from lstm_triton.bench.checks import Built
 from lstm_triton.kernels import interpreter
 
 
@@ -48,7 +48,8 @@ class FakeEvent:
 
 def test_cuda_clock_with_fake_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    clock = timing.CudaClock(CPU, events=FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent())
+    clock = timing.Clock(torch.device("cuda"))
 
     def call():
         FakeEvent.now += 0.25
@@ -75,7 +76,7 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
     monkeypatch.setattr(timing, "graphed", graphed)
     given = problem.make(case, CPU)
     built = Built(choice.provider("torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"), given)
-    judge = measure.Judge(given)
+    judge = checks.Judge(given, choice.provider("torch.nn.LSTM"))
     measure._graph(built, judge)
     assert captured == [built.call]
     with torch.set_grad_enabled(mode == "train"):
@@ -84,7 +85,7 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
     assert len(returned) == (3 if form == "layer" else 2) + gradients
     found = built.named(returned)
     assert set(found) == set(built.results())
-    assert max(e.max for e in accuracy.errors(found, judge._truth[True]).values()) < 1e-5
+    assert max(checks.error(t, judge.truth[True][name]).max for name, t in found.items()) < 1e-5
 
     def drifting(call):
         returned = tuple(t * 1.01 for t in call())

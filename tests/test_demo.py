@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_demo_report import Page, check_report
 
-from lstm_triton import check, environment, explain
+from lstm_triton import LSTMCell, check, environment, explain
 from lstm_triton.demo import corpus, timing, train
 from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel
@@ -23,9 +23,8 @@ SMALL = train.Config(hidden_size=12, embedding_size=6, batch=3, steps=7)
 
 @pytest.fixture
 def text():
-    vocabulary = corpus.UNKNOWN + "abc\n"
-    words = corpus.encode("abcab\n" * 400, vocabulary)
-    return corpus.Corpus(words, words[:900], vocabulary, (1, 1))
+    words = corpus.encode("abcab\n" * 400)
+    return corpus.Corpus(words, words[:900], (1, 1))
 
 
 def _folder(path, files=200):
@@ -45,7 +44,7 @@ def test_corpus_is_the_same_for_a_seed_and_holds_files_out(tmp_path):
     assert torch.equal(one.train, two.train) and torch.equal(one.validation, two.validation)
     assert not torch.equal(one.train, other.train)
     assert sum(one.files) == 201 and one.files[1] == math.ceil(201 / corpus.VALIDATION_SHARE)
-    train_text, held_out = (corpus.decode(part.tolist(), one.vocabulary) for part in (one.train, one.validation))
+    train_text, held_out = (bytes(part.tolist()).decode() for part in (one.train, one.validation))
     names = set(re.findall(r"name_\d+", train_text))
     assert names and names.isdisjoint(re.findall(r"name_\d+", held_out))
     assert "LEFT_OUT" not in train_text + held_out
@@ -57,15 +56,13 @@ def test_corpus_refuses_too_little_text(tmp_path):
         corpus.load(0, tmp_path)
 
 
-def test_characters_outside_the_vocabulary_are_unknown():
-    vocabulary = corpus.UNKNOWN + "ab"
-    assert corpus.decode(corpus.encode("abzé\U0001f600", vocabulary).tolist(), vocabulary) == "ab" + 3 * corpus.UNKNOWN
+def test_characters_outside_ascii_are_question_marks():
+    assert bytes(corpus.encode("abzé\U0001f600").tolist()) == b"abz??"
 
 
 def test_unigram_bits_of_equally_frequent_characters():
-    vocabulary = corpus.UNKNOWN + "abcd"
-    numbers = corpus.encode("abcd" * 50_000, vocabulary)
-    assert corpus.Corpus(numbers, numbers[:400], vocabulary, (1, 1)).unigram_bits() == pytest.approx(2.0, abs=1e-4)
+    numbers = corpus.encode("abcd" * 50_000)
+    assert corpus.Corpus(numbers, numbers[:400], (1, 1)).unigram_bits() == pytest.approx(2.0, abs=1e-2)
 
 
 def test_y_t_is_the_softmax_of_the_logits():
@@ -90,10 +87,10 @@ def test_a_sample_follows_its_seed():
 
 def test_training_falls_below_the_unigram_entropy(text, tmp_path):
     training = train.Training(SMALL, text, CPU)
-    training.run(tmp_path / "c.pt", seconds=1e9, steps=150)
+    training.run(tmp_path / "c.pt", seconds=1e9, steps=300)
     first, last = training.curve[0], training.curve[-1]
-    assert (first.step, last.step) == (0, 150)
-    assert last.tokens == 150 * 3 * 7
+    assert (first.step, last.step) == (0, 300)
+    assert last.tokens == 300 * 3 * 7
     assert last.validation_bits < text.unigram_bits() - 0.5 < first.validation_bits
     assert all(math.isfinite(point.train_bits) for point in training.curve[1:])
 
@@ -156,9 +153,9 @@ def test_an_unusable_checkpoint_is_refused(contents, tmp_path, capsys):
 @pytest.mark.parametrize("argument", [("--hidden-size", 9), ("--batch", 3), ("--seed", 1)], ids=lambda a: a[0])
 def test_what_contradicts_the_checkpoint_is_refused(argument, tmp_path, capsys):
     config = train.Config(hidden_size=8, batch=2)
-    words = corpus.encode("ab" * 200, corpus.UNKNOWN + "ab")
+    words = corpus.encode("ab" * 200)
     path = tmp_path / "checkpoint.pt"
-    train.Training(config, corpus.Corpus(words, words, corpus.UNKNOWN + "ab", (1, 1)), CPU).save(path)
+    train.Training(config, corpus.Corpus(words, words, (1, 1)), CPU).save(path)
     before = path.read_bytes()
     name, value = argument
     assert main(["--out", str(tmp_path), "--resume", "--device", "cpu", name, str(value)]) == 2
@@ -193,7 +190,7 @@ def test_the_demo_trains_reports_and_resumes(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--steps", "2", "--resume", *TINY]) == 0
     assert "Continuing after 3 updates" in capsys.readouterr().out
     config, data = train.load_checkpoint(tmp_path / "checkpoint.pt")
-    assert (config.hidden_size, data["step"], data["curve"][-1]["step"]) == (8, 5, 5)
+    assert (config.hidden_size, data["step"], data["curve"][-1][0]) == (8, 5, 5)
 
 
 def test_the_demo_checks_and_times(tmp_path, capsys, monkeypatch):
@@ -211,7 +208,6 @@ def test_the_demo_checks_and_times(tmp_path, capsys, monkeypatch):
     assert seeds == [("cpu", 3)]
     for text in (out, page.text):
         assert "B=1 too large" in text and "torch.nn.LSTM" in text and "Time per timestep" in text
-    assert page.tags.count("svg") == 3
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
@@ -230,28 +226,31 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
     assert process.returncode == 130, out
     assert "--resume" in out and "Traceback" not in out
     data = train.load_checkpoint(path)[1]
-    assert data["step"] == data["curve"][-1]["step"]
+    assert data["step"] == data["curve"][-1][0]
     assert main(["--out", str(tmp_path), "--steps", "1", "--resume", *TINY]) == 0
     assert train.load_checkpoint(path)[1]["step"] == data["step"] + 1
 
 
-def test_timing_covers_every_provider_and_restores_precision():
+def test_timing_covers_everyone_and_restores_precision():
     before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    result = timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3)
+    found = list(timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3))
     assert before == (torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-    assert set(result.timings) == {(mode, name) for mode in ("forward", "train") for name in timing.PROVIDERS}
-    for median, low, high in map(timing.per_step, result.timings.values()):
-        assert 0 < low <= median <= high
-    assert "CPU" in result.label and "say nothing about" in timing.table(result)
+    assert "CPU" in found[0] and "say nothing about" in found[-1]
+    compared = "\n".join(found[1:-1])
+    times = re.findall(r"^ +(\S.*\S) +(\S+) us/step \((\S+) to (\S+)\)$", compared.replace(",", ""), re.MULTILINE)
+    assert sorted(name for name, *_ in times) == sorted(2 * sum(timing.PROVIDERS.values(), ()))
+    assert all(0 < float(low) <= float(high) and float(median) > 0 for _, median, low, high in times)
+    assert compared.count("step by step") == 2 and compared.count("train") == 2
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    right = torch.nn.LSTMCell.forward
+    right = LSTMCell.forward
 
     def wrong(self, x, hx=None):
         h, c = right(self, x, hx)
         return h * 1.001, c
 
-    monkeypatch.setattr(torch.nn.LSTMCell, "forward", wrong)
-    with pytest.raises(RuntimeError, match=r"torch.nn.LSTMCell: wrong: \w+ is off"):
-        timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3)
+    monkeypatch.setattr(LSTMCell, "forward", wrong)
+    found = "\n".join(timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3))
+    assert len(re.findall(r"lstm_triton auto +WRONG: wrong: \w+ is off", found)) == 2
+    assert found.count("us/step") == 6

@@ -1,16 +1,15 @@
-"""Real text that every machine has: the source files of Python's standard library, as numbered characters."""
+"""Real text that every machine has: the source files of Python's standard library, as ASCII characters."""
 
 import math
 import random
 import sysconfig
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-UNKNOWN = "\ufffd"  # stands for every character outside the vocabulary
-VOCABULARY_SIZE = 128
+CHARACTERS = 128  # all others become "?"
 VALIDATION_SHARE = 16  # one file in so many is held out
 _LEAST, _MOST = 200_000, 12_000_000  # characters
 # Folders that are not the library itself, or hold tables instead of text.
@@ -21,28 +20,26 @@ class CorpusError(RuntimeError):
     """There is no usable text; the message says where it was looked for."""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Training and held-out text as character numbers, each a uint8 tensor [N] on the CPU."""
+class Corpus(NamedTuple):
+    """Training and held-out text, each a uint8 tensor [N] on the CPU, and the number of files of each."""
 
     train: torch.Tensor
     validation: torch.Tensor
-    vocabulary: str  # character number k is vocabulary[k]
-    files: tuple[int, int]  # training, validation
+    files: tuple[int, int]
 
     def unigram_bits(self) -> float:
         """Bits per character of the validation text under the training text's character frequencies."""
         # one added to each count: a character that training lacks must not cost infinitely much
-        counts = torch.bincount(self.train.long(), minlength=len(self.vocabulary)).double() + 1
+        counts = torch.bincount(self.train.long(), minlength=CHARACTERS).double() + 1
         bits = -(counts / counts.sum()).log() / math.log(2)
         return bits[self.validation.long()].mean().item()
 
 
-def load(seed: int = 0, folder: Path | None = None, vocabulary: str | None = None) -> Corpus:
+def load(seed: int = 0, folder: Path | None = None) -> Corpus:
     """The standard library's source files, the same for one seed and one version of Python.
 
-    seed: decides the order of the files and which are held out. folder: where to look instead. vocabulary: that of an earlier
-    run; by default the most frequent characters. Raises CorpusError for too little text.
+    seed: decides the order of the files and which are held out. folder: where to look instead. Raises CorpusError for too
+    little text.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
@@ -50,33 +47,17 @@ def load(seed: int = 0, folder: Path | None = None, vocabulary: str | None = Non
     random.Random(seed).shuffle(paths)
     texts: list[str] = []
     for path in paths:
-        try:
+        with suppress(OSError):  # unreadable or vanished: the rest is enough
             texts.append((folder / path).read_text(encoding="utf-8", errors="replace"))
-        except OSError:  # unreadable or vanished: the rest is enough
-            continue
         if sum(map(len, texts)) >= _MOST:
             break
-    validation = texts[::VALIDATION_SHARE]
-    train = [text for k, text in enumerate(texts) if k % VALIDATION_SHARE]
-    if min(sum(map(len, train)), 20 * sum(map(len, validation))) < _LEAST:
+    held_out, rest = texts[::VALIDATION_SHARE], [text for k, text in enumerate(texts) if k % VALIDATION_SHARE]
+    train, validation = "\n".join(rest), "\n".join(held_out)
+    if min(len(train), 20 * len(validation)) < _LEAST:
         raise CorpusError(f"too little Python source in {folder} to train on")
-    train_text, validation_text = "\n".join(train), "\n".join(validation)
-    if vocabulary is None:
-        counts = Counter(train_text)
-        del counts[UNKNOWN]
-        ranked = sorted(counts, key=lambda char: (-counts[char], char))
-        vocabulary = UNKNOWN + "".join(ranked[: VOCABULARY_SIZE - 1])
-    numbers = encode(train_text, vocabulary), encode(validation_text, vocabulary)
-    return Corpus(*numbers, vocabulary, (len(train), len(validation)))
+    return Corpus(encode(train), encode(validation), (len(rest), len(held_out)))
 
 
-def encode(text: str, vocabulary: str) -> torch.Tensor:
-    """Character numbers [N], uint8; characters outside the vocabulary become UNKNOWN, which it must hold."""
-    unknown = vocabulary.index(UNKNOWN)
-    numbers = defaultdict(lambda: unknown, {ord(char): k for k, char in enumerate(vocabulary)})
-    return torch.frombuffer(bytearray(text.translate(numbers).encode("latin-1")), dtype=torch.uint8)
-
-
-def decode(numbers: list[int], vocabulary: str) -> str:
-    """The text of some character numbers."""
-    return "".join(vocabulary[k] for k in numbers)
+def encode(text: str) -> torch.Tensor:
+    """The characters of a text, uint8 [N]."""
+    return torch.frombuffer(bytearray(text.encode("ascii", errors="replace")), dtype=torch.uint8)

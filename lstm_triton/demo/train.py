@@ -3,22 +3,19 @@
 import contextlib
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from lstm_triton.bench.progress import Progress
 from lstm_triton.bench.rows import unfinished
-from lstm_triton.demo.corpus import Corpus
+from lstm_triton.demo.corpus import CHARACTERS, Corpus
 from lstm_triton.demo.model import CharModel
 
-_FORMAT = 1
 _MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
 _NATS = math.log(2)  # nats per bit
 
@@ -40,8 +37,7 @@ class Config:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One measurement of the loss curve."""
 
     step: int
@@ -64,12 +60,12 @@ class Training:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.config.seed)
-        vocabulary_size = len(self.corpus.vocabulary)
-        self.model = CharModel(vocabulary_size, self.config.embedding_size, self.config.hidden_size).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99))
-        self.state = self.model.initial_state(self.config.batch)
-        self._train = _streams(self.corpus.train, self.config.batch).to(self.device)
+        c = self.config
+        torch.manual_seed(c.seed)
+        self.model = CharModel(CHARACTERS, c.embedding_size, c.hidden_size).to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
+        self.state = self.model.initial_state(c.batch)
+        self._train = _streams(self.corpus.train, c.batch).to(self.device)
         self._validation = _streams(self.corpus.validation, 64)[:193].to(self.device)
 
     @property
@@ -81,15 +77,14 @@ class Training:
 
         Ctrl-C ends it after the update under way, saved as if the time were up, and sets `interrupted`.
         """
-        begin = time.perf_counter() - self.seconds
-        first_step, first_second, warm = self.step, self.seconds, None
-        due, said, progress = list(_MEASURED_AT), "", Progress(seconds)
-        losses: list[torch.Tensor] = []
-        with _on_interrupt(self), contextlib.closing(progress):
+        begin, first, warm = time.perf_counter() - self.seconds, (self.step, self.seconds), None
+        due, said, losses, progress = list(_MEASURED_AT), "", list[torch.Tensor](), Progress(seconds)
+        with contextlib.closing(progress), contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
             if not self.curve:
                 self._measure(math.nan, checkpoint)
             while True:
-                share = (self.step - first_step) / steps if steps else (self.seconds - first_second) / seconds
+                share = (self.step - first[0]) / steps if steps else (self.seconds - first[1]) / seconds
                 if losses and (share >= due[0] or self.interrupted):
                     point = self._measure(torch.stack(losses).mean().item(), checkpoint)
                     self.seconds = time.perf_counter() - begin
@@ -102,8 +97,12 @@ class Training:
                 self.step, self.seconds = self.step + 1, time.perf_counter() - begin
                 warm = warm or (self.seconds, self.tokens)  # the first update compiles, and does not count
                 rate = (self.tokens - warm[1]) / max(self.seconds - warm[0], 1e-9)
-                progress.done = min(self.seconds - first_second, seconds)
+                progress.done = min(self.seconds - first[1], seconds)
                 progress.show(f"{rate:,.0f} tokens/s {said}")
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one interrupts at once
 
     def _update(self) -> torch.Tensor:
         """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""
@@ -136,9 +135,9 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of tensors and plain values; at no moment is there half a file under `path`."""
-        data = {"format": _FORMAT, "config": asdict(self.config), "vocabulary": self.corpus.vocabulary}
-        data |= {"step": self.step, "seconds": self.seconds, "curve": [asdict(point) for point in self.curve]}
-        data |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": list(self.state)}
+        data = {"config": asdict(self.config), "step": self.step, "seconds": self.seconds, "state": self.state}
+        data |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        data |= {"curve": [tuple(point) for point in self.curve]}
         with unfinished(path) as file:
             torch.save(data, file)
 
@@ -148,46 +147,25 @@ class Training:
         self.optimizer.load_state_dict(data["optimizer"])
         h, c = (state.to(self.device) for state in data["state"])
         self.state, self.step, self.seconds = (h, c), data["step"], data["seconds"]
-        self.curve = [Point(**point) for point in data["curve"]]
+        self.curve = [Point(*point) for point in data["curve"]]
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration and the contents of a checkpoint, read as tensors and plain values only.
 
-    Raises:
-        CheckpointError: no such file, or one that this version cannot read.
+    Raises CheckpointError for no such file, or one that this version cannot read.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
+        return Config(**data["config"]), data
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}: run once without --resume") from None
     except Exception as error:  # torch reports damage in many ways
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    known = {f.name for f in fields(Config)}
-    if not isinstance(data, dict) or data.get("format") != _FORMAT or set(data.get("config", ())) != known:
-        raise CheckpointError(f"{path} was not written by this version of the demo: run once without --resume")
-    return Config(**data["config"]), data
+        what = f"{path} is no checkpoint of this version of the demo ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{what}: run once without --resume") from error
 
 
 def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
     """[N] -> [N // batch, batch]: column b is the b-th piece of the text."""
     length = len(text) // batch
     return text[: length * batch].view(batch, length).t().contiguous()
-
-
-@contextlib.contextmanager
-def _on_interrupt(training: Training) -> Iterator[None]:
-    """Ctrl-C sets `interrupted`; a second one interrupts at once."""
-
-    def handle(signum: int, frame: Any) -> None:
-        training.interrupted = True
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.getsignal(signal.SIGINT)
-    if main := threading.current_thread() is threading.main_thread():  # which alone may handle signals
-        signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)

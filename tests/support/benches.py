@@ -57,24 +57,24 @@ def options(folder, **changes):
 class Here:
     """A worker in this process: for what does not depend on its being another."""
 
-    doing = ("", "", "")
-
     def __init__(self, given, run, interpreter):
         self._context = worker.make_context(given, run, lambda *stage: None)
         self.maker = self._context.maker
 
-    def run(self, task, skip, roofs, deadline, emit, stage):
+    def run(self, task, skip, roofs, deadline):
         if time.monotonic() >= deadline:
             raise TimeoutError
-        self._context.roofs = roofs
-        measuring.measure(task, self._context, emit, skip)
+        self._context.roofs, found = roofs, []
+        measuring.measure(task, self._context, found.append, skip)
+        yield from found
 
-    def end(self, patience_s=0.0):
+    def end(self):
         pass
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
-    return running.Runner(options(folder, **changes), tasks, progress.Progress(len(tasks)), new_worker).run()
+    with running.runner(options(folder, **changes), progress.Progress(len(tasks)), new_worker) as runner:
+        return runner.run(tasks)
 
 
 def rows_of(folder):
