@@ -101,7 +101,9 @@ def main() -> None:
 
     counter = Counter()
     launch.Launcher.__call__ = lambda self, *args, **kwargs: counter.note_kernel(self, *args, **kwargs)
-    interpreter.programs_are_concurrent = True  # plan as on a GPU, where programs of one launch may wait for each other
+    interpreter.programs_can_wait = lambda: (
+        True
+    )  # plan as on a GPU, where programs of one launch may wait for each other
     # What torch does on a GPU: dropout is one launch.
     torch.nn.functional.dropout = lambda x, p: torch.native_dropout(x, p, True)[0]
     lstm(x, resets=resets)[0].sum().backward()  # what is done once in the life of a process is done

@@ -58,13 +58,9 @@ def is_interpreting() -> bool:
     return _INTERPRETING
 
 
-# Set by an executor that runs the programs of a launch at the same time; Triton's own runs one after the other.
-programs_are_concurrent = False
-
-
 def programs_can_wait() -> bool:
-    """Whether the programs of one launch run at the same time, so that one may wait for another."""
-    return programs_are_concurrent or not is_interpreting()
+    """Whether the programs of one launch run at the same time, so that one may wait for another; the interpreter's do not."""
+    return not is_interpreting()
 
 
 def install(*, check_bounds: bool = False) -> None:

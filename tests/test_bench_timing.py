@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 from support.benches import CPU, FakeClock
-from support.concurrent import concurrent_grid
 
 from lstm_triton.bench import checks, choice, device, grid_latency, host, measure, problem, timing
 from lstm_triton.bench.cases import Case
@@ -142,9 +141,9 @@ def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
     assert device.folder_name("NVIDIA H200") == "nvidia-h200"
 
 
-@pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1")
+@pytest.mark.compiled
+@pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other")
 @pytest.mark.parametrize("programs", [2, 3])
-def test_every_exchange_arrives(programs):
-    with concurrent_grid(only_cooperative=True, weak=True, jitter=1e-3):
-        assert grid_latency.launch(programs, 6, True, CPU).tolist() == [6] * programs
-        assert grid_latency.launch(programs, 6, False, CPU).tolist() == [0] * programs
+def test_every_exchange_arrives(programs, device):
+    assert grid_latency.launch(programs, 6, True, device).tolist() == [6] * programs
+    assert grid_latency.launch(programs, 6, False, device).tolist() == [0] * programs

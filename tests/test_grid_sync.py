@@ -1,250 +1,164 @@
-"""The barrier between programs: the real sequence kernels with each program a process of its own, and mutants of it."""
+"""The barrier between programs: sequence kernels as compiled code, and mutants of their barrier, which the executor reports."""
 
-import functools
-import inspect
 import math
+import re
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from support import layers
-from support.concurrent import GridDeadlock, concurrent_grid
-from triton.runtime.errors import InterpreterError
+from support import executor, layers
 
 from lstm_triton import functional
-from lstm_triton.kernels import (
-    grid_sync,
-    interpreter,
-    layer,
-    layer_backward,
-    search,
-    sequence,
-    sequence_backward,
-)
+from lstm_triton.kernels import interpreter, layer, layer_backward, search, stall
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 
 pytestmark = [
+    pytest.mark.compiled,
     pytest.mark.long,
-    pytest.mark.skipif(not interpreter.is_interpreting(), reason="needs a process with TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
 ]
 
-
-@pytest.fixture(autouse=True)
-def few_units_per_program(monkeypatch):
-    """Small layers are shared by several programs, as large ones are: 8 units each."""
-    monkeypatch.setattr(search, "_TILES", [(16, 8, 8)])
-    monkeypatch.setattr(search, "_chosen", {})
-
-
-@pytest.fixture
-def barrier(monkeypatch):
-    """barrier(arrive=..., wait=...): the kernels use these from here on."""
-
-    def replace(**functions):
-        for name, function in functions.items():
-            for module in (sequence, sequence_backward):
-                monkeypatch.setattr(module, name, function)
-
-    return replace
-
-
+FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
 FP16 = {"dtype": torch.float16}
 BF16 = {"dtype": torch.bfloat16}
 TF32 = {"dtype": torch.float32, "precision": "tf32"}
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
-# H units are ceil(H / 8) programs, B rows ceil(B / 16) groups in each direction.
-PROBLEMS = {
-    "P2": dict(T=5, B=3, I=4, H=16, **TF32),
-    "P4-G2": dict(T=4, B=17, I=3, H=30, **FP16),
-    "P3-D2-segments": dict(T=5, B=4, I=3, H=19, D=2, **SEGMENTS, **FP16),
-    "P8": dict(T=3, B=2, I=4, H=64, **FP16),
-    "P2-G2-D2": dict(T=3, B=18, I=3, H=9, D=2, **TF32),
-    "P3-bf16": dict(T=5, B=3, I=4, H=24, **BF16),
-}
 
 
-def _concurrently(problem, recompute=False, **mode):
-    with concurrent_grid(only_cooperative=True, **mode):
-        return layers.by_kernels(problem, backend="triton-persistent", recompute=recompute)
+@pytest.fixture(autouse=True)
+def few_units_per_program(monkeypatch):
+    """Small layers are shared by several programs, as large ones are: 8 units each, and 16 rows a group."""
+    monkeypatch.setattr(search, "_TILES", [(16, 8, 8)])
+    monkeypatch.setattr(search, "_chosen", {})
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_waiting_programs_compute_what_the_reference_does(name, count_launches):
-    problem = layers.draw(**PROBLEMS[name])
-    results = _concurrently(problem, weak=True, jitter=1e-4, seed=1)
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
+def _in_one_launch(problem, recompute=False):
+    return layers.by_kernels(problem, "triton-persistent", recompute=recompute)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(T=3, B=18, I=3, H=9, D=2, **TF32), dict(T=3, B=2, I=4, H=64, **BF16)],
+    ids=["2 programs, 4 groups", "8 programs"],
+)
+def test_waiting_programs_compute_what_the_reference_does(options, device, count_launches):
+    problem = layers.draw(**options, device=device)
+    results = _in_one_launch(problem)
+    assert count_launches() == {FORWARD: 1, BACKWARD: 1}
     layers.assert_as_accurate_as_torch(results, problem)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_waiting_programs_with_many_seeds(name, seed):
-    problem = layers.draw(**PROBLEMS[name], seed=seed)
-    layers.assert_as_accurate_as_torch(_concurrently(problem, weak=True, jitter=1e-3, seed=seed), problem)
-
-
-@pytest.mark.parametrize("forward, backward", [(3, 1), (5, 2)])
-def test_the_state_is_loaded_in_rounds(forward, backward, monkeypatch):
+def test_the_state_is_loaded_in_rounds(monkeypatch, device):
     """As for long rows: several chunks at once, several times, the last time fewer."""
 
     def choose(problem, *_):
-        split_k, in_flight = (1, forward) if problem.way == "forward" else (8, backward)
+        split_k, in_flight = (1, 3) if problem.way == "forward" else (8, 2)
         return SequenceConfig(8, 1, 16, 8, split_k, 16, in_flight, programs=9, groups=1, persistent=True)
 
     monkeypatch.setattr(search, "choose", choose)
-    problem = layers.draw(T=3, B=3, I=3, H=72, **FP16)
-    layers.assert_as_accurate_as_torch(_concurrently(problem, weak=True), problem)
+    problem = layers.draw(T=3, B=3, I=3, H=72, **FP16, device=device)
+    layers.assert_as_accurate_as_torch(_in_one_launch(problem), problem)
 
 
-def test_one_launch_equals_one_launch_per_step_bit_for_bit():
-    problem = layers.draw(T=6, B=4, I=3, H=19, D=2, **SEGMENTS, **FP16)
-    for name, one, many in zip(problem.names, _concurrently(problem, weak=True), layers.by_kernels(problem)):
+def test_one_launch_equals_one_launch_per_step_bit_for_bit(device):
+    problem = layers.draw(T=6, B=4, I=3, H=19, D=2, **SEGMENTS, **FP16, device=device)
+    for name, one, many in zip(problem.names, _in_one_launch(problem), layers.by_kernels(problem, "triton-stepwise")):
         assert torch.equal(one, many), name
 
 
-def test_recomputed_gates_are_several_launches(count_launches):
+def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launches):
     """Each range of steps is a launch of its own, which waits for nothing before it."""
-    problem = layers.draw(T=34, B=2, I=3, H=9, **TF32)
-    results = _concurrently(problem, recompute=True, weak=True)
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 2}
+    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
+    problem = layers.draw(T=7, B=3, I=3, H=9, D=2, **SEGMENTS, **TF32, device=device)
+    results = _in_one_launch(problem, recompute=True)
+    assert count_launches() == {FORWARD: 1, BACKWARD: 3}
     layers.assert_as_accurate_as_torch(results, problem)
 
 
-def test_recomputed_gates_of_segments(monkeypatch):
-    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
-    problem = layers.draw(T=7, B=3, I=3, H=9, D=2, **SEGMENTS, **TF32)
-    layers.assert_as_accurate_as_torch(_concurrently(problem, recompute=True, weak=True), problem)
-
-
-def test_inference_equals_training(count_launches):
+def test_inference_equals_training(device, count_launches):
     """Without gradients the gates are not stored, and programs go on to their next step sooner."""
-    problem = layers.draw(T=5, B=17, I=4, H=24, D=2, **BF16)
-    with torch.no_grad(), concurrent_grid(only_cooperative=True, weak=True, jitter=1e-4):
+    problem = layers.draw(T=5, B=17, I=4, H=24, D=2, **BF16, device=device)
+    with torch.no_grad():
         y, (h_n, c_n) = functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent")
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 1}
-    for name, found, right in zip(problem.names, (y, h_n, c_n), _concurrently(problem)):
+    assert count_launches() == {FORWARD: 1}
+    for name, found, right in zip(problem.names, (y, h_n, c_n), _in_one_launch(problem)):
         assert torch.equal(found, right), name
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
-
-@triton.jit
-def _no_arrive(counter_ptr):
-    pass
-
-
-@triton.jit
-def _relaxed_arrive(counter_ptr):
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
-
-
-@triton.jit
-def _all_but_one_arrive(counter_ptr):
-    tl.debug_barrier()
-    if tl.program_id(0) != 1:
-        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _no_wait(counter_ptr, target, stall_ptr):
-    pass
-
-
-@triton.jit
-def _relaxed_wait(counter_ptr, target, stall_ptr):
-    while tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < target:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _wait_for_one_less(counter_ptr, target, stall_ptr):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target - 1:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _wait_for_one_more(counter_ptr, target, stall_ptr):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target + 1:
-        pass
-    tl.debug_barrier()
-
-
-MUTANTS = {
-    "no barrier": dict(arrive=_no_arrive, wait=_no_wait),
-    "no wait": dict(wait=_no_wait),
-    "relaxed arrive": dict(arrive=_relaxed_arrive),
-    "relaxed wait": dict(wait=_relaxed_wait),
-    "wait for one arrival less": dict(wait=_wait_for_one_less),
+ARRIVAL = r"@first red\.release\.gpu\.global\.add\.u32 [^;]*;"
+POLL = r"(?P<poll>@%\w+ ld\.global\.gpu\.acquire\.b32 (?P<count>%\w+), [^;]*;)"
+SOME_PROGRAMS = r".reg .b32 program; mov.u32 program, %ctaid.x; @first setp.ne.u32 first, program, 1; \g<0>"
+# What is replaced in the PTX of a kernel, and by what.
+NO_ARRIVAL = (ARRIVAL, "")
+NO_WAIT = (POLL, r"\g<poll> mov.b32 \g<count>, 2147483647;")
+RACES = {
+    "no barrier": [NO_ARRIVAL, NO_WAIT],
+    "no wait": [NO_WAIT],
+    "relaxed arrival": [(r"\.release\b", ".relaxed")],
+    "relaxed wait": [(r"\.acquire\b", ".relaxed")],
+    "wait for one arrival less": [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, 1;")],
+    "threads not gathered before the arrival": [(r"bar\.sync\s+0;(?=(?:(?!bar\.sync)[\s\S])*@first red)", "")],
+}
+WAITS_WITHOUT_END = {
+    "no arrival": [NO_ARRIVAL],
+    "one program does not arrive": [(ARRIVAL, SOME_PROGRAMS)],
+    "wait for one arrival more": [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, -1;")],
 }
 
 
-@functools.cache
-def _problem_and_results():
-    """What mutants get wrong, and right results: not step by step, since CPUs round products of other sizes in other ways."""
-    torch.manual_seed(0)
+@pytest.fixture
+def error_of(executed):
+    """error_of(kernel, changes): the error of a layer, one of whose kernels is so changed."""
+    if executed is None:
+        pytest.skip("the executor reports them; a GPU would wait, or compute anything")
     problem = layers.draw(T=4, B=3, I=4, H=32, **TF32)
-    return problem, _concurrently(problem)
+
+    def run(kernel, changes):
+        def change(name, ptx):
+            for pattern, replacement in changes if name == kernel else ():
+                ptx, found = re.subn(pattern, replacement, ptx)
+                assert found, pattern
+            return ptx
+
+        executed.change = change
+        with pytest.raises(RuntimeError) as error:
+            _in_one_launch(problem)
+        assert executed.executed[-1].kernel == kernel
+        return error.value
+
+    return run
 
 
-def _results_that_go_wrong(problem, right, name):
-    """The names of results that differ, in the first of some runs in which `name` does: a race may be won by chance."""
-    wrong = set()
-    for seed in range(8):
-        found = _concurrently(problem, weak=True, jitter=1e-3, seed=seed)
-        wrong = {n for n, f, r in zip(problem.names, found, right) if not torch.equal(f, r)}
-        if name in wrong:
-            break
-    return wrong
+def _kinds(error):
+    assert isinstance(error, executor.KernelFault)
+    return {report.kind for report in error.reports}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_faulty_barrier_is_caught(way, mutant, barrier):
-    problem, right = _problem_and_results()
-    broken = sequence if way == "forward" else sequence_backward
-    sound = {name: getattr(broken, name) for name in ("arrive", "wait")}
-    barrier(**MUTANTS[mutant])
-    other = sequence_backward if way == "forward" else sequence
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in sound.items():
-            patch.setattr(other, name, function)
-        wrong = _results_that_go_wrong(problem, right, "dx" if way == "backward" else "y")
-    assert "dx" in wrong and ("y" in wrong) == (way == "forward")
+@pytest.mark.parametrize("mutant", RACES)
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+def test_a_faulty_barrier_is_a_race(kernel, mutant, error_of):
+    assert "race in global memory" in _kinds(error_of(kernel, RACES[mutant]))
 
 
-@pytest.mark.parametrize(
-    "mutant", [dict(arrive=_all_but_one_arrive), dict(wait=_wait_for_one_more)], ids=["missing", "one too many"]
-)
-def test_a_wait_without_end_is_reported_with_its_line(mutant, barrier):
-    barrier(**mutant)
-    problem = layers.draw(T=3, B=2, I=3, H=24, **TF32)
-    with pytest.raises(GridDeadlock, match="3 of 3 programs did not end") as error:
-        _concurrently(problem, timeout=3)
-    wait = mutant.get("wait", grid_sync.wait)
-    lines, start = inspect.getsourcelines(wait.fn)
-    report = str(error.value)
-    for program in range(3):
-        stuck = next(line for line in report.splitlines() if f"program ({program}, 0, 0)" in line)
-        number = int(stuck.split(f"{inspect.getsourcefile(wait.fn)}:")[1].split()[0])
-        assert start <= number < start + len(lines), stuck
-        assert "in _lstm_sequence_forward_kernel: `wait(" in stuck
+@pytest.mark.parametrize("mutant", WAITS_WITHOUT_END)
+def test_a_wait_without_end_is_reported_with_its_line(mutant, error_of):
+    error = error_of(FORWARD, WAITS_WITHOUT_END[mutant])
+    assert _kinds(error) == {"deadlock"}
+    assert all("grid_sync.py" in report.statement.source for report in error.reports)
 
 
-def test_a_wait_without_end_traps_on_a_gpu(monkeypatch):
-    """In the kernels' own wait the polls are counted, and the last one allowed stores the word of `stall.word`, then traps."""
-    monkeypatch.setattr(grid_sync, "_MAX_POLLS", tl.constexpr(20))
-    monkeypatch.setattr(sequence, "arrive", _no_arrive)
-    problem = layers.draw(T=3, B=2, I=3, H=16, **TF32)
-    with pytest.raises(InterpreterError, match="'st.volatile.u32' has no function in INLINE_ASM"):
-        _concurrently(problem, timeout=20)
+def test_a_wait_without_end_traps_on_a_gpu(error_of):
+    """The polls are counted, and the last one allowed stores the word that names the kernel, then traps."""
+    try:
+        error = error_of(FORWARD, [NO_ARRIVAL, (r"\b16777215\b", "19")])
+        assert str(error).startswith(f"lstm_triton: {FORWARD} waited for seconds")
+        assert _kinds(error.__cause__) == {"trap"}
+        assert all("grid_sync.py" in report.statement.source for report in error.__cause__.reports)
+    finally:
+        stall.word(FORWARD, False).zero_()
 
 
 # ---- counters --------------------------------------------------------------------------------------------------------
@@ -266,12 +180,12 @@ class _LaunchesRecorded:
         self.counters.append((math.prod(grid), counters.fill_(9)))
 
 
-def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):
+def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch, device):
     launcher = _LaunchesRecorded()
     monkeypatch.setattr(layer, "_forward", launcher)
-    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
-    x, (h0, c0), weights = torch.randn(3, 33, 4), (torch.zeros(2, 33, 24),) * 2, torch.randn(96, 4)
-    direction = Direction(weights, torch.randn(96, 24))
+    x, weights = torch.randn(3, 33, 4, device=device), torch.randn(96, 4, device=device)
+    h0, c0 = torch.zeros(2, 2, 33, 24, device=device)
+    direction = Direction(weights, torch.randn(96, 24, device=device))
     inputs = LayerInputs.of(x, (h0, c0), [direction, direction], Segments())
     for _ in range(2):
         layer.lstm_layer_forward(inputs, LayerOptions(precision="tf32"))
@@ -281,9 +195,8 @@ def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch):
         assert programs == 3 * groups and counters.numel() == groups * COUNTER_STRIDE.value
 
 
-def test_counters_that_are_not_reset_are_caught(monkeypatch):
+def test_counters_that_are_not_reset_are_a_race(monkeypatch, error_of):
     """What a launch leaves in its counters lets nobody wait in the next."""
-    problem, right = _problem_and_results()
 
     class Torch:
         """torch, except that counters are not zero."""
@@ -296,12 +209,11 @@ def test_counters_that_are_not_reset_are_caught(monkeypatch):
             return torch.full(size, 4 * 4, **options)
 
     monkeypatch.setattr(layer, "torch", Torch())
-    assert "y" in _results_that_go_wrong(problem, right, "y")
+    assert "race in global memory" in _kinds(error_of(FORWARD, []))
 
 
-def test_more_arrivals_than_a_counter_holds_run_step_by_step(monkeypatch):
-    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
-    steps, cpu = (2**31 - 1) // 3, torch.device("cpu")
+def test_more_arrivals_than_a_counter_holds_run_step_by_step(device):
+    steps = (2**31 - 1) // 3
     problem = Problem("forward", 1, 24, 1, torch.float32, "tf32")
-    assert layer.plan(problem, steps, cpu).persistent
-    assert not layer.plan(problem, steps + 1, cpu).persistent
+    assert layer.plan(problem, steps, device).persistent
+    assert not layer.plan(problem, steps + 1, device).persistent

@@ -37,7 +37,7 @@ def recorded(monkeypatch, poisoned_outputs):
     launchers = _Recorded(layer._forward.kernel), _Recorded(layer_backward._backward.kernel)
     monkeypatch.setattr(layer, "_forward", launchers[0])
     monkeypatch.setattr(layer_backward, "_backward", launchers[1])
-    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
     return launchers
 
 

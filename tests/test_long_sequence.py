@@ -80,7 +80,7 @@ def _assert_all_steps_in_order(launches, forward_launches, backward_launches):
 @ways
 def test_one_launch_of_all_steps(recompute, monkeypatch, device):
     """Backward, 17 units are two programs, which wait for each other. Here nothing is launched."""
-    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
     *_, launches = _layer(torch.float32, 17, device, monkeypatch, recompute, stepwise=False, precision="tf32")
     _assert_all_steps_in_order(launches, 1, 8 if recompute else 1)
 

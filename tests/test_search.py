@@ -116,5 +116,5 @@ def test_the_interpreter_is_not_asked(monkeypatch):
     assert waiting.waits and not search.search(PROBLEM, H100).persistent
     assert search.search(PROBLEM._replace(single_step=True), H100) == waiting
     assert search.search(alone, H100).programs == 1 and search.search(alone, H100).persistent
-    monkeypatch.setattr(interpreter, "programs_are_concurrent", True)
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
     assert search.search(PROBLEM, H100) == found[0]
