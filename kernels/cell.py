@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .cells import forward_of
 from .config import cdiv, cell_forward_config
 from .device import matmul_precision, multiprocessor_count
-from .equations import lstm_forward
 from .gates import gate_rows, split_gates, store_gates
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .launch import Launcher, accumulator
@@ -36,7 +36,7 @@ def _lstm_cell_forward_kernel(
     stride_x_b, stride_x_i, stride_h_b, stride_h_h, stride_c_b, stride_c_h,
     stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
     # meta-parameters
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr,    ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
@@ -91,7 +91,7 @@ def _lstm_cell_forward_kernel(
     c_offsets = offs_b[:, None] * stride_c_b + offs_h.to(tl.int64)[None, :] * stride_c_h
     c_prev = tl.load(c_prev_ptr + c_offsets, mask=mask, other=0.0).to(ACC)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
-    i, f, g, o, c, h = lstm_forward(z_i, z_f, z_g, z_o, c_prev)
+    i, f, g, o, c, h = FORWARD(z_i, z_f, z_g, z_o, c_prev)
 
     offsets = offs_b[:, None] * H + offs_h[None, :]
     tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -156,6 +156,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
             stride_w_hh_k=stride_w_hh_k,
             stride_b_ih=0 if b_ih is None else b_ih.stride(0),
             stride_b_hh=0 if b_hh is None else b_hh.stride(0),
+            FORWARD=forward_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
             BLOCK_B=config.block_b,

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cells import backward_of
 from .config import cdiv, cell_backward_config
 from .device import matmul_precision, multiprocessor_count
-from .equations import lstm_backward
 from .gates import gate_rows, join_gates, load_gates
 from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
 from .launch import Launcher, accumulator
@@ -26,6 +26,7 @@ def _gate_gradients(
     step,  # (gates, c_prev, c, dh, dc, their sizes and strides): see _lstm_cell_backward_kernel
     first_row,
     first_unit,
+    BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -59,7 +60,7 @@ def _gate_gradients(
         dh = load_tile(dh_ptr, offs_b, mask_b, offs_h, mask_h, stride_dh_b, stride_dh_h).to(ACC)
     if dc_ptr is not None:
         dc = load_tile(dc_ptr, offs_b, mask_b, offs_h, mask_h, stride_dc_b, stride_dc_h).to(ACC)
-    return lstm_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
+    return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
 
 
 @triton.jit
@@ -70,6 +71,7 @@ def _weight_gradient_tile(
     step,
     B,
     H,
+    BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -84,7 +86,7 @@ def _weight_gradient_tile(
     mask_n = offs_n < N
     acc = tl.zeros((4 * BLOCK_H, BLOCK_N), ACC)
     for first_row in range(0, B, BLOCK_B):
-        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         offs_b = first_row + tl.arange(0, BLOCK_B)
         # This changes nothing. For sm_100, Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly.
@@ -104,6 +106,7 @@ def _input_gradient_tile(
     step,
     B,
     H,
+    BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -118,7 +121,7 @@ def _input_gradient_tile(
     mask_n = offs_n < N
     acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
     for first_unit in range(0, H, BLOCK_H):
-        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
         w = load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
@@ -137,6 +140,7 @@ def _state_gradient_tile(
     step,
     B,
     H,
+    BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -150,7 +154,7 @@ def _state_gradient_tile(
     db_g = tl.zeros((BLOCK_H,), ACC)
     db_o = tl.zeros((BLOCK_H,), ACC)
     for first_row in range(0, B, BLOCK_B):
-        dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(step, first_row, first_unit, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
         if dc_prev_ptr is not None:
             offs_b = first_row + tl.arange(0, BLOCK_B)
             offsets = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
@@ -201,7 +205,8 @@ def _lstm_cell_backward_kernel(
     stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_b, stride_h_h,
     stride_c_b, stride_c_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
     # meta-parameters
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    BACKWARD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
     step = (
@@ -225,26 +230,30 @@ def _lstm_cell_backward_kernel(
     if dw_hh_ptr is not None:
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dw_hh_ptr, h_prev, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _weight_gradient_tile(
+                tile, dw_hh_ptr, h_prev, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+            )
         tile -= tiles
     if dw_ih_ptr is not None:
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dw_ih_ptr, x, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _weight_gradient_tile(tile, dw_ih_ptr, x, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dh_prev_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dh_prev_ptr, w_hh, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _input_gradient_tile(
+                tile, dh_prev_ptr, w_hh, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+            )
         tile -= tiles
     if dx_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dx_ptr, w_ih, step, B, H, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _input_gradient_tile(tile, dx_ptr, w_ih, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
         tile -= tiles
     if dc_prev_ptr is not None or db_ih_ptr is not None or db_hh_ptr is not None:
         if (tile >= 0) & (tile < tl.cdiv(H, BLOCK_H)):
-            _state_gradient_tile(tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H, ACC, BLOCK_B, BLOCK_H)
+            _state_gradient_tile(tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H, BACKWARD, ACC, BLOCK_B, BLOCK_H)
 
 
 _backward = Launcher(_lstm_cell_backward_kernel)
@@ -336,6 +345,7 @@ def lstm_cell_backward(
             stride_w_ih_k=stride_w_ih_k,
             stride_w_hh_row=stride_w_hh_row,
             stride_w_hh_k=stride_w_hh_k,
+            BACKWARD=backward_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
             BLOCK_B=config.block_b,

@@ -71,6 +71,22 @@ def _tanh_near_zero(a):
 
 
 @triton.jit
+def expm1(x):
+    # The rounding error of e is in e - 1 and in log(e) alike, and their quotient has none of it.
+    e = tl.exp(x)
+    near = (e - 1.0) * (x / tl.log(e))
+    return tl.where(e == 1.0, x, tl.where(tl.abs(x) < 1.0, near, e - 1.0))
+
+
+@triton.jit
+def log1p(x):
+    # Likewise.
+    y = 1.0 + x
+    near = tl.log(y) * (x / (y - 1.0))
+    return tl.where(y == 1.0, x, tl.where(tl.abs(x) < 1.0, near, tl.log(y)))
+
+
+@triton.jit
 def d_sigmoid(s):
     """Derivative of sigmoid, from its value s."""
     return s * (1.0 - s)

@@ -22,9 +22,10 @@ class CellInputs(NamedTuple):
 
 
 class CellOptions(NamedTuple):
-    """precision of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting."""
+    """precision of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting; the name of the cell."""
 
     precision: str | None = None
+    cell: str = "lstm"
 
 
 class CellOutputs(NamedTuple):
@@ -143,7 +144,7 @@ class LayerOptions(NamedTuple):
     precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
     dropout: the probability with which each element of y is zero, for the layer that follows; with a seed only.
     return_cells: whether c of every step is wanted. recompute: save no gates for the backward, rebuild them by a GEMM.
-    stepwise: one launch per step, even where one launch could run them all.
+    stepwise: one launch per step, even where one launch could run them all. cell: its name.
     """
 
     precision: str | None = None
@@ -151,6 +152,7 @@ class LayerOptions(NamedTuple):
     return_cells: bool = False
     recompute: bool = False
     stepwise: bool = False
+    cell: str = "lstm"
 
 
 class LayerOutputs(NamedTuple):

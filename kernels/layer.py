@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import device, search, stall
+from . import cells, device, search, stall
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .grid_sync import COUNTER_STRIDE
@@ -191,7 +191,9 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         row = exchanged_row(H, dtype)
         stepwise = options.stepwise or (T == 1 and row != H)
         found = features(resets=segments.resets, lengths=segments.lengths, dropout=inputs.seed, cells=c, gates=gates)
-        problem = Problem("forward", B, H, D, dtype, precision, stepwise, found, long_offsets=is_long)
+        problem = Problem(
+            "forward", B, H, D, dtype, precision, stepwise, found, long_offsets=is_long, cell=options.cell
+        )
         config = plan(problem, T, on)
         row = row if config.persistent else H
         h = new_states(x, time_major, T, B, D * row)
@@ -223,6 +225,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             H=H,
             ROW=row,
             D=D,
+            FORWARD=cells.forward_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
             INDEX=index_type(pre, h),  # h is the longer one where H = 1

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import stall
+from . import cells, stall
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
@@ -128,6 +128,7 @@ def _gate_gradients(
         dc_n=dc_n,
     )
     problem = Problem("backward", B, H, D, dtype, precision, options.stepwise, found, gates is None, index == tl.int64)
+    problem = problem._replace(cell=options.cell)
     config = plan(problem, T, on)
     p_hi, p_lo = probability(options.dropout)
     stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()
@@ -152,6 +153,8 @@ def _gate_gradients(
         stride_dy_h=stride_dy_h,
         H=H,
         D=D,
+        FORWARD=cells.forward_of(options.cell),
+        BACKWARD=cells.backward_of(options.cell),
         ACC=accumulator(dtype),
         PRECISION=precision,
         INDEX=index,

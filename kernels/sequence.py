@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
-from .equations import lstm_forward
 from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
@@ -85,8 +84,9 @@ def _lstm_sequence_forward_kernel(
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
     # INDEX is the integer type of offsets within one timestep
-    H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    FORWARD: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -189,9 +189,7 @@ def _lstm_sequence_forward_kernel(
                 z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
         z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
-        i, f, g, o, c_new, h = lstm_forward(
-            z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c
-        )
+        i, f, g, o, c_new, h = FORWARD(z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c)
         x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
         c_t = c_new
         if lengths_ptr is not None:

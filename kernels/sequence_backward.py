@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
-from .equations import gate_activations, lstm_backward
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
@@ -104,9 +103,9 @@ def _lstm_sequence_backward_kernel(
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; INDEX is the integer type of offsets within one timestep
-    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -235,8 +234,8 @@ def _lstm_sequence_backward_kernel(
             dc_step += dc_states.to(ACC)
         i, f, g, o = i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC)
         if not ACTIVATED:
-            i, f, g, o = gate_activations(i, f, g, o)
-        dz_i, dz_f, dz_g, dz_o, dc_prev = lstm_backward(i, f, g, o, c_prev, c.to(ACC), dh, dc_step)
+            i, f, g, o, _, _ = FORWARD(i, f, g, o, c_prev)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = BACKWARD(i, f, g, o, c_prev, c.to(ACC), dh, dc_step)
         if lengths_ptr is not None:
             active = (t < lengths)[:, None]
             dz_i = tl.where(active, dz_i, 0.0)

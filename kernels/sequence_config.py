@@ -16,7 +16,8 @@ class Problem(NamedTuple):
     """What a configuration depends on, besides the device: B batch rows, H units and D directions, "forward" or "backward".
     stepwise: one launch per step, even where one could run them all. The rest changes the code alone: features, those of
     `specialization.POINTERS` that a call has; recompute, whether the backward is given pre-activations, not gates;
-    long_offsets, whether a step's tensors have 2^31 elements; single_step, whether a launch runs one step, and none waits.
+    long_offsets, whether a step's tensors have 2^31 elements; single_step, whether a launch runs one step, and none waits; the
+    name of the cell.
     """
 
     way: str
@@ -30,6 +31,7 @@ class Problem(NamedTuple):
     recompute: bool = False
     long_offsets: bool = False
     single_step: bool = False
+    cell: str = "lstm"
 
     @property
     def inner(self) -> int:

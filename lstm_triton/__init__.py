@@ -1,5 +1,7 @@
 """lstm_triton: the LSTM for PyTorch on NVIDIA GPUs, written in Triton."""
 
+import typing
+
 from . import functional
 from ._version import __version__
 from .convert import convert, from_gate_matrices, patch, to_gate_matrices, to_torch
@@ -8,11 +10,20 @@ from .explain import explain
 from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
 
+if typing.TYPE_CHECKING:
+    from .cells import GRU, Cell, GRUCell, Recurrent, RecurrentCell, cell
+
 __all__ = [
+    "GRU",
     "LSTM",
+    "Cell",
+    "GRUCell",
     "LSTMCell",
+    "Recurrent",
+    "RecurrentCell",
     "SoftmaxReadout",
     "__version__",
+    "cell",
     "convert",
     "explain",
     "from_gate_matrices",
@@ -22,3 +33,12 @@ __all__ = [
     "to_gate_matrices",
     "to_torch",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Cells of one's own, when they are first asked for: deriving them imports torch's tracer, in about a second."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import cells
+
+    return getattr(cells, name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import casting, dispatch, operators, reference
+from .kernels.cell_equations import step_of
 from .kernels.inputs import CellInputs, CellOptions, ReadoutInputs, ReadoutOptions
 from .layers import lstm
 
@@ -47,33 +48,36 @@ def lstm_cell(
         raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
-    h, c = hx
     _require_tensors("lstm_cell", (("w_ih", w_ih), ("w_hh", w_hh)))
+    h, c = step(cell_inputs(x, hx, w_ih, w_hh, b_ih, b_hh), precision, backend)
+    return (h.squeeze(0), c.squeeze(0)) if x.dim() == 1 else (h, c)
+
+
+def cell_inputs(x: Tensor, hx: tuple[Tensor, Tensor], *weights: Tensor | None) -> CellInputs:
+    """Of a batch, of one row where the input has none; ValueError for tensors of a wrong rank."""
     if x.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {x.dim()}D instead")
     for index, state in enumerate(hx):
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
-    if x.dim() == 1:
-        inputs = CellInputs(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), w_ih, w_hh, b_ih, b_hh)
-        h, c = _lstm_cell(inputs, precision, backend)
-        return h.squeeze(0), c.squeeze(0)
-    return _lstm_cell(CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh), precision, backend)
+    rows = (t.unsqueeze(0) if x.dim() == 1 else t for t in (x, *hx))
+    return CellInputs._make((*rows, *weights))
 
 
-def _lstm_cell(inputs: CellInputs, precision: str | None, backend: str) -> tuple[Tensor, Tensor]:
+def step(inputs: CellInputs, precision: str | None, backend: str, cell: str = "lstm") -> tuple[Tensor, Tensor]:
+    """(h, c) of a batch, by the equations of the cell of this name."""
     x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
-    if chosen == "torch":
+    if chosen == "torch" and cell == "lstm":
         _check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of what does not fit
         return torch.lstm_cell(x, (inputs.h, inputs.c), inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh)
     if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         inputs = CellInputs._make(None if t is None else casting.cast(t, dtype) for t in inputs)
     _check_cell(inputs)
-    if chosen == "reference":
-        return reference.lstm_cell(*inputs)
-    h, c, _ = operators.lstm_cell(inputs, CellOptions(precision))
+    if chosen in ("reference", "torch"):
+        return reference.lstm_cell(*inputs, step=step_of(cell))
+    h, c, _ = operators.lstm_cell(inputs, CellOptions(precision, cell))
     return h, c
 
 

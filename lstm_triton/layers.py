@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import casting, dispatch, operators, projection, reference, reference_ops, torch_ops
+from .kernels.cell_equations import step_of
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
 from .modes import is_batched, is_jit_tracing
@@ -104,8 +105,10 @@ def run(
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     if chosen == "reference" or B == 0 or H == 0:
-        layer = reference_ops if reference_ops.is_recorded() else reference
-        y, *states = layer.lstm_layer(x, *hx, directions, *segments)
+        if reference_ops.is_recorded():
+            y, *states = reference_ops.lstm_layer(x, *hx, directions, segments, options.cell)
+        else:
+            y, *states = reference.lstm_layer(x, *hx, directions, segments, step=step_of(options.cell))
         return _dropped(y, options.dropout), *states
     if chosen == "triton-persistent":
         weights = [w for direction in directions for w in direction]
@@ -168,6 +171,7 @@ def _require_persistent(inputs: LayerInputs, options: LayerOptions, is_recorded:
         resets=inputs.resets, lengths=inputs.lengths, dropout=options.dropout > 0, cells=options.return_cells
     )
     problem = Problem("forward", B, H, D, x.dtype, precision, features=given, recompute=options.recompute)
+    problem = problem._replace(cell=options.cell)
     plans = layer.training_plans(problem, len(x), on) if is_recorded else {"forward": layer.plan(problem, len(x), on)}
     for way, config in plans.items():
         if config.persistent or len(x) == 1:

@@ -189,6 +189,7 @@ def _torch_options(module) -> torch_ops.Options:
 
 
 def _choose(module, x: Tensor, plain: bool, T: int) -> str:
+    plain = plain and cell_of(module) is None
     return dispatch.layer_backend(
         module.backend,
         x.device,
@@ -198,6 +199,11 @@ def _choose(module, x: Tensor, plain: bool, T: int) -> str:
         module.precision,
         module.proj_size > 0,
     )
+
+
+def cell_of(module) -> Any:
+    """The `cells.Cell` of a `Recurrent`; None for an LSTM."""
+    return getattr(module, "cell", None)
 
 
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
@@ -222,12 +228,15 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     last = []
-    c = None
+    c, cell = None, cell_of(module)
     for k, layer in enumerate(split_weights(weights, module.num_layers, directions)):
         rows, is_last = slice(k * directions, (k + 1) * directions), k == module.num_layers - 1
         dropout = float(module.dropout) if module.training and not is_last else 0.0
         wants_cells = return_cell_states and is_last
-        options = LayerOptions(module.precision, dropout, wants_cells, module.recompute, chosen == "triton-stepwise")
+        stepwise, name = chosen == "triton-stepwise", "lstm"
+        if cell is not None:
+            layer, name = [cell.placed(w) for w in layer], cell.key
+        options = LayerOptions(module.precision, dropout, wants_cells, module.recompute, stepwise, name)
         states = hx[0][rows], hx[1][rows]
         x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, checked.of_rows(rows), options)
         last.append((h_n, c_n))

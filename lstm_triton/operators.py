@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import Operator, implements, library
+from .kernels.cell_equations import step_of
 from .kernels.inputs import (
     CellGradients,
     CellInputs,
@@ -40,6 +41,11 @@ def _cell_fake(inputs: CellInputs, options: CellOptions, save: bool) -> CellOutp
     return CellOutputs(x.new_empty(shape), x.new_empty(shape), x.new_empty((*shape, 4)) if save else None)
 
 
+def _cell_reference(inputs: CellInputs, options: CellOptions) -> tuple[Tensor, Tensor]:
+    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
+    return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step_of(options.cell))
+
+
 lstm_cell = Operator(
     "lstm_cell",
     inputs=CellInputs,
@@ -50,7 +56,7 @@ lstm_cell = Operator(
     launchers=_cell_launchers,
     save=lambda outputs: CellSaved(outputs.c, outputs.gates),
     fake=_cell_fake,
-    reference=lambda inputs, options: reference.lstm_cell(*inputs),
+    reference=_cell_reference,
 )
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -91,7 +97,8 @@ def _layer_fake_gradients(inputs: LayerInputs, saved: LayerSaved) -> dict[str, T
 
 
 def _layer_reference(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, ...]:
-    y, *states = reference.lstm_layer(inputs.x, inputs.h0, inputs.c0, inputs.directions, *inputs.segments)
+    step = step_of(options.cell)
+    y, *states = reference.lstm_layer(inputs.x, inputs.h0, inputs.c0, inputs.directions, inputs.segments, step=step)
     return dropped(y, options.dropout, inputs.seed), *states
 
 

@@ -4,22 +4,32 @@ Clear rather than fast. Everything is made of differentiable torch operations, o
 (the tests use float64), so the hand-written backward can itself be differentiated: double backward rests on it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels.inputs import Segments
 
-def gate_activations(
+_NO_SEGMENTS = Segments()
+
+
+def pre_activations(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """i, f, g, o, each [B, H], from x [B, I], h [B, H], w_ih [4H, I], w_hh [4H, H] and biases [4H] or None."""
+) -> tuple[Tensor, ...]:
+    """z_i, z_f, z_g, z_o, each [B, H], from x [B, I], h [B, H], w_ih [4H, I], w_hh [4H, H] and biases [4H] or None."""
     z = x @ w_ih.t() + h @ w_hh.t()
     for b in (b_ih, b_hh):
         if b is not None:
             z = z + b
-    z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
+    return z.chunk(4, dim=1)
+
+
+def gate_activations(*tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """i, f, g, o, each [B, H], from what `pre_activations` takes."""
+    z_i, z_f, z_g, z_o = pre_activations(*tensors)
     return torch.sigmoid(z_i), torch.sigmoid(z_f), torch.tanh(z_g), torch.sigmoid(z_o)
 
 
@@ -31,8 +41,14 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    step: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One timestep: the next (h, c), each [B, H], from x [B, I], h and c [B, H], torch.nn.LSTMCell's weights and biases."""
+    """One timestep: the next (h, c), each [B, H], from x [B, I], h and c [B, H], torch.nn.LSTMCell's weights and biases.
+
+    step: the equations of another cell, as in `kernels.cell_equations`.
+    """
+    if step is not None:
+        return step(*pre_activations(x, h, w_ih, w_hh, b_ih, b_hh), c)
     i, f, g, o = gate_activations(x, h, w_ih, w_hh, b_ih, b_hh)
     c = f * c + i * g
     h = o * torch.tanh(c)
@@ -70,10 +86,9 @@ def lstm_layer(
     h0: Tensor,
     c0: Tensor,
     weights: Sequence[Sequence[Any]],
-    resets: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    lengths: Tensor | None = None,
+    segments: Segments = _NO_SEGMENTS,
+    *,
+    step: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer over a sequence, in as many directions as there are weights, step by step.
 
@@ -81,14 +96,17 @@ def lstm_layer(
         x: [T, B, I]; h0, c0: [D, B, H].
         weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None; with a projection of h to
             size R also w_hr [R, H], and then w_hh is [4H, R] and h0 and y have R in place of H.
-        resets: [T, B] bool: a segment of row b starts at t. The result equals that of the segments run one by one, each from
-            zeros, or from reset_h[t, d, b], reset_c[t, d, b] ([T, D, B, H]) of the step at which its direction enters it.
-        lengths: [B] integers: steps of each row; past them outputs and cell states are 0.
+        segments: where resets[t, b] a segment of row b starts at t. The result equals that of the segments run one by one, each
+            from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past the
+            lengths of the rows outputs and cell states are 0.
+        step: of another cell, as in `lstm_cell`.
 
     Returns:
         y [T, B, D * H], h_n and c_n [D, B, H] (of each row's last step), c of every step [T, B, D * H].
     """
     T, B = x.shape[:2]
+    resets, reset_h, reset_c, lengths = segments
+    compute: Any = functools.partial(lstm_cell, step=step)
     outputs, cells, last = [], [], []
     for d, direction in enumerate(weights):
         h, c = h0[d], c0[d]
@@ -106,7 +124,7 @@ def lstm_layer(
             x_t = x[t]
             if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
                 x_t, h_prev, c_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev, c_prev))
-            h_t, c_t = lstm_cell(x_t, h_prev, c_prev, *direction[:4])
+            h_t, c_t = compute(x_t, h_prev, c_prev, *direction[:4])
             if w_hr is not None:
                 h_t = h_t @ w_hr.t()
             if active is None:

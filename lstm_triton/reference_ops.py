@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import reference
 from .autograd import Operator
-from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved
+from .kernels.cell_equations import step_of
+from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved, Segments
 from .modes import is_jit_tracing
 
 
@@ -52,8 +53,8 @@ class _Outputs(NamedTuple):
 
 
 def _reference(inputs: _Inputs, options: CellOptions) -> tuple[Tensor, ...]:
-    states, segments = (inputs.h0, inputs.c0), (inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
-    return reference.lstm_layer(inputs.x, *states, inputs.directions, *segments)
+    states, segments = (inputs.h0, inputs.c0), Segments(inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
+    return reference.lstm_layer(inputs.x, *states, inputs.directions, segments, step=step_of(options.cell))
 
 
 def _forward(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
@@ -92,8 +93,8 @@ def is_recorded() -> bool:
 
 
 def lstm_layer(
-    x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], *segments: Tensor | None
+    x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], segments: Segments, cell: str
 ) -> Sequence[Any]:
-    """`reference.lstm_layer`."""
+    """`reference.lstm_layer` of the cell of this name."""
     reverse = directions[1] if len(directions) == 2 else (None,) * 5
-    return _operator(_Inputs(x, h0, c0, *directions[0], *reverse, *segments), CellOptions())
+    return _operator(_Inputs._make((x, h0, c0, *directions[0], *reverse, *segments)), CellOptions(cell=cell))

@@ -91,6 +91,7 @@ def _compilations(archs, everything):
     """
     from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
     from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
+    from lstm_triton.kernels.cells import backward_of, forward_of
     from lstm_triton.kernels.launch import accumulator
 
     turn = GENERATIONS.index(archs)
@@ -99,9 +100,10 @@ def _compilations(archs, everything):
             continue
         turn += 1
         shared = {"ACC": accumulator(dtype), "PRECISION": precision}
-        for kernel, configs, block, absent in (
-            (forward, all_cell_forward_configs(dtype, precision), "block_k", INFERENCE),
-            (backward, all_cell_backward_configs(dtype, precision), "block_n", WEIGHTS_OF_H),
+        of_forward, of_backward = {"FORWARD": forward_of("lstm")}, {"BACKWARD": backward_of("lstm")}
+        for kernel, configs, block, absent, equations in (
+            (forward, all_cell_forward_configs(dtype, precision), "block_k", INFERENCE, of_forward),
+            (backward, all_cell_backward_configs(dtype, precision), "block_n", WEIGHTS_OF_H, of_backward),
         ):
             largest = max(configs, key=lambda config: (config.block_b, config.block_h))
             launches = []
@@ -112,7 +114,7 @@ def _compilations(archs, everything):
                 launches += [(config, *variant) for variant in variants]
             for config, aligned, without in launches:
                 tile = {name.upper(): getattr(config, name) for name in ("block_b", "block_h", block)}
-                constants = {**shared, **tile}
+                constants = {**shared, **tile, **equations}
                 signature = _signature(kernel, constants, POINTERS[kind], aligned, without)
                 words = f"{'aligned' if aligned else 'unaligned'}{', without ' * bool(without)}{', '.join(without)}"
                 yield kernel, config, constants, signature, kind, words

@@ -12,6 +12,7 @@ from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.checks import Built
 from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.bench.rows import Error
+from lstm_triton.kernels.inputs import Segments
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ class FakeTorchRL:
         self.asked.append((input_precision, torch.get_float32_matmul_precision()))
         weights = [w_ih, w_hh, b_ih, b_hh]
         y, h_n, c_n, _ = reference.lstm_layer(
-            x.transpose(0, 1), hidden[:, 0][None], cell[:, 0][None], [weights], is_init.t().contiguous()
+            x.transpose(0, 1), hidden[:, 0][None], cell[:, 0][None], [weights], Segments(is_init.t().contiguous())
         )
         y.register_hook(lambda g: self.asked.append((input_precision, torch.get_float32_matmul_precision())))
         return y.transpose(0, 1), None, h_n[0], c_n[0]

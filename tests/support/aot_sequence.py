@@ -39,13 +39,14 @@ class Case(NamedTuple):
     features: tuple[str, ...] = ("training",)
     recompute: bool = False
     single_step: bool = False  # nothing to wait for
+    cell: str = "lstm"
 
     @property
     def problem(self) -> Problem:
         always = TRAINING[self.way] if "training" in self.features else set()
         features = always | set(POINTERS[self.way]).intersection(self.features)
         problem = Problem(self.way, self.B, self.H, self.D, self.dtype, self.precision, features=frozenset(features))
-        return problem._replace(recompute=self.recompute, single_step=self.single_step)
+        return problem._replace(recompute=self.recompute, single_step=self.single_step, cell=self.cell)
 
 
 class Choice(NamedTuple):

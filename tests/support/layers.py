@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton import functional, reference
+from lstm_triton.kernels.inputs import Segments
 
 from . import tolerance
 from .cells import matmul_precision
@@ -159,7 +160,7 @@ def by_torch(problem: Problem) -> list[Tensor]:
         shape = (*x.shape[:1], *h0.shape)
         resets = (None, None) if reset_state is None else (s.expand(shape) for s in reset_state)
         by_direction = [weights[d * n : (d + 1) * n] for d in range(problem.directions)]
-        return reference.lstm_layer(x, h0, c0, by_direction, problem.resets, *resets, problem.lengths)[
+        return reference.lstm_layer(x, h0, c0, by_direction, Segments(problem.resets, *resets, problem.lengths))[
             : len(problem.cotangents)
         ]
 

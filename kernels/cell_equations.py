@@ -1,0 +1,28 @@
+"""The cells besides the LSTM, by name; no triton here."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CellEquations(NamedTuple):
+    """One step of a cell, twice: in torch, and as the source of two @triton.jit functions, `cells.forward_of` and backward_of.
+
+    step: (z0, z1, z2, z3, state before) -> (h, state), of pre-activations [B, H].
+    """
+
+    step: Callable[..., tuple[Tensor, Tensor]]
+    source: str
+
+
+generated: dict[str, CellEquations] = {}
+
+
+def step_of(name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`CellEquations.step`; None for the LSTM."""
+    if name == "lstm":
+        return None
+    if name not in generated:
+        raise RuntimeError(f"the cell {name!r} is not declared in this process: import the module that declares it")
+    return generated[name].step

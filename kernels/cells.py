@@ -1,0 +1,43 @@
+"""What a kernel computes of one step, by the name of the cell: the LSTM's equations, or those generated of another cell.
+
+forward(z0, z1, z2, z3, before) -> saved0, saved1, saved2, saved3, state, h
+backward(saved0, saved1, saved2, saved3, before, state, dh, d_state) -> dz0, dz1, dz2, dz3, d_before
+
+All tiles [BLOCK_B, BLOCK_H]: four pre-activations of each unit, its state before and after the step.
+"""
+
+import linecache
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .cell_equations import generated
+from .equations import expm1, log1p, lstm_backward, lstm_forward, sigmoid, tanh
+
+_functions: dict[str, tuple[Any, Any]] = {"lstm": (lstm_forward, lstm_backward)}
+
+
+def forward_of(name: str) -> Any:
+    """The @triton.jit function of the cell of this name."""
+    return _functions_of(name)[0]
+
+
+def backward_of(name: str) -> Any:
+    return _functions_of(name)[1]
+
+
+def _functions_of(name: str) -> tuple[Any, Any]:
+    if name not in _functions:
+        _functions[name] = _compiled(name, generated[name].source)
+    return _functions[name]
+
+
+def _compiled(name: str, source: str) -> tuple[Any, Any]:
+    # Triton reads the source of a function again, as of a file.
+    file = f"<{name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    names = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "expm1": expm1, "log1p": log1p}
+    namespace: dict[str, Any] = {"__name__": f"{__name__}.{name}", **names}
+    exec(compile(source, file, "exec"), namespace)
+    return namespace["forward"], namespace["backward"]

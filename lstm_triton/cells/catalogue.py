@@ -1,0 +1,41 @@
+"""Cells from papers and from torch, ready to use; each is an example of how to write one."""
+
+import torch
+
+from .declaration import cell
+
+
+@cell(gates="rzn")
+def gru(z, s):
+    """The gated recurrent unit (Cho et al. 2014, arXiv:1406.1078), as torch.nn.GRU has it: r scales W_hn h + b_hn."""
+    r, u = torch.sigmoid(z.r), torch.sigmoid(z.z)
+    n = torch.tanh(z.input.n + r * z.recurrent.n)
+    return (1 - u) * n + u * s.h, {}
+
+
+@cell(gates="fgo", states="c")
+def cifg(z, s):
+    """The LSTM with coupled input and forget gate, i = 1 - f (Greff et al. 2017, arXiv:1503.04069)."""
+    f, g, o = torch.sigmoid(z.f), torch.tanh(z.g), torch.sigmoid(z.o)
+    c = f * s.c + (1 - f) * g
+    return o * torch.tanh(c), {"c": c}
+
+
+@cell(gates="fn")
+def minimal_gated_unit(z, s):
+    """The minimal gated unit (Zhou et al. 2016, arXiv:1603.09420), with the forget gate applied to U h + b, as a GRU's is."""
+    f = torch.sigmoid(z.f)
+    n = torch.tanh(z.input.n + f * z.recurrent.n)
+    return (1 - f) * s.h + f * n, {}
+
+
+@cell(gates="a")
+def rnn_tanh(z, s):
+    """Elman's network, as torch.nn.RNN has it (Elman 1990)."""
+    return torch.tanh(z.a), {}
+
+
+@cell(gates="a")
+def rnn_relu(z, s):
+    """torch.nn.RNN(nonlinearity="relu")."""
+    return torch.relu(z.a), {}

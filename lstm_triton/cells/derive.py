@@ -1,0 +1,191 @@
+"""From a pointwise function to two device functions: its values, and its derivatives from as few saved values as possible.
+
+torch differentiates: the function and its vector-Jacobian product are traced as one graph. What that graph computes from the
+inputs alone may be saved by the forward or computed again by the backward. A minimum cut between the inputs and what the
+backward uses tells which values to save: the fewest, and of those the latest.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .operations import CLAMP, CONSTANTS, DECOMPOSITIONS, EXPRESSIONS, POWER, SAME, aten
+
+
+class Value:
+    """A value of the graph: an input, or an operation on other values and numbers. Equal ones are one object."""
+
+    def __init__(self, name: str, operation: Any = None, args: tuple = (), is_float: bool = True) -> None:
+        self.name, self.operation, self.args, self.is_float = name, operation, args, is_float
+
+    @property
+    def operands(self) -> list["Value"]:
+        return [a for a in self.args if isinstance(a, Value)]
+
+
+class _Graph:
+    """Interns values, so that what is computed twice is one value."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple, Value] = {}
+
+    def apply(self, operation: Any, *args: Any, is_float: bool = True) -> Any:
+        if operation is aten.where.self and not isinstance(args[0], Value):
+            return args[1] if args[0] else args[2]
+        if not any(isinstance(a, Value) for a in args):  # of numbers, which Triton's functions do not take
+            first, *others = (torch.tensor(a, dtype=torch.float64) for a in args)
+            of_scalar = operation._overloadname == "Scalar"
+            return operation(first, *(t.item() if of_scalar else t for t in others)).item()
+        key = (operation, *args)
+        if key not in self._values:
+            self._values[key] = Value(f"t{len(self._values)}", operation, args, is_float)
+        return self._values[key]
+
+    def of_node(self, node: Any, args: Sequence[Any]) -> Any:
+        """The value, or number, of a node of torch's graph whose arguments have these."""
+        operation, kwargs = node.target, dict(node.kwargs)
+        if operation in SAME:
+            return args[0]
+        if operation in CONSTANTS:
+            return CONSTANTS[operation](node)
+        if operation is POWER:
+            return self._power(*args)
+        if operation in (CLAMP, aten.clamp_min.default, aten.clamp_max.default):
+            return self._clamp(operation, args, kwargs)
+        if (alpha := kwargs.pop("alpha", 1)) != 1:
+            args = (args[0], self.apply(aten.mul.Tensor, args[1], float(alpha)))
+        if operation not in EXPRESSIONS or kwargs:
+            raise NotImplementedError(f"{operation} {kwargs or ''}".strip())
+        if operation in (aten.mul.Tensor, aten.mul.Scalar) and 1 in args:
+            return args[0] if args[1] == 1 else args[1]
+        return self.apply(operation, *args, is_float=node.meta["val"].dtype.is_floating_point)
+
+    def _power(self, base: Value, exponent: float) -> Any:
+        if exponent == 0.5:
+            return self.apply(aten.sqrt.default, base)
+        if exponent not in (-2, -1, 1, 2, 3, 4):
+            raise NotImplementedError(f"{POWER} with the exponent {exponent}")
+        power = base
+        for _ in range(abs(int(exponent)) - 1):
+            power = self.apply(aten.mul.Tensor, power, base)
+        return power if exponent > 0 else self.apply(aten.reciprocal.default, power)
+
+    def _clamp(self, operation: Any, args: Sequence[Any], kwargs: dict) -> Any:
+        value, *bounds = args
+        low, high = (*bounds, kwargs.get("max"))[:2] if operation is CLAMP else (bounds[0], None)
+        if operation is aten.clamp_max.default:
+            low, high = high, low
+        for bound, limit in ((low, aten.maximum.default), (high, aten.minimum.default)):
+            if bound is not None:
+                value = self.apply(limit, value, float(bound))
+        return value
+
+
+def joint_graph(function: Callable, names: Sequence[str], cotangents: Sequence[str]) -> tuple[list, list]:
+    """The outputs of function(*names), and the gradients of its inputs: values, or numbers.
+
+    Raises NotImplementedError, with its name, for an operation that is not known.
+    """
+
+    def joint(inputs, gradients):
+        outputs, vjp, *_ = torch.func.vjp(function, *inputs)
+        return *outputs, *vjp(gradients)
+
+    def example(names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.full((2, 3), 0.5, dtype=torch.float64) for _ in names)
+
+    functional = torch.func.functionalize(joint, remove="mutations_and_views")
+    traced = make_fx(functional, DECOMPOSITIONS, tracing_mode="fake")(example(names), example(cotangents))
+    traced.graph.eliminate_dead_code()
+    graph, values = _Graph(), {}
+    inputs = iter([*names, *cotangents])
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = Value(next(inputs))
+        elif node.op == "call_function":
+            arguments = [values[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
+            values[node] = graph.of_node(node, arguments)
+        elif node.op == "output":
+            found = [values[n] for n in node.args[0]]
+    return found[: -len(names)], found[-len(names) :]
+
+
+def ancestors(values: Iterable[Any], stop: frozenset[Value] = frozenset()) -> list[Value]:
+    """All values that these depend on, themselves included, operands first; nothing behind those of `stop`."""
+    order: dict[Value, None] = {}
+
+    def visit(value: Any) -> None:
+        if not isinstance(value, Value) or value in order:
+            return
+        if value not in stop:
+            for operand in value.operands:
+                visit(operand)
+        order[value] = None
+
+    for value in values:
+        visit(value)
+    return list(order)
+
+
+def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequence[Any]) -> list[Value]:
+    """The fewest values from which, with the cotangents and what is at hand, the gradients follow."""
+    import networkx  # type: ignore[import-untyped]  # a dependency of torch
+
+    needed = ancestors(gradients, frozenset(v for v in at_hand if isinstance(v, Value)))
+    of_cotangents: set[Value] = set()
+    for value in needed:
+        if value.name in cotangents or not of_cotangents.isdisjoint(value.operands):
+            of_cotangents.add(value)
+    flow = networkx.DiGraph()
+    flow.add_nodes_from(("inputs", "backward"))
+    for value in needed:
+        if value in of_cotangents:
+            for operand in value.operands:
+                if operand not in of_cotangents and operand not in at_hand:
+                    flow.add_edge((operand, "out"), "backward")
+        elif value not in at_hand:
+            # An edge without a capacity is never cut: truth values are not saved.
+            flow.add_edge((value, "in"), (value, "out"), **({"capacity": 1} if value.is_float else {}))
+            if value.operation is None:
+                flow.add_edge("inputs", (value, "in"))
+            for operand in value.operands:
+                if operand not in at_hand:
+                    flow.add_edge((operand, "out"), (value, "in"))
+    for gradient in gradients:
+        if isinstance(gradient, Value) and gradient not in of_cotangents and gradient not in at_hand:
+            flow.add_edge((gradient, "out"), "backward")
+    _, (before, after) = networkx.minimum_cut(flow, "inputs", "backward")
+    return [value for value in needed if (value, "in") in before and (value, "out") in after]
+
+
+def source(name: str, doc: str, parameters: dict[str, Value | None], outputs: Sequence[Any]) -> str:
+    """A @triton.jit function of these parameters, all tiles of one shape; a number among the outputs is a tile of it."""
+    lines, names = [], {value: parameter for parameter, value in parameters.items() if value is not None}
+    counter, like = itertools.count(), next(iter(parameters))
+
+    def written(argument: Any, operation: Any) -> str:
+        if isinstance(argument, Value):
+            return names[argument]
+        number = float(argument)
+        # Elsewhere than in arithmetic Triton takes a number for float32 first.
+        is_exact = operation not in (aten.maximum.default, aten.minimum.default, aten.where.self)
+        if is_exact or torch.tensor(number, dtype=torch.float32).item() == number:
+            return repr(number)
+        return f"tl.full({like}.shape, {number!r}, {like}.dtype)"
+
+    for value in ancestors(outputs, frozenset(names)):
+        if value not in names:
+            arguments = [written(a, value.operation) for a in value.args]
+            names[value] = f"v{next(counter)}"
+            lines.append(f"{names[value]} = {EXPRESSIONS[value.operation].format(*arguments)}")
+    returned = []
+    for output in outputs:
+        if isinstance(output, Value):
+            returned.append(names[output])
+        else:
+            returned.append(f"tl.zeros_like({like})" + (f" + {float(output)}" if output else ""))
+    body = [f'"""{doc}"""', *lines, f"return {', '.join(returned)}"]
+    return "\n".join(["@triton.jit", f"def {name}({', '.join(parameters)}):", *(f"    {line}" for line in body), ""])

@@ -1,0 +1,81 @@
+"""`GRU` and `GRUCell`: torch.nn.GRU and torch.nn.GRUCell, and what these cannot do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import dispatch
+from ..modules import check_options
+from .catalogue import gru
+from .modules import Recurrent, RecurrentCell
+
+
+class GRU(Recurrent):
+    """torch.nn.GRU, and what cuDNN cannot do: resets, lengths, every state, less memory.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.GRU, with
+            its parameters, initial values for one seed, state_dict and errors.
+        precision, backend, recompute: as in `LSTM`; "cudnn" takes torch's own setting of precision.
+
+    Inputs and outputs: as in torch.nn.GRU; and resets, reset_state, lengths and return_states as in `Recurrent`. A call without
+    any of these is torch's own (on a GPU cuDNN's) with backend="auto", unless a precision is asked for on a GPU.
+
+    Raises as torch.nn.GRU and `Recurrent` do. It is no instance of torch.nn.GRU, which torch.compile refuses.
+    """
+
+    def __init__(
+        self, *args: Any, precision: str | None = None, backend: str = "auto", recompute: bool = False, **kwargs: Any
+    ) -> None:
+        check_options(precision, backend)
+        if backend == "cudnn" and precision is not None:
+            raise ValueError("backend='cudnn' takes torch's setting of precision for a GRU, got precision too")
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        torch.nn.RNNBase.__init__(self, "GRU", *args, **kwargs)
+        self.cell, self.precision, self.backend, self.recompute = gru, precision, backend, recompute
+
+    flatten_parameters = torch.nn.RNNBase.flatten_parameters
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removeprefix("gru, ")
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None, **options: Any):
+        x = input.data if isinstance(input, PackedSequence) else input
+        if not options and isinstance(x, Tensor) and self._is_torchs(x):
+            theirs: Any = torch.nn.GRU.forward
+            return theirs(self, input, hx)
+        return super().forward(input, hx, **options)
+
+    def _is_torchs(self, x: Tensor) -> bool:
+        plain = not (x.is_cuda and (self.recompute or self.precision is not None))
+        chosen = dispatch.layer_backend(
+            self.backend, x.device, x.dtype, plain, dispatch.is_long(len(x), x.device), None
+        )
+        return chosen in ("torch", "cudnn")
+
+
+class GRUCell(RecurrentCell):
+    """torch.nn.GRUCell with each step in one kernel launch on NVIDIA GPUs, forward and backward.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in torch.nn.GRUCell, with its parameters, initial values for one seed,
+            state_dict and errors.
+        precision, backend: as in `LSTMCell`.
+
+    Inputs: input [B, I] or [I]; hx: [B, H] or [H], zeros when None.
+    Outputs: h of the next step, shaped alike. Twice differentiable.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(gru, input_size, hidden_size, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removeprefix("gru, ")
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if dispatch.cell_backend(self.backend, input.device, input.dtype) == "torch":
+            return torch.nn.GRUCell.forward(self, input, hx)  # type: ignore[arg-type]
+        return super().forward(input, hx)

@@ -1,0 +1,77 @@
+"""Random cells: pointwise expressions of gates and states, from a grammar, of values that stay in bounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+# Smooth functions, which bound what they are given; and some with kinks, whose derivative jumps where no input lies.
+_UNARY: dict[str, Callable] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "exp": lambda x: torch.exp(-x.abs()),
+    "log1p": lambda x: torch.log1p(x * x),
+    "sqrt": lambda x: torch.sqrt(1 + x * x),
+    "sin": torch.sin,
+    "softplus": F.softplus,
+    "logsigmoid": F.logsigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "hardtanh": F.hardtanh,
+    "clamp": lambda x: x.clamp(min=-0.7),
+    "square": lambda x: x**2 / (1 + x**2),
+    "negative": lambda x: -x,
+    "abs": torch.abs,
+    "softsign": F.softsign,
+}
+_BINARY: dict[str, Callable] = {
+    "plus": lambda x, y: x + y,
+    "minus": lambda x, y: 1 - x - y,
+    "times": lambda x, y: x * y,
+    "over": lambda x, y: x / (1 + y.abs()),
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "where": lambda x, y: torch.where(x > y, x, 0.5 * y),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.3),
+}
+
+
+def random_cell(rng: random.Random) -> tuple[Callable, str, str, str]:
+    """(function, gates, states, what it computes in words): at most four pre-activations, at most one state."""
+    gates = "abde"[: rng.randint(1, 4)]
+    states = rng.choice(["", "c"])
+    has_parts = len(gates) < 4 and rng.random() < 0.5
+    uses_h = not states and rng.random() < 0.7
+
+    def expression(leaves: list[str], depth: int) -> tuple:
+        if depth == 0 or rng.random() < 0.1:
+            return (rng.choice(leaves),)
+        if rng.random() < 0.5:
+            return rng.choice(list(_UNARY)), expression(leaves, depth - 1)
+        return rng.choice(list(_BINARY)), expression(leaves, depth - 1), expression(leaves, depth - 1)
+
+    leaves = [f"z.{gate}" for gate in gates] + ["s.c"] * len(states) + ["s.h"] * uses_h
+    leaves += ["z.input." + gates[0], "z.recurrent." + gates[0]] if has_parts else []
+    trees = {name: expression(leaves, 3) for name in ("h", *states)}
+
+    def evaluate(tree: tuple, z, s):
+        name, *operands = tree
+        values = [evaluate(operand, z, s) for operand in operands]
+        if values:
+            return (_UNARY if len(values) == 1 else _BINARY)[name](*values)
+        value = {"z": z, "s": s}[name[0]]
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+        return value
+
+    def function(z, s):
+        # Each gate takes part, whatever the trees have drawn.
+        h = torch.tanh(evaluate(trees["h"], z, s) + 0.1 * sum(getattr(z, gate) for gate in gates))
+        return h, {name: torch.tanh(evaluate(trees[name], z, s) + 0.5 * s.c) for name in states}
+
+    return function, gates, states, str(trees)

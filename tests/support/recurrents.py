@@ -1,0 +1,97 @@
+"""Calls of `Recurrent`, judged by the tolerance rule, with the cell's own function as truth in float64 and as yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_triton import Cell, Recurrent
+
+from . import tolerance
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A cell's layers with everything random, drawn in float64 and rounded; options: resets and lengths, of the call."""
+
+    cell: Cell
+    tensors: tuple[Tensor, ...]  # x [T, B, I], hx, the parameters, and the cotangents of y and hx
+    sizes: tuple[int, int, int, bool]  # I, H, layers, bidirectional
+    options: dict[str, Any]
+
+    @staticmethod
+    def draw(cell: Cell, T: int, B: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, **options: Any):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        D, dtype, device = 2 if bidirectional else 1, options.pop("dtype"), options.pop("device", "cpu")
+        states = [normal(layers * D, B, H) for _ in range(2 if cell.states else 1)]
+        shapes = [
+            p.shape for p in Recurrent(cell, I, H, layers, bidirectional=bidirectional, device="meta").parameters()
+        ]
+        weights = [normal(*shape) / H**0.5 for shape in shapes]
+        tensors = [normal(T, B, I), *states, *weights, normal(T, B, D * H), *(torch.randn_like(s) for s in states)]
+        if options.pop("resets", False):
+            options["resets"] = (torch.rand(T, B, generator=generator) < 0.3).to(device)
+        if options.pop("lengths", False):
+            options["lengths"] = torch.randint(0, T + 1, (B,), generator=generator).to(device)
+        rounded = tuple(t.to(dtype).to(device) for t in tensors)
+        return Problem(cell, rounded, (I, H, layers, bidirectional), options)
+
+    def run(self, backend: str, precision: str | None = None, recompute: bool = False) -> list[Tensor]:
+        """y, hx, and the gradients of all but the cotangents."""
+        n = 2 if self.cell.states else 1
+        I, H, layers, bidirectional = self.sizes
+        dtype, device = self.tensors[0].dtype, self.tensors[0].device
+        module = Recurrent(
+            self.cell,
+            I,
+            H,
+            layers,
+            bidirectional=bidirectional,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            precision=precision,
+            recompute=recompute,
+        )
+        leaves = [t.clone().requires_grad_() for t in self.tensors[: -1 - n]]
+        names = [name for name, _ in module.named_parameters()]
+        x, *states = leaves[: 1 + n]
+        hx = tuple(states) if self.cell.states else states[0]
+        given = dict(zip(names, leaves[1 + n :]))
+        y, found = torch.func.functional_call(module, given, (x, hx), self.options)
+        results = [y, *(found if self.cell.states else (found,))]
+        gradients = torch.autograd.grad(
+            results, leaves, self.tensors[-1 - n :], materialize_grads=True, allow_unused=True
+        )
+        return [t.detach() for t in results] + list(gradients)
+
+    def moved(self, tensors: Sequence[Tensor]) -> Problem:
+        return replace(self, tensors=tuple(tensors))
+
+
+def assert_as_accurate_as_torch(results: Sequence[Tensor], problem: Problem) -> None:
+    """By the tolerance rule, with the cell's function in torch as its yardstick."""
+    dtype = problem.tensors[0].dtype
+
+    def errors(found: Sequence[Tensor], of: Problem) -> list[tolerance.Errors]:
+        truths = of.moved([t.double() for t in of.tensors]).run("reference")
+        return [tolerance.Errors.of(f.double() - t, t) for f, t in zip(found, truths, strict=True)]
+
+    torchs = []
+    for tensors in tolerance.neighbours(problem.tensors):
+        near = problem.moved([t for t in tensors if t is not None])
+        torchs.append(errors(near.run("reference"), near))
+    wrong = [
+        f"result {k}: {miss}"
+        for k, (ours, theirs) in enumerate(zip(errors(results, problem), zip(*torchs)))
+        for miss in tolerance.misses(ours, tolerance.worst(theirs), dtype)
+    ]
+    assert not wrong, wrong

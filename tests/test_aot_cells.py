@@ -1,0 +1,39 @@
+"""Ready-made cells, compiled for every generation of GPUs; and the LSTM's generated equations beside the hand-written ones.
+
+In a process without the interpreter, one for each generation.
+"""
+
+import sys
+
+import pytest
+import torch
+from support.process import run_without_interpreter
+
+pytestmark = pytest.mark.long
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_cells_compile_well(arch):
+    assert "cells compiled well" in run_without_interpreter(__file__, str(arch), timeout=1800)
+
+
+def _compile(arch: int) -> None:
+    from support.aot_sequence import Case, choose
+    from test_cells import CATALOGUE, lstm
+
+    count = 0
+    for way in ("forward", "backward"):
+        case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
+        written = choose(case, arch).report
+        for name, cell in {**CATALOGUE, "generated LSTM": lstm}.items():
+            report = choose(case._replace(cell=cell.key), arch).report
+            assert report.local_memory_in_loops() == 0 and report.matrix_instructions() > 0, (name, way)
+            assert report.registers <= 1.15 * written.registers, (name, way, report.registers, written.registers)
+            assert len(report.instructions) <= 1.01 * len(written.instructions), (name, way, len(report.instructions))
+            count += 1
+        assert report.registers <= 1.01 * written.registers, (way, report.registers, written.registers)
+    print(count, "cells compiled well")
+
+
+if __name__ == "__main__":
+    _compile(int(sys.argv[1]))

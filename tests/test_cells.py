@@ -1,0 +1,183 @@
+"""`cell`: what may be declared, what is derived from it, and that it is right: against autograd in float64."""
+
+import random
+import re
+import types
+
+import pytest
+import torch
+from support import cell_grammar
+from torch import Tensor
+
+from lstm_triton import Cell, cell
+from lstm_triton.cells import CellError, catalogue
+from lstm_triton.kernels.cell_equations import step_of
+
+CATALOGUE = {name: value for name, value in vars(catalogue).items() if isinstance(value, Cell)}
+
+
+@cell(gates="ifgo", states="c")
+def lstm(z, s):
+    i, f, g, o = z.i.sigmoid(), z.f.sigmoid(), z.g.tanh(), z.o.sigmoid()
+    c = f * s.c + i * g
+    return o * c.tanh(), {"c": c}
+
+
+# ---- what is derived -------------------------------------------------------------------------------------------------
+
+
+def _doubles(*values: Tensor | float) -> list[Tensor]:
+    return [torch.as_tensor(value, dtype=torch.float64) for value in values]
+
+
+def _functions(of: Cell) -> tuple:
+    """The generated source, run with torch's functions in the place of Triton's."""
+    names = ("abs", "cos", "erf", "exp", "exp2", "log", "log2", "rsqrt", "sin", "sqrt")
+    tl = types.SimpleNamespace(
+        where=lambda a, b, c: torch.where(a, *_doubles(b, c)),
+        maximum=lambda a, b, propagate_nan: torch.maximum(*_doubles(a, b)),
+        minimum=lambda a, b, propagate_nan: torch.minimum(*_doubles(a, b)),
+        zeros_like=torch.zeros_like,
+        full=lambda shape, value, dtype: torch.full(shape, value, dtype=dtype),
+        PropagateNan=types.SimpleNamespace(ALL=None),
+        **{name: getattr(torch, name) for name in names},
+    )
+    namespace = {"tl": tl, "triton": types.SimpleNamespace(jit=lambda f: f)}
+    namespace |= {name: getattr(torch, name) for name in ("sigmoid", "tanh", "expm1", "log1p")}
+    exec(of.triton_source(), namespace)
+    return namespace["forward"], namespace["backward"]
+
+
+def _assert_equal_to_autograd(of: Cell) -> None:
+    *z, before = inputs = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    dh, d_state = torch.randn(2, 4, 5, dtype=torch.float64)
+    expected = of.step(*inputs)
+    gradients = torch.autograd.grad(expected, inputs, (dh, d_state), materialize_grads=True, allow_unused=True)
+    forward, backward = _functions(of)
+    with torch.no_grad():
+        *saved, state, h = forward(*z, before)
+        found = backward(*saved, before, state, dh, d_state)
+    torch.testing.assert_close(
+        [h, state, *found], [*(t.detach() for t in expected), *gradients], rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_generated_functions_of_the_catalogue(name):
+    _assert_equal_to_autograd(CATALOGUE[name])
+
+
+def test_generated_functions_of_random_cells():
+    """Pointwise expressions of every kind, nested at random."""
+    used = set()
+    for seed in range(25):
+        function, gates, states, words = cell_grammar.random_cell(random.Random(seed))
+        used |= set(re.findall(r"\w+", words))
+        _assert_equal_to_autograd(Cell(function, gates, states))
+    assert {"sigmoid", "tanh", "exp", "where", "maximum", "softplus", "gelu"} <= used
+
+
+def test_what_is_saved():
+    assert "return v0, v1, v2, v3" in lstm.triton_source(), "the gates, as the hand-written equations do"
+    assert lstm.triton_source().count("tanh(") == 3, "the backward computes tanh(c) again, from c"
+    for name, most in (("cifg", 3), ("gru", 4), ("minimal_gated_unit", 3), ("rnn_tanh", 0)):
+        (returned,) = re.findall(r"return (.*)\n\n", CATALOGUE[name].triton_source())
+        assert 4 - returned.count("tl.zeros_like(z0)") == most, name
+
+
+def test_equal_cells_have_one_name_and_others_have_others():
+    @cell(gates="ifgo", states="c")
+    def again(z, s):
+        return lstm.function(z, s)
+
+    assert again.key.removeprefix("again") == lstm.key.removeprefix("lstm")
+    assert len({of.key for of in CATALOGUE.values()}) == len(CATALOGUE)
+    assert step_of("lstm") is None and step_of(lstm.key) == lstm.step
+    with pytest.raises(RuntimeError, match="'other' is not declared in this process"):
+        step_of("other")
+
+
+def test_a_cell_is_its_function():
+    z = types.SimpleNamespace(**{g: torch.randn(2, 3) for g in "ifgo"})
+    c = torch.randn(2, 3)
+    h, states = lstm(z, types.SimpleNamespace(c=c))
+    assert torch.equal(h, lstm.step(z.i, z.f, z.g, z.o, c)[0]) and list(states) == ["c"]
+    assert lstm.__name__ == "lstm" and "gates=('i', 'f', 'g', 'o')" in repr(lstm)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _branches(z, s):
+    if z.f.sum() > 0:
+        return z.f, {}
+    return -z.f, {}
+
+
+def _reads_a_number(z, s):
+    return z.f * z.f[0, 0].item(), {}
+
+
+REFUSED = {
+    "a sum over units": (lambda z, s: (z.f.softmax(-1), {}), "f", "", "softmax.* not a pointwise operation"),
+    "layer norm": (lambda z, s: (torch.layer_norm(z.f, (3,)), {}), "f", "", "native_layer_norm"),
+    "an unknown function": (lambda z, s: (torch.special.bessel_j0(z.f), {}), "f", "", "special_bessel_j0"),
+    "random numbers": (lambda z, s: (torch.rand_like(z.f) * z.f, {}), "f", "", "rand_like"),
+    "a matrix product": (lambda z, s: (z.f @ z.f.t(), {}), "f", "", "aten.t.default"),
+    "a power": (lambda z, s: (z.f**1.7, {}), "f", "", r"exponent 1\.7"),
+    "a branch": (_branches, "f", "", "line \\d+"),
+    "a number": (_reads_a_number, "f", "", "line \\d+"),
+    "a missing state": (lambda z, s: (z.f, {}), "f", "c", "the new state 'c' is missing"),
+    "an unknown state": (lambda z, s: (z.f, {"c": z.f}), "f", "", "a state 'c', which it does not have"),
+    "no states at all": (lambda z, s: z.f, "f", "", "must return the new h and a dict"),
+    "a number as h": (lambda z, s: (1.0, {}), "f", "", "the new h is not a tensor"),
+    "an unused gate": (lambda z, s: (z.f, {}), "fg", "", "the gate 'g' is not used"),
+    "two states": (lambda z, s: (z.f + s.a + s.b, {"a": s.a, "b": s.b}), "f", "ab", "one state .* not a and b"),
+    "a state and h": (lambda z, s: (z.f + s.a + s.h, {"a": s.a}), "f", "a", "one state .* not a and h"),
+    "five gates": (lambda z, s: (z.a + z.b + z.c + z.d + z.e, {}), "abcde", "", "hold 4 pre-activations, not 5"),
+    "three gates apart": (
+        lambda z, s: (z.input.a * z.recurrent.a + z.input.b * z.recurrent.b + z.input.c * z.recurrent.c, {}),
+        "abc",
+        "",
+        "hold 4 pre-activations, not 6",
+    ),
+    "one name twice": (lambda z, s: (z.a, {"a": s.a}), "a", "a", "names of their own"),
+    "the name of the output": (lambda z, s: (z.h, {}), "h", "", "names of their own"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    function, gates, states, message = REFUSED[case]
+    with pytest.raises(CellError, match=message):
+        Cell(function, gates, states)
+
+
+def test_the_line_of_an_operation_is_told():
+    def bad(z, s):
+        a = z.f.sigmoid()
+        return a.cumsum(-1), {}
+
+    line = bad.__code__.co_firstlineno + 2
+    with pytest.raises(CellError, match=rf"bad: .*test_cells\.py, line {line}: aten\.cumsum\.default"):
+        cell(gates="f")(bad)
+
+
+@pytest.mark.parametrize(
+    "function, kind",
+    [(lambda z, s: (z.q, {}), "gates are f, not 'q'"), (lambda z, s: (z.f * s.q, {}), "states are h, not 'q'")],
+)
+def test_names_that_do_not_exist(function, kind):
+    with pytest.raises(AttributeError, match=kind):
+        cell(gates="f")(function)
+
+
+def test_a_gradient_that_is_no_tensor_of_the_inputs():
+    """A cell may ignore its state, or pass it through."""
+
+    @cell(gates="a", states="c")
+    def passes(z, s):
+        return z.a.sin(), {"c": s.c}
+
+    _assert_equal_to_autograd(passes)
+    assert isinstance(passes.step(*torch.ones(5, 2, 3))[0], Tensor)

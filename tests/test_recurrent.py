@@ -1,0 +1,249 @@
+"""`Recurrent`, `RecurrentCell`, `GRU` and `GRUCell`: beside torch's own, and by the tolerance rule."""
+
+import copy
+
+import pytest
+import torch
+from support import recurrents
+from test_cells import CATALOGUE, lstm
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell
+from lstm_triton.cells import catalogue
+
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+T, B, I, H = 4, 3, 2, 5
+THEIRS = {
+    "gru": (catalogue.gru, torch.nn.GRU, {}),
+    "lstm": (lstm, torch.nn.LSTM, {}),
+    "rnn_tanh": (catalogue.rnn_tanh, torch.nn.RNN, {}),
+    "rnn_relu": (catalogue.rnn_relu, torch.nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+def _pair(name, backend, device, **options):
+    """torch's module and ours, with the same parameters, in float64."""
+    cell, theirs, given = THEIRS[name]
+    theirs = theirs(I, H, dtype=torch.float64, device=device, **given, **options)
+    ours = Recurrent(cell, I, H, dtype=torch.float64, device=device, backend=backend, precision="ieee", **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def _states(module, device, B=B):
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    states = [torch.randn(rows, B, H, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
+    has_two = module.cell.states if isinstance(module, Recurrent) else isinstance(module, torch.nn.LSTM)
+    return tuple(states) if has_two else states[0]
+
+
+def _flat(result):
+    y, hx, *others = result
+    y = y.data if isinstance(y, PackedSequence) else y
+    return [y, *(hx if isinstance(hx, tuple) else (hx,)), *others]
+
+
+def _trained(module, input, hx, leaves):
+    results = _flat(module(input, hx))
+    weights = [*leaves, *module.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in results]
+    return results + list(torch.autograd.grad(results, weights, cotangents, retain_graph=True))
+
+
+def _assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+# ---- beside torch ----------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "one layer": {},
+    "no bias": {"bias": False},
+    "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", THEIRS)
+def test_trains_like_torch(name, options, backend, device):
+    theirs, ours = _pair(name, backend, device, **OPTIONS[options])
+    shape = (B, T, I) if ours.batch_first else (T, B, I)
+    x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    hx = _states(theirs, device)
+    leaves = (x, *(hx if isinstance(hx, tuple) else (hx,)))
+    _assert_close(_trained(ours, x, hx, leaves), _trained(theirs, x, hx, leaves))
+    _assert_close(_flat(ours(x)), _flat(theirs(x)))
+    unbatched = x[0] if ours.batch_first else x[:, 0]
+    _assert_close(_flat(ours(unbatched)), _flat(theirs(unbatched)))
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_packed_sequences(name, backend, device):
+    theirs, ours = _pair(name, backend, device, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I, dtype=torch.float64, device=device, requires_grad=True)
+    packed = pack_padded_sequence(x, torch.tensor([2, 4, 3]), enforce_sorted=False)
+    hx = _states(theirs, device)
+    leaves = (x, *(hx if isinstance(hx, tuple) else (hx,)))
+    _assert_close(_trained(ours, packed, hx, leaves), _trained(theirs, packed, hx, leaves))
+
+
+@BACKENDS
+def test_resets_and_lengths_are_segments_run_one_by_one(backend, device):
+    _, ours = _pair("gru", backend, device, bidirectional=True)
+    x = torch.randn(6, 2, I, dtype=torch.float64, device=device)
+    start, hx = torch.randn(2, 2, 1, H, dtype=torch.float64, device=device).unbind(1)
+    start, hx = start.expand(2, 2, H), hx.expand(2, 2, H).contiguous()
+    resets = torch.zeros(6, 2, dtype=torch.bool, device=device)
+    resets[2, 0] = resets[4, 0] = True
+    lengths = torch.tensor([6, 3], device=device)
+    y, h_n, states = ours(x, hx, resets=resets, reset_state=start, lengths=lengths, return_states=True)
+    torch.testing.assert_close(states, y, rtol=0, atol=0)
+    whole = torch.nn.GRU(I, H, bidirectional=True, dtype=torch.float64, device=device)
+    whole.load_state_dict(ours.state_dict())
+    # Each direction enters the middle segment, and all but its first, from the state of the resets.
+    first = whole(x[:2, :1], torch.stack((hx[0, :1], start[1, :1])))
+    middle = whole(x[2:4, :1], start[:, :1].contiguous())
+    last = whole(x[4:, :1], torch.stack((start[0, :1], hx[1, :1])))
+    _assert_close(y[:, :1], torch.cat([first[0], middle[0], last[0]]))
+    _assert_close(h_n[:, :1], torch.stack((last[1][0], first[1][1])))
+    short = whole(x[:3, 1:], hx[:, 1:].contiguous())
+    _assert_close(y[:3, 1:], short[0])
+    _assert_close(h_n[:, 1:], short[1])
+    assert not y[3:, 1].any()
+
+
+@BACKENDS
+def test_recompute_gives_the_same_gradients(backend, device):
+    _, ours = _pair("gru", backend, device)
+    x = torch.randn(40, B, I, dtype=torch.float64, device=device, requires_grad=True)
+    hx = _states(ours, device)
+    again = copy.deepcopy(ours)
+    again.recompute = True
+    _assert_close(_trained(again, x, hx, (x, hx)), _trained(ours, x, hx, (x, hx)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_second_derivatives(backend, device):
+    theirs, ours = _pair("gru", backend, device)
+    x = torch.randn(2, 2, I, dtype=torch.float64, device=device, requires_grad=True)
+    second = []
+    for module in (ours, theirs):
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), [x, *module.parameters()]))
+    _assert_close(*second)
+
+
+def test_under_transforms(device):
+    _, ours = _pair("gru", "triton", device)
+    x = torch.randn(3, T, B, I, dtype=torch.float64, device=device)
+    _assert_close(torch.func.vmap(lambda t: ours(t)[0])(x), torch.stack([ours(t)[0] for t in x]))
+    _, tangent = torch.func.jvp(lambda t: ours(t)[0], (x[0],), (x[1],))
+    small = 1e-6
+    difference = (ours(x[0] + small * x[1])[0] - ours(x[0] - small * x[1])[0]) / (2 * small)
+    torch.testing.assert_close(tangent, difference, rtol=0, atol=1e-7)
+
+
+@pytest.mark.long
+def test_torch_compile_takes_it_whole(device):
+    _, ours = _pair("gru", "triton", device)
+    x = torch.randn(T, B, I, dtype=torch.float64, device=device, requires_grad=True)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    results = []
+    for module in (compiled, ours):
+        y, h = module(x)
+        results.append([y, h, *torch.autograd.grad(y.sum() + h.square().sum(), [x, *ours.parameters()])])
+    _assert_close(*results)
+
+
+@pytest.mark.long
+def test_an_exported_program_holds_for_other_sizes(device):
+    _, ours = _pair("gru", "reference", device)
+    x = torch.randn(T, B, I, dtype=torch.float64, device=device)
+    dynamic = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},)
+    program = torch.export.export(ours, (x,), dynamic_shapes={"input": dynamic[0]})
+    longer = torch.randn(T + 3, B + 2, I, dtype=torch.float64, device=device)
+    _assert_close(_flat(program.module()(longer)), _flat(ours(longer)))
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells_step_like_torchs(backend, bias, device):
+    options = dict(bias=bias, dtype=torch.float64, device=device)
+    for theirs, ours in (
+        (torch.nn.GRUCell(I, H, **options), GRUCell(I, H, **options, backend=backend, precision="ieee")),
+        (torch.nn.LSTMCell(I, H, **options), RecurrentCell(lstm, I, H, **options, backend=backend, precision="ieee")),
+    ):
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(B, I, dtype=torch.float64, device=device, requires_grad=True)
+        h, c = torch.randn(2, B, H, dtype=torch.float64, device=device, requires_grad=True)
+        hx = (h, c) if isinstance(theirs, torch.nn.LSTMCell) else h
+        results = []
+        for module in (ours, theirs):
+            found = module(x, hx)
+            found = found if isinstance(found, tuple) else (found,)
+            total = sum(t.square().sum() for t in found)
+            results.append([*found, *torch.autograd.grad(total, [x, h, *module.parameters()])])
+        _assert_close(*results)
+        _assert_close(ours(x), theirs(x))
+        _assert_close(ours(x[0]), theirs(x[0]))
+
+
+# ---- torch.nn.GRU ----------------------------------------------------------------------------------------------------
+
+
+def test_gru_is_torchs(device):
+    torch.manual_seed(3)
+    theirs = torch.nn.GRU(I, H, 2, batch_first=True, bidirectional=True, device=device)
+    torch.manual_seed(3)
+    ours = GRU(I, H, 2, batch_first=True, bidirectional=True, device=device)
+    assert repr(ours) == repr(theirs)
+    for (name, p), (expected, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == expected and torch.equal(p, q)
+    x = torch.randn(B, T, I, device=device)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        GRU(I, H, proj_size=2)
+    with pytest.raises(ValueError, match="torch's setting of precision"):
+        GRU(I, H, backend="cudnn", precision="ieee")
+    with pytest.raises(RuntimeError, match="input.size"):
+        ours(torch.randn(B, T, I + 1, device=device))
+
+
+def test_what_is_no_cell_and_no_state(device):
+    with pytest.raises(TypeError, match="declared by lstm_triton.cell, got function"):
+        Recurrent(lambda z, s: (z.a, {}), I, H)
+    with pytest.raises(TypeError, match="declared by lstm_triton.cell, got type"):
+        RecurrentCell(LSTM, I, H)
+    _, ours = _pair("gru", "reference", device)
+    x = torch.randn(T, B, I, dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match="gru has no state besides h"):
+        ours(x, (_states(ours, device),) * 2)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+        ours(x, torch.zeros(1, B, H + 1, dtype=torch.float64, device=device))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        Recurrent(lstm, I, H, backend="other")
+
+
+# ---- by the tolerance rule -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_accurate_as_torch(name, dtype, device):
+    options = dict(resets=True, lengths=True) if name in ("gru", "cifg") else {}
+    problem = recurrents.Problem.draw(CATALOGUE[name], 5, 3, 4, 19, 1, True, dtype=dtype, device=device, **options)
+    recurrents.assert_as_accurate_as_torch(problem.run("triton", "ieee"), problem)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_programs_that_wait_for_each_other(name, device):
+    """All steps in one launch, of several programs."""
+    problem = recurrents.Problem.draw(CATALOGUE[name], 3, 3, 5, 150, dtype=torch.bfloat16, device=device)
+    recurrents.assert_as_accurate_as_torch(problem.run("triton", recompute=name == "cifg"), problem)
