@@ -94,8 +94,8 @@ def _others(dtype):
 def _cases(archs, everything):
     """(kernel, constants, configuration, dtype, dtype of y, aligned, whether on tensor cores) to be compiled.
 
-    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration that
-    multiplies matrices one variant, another one on the next architectures and in the next kind.
+    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration one variant,
+    on every other generation of architectures.
     """
     turn = GENERATIONS.index(archs)
     for dtype, precision in KINDS:
@@ -103,16 +103,18 @@ def _cases(archs, everything):
             continue
         tensor_cores = configs.uses_tensor_cores(dtype, precision)
         turn += 1
-        for position, (kernel, constants, c) in enumerate(_products(dtype, precision)):
-            # Under autocast y and dy are float32.
-            results = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
-            variants = list(itertools.product(results, (True, False)))
-            for result, aligned in variants if everything else [variants[(turn + position) % len(variants)]]:
-                yield kernel, constants, c, dtype, result, aligned, tensor_cores
+        # Under autocast y and dy are float32.
+        results = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+        launches = [(launch, results, tensor_cores) for launch in _products(dtype, precision)]
         if precision == "ieee":
-            for aligned in (True, False) if everything else (True,):
-                for launch in _others(dtype):
-                    yield *launch, dtype, dtype, aligned, False
+            launches += [(launch, (dtype,), False) for launch in _others(dtype)]
+        for position, (launch, results, on_tensor_cores) in enumerate(launches):
+            variants = list(itertools.product(results, (True, False)))
+            if not everything:
+                chosen, left_out = divmod(turn + position, 2)
+                variants = [] if left_out else [variants[chosen % len(variants)]]
+            for result, aligned in variants:
+                yield *launch, dtype, result, aligned, on_tensor_cores
 
 
 def _compile_all(archs, everything):

@@ -31,14 +31,21 @@ SIZES = {"T": (1, 6), "B": (1, 4), "I": (1, 3)}
 
 @pytest.mark.compiled
 @pytest.mark.long
-@pytest.mark.parametrize("row", segmented.pairwise(FEATURES), ids=lambda row: " ".join(map(str, row.values())))
+@pytest.mark.parametrize(
+    "row",
+    [
+        *segmented.pairwise(FEATURES),
+        dict(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True),
+        dict(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True),
+    ],
+    ids=lambda row: " ".join(map(str, row.values())),
+)
 def test_every_pair_of_features(row, device):
     segmented.judge(segmented.Case(**row), device)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=pytest.mark.slow)])
-def test_features_together(examples, device):
+@pytest.mark.slow
+def test_features_together(device):
     hypothesis = pytest.importorskip("hypothesis")
     st = pytest.importorskip("hypothesis.strategies")
     sizes = {name: st.integers(*bounds) for name, bounds in SIZES.items()}
@@ -46,12 +53,8 @@ def test_features_together(examples, device):
     cases = st.builds(segmented.Case, seed=st.integers(0, 1000), H=st.sampled_from([1, 3, 16, 17]), **sizes, **features)
     everything = list(hypothesis.HealthCheck)
 
-    @hypothesis.settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=everything)
+    @hypothesis.settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=everything)
     @hypothesis.given(cases)
-    @hypothesis.example(
-        segmented.Case(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True)
-    )
-    @hypothesis.example(segmented.Case(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True))
     def check(case):
         segmented.judge(case, device)
 
