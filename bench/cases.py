@@ -1,7 +1,7 @@
 """Cases: the problems that are timed, each with every parameter that decides it."""
 
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 Form = Literal["layer", "cell", "loop"]
@@ -121,9 +121,6 @@ class Task:
     executions: tuple[Execution, ...] = ("eager",)
     providers: tuple[str, ...] | None = None  # None: those chosen for the run
     interpreter: bool = False  # run the kernels in Triton's interpreter: for errors only
-
-    def with_case(self, **changes: Any) -> "Task":
-        return replace(self, case=replace(self.case, **changes))
 
     @property
     def key(self) -> tuple:

@@ -33,7 +33,7 @@ def chosen_for(task: Task, device_type: str) -> list[str]:
     """The providers of a task by default: those worth comparing. Which of them can serve, they say themselves."""
     case, kind, gpu = task.case, task.kind, device_type == "cuda"
     if kind in ("overhead", "cold-start"):
-        return ["lstm_triton triton", torchs(case)]
+        return ["lstm_triton triton" if gpu else OURS, torchs(case)]
     if task.interpreter:
         stepwise = ["lstm_triton triton-stepwise"] if case.form == "layer" else []
         return [*stepwise, "lstm_triton triton", torchs(case)]
@@ -57,7 +57,7 @@ def chosen_for(task: Task, device_type: str) -> list[str]:
 def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
     """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
     if task.kind == "roof":
-        return [roofs.NAME]
+        return [name for name in roofs.PARTS if name != "barriers" or device_type == "cuda"]
     if names is not None and task.kind != "anchor":
         return list(names)
     return chosen_for(task, device_type) if task.providers is None else list(task.providers)

@@ -1,10 +1,9 @@
 """What a call costs besides device time: host microseconds and what they go into, the first call of a process, memory."""
 
-import contextlib
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,32 +13,12 @@ from torch import Tensor
 from lstm_triton import dispatch
 from lstm_triton.kernels.launch import Launcher
 
-from . import choice, null_driver, problem, process, timing
+from . import choice, problem, process, timing
 from .cases import Case
 from .checks import Built
 
 BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for haste
 _TIMEOUT_S = 300
-
-
-@contextlib.contextmanager
-def conditions(provider: str, device: torch.device) -> Iterator[str | None]:
-    """Within, calls can be made; gives the label of what is made. Without a GPU: one thread, kernels on a driver that launches
-    nothing.
-    """
-    if device.type == "cuda":
-        yield None
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if null_driver.serves(provider):
-            with null_driver.active(null_driver.NullDriver()):
-                yield null_driver.LABEL
-        else:
-            yield "no GPU: with the CPU's own arithmetic, on one row"
-    finally:
-        torch.set_num_threads(threads)
 
 
 def overhead(built: Built, provider: str, device: torch.device, calls: int) -> dict[str, float]:
@@ -74,17 +53,16 @@ def overhead(built: Built, provider: str, device: torch.device, calls: int) -> d
     return {"total_us": total} | parts
 
 
-def cold_start(case: Case, provider: str, device: torch.device) -> tuple[dict[str, float], str | None]:
+def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
     """Seconds to import, of the first call (for this package with an empty and with a warm cache of kernels) and of the
-    second, in new processes; and the label of it.
+    second, in new processes.
     """
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
             found = _new_process(case, provider, device, cache)
             values |= {f"{kind}_{name}": seconds for name, seconds in found.items()}
-    without_gpu = device.type != "cuda" and null_driver.serves(provider)
-    return values, null_driver.LABEL if without_gpu else None
+    return values
 
 
 def _new_process(case: Case, provider: str, device: torch.device, cache: str) -> dict[str, float]:
@@ -102,14 +80,13 @@ def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.zeros(1, device=device)  # CUDA itself starts before the clock does
     synchronize()
-    with conditions(provider, device):
-        built = Built(choice.provider(provider), problem.make(case, device))
-        torch.set_grad_enabled(built.training)
-        times = [time.perf_counter()]
-        for _ in range(2):
-            built.call()
-            synchronize()
-            times.append(time.perf_counter())
+    built = Built(choice.provider(provider), problem.make(case, device))
+    torch.set_grad_enabled(built.training)
+    times = [time.perf_counter()]
+    for _ in range(2):
+        built.call()
+        synchronize()
+        times.append(time.perf_counter())
     first, second = times[1] - times[0], times[2] - times[1]
     connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 

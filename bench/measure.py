@@ -98,21 +98,13 @@ class _Measurement:
         name, context, case = which[0][0], self.context, self.task.case
         context.stage(name, "eager", self.task.kind)
         if self.task.kind == "roof":
-            values, failures = roof.measured(context.device, lambda what: context.stage(name, "eager", what))
-            if "copy_bytes_per_s" not in values:
-                raise failures[0][1]
-            self.tell(which, "ok", "; ".join(f"{what}: {brief(e)}" for what, e in failures) or None, values=values)
-            for _, error in failures:  # after the row, since the device may be lost
-                raise_if_lost(error)
+            self.tell(which, "ok", values=roof.PARTS[name](context.device))
         elif self.task.kind == "overhead":
+            built = Built(choice.provider(name), problems.make(case, context.device))
             calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
-            with host.conditions(name, context.device) as label:
-                built = Built(choice.provider(name), problems.make(case, context.device))
-                values = host.overhead(built, name, context.device, calls)
-            self.tell(which, "ok", model=built.model, values=values, label=label)
+            self.tell(which, "ok", model=built.model, values=host.overhead(built, name, context.device, calls))
         else:
-            values, label = host.cold_start(case, name, context.device)
-            self.tell(which, "ok", values=values, label=label)
+            self.tell(which, "ok", values=host.cold_start(case, name, context.device))
 
     def _check(self, which: list[Pair], judge: Judge) -> None:
         name, stage, kind = which[0][0], self.context.stage, self.task.kind

@@ -235,7 +235,7 @@ VIEWS = (
     View("", "Where torch is ahead of the kernels, the worst first", _lost("kernels"), texts=True),
     View("", "Where torch is ahead of what is taken by itself", _lost("auto"), texts=True),
     View("", "Not timed: wrong, failed, skipped", lambda t, _: tables.not_timed(t), texts=True),
-    View("roofs", "Roofs and floors", lambda t, _: tables.readings(t, "roof").T),
+    View("roofs", "Roofs and floors", lambda t, _: tables.roofs(t)),
     View("", "Environment and drift", _environment, texts=True),
 )
 

@@ -7,7 +7,7 @@ beside the exchange), launches, and what is saved for backward (which can be rec
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from . import timing
 from .cases import Case
 from .rows import Floor, Row
 
-NAME = "this device"  # the provider of the suite's row
 ASSUMED_EXCHANGE_US = 0.55  # where none was measured: a store, its way through the L2 cache of an H100, a load
 LOCAL_EXCHANGE_US = 0.3  # all of W_hh in one SM: nothing leaves it. The latency of one step inside it, assumed
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -77,22 +76,6 @@ def from_rows(rows: Iterable[Row], device: str) -> Roofs | None:
     return Roofs(values["copy_bytes_per_s"], rates, values.get("exchange_us"))
 
 
-def measured(
-    device: torch.device, stage: Callable[[str], None]
-) -> tuple[dict[str, float], list[tuple[str, Exception]]]:
-    """copy_bytes_per_s, gemm_*_flops_per_s, and on a GPU barrier_p*_us and exchange_us; and what failed."""
-    parts = {"copy": copy_rate, "products": gemm_rates} | ({"barrier": barrier_times} if device.type == "cuda" else {})
-    values: dict[str, float] = {}
-    problems: list[tuple[str, Exception]] = []
-    for name, part in parts.items():
-        stage(name)
-        try:
-            values |= part(device)
-        except Exception as error:
-            problems.append((name, error))
-    return values, problems
-
-
 def copy_rate(device: torch.device) -> dict[str, float]:
     """Bytes read plus bytes written per second, copying a buffer that no cache holds."""
     size = 2**30 if device.type == "cuda" else 2**26
@@ -116,7 +99,7 @@ def gemm_rates(device: torch.device) -> dict[str, float]:
 
 
 def barrier_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of one barrier between P programs of one launch, and of one exchange between two.
+    """Microseconds of one barrier between P programs of one launch, and of one exchange between two; on a GPU.
 
     The barrier is the package's own (kernels/grid_sync.py). In an exchange each program stores a value that depends on the one
     it loaded before; that the last one is right is checked.
@@ -138,3 +121,7 @@ def _per_step(programs: int, exchange: bool, device: torch.device) -> float:
         return timing.median_us(lambda: launch(programs, steps, exchange, device), timing.Clock(device), 10)
 
     return (time_of(_STEPS) - time_of(_STEPS // 4)) / (_STEPS - _STEPS // 4)  # launches and allocations cancel
+
+
+# The providers of the suite, each with its row: functions of the device that return figures by name.
+PARTS = {"copies": copy_rate, "matrix products": gemm_rates, "barriers": barrier_times}

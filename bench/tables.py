@@ -169,16 +169,25 @@ _UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_by
 _UNITS |= {"_us": (1, "us"), "_s": (1, "s"), "": (1, "")}
 
 
+def _figures(row: Row) -> dict[str, str]:
+    """The figures of a row that has no time, with their units."""
+    found = {}
+    for name, value in {**(row.values or {}), **{f"{n}_bytes": v for n, v in (row.bytes or {}).items()}}.items():
+        end, (size, unit) = next((end, how) for end, how in _UNITS.items() if name.endswith(end))
+        found[f"{name.removesuffix(end).replace('_', ' ')}{', ' * (unit != '')}{unit}"] = number(value / size)
+    return found
+
+
 def readings(table: DataFrame, kind: str) -> DataFrame:
-    """The figures of the rows of a kind that have no time: bytes, host times, first calls, roofs."""
-    lines = []
-    for r in sorted(_of_kind(table, kind), key=lambda r: (r.case.name, r.case.dtype, r.case.mode)):
-        cells = {"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider}
-        for name, value in {**(r.values or {}), **{f"{n}_bytes": v for n, v in (r.bytes or {}).items()}}.items():
-            end, (size, unit) = next((end, how) for end, how in _UNITS.items() if name.endswith(end))
-            cells[f"{name.removesuffix(end).replace('_', ' ')}{', ' * (unit != '')}{unit}"] = number(value / size)
-        lines.append(cells | {"remark": r.label or ""})
-    return text_table(lines)
+    """The figures of the rows of a kind that have no time: bytes, host times, first calls."""
+    rows = sorted(_of_kind(table, kind), key=lambda r: (r.case.name, r.case.dtype, r.case.mode))
+    what = ({"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider} for r in rows)
+    return text_table(w | _figures(r) | {"remark": r.label or ""} for w, r in zip(what, rows))
+
+
+def roofs(table: DataFrame) -> DataFrame:
+    """What the device can do at most."""
+    return text_table({"what": n, "measured": f} for r in _of_kind(table, "roof") for n, f in _figures(r).items())
 
 
 _COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "dh0, dc0", "dc0": "dh0, dc0"}

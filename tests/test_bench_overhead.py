@@ -1,4 +1,4 @@
-"""Host times and first calls: what they are made of, on a driver that launches nothing."""
+"""Host times and first calls: what they are made of; of a kernel on a driver that launches nothing."""
 
 from support.benches import CPU, run
 from support.process import run_checks, run_without_interpreter
@@ -12,12 +12,17 @@ def test_host_times_and_first_calls_without_a_gpu():
 
 
 def check_overhead_is_split():
-    found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"))
-    ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
+    from support.fake_driver import NullDriver, active
+
+    names = ("lstm_triton triton", "torch.nn.LSTMCell")
+    with active(NullDriver()):
+        found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"), names=names)
+    ours, torchs = (found[name] for name in names)
     assert ours.status == torchs.status == "ok", found
     v = ours.values
-    assert v["launches"] == 1 and v["total_us"] >= v["launch_us"] > 0 and v["dispatch_us"] > 0
-    assert "launches nothing" in ours.label and "no GPU" in torchs.label
+    assert v["launches"] == 1 and min(v["total_us"], v["launch_us"], v["dispatch_us"]) > 0, v
+    assert set(torchs.values) == {"total_us"}
+    print({name: round(value, 1) for name, value in v.items()}, "of one step on a driver that launches nothing")
 
 
 def check_first_calls_in_new_processes():
@@ -30,19 +35,18 @@ def check_first_calls_in_new_processes():
     with mock.patch.object(host, "_new_process", lambda *given: caches.append(given[3]) or original(*given)):
         found = run(Task("cold-start", case, "cold-start"))
     names = ("import_s", "first_call_s", "second_call_s")
-    ours, torchs = found["lstm_triton triton"], found["torch.nn.LSTMCell"]
+    ours, torchs = found["lstm_triton auto"], found["torch.nn.LSTMCell"]
     assert set(ours.values) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, ours
-    assert set(torchs.values) == {f"empty_{name}" for name in names} and "launches nothing" in ours.label
+    assert set(torchs.values) == {f"empty_{name}" for name in names}
     assert all(value > 0 for value in ours.values.values())
     assert len(caches) == 3 and caches[0] == caches[1], "the second start finds the first one's kernels"
 
 
 def check_the_latency_kernel_compiles():
     import triton
+    from support.fake_driver import NullDriver, active
 
-    from lstm_triton.bench import null_driver
-
-    with null_driver.active(null_driver.NullDriver()):
+    with active(NullDriver()):
         for exchange in (True, False):
             grid_latency.launch(4, 10, exchange, CPU)
             grid_latency.launch(4, 7, exchange, CPU)

@@ -100,16 +100,15 @@ def test_the_state_of_the_cache_is_in_rows_of_failures_too():
 
 
 HOST = Task("overhead", Case("host", 16, 1, 1, form="cell", dtype="float32"), "overhead")
-KERNELS, CELL = "lstm_triton triton", "torch.nn.LSTMCell"
+CELL, LAYER = "torch.nn.LSTMCell", "lstm_triton reference"
 
 
 @pytest.mark.parametrize("kind", ["overhead", "cold-start"])
 def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind):
-    from lstm_triton.bench import host, null_driver, timing
+    from lstm_triton.bench import host, timing
 
     monkeypatch.setattr(host, "_new_process", lambda *arguments: {"first_call_s": 1.0})
     monkeypatch.setattr(timing, "median_us", lambda *arguments: 1.0)
-    monkeypatch.setattr(null_driver, "serves", lambda name: False)  # the interpreter of the tests has no JIT
     task = dataclasses.replace(HOST, suite=kind, kind=kind)
 
     def measured(**changes):
@@ -123,18 +122,20 @@ def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind
             raise TimeoutError
 
     measure(tmp_path, [task], Interrupted, names=None)
-    assert [row.provider for row in rows_of(tmp_path)] == [KERNELS]
+    assert [row.provider for row in rows_of(tmp_path)] == [OURS]
     assert measured() == [CELL]
     assert measured() == []
-    measure(tmp_path, [task], names=(OURS, CELL))
-    assert [row.provider for row in rows_of(tmp_path)] == [KERNELS, CELL, OURS], "--provider counts here too"
+    measure(tmp_path, [task], names=(LAYER, CELL))
+    assert [row.provider for row in rows_of(tmp_path)] == [OURS, CELL, LAYER], "--provider counts here too"
 
 
 def test_roofs_and_anchors_know_no_choice_of_providers():
     assert choice.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
     roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
-    assert choice.names_of(roof, "cuda", (OURS,)) == ["this device"]
-    assert choice.names_of(HOST, "cuda", None) == [KERNELS, CELL]
+    assert choice.names_of(roof, "cuda", (OURS,)) == ["copies", "matrix products", "barriers"]
+    assert choice.names_of(roof, "cpu", None) == ["copies", "matrix products"]
+    assert choice.names_of(HOST, "cuda", None) == ["lstm_triton triton", CELL]
+    assert choice.names_of(HOST, "cpu", None) == [OURS, CELL]
 
 
 class Steady(Here):

@@ -17,9 +17,8 @@ from triton import knobs
 from triton.runtime import driver as drivers
 from triton.runtime.cache import get_cache_manager
 
-from lstm_triton.bench.null_driver import NullDriver, active
-
 from ..aot_sequence import DEVICES
+from ..fake_driver import NullDriver, active
 from . import encode_matrix, encode_memory  # noqa: F401  declare their families
 from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
 from .encode import Program, encode
