@@ -1,7 +1,8 @@
-"""Autocast: whether tensors are cast, and their casts, one of each parameter until the autocast ends."""
+"""Autocast: whether tensors are cast, their casts, one of each parameter until it ends; and whether tensors are alike."""
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,16 @@ def is_autocast(device_type: str) -> bool:
 
 def without_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
+
+
+def check_alike(name: str, x: Tensor, others: Iterable[tuple[str, Tensor | None]], dtypes: bool = True) -> None:
+    """RuntimeError for the first of the others on another device than x, called `name`, or (dtypes) of another dtype."""
+    for other, t in others:
+        if t is not None and t.device != x.device:
+            where = f"{name} is on {x.device} and {other} on {t.device}"
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {where}")
+        if t is not None and dtypes and t.dtype != x.dtype:
+            raise RuntimeError(f"{name} and {other} must have the same dtype, but got {x.dtype} and {t.dtype}")
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

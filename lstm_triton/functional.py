@@ -97,20 +97,11 @@ def _check_cell(inputs: CellInputs, dtypes: bool = True) -> None:
         _raise_cell_sizes(inputs)
     for t in inputs:
         if t is not None and ((dtypes and t.dtype != dtype) or t.device != device):
-            _raise_unlike(inputs, t)
+            casting.check_alike("input", x, inputs._asdict().items(), dtypes)
     for b in (b_ih, b_hh):
         if b is not None and b.shape != (4 * H,):
             name = "b_ih" if b is b_ih else "b_hh"
             raise RuntimeError(f"{name} must have size 4 * hidden_size = {4 * H}, but got {list(b.shape)}")
-
-
-def _raise_unlike(inputs: CellInputs, t: Tensor) -> None:
-    x, name = inputs.x, next(name for name, value in inputs._asdict().items() if value is t)
-    if t.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but input is on {x.device} and {name} on {t.device}"
-        )
-    raise RuntimeError(f"input and {name} must have the same dtype, but got {x.dtype} and {t.dtype}")
 
 
 def _raise_cell_sizes(inputs: CellInputs) -> None:
@@ -163,7 +154,7 @@ def softmax_readout(
     _require_tensors("softmax_readout", (("h", h), ("weight", weight)))
     chosen = dispatch.readout_backend(backend, h.device, h.dtype)
     if chosen == "torch":
-        _check_readout_devices(h, weight, bias)
+        casting.check_alike("h", h, (("weight", weight), ("bias", bias)), dtypes=False)
         return torch.softmax(torch.nn.functional.linear(h, weight, bias), -1)
     dtype = h.dtype
     device_type = h.device.type
@@ -188,17 +179,6 @@ def _check_readout(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"h must be [..., H] and weight [V, H], but they are {h.dim()}D and {weight.dim()}D")
     if h.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"h and weight shapes cannot be multiplied: {list(h.shape)} and {list(weight.shape)}")
-    _check_readout_devices(h, weight, bias)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != h.dtype:
-            raise RuntimeError(f"h and {name} must have the same dtype, but got {h.dtype} and {t.dtype}")
+    casting.check_alike("h", h, (("weight", weight), ("bias", bias)))
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"bias must have size {weight.shape[0]}, but got {list(bias.shape)}")
-
-
-def _check_readout_devices(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.device != h.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but h is on {h.device} and {name} on {t.device}"
-            )

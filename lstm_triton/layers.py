@@ -237,4 +237,4 @@ def check_alike(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor])
                     f" at {t.device}"
                 )
             name = f"hx[{k}]" if k < 2 else f"weights[{k - 2}]"
-            raise RuntimeError(f"Input and {name} must have the same dtype, got {dtype} and {t.dtype}")
+            casting.check_alike("Input", x, [(name, t)])

@@ -97,11 +97,7 @@ def _time_major(module, input, hx, resets):
         module.check_input(input, None)
         hx = _zero_state(module, input, input.shape[0 if module.batch_first else 1])
     else:
-        if hx[0].dim() != 3 or hx[1].dim() != 3:
-            raise RuntimeError(
-                "For batched 3-D input, hx and cx should "
-                f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+        _check_ranks(hx, 3, "batched")
         module.check_forward_args(input, hx, None)
         layers.check_pair(hx)
     if module.batch_first:
@@ -110,14 +106,16 @@ def _time_major(module, input, hx, resets):
     return input, hx, resets
 
 
+def _check_ranks(hx, n: int, kind: str) -> None:
+    if hx[0].dim() != n or hx[1].dim() != n:
+        ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D)"
+        raise RuntimeError(f"For {kind} {n}-D input, hx and cx should also be {n}-D but got {ranks} tensors")
+
+
 def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states):
     """A batch of one; resets are [T], lengths a single number, reset_state broadcasts as in a batch."""
     if hx is not None:
-        if hx[0].dim() != 2 or hx[1].dim() != 2:
-            raise RuntimeError(
-                "For unbatched 2-D input, hx and cx should "
-                f"also be 2-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+        _check_ranks(hx, 2, "unbatched")
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     batch_dim = 0 if module.batch_first else 1
     resets = resets.unsqueeze(batch_dim) if isinstance(resets, Tensor) and resets.dim() == 1 else resets
@@ -139,7 +137,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     weight = module._flat_weights[0]
     if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         # Here torch has no check of its own, and fails otherwise than for a padded input.
-        raise RuntimeError(f"PackedSequence and weights must have the same dtype, got {data.dtype} and {weight.dtype}")
+        casting.check_alike("PackedSequence", data, [("weights", weight)])
     module.check_forward_args(data, hx, batch_sizes)
     plain = resets is None and reset_state is None and not return_cell_states
     chosen = _choose(module, data, plain, T)

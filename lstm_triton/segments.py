@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import casting
 from .kernels.inputs import Segments
 from .modes import has_values
 
@@ -71,11 +72,7 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
 
 def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:
     """As a view of this shape, except that the units become contiguous."""
-    if state.dtype != x.dtype or state.device != x.device:
-        raise RuntimeError(
-            f"Input and reset_state must have the same dtype and device, got {x.dtype} on {x.device} and {state.dtype} on"
-            f" {state.device}"
-        )
+    casting.check_alike("Input", x, [("reset_state", state)])
     try:
         state = state.expand(*state.shape[:-1], shape[-1]) if state.dim() else state.expand(shape[-1])
         return state.contiguous().expand(shape) if state.stride(-1) != 1 else state.expand(shape)
