@@ -22,7 +22,8 @@ from .cases import Task
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
-_NVML: dict[str, Any] = {
+_READERS: dict[str, Any] = {  # of NVML and its handle of a GPU
+    "driver": lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion()),
     "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
     "max_sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
     "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
@@ -31,7 +32,6 @@ _NVML: dict[str, Any] = {
     "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
     "utilization_percent": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
 }
-_DRIVER = {"driver": lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion())}
 
 
 class UsageError(ValueError):
@@ -56,21 +56,19 @@ def pick(name: str) -> str:
 def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError, AttributeError):
-            name = re.search(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+        with contextlib.suppress(OSError):
+            models = re.findall(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            name = models[0] if models else name
         return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
     p = torch.cuda.get_device_properties(device)
     sizes = p.multi_processor_count, p.total_memory, getattr(p, "L2_cache_size", None)
-    driver = _read_nvml(device, _DRIVER).get("driver")
-    return Device("cuda", p.name, driver, None, None, f"{p.major}.{p.minor}", *sizes)
+    return Device("cuda", p.name, state(device).get("driver"), None, None, f"{p.major}.{p.minor}", *sizes)
 
 
 def state(device: torch.device) -> dict[str, Any]:
     """Clocks, power and temperature now, as far as they can be read."""
-    return _read_nvml(device, _NVML) if device.type == "cuda" else {"load_1min": os.getloadavg()[0]}
-
-
-def _read_nvml(device: torch.device, readers: dict[str, Any]) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"load_1min": os.getloadavg()[0]}
     try:
         import pynvml
 
@@ -80,8 +78,8 @@ def _read_nvml(device: torch.device, readers: dict[str, Any]) -> dict[str, Any]:
         return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
     except Exception as error:  # NVMLError, or a torch without UUIDs
         return {"unread": f"NVML: {error}"}
-    found = dict.fromkeys(readers)
-    for name, reader in readers.items():
+    found = dict.fromkeys(_READERS)
+    for name, reader in _READERS.items():
         with contextlib.suppress(pynvml.NVMLError):  # as on a slice of a GPU
             found[name] = reader(pynvml, gpu)
     return found

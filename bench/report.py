@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,10 +96,10 @@ def _part(id: str, name: Any, table: DataFrame) -> Part:
     return Part(id, name, " ".join(notes), sections)
 
 
-def _over(x_name: str, found: DataFrame) -> Markup:
+def _over(found: DataFrame, x_name: str) -> Markup:
     """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
-    body, found = Markup(""), found[found["execution"] == "eager"]
-    for (dtype, mode), of in found.groupby([found["case"].map(_dtype), found["case"].map(_mode)], sort=False):
+    body = Markup("")
+    for (dtype, mode), of in found[found["execution"] == "eager"].groupby(["dtype", "mode"], sort=False):
         times: dict[str, list[tuple[float, float]]] = {CUDNN: [], "kernels": [], "auto": []}
         floor: list[tuple[float, float]] = []
         for line in of.itertuples():
@@ -118,23 +119,13 @@ def _over(x_name: str, found: DataFrame) -> Markup:
     return body
 
 
-def _dtype(case: Any) -> str:
-    return case.dtype_name
-
-
-def _mode(case: Any) -> str:
-    return case.mode
-
-
 def _heat(found: DataFrame) -> Markup:
     """Speed-ups by hidden size and batch."""
     body = Markup("")
-    cases = found["case"]
-    found = found.assign(H=[c.hidden_size for c in cases], B=[c.batch for c in cases], dtype=cases.map(_dtype))
     for way in tables.WAYS:
         for dtype, known in found[found[f"{way}_ratio"].notna()].groupby("dtype", sort=False):
             pictures = []
-            for (mode, execution), part in known.groupby([known["case"].map(_mode), "execution"], sort=False):
+            for (mode, execution), part in known.groupby(["mode", "execution"], sort=False):
                 grid = part.pivot(index="H", columns="B", values=f"{way}_ratio").astype(float).map(heat)
                 shown = tables.html(grid.rename_axis(columns=None).rename_axis("H \\ B"))
                 pictures.append(Markup("<div>{}: {}{}</div>").format(MODES[mode], execution, shown))
@@ -147,11 +138,11 @@ def _heat(found: DataFrame) -> Markup:
 def _real(found: DataFrame) -> Markup:
     """The workloads, those first where this package is most ahead."""
     known = {w.id: f"{w.project}: " for w in workloads.load()}
+    ratios = [f"{way}_ratio" for way in tables.WAYS]
     lines = [
         {"workload": f"{known.get(line.case.name, '')}{line.case.describe()}{', graph' * (line.execution == 'graph')}"}
         | {f"speed-up of {way}": heat(getattr(line, f"{way}_ratio") or math.nan) for way in tables.WAYS}
-        for line in found.sort_values([f"{way}_ratio" for way in tables.WAYS], ascending=False).itertuples()
-        if line.kernels_ratio or line.auto_ratio
+        for line in found[found[ratios].notna().any(axis=1)].sort_values(ratios, ascending=False).itertuples()
     ]
     return tables.html(tables.text_table(lines))
 
@@ -167,7 +158,7 @@ def _sources(table: DataFrame, found: DataFrame) -> DataFrame:
 
 def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
     rows: list[Row] = sorted(table["row"], key=lambda r: r.date)
-    last = rows[-1]
+    last, times = rows[-1], [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
     facts = {name: str(value) for name, value in (vars(last.device) | vars(last.versions)).items() if value is not None}
     commits = {f"{r.source.commit or 'installed'}{' with changes' if r.source.dirty else ''}" for r in rows}
     facts |= {"commits of the rows": ", ".join(sorted(commits)), "digest of the newest code": last.source.digest}
@@ -177,14 +168,10 @@ def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
     for name in ("sm_clock_mhz", "power_w", "temperature_c"):
         if seen := [v for r in rows if isinstance(v := r.state.get(name), int | float)]:
             facts[name] = f"{min(seen):g} to {max(seen):g}"
-    # What the repeated anchor case says of the machine's steadiness.
-    times = [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
-    facts["drift"] = "the anchor case has run too seldom to show any"
-    if len(times) > 1:
+    if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
         moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
-        each = ", ".join(f"{t:.4g}" for t in times[:40])
-        facts["drift"] = f"the same anchor case, {moved}: {each} us; smaller differences than that mean nothing here"
-    return tables.text_table([{"what": name, "is": value} for name, value in facts.items()])
+        facts["drift"] = f"the same anchor case, {moved}; smaller differences than that mean nothing here"
+    return tables.text_table({"what": name, "is": value} for name, value in facts.items())
 
 
 class View(NamedTuple):
@@ -198,44 +185,43 @@ class View(NamedTuple):
     texts: bool = False
 
 
-def _timings(suite: str, base: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
-    return lambda table, found: tables.timings(tables.of_suite(found, suite), base)
-
-
-def _lost(way: str, torchs: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
-    return lambda table, found: tables.lost(found, way, torchs)
-
-
-def _readings(kind: str) -> Callable[[DataFrame, DataFrame], DataFrame]:
-    return lambda table, found: tables.readings(table, kind)
-
-
 _BOTH = ". ".join(MEANINGS.values()) + "."
 _FEATURES = "In brackets the multiple of the padded time, ▼ where it is more than this package promises: at most "
 _FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items()) + "."
 _ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
-_OVER_H, _OVER_T = (functools.partial(_over, name) for name in ("hidden size", "length"))
+_KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
+
+
+def _timings(suite: str, base: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
+    return functools.partial(tables.timings, suite=suite, base=base)
+
+
+def _readings(kind: str) -> Callable[[DataFrame, DataFrame], DataFrame]:
+    return functools.partial(tables.readings, kind=kind)
+
+
+_H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
+_BY_SHAPE = functools.partial(tables.accuracy, by_shape=True)
 VIEWS = (
-    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), _OVER_H, _BOTH),
-    View("", "Comparisons that torch wins", lambda _, found: tables.count_lost(found)),
-    View("", "Where cuDNN still wins", _lost("kernels", CUDNN), None, MEANINGS["kernels"] + ".", True),
+    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), _H, _BOTH),
+    View("", "Comparisons that torch wins", tables.count_lost),
+    View("", "Where cuDNN still wins", _KERNELS, None, MEANINGS["kernels"] + ".", True),
     View("batch", "Hidden size by batch", _timings("batch"), _heat),
-    View("length", "Scaling in the number of steps", _timings("length"), _OVER_T, _BOTH),
+    View("length", "Scaling in the number of steps", _timings("length"), _T, _BOTH),
     View("cell", "One step: the cell", _timings("cell"), _heat),
     View("step", "One step a call, the state carried", _timings("step")),
     View("real", "LSTMs that people run", _timings("real"), _real, _BOTH),
     View("real", "Sources of their shapes", _sources, texts=True),
     View("features", "What features cost", _timings("features", "padded"), None, _FEATURES),
     View("memory", "Memory of a training step", _readings("memory")),
-    View("accuracy", "Accuracy against float64, over all shapes", lambda t, _: tables.accuracy(t), None, _ERRORS),
-    View("accuracy", "Accuracy against float64, by hidden size and length", lambda t, _: tables.accuracy(t, True)),
+    View("accuracy", "Accuracy against float64, over all shapes", tables.accuracy, None, _ERRORS),
+    View("accuracy", "Accuracy against float64, by hidden size and length", _BY_SHAPE),
     View("overhead", "Host time of a call", _readings("overhead"), texts=True),
     View("cold-start", "The first call", _readings("cold-start"), None, _FIRST, True),
-    View("", "Where torch is ahead of the kernels, the worst first", _lost("kernels"), texts=True),
-    View("", "Where torch is ahead of what is taken by itself", _lost("auto"), texts=True),
-    View("", "Not timed: wrong, failed, skipped", lambda t, _: tables.not_timed(t), texts=True),
-    View("roofs", "Roofs and floors", lambda t, _: tables.roofs(t)),
+    View("", "Where torch is ahead, the worst first", tables.lost, None, _BOTH, True),
+    View("", "Not timed: wrong, failed, skipped", tables.not_timed, texts=True),
+    View("roofs", "Roofs and floors", tables.roofs),
     View("", "Environment and drift", _environment, texts=True),
 )
 
@@ -255,7 +241,9 @@ def compare(sides: Mapping[Path, Sequence[Row]], page: Path | None) -> str:
     return "\n".join([*lead, "", tables.plain(table), "", said])
 
 
-_WRITTEN = " (written by lstm-triton bench --readme)"
+_WRITTEN = (
+    r"(<!-- (benchmark(?: summary)?): begin \(written by lstm-triton bench --readme\) -->\n).*?(<!-- \2: end -->)"
+)
 
 
 def update_markdown(path: Path, rows: Sequence[Row]) -> None:
@@ -270,13 +258,14 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error
-    kinds = ("benchmark summary", "benchmark")
-    for kind in [k for k in kinds if f"<!-- {k}: " in text] or kinds[1:]:
-        begin, end = f"<!-- {kind}: begin{_WRITTEN} -->", f"<!-- {kind}: end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise StoreError(f"{path} needs one line\n{begin}\nand after it one line\n{end}\n(a summary: {kinds[0]})")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{markdown(rows, kind == kinds[0])}\n{end}{rest.split(end)[1]}"
+
+    def tables_of(match: re.Match) -> str:
+        return f"{match[1]}\n{markdown(rows, 'summary' in match[2])}\n{match[3]}"
+
+    text, count = re.subn(_WRITTEN, tables_of, text, flags=re.DOTALL)
+    if not count:
+        begin = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->"
+        raise StoreError(f"{path} needs one line\n{begin}\nand one line\n<!-- benchmark: end -->")
     with unfinished(path) as file:
         file.write_text(text, encoding="utf-8")
 

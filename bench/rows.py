@@ -221,25 +221,19 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
         if not path.exists():
             raise StoreError(f"{path}: no such file or folder")
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            good, bad = _read_file(file)
-            if bad and not good:
-                raise StoreError(f"{file} holds no benchmark rows. First problem: {bad[0]}")
-            rows, problems = rows + good, problems + bad
-    return rows, problems
-
-
-def _read_file(path: Path) -> tuple[list[Row], list[str]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error
-    rows, problems = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [decode(line)] if line.strip() else []
-        except ValueError as error:
-            cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
-            problems.append(f"{path}:{number}: {cut}{error}")
+            before = len(rows), len(problems)
+            try:
+                lines = file.read_bytes().split(b"\n")
+            except OSError as error:
+                raise StoreError(f"{file}: {error.strerror or error}") from error
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows += [decode(line)] if line.strip() else []
+                except ValueError as error:
+                    cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
+                    problems.append(f"{file}:{number}: {cut}{error}")
+            if len(rows) == before[0] and len(problems) > before[1]:
+                raise StoreError(f"{file} holds no benchmark rows. First problem: {problems[before[1]]}")
     return rows, problems
 
 

@@ -46,6 +46,7 @@ def comparisons(table: DataFrame) -> DataFrame:
         by = dict(zip(group["provider"], group["row"]))
         kernels = [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
         line: dict[str, Any] = {"suite": suite, "case": case, "execution": execution, "rows": by, "auto": by.get(OURS)}
+        line |= {"dtype": case.dtype_name, "mode": case.mode, "H": case.hidden_size, "B": case.batch}
         line["kernels"] = min(kernels, key=lambda r: r.timing.p50_us, default=None)
         theirs: Any = by.get(torchs(case))
         line["torchs"] = theirs
@@ -54,16 +55,10 @@ def comparisons(table: DataFrame) -> DataFrame:
             line[f"{way}_ratio"] = theirs.timing.p50_us / mine.timing.p50_us if both else None
             line[f"{way}_lost"] = bool(both and mine.timing.ci_low_us > theirs.timing.ci_high_us)
         found.append(line)
-    columns = [
-        "suite",
-        "case",
-        "execution",
-        "rows",
-        "torchs",
-        *WAYS,
-        *(f"{w}_{x}" for w in WAYS for x in ("ratio", "lost")),
-    ]
-    return DataFrame(found, columns=columns, dtype=object)
+    columns = (
+        "suite case execution dtype mode H B rows torchs kernels auto kernels_ratio auto_ratio kernels_lost auto_lost"
+    )
+    return DataFrame(found, columns=columns.split(), dtype=object)
 
 
 def of_suite(found: DataFrame, suite: str) -> DataFrame:
@@ -106,20 +101,20 @@ def _described(line: Any) -> str:
     return line.case.describe() + (", graph" if line.execution == "graph" else "")
 
 
-def timings(found: DataFrame, base: str | None = None) -> DataFrame:
+def timings(table: DataFrame, found: DataFrame, suite: str, base: str | None = None) -> DataFrame:
     """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
 
     base: the name of a case; beside each time stands its multiple of the same provider's there, marked beyond PROMISES.
     """
+    found = of_suite(found, suite)
     names = list(dict.fromkeys(name for rows in found["rows"] for name in rows))
-    bases = {line.case.mode: line.rows for line in found.itertuples() if line.case.name == base}
+    bases = {line.mode: line.rows for line in found.itertuples() if line.case.name == base}
 
     def order(line: Any) -> Any:
-        c = line.case
-        return c.mode if base else (c.hidden_size, c.batch, c.length, c.dtype_name, c.mode, line.execution)
+        return line.mode if base else (line.H, line.B, line.case.length, line.dtype, line.mode, line.execution)
 
     def time(line: Any, name: str) -> str:
-        row, other = line.rows.get(name), bases.get(line.case.mode, {}).get(name)
+        row, other = line.rows.get(name), bases.get(line.mode, {}).get(name)
         if not (row and other):
             return number(row and row.timing.us_per_step)
         multiple = row.timing.p50_us / other.timing.p50_us
@@ -136,28 +131,30 @@ def timings(found: DataFrame, base: str | None = None) -> DataFrame:
     )
 
 
-def count_lost(found: DataFrame) -> DataFrame:
+def count_lost(table: DataFrame, found: DataFrame) -> DataFrame:
     """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
     who = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
     counts = {way: (sum(found[f"{way}_lost"]), int(found[f"{way}_ratio"].notna().sum())) for way in WAYS}
-    lines = [{"compared": who[w], "torch is ahead in": f"{lost} of {n}"} for w, (lost, n) in counts.items() if n]
-    return text_table(lines)
+    return text_table(
+        {"compared": who[way], "torch is ahead in": f"{lost} of {n}"} for way, (lost, n) in counts.items() if n
+    )
 
 
-def lost(found: DataFrame, way: str, theirs: str | None = None, most: int = 60) -> DataFrame:
-    """Where torch (or only its provider `theirs`) is ahead of a way, the worst first, with what the rows know of why."""
+def lost(table: DataFrame, found: DataFrame, ways: Sequence[str] = WAYS, theirs: str | None = None) -> DataFrame:
+    """Where torch (or only its provider `theirs`) is ahead, the worst first, with what the rows know of why; at most 60."""
     lines = []
-    for line in found[found[f"{way}_lost"].astype(bool)].sort_values(f"{way}_ratio").itertuples():
-        mine, torch = getattr(line, way), line.torchs
-        if theirs in (None, torch.provider):
+    for way in ways:
+        for line in found[found[f"{way}_lost"].astype(bool)].sort_values(f"{way}_ratio").head(60).itertuples():
+            mine, torch = getattr(line, way), line.torchs
             distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
             why = mine.backend_reason, torch.algorithm and f"cuDNN: {torch.algorithm}", distance
+            cells = {"case": _described(line), "speed-up": f"{getattr(line, f'{way}_ratio'):.2f}"}
             us = {"ours, us/step": mine.timing.us_per_step, "torch, us/step": torch.timing.us_per_step}
-            took = {"way": mine.backend if way == "auto" else mine.provider}
-            took |= {"what is known of why": "; ".join(text for text in why if text)}
-            ratio = {"case": _described(line), "speed-up": f"{getattr(line, f'{way}_ratio'):.2f}"}
-            lines.append(ratio | {name: number(value) for name, value in us.items()} | took)
-    return text_table(lines[:most])
+            cells |= {name: number(value) for name, value in us.items()}
+            cells |= {"compared": way, "what ran": mine.backend if way == "auto" else mine.provider}
+            cells |= {"what is known of why": "; ".join(text for text in why if text)}
+            lines += [cells] if theirs in (None, torch.provider) else []
+    return text_table(lines)
 
 
 def _of_kind(table: DataFrame, kind: str, *statuses: str) -> list[Row]:
@@ -178,14 +175,14 @@ def _figures(row: Row) -> dict[str, str]:
     return found
 
 
-def readings(table: DataFrame, kind: str) -> DataFrame:
+def readings(table: DataFrame, found: DataFrame, kind: str) -> DataFrame:
     """The figures of the rows of a kind that have no time: bytes, host times, first calls."""
     rows = sorted(_of_kind(table, kind), key=lambda r: (r.case.name, r.case.dtype, r.case.mode))
     what = ({"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider} for r in rows)
     return text_table(w | _figures(r) | {"remark": r.label or ""} for w, r in zip(what, rows))
 
 
-def roofs(table: DataFrame) -> DataFrame:
+def roofs(table: DataFrame, found: DataFrame) -> DataFrame:
     """What the device can do at most."""
     return text_table({"what": n, "measured": f} for r in _of_kind(table, "roof") for n, f in _figures(r).items())
 
@@ -193,7 +190,7 @@ def roofs(table: DataFrame) -> DataFrame:
 _COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "dh0, dc0", "dc0": "dh0, dc0"}
 
 
-def accuracy(table: DataFrame, by_shape: bool = False) -> DataFrame:
+def accuracy(table: DataFrame, found: DataFrame, by_shape: bool = False) -> DataFrame:
     """The largest max and RMS error of each provider by dtype and input scale: over all shapes, or for each of them."""
     names, lines = list(dict.fromkeys([*_COLUMNS.values(), "dW, db"])), []
     for row in _of_kind(table, "accuracy", "ok", "wrong"):
@@ -212,7 +209,7 @@ def accuracy(table: DataFrame, by_shape: bool = False) -> DataFrame:
     return texts.reset_index(level="provider").droplevel("order").rename_axis(columns=None)
 
 
-def not_timed(table: DataFrame) -> DataFrame:
+def not_timed(table: DataFrame, found: DataFrame) -> DataFrame:
     """What was wrong, failed or was skipped, and why; equal reasons once."""
     bad = [r for r in table["row"] if r.status != "ok" and r.kind != "anchor"]
     lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in bad]

@@ -138,9 +138,8 @@ def test_the_page_has_every_section_and_fetches_nothing():
         "Accuracy against float64, over all shapes",
         "Host time of a call",
         "The first call",
-        "Where torch is ahead of the kernels, the worst first",
+        "Where torch is ahead, the worst first",
         "Not timed: wrong, failed, skipped",
-        "Where torch is ahead of what is taken by itself",
         "Roofs and floors",
         "Environment and drift",
     ):
@@ -164,12 +163,13 @@ def test_the_first_figure_has_everyone_the_floor_and_the_ratio_beside_it():
 
 def test_losses_are_shown_with_what_is_known():
     text = render(sample_rows())
-    found = tables.comparisons(tables.newest(sample_rows()))
-    for way in tables.WAYS:
-        lost = tables.lost(found, way)
-        assert len(lost) and all(float(ratio) < 1 for ratio in lost["speed-up"])
-    counts = tables.count_lost(found)["torch is ahead in"]
-    assert [text.split()[0] for text in counts] == [str(len(tables.lost(found, way))) for way in tables.WAYS]
+    table = tables.newest(sample_rows())
+    found = tables.comparisons(table)
+    lost = [tables.lost(table, found, (way,)) for way in tables.WAYS]
+    assert all(len(of) and all(float(ratio) < 1 for ratio in of["speed-up"]) for of in lost)
+    assert len(tables.lost(table, found)) == sum(map(len, lost))
+    counts = tables.count_lost(table, found)["torch is ahead in"]
+    assert [text.split()[0] for text in counts] == [str(len(of)) for of in lost]
     assert all(f"<td>{count}</td>" in text for count in counts)
     assert "wrong" in text and "a reason" in text
 
@@ -182,18 +182,22 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
         timed(case, "lstm_triton cudnn", 39.0, backend="cudnn"),
         timed(case, "lstm_triton torch", 1.0, backend="torch"),
     ]
-    compared = tables.comparisons(tables.newest(found))
+    table = tables.newest(found)
+    compared = tables.comparisons(table)
     (line,) = compared.itertuples()
     assert line.kernels.provider == STEPWISE and line.kernels_ratio == pytest.approx(0.5) and line.kernels_lost
     assert line.auto_ratio == pytest.approx(1.0) and not line.auto_lost
-    won = tables.lost(compared, "kernels", CUDNN)
-    assert won["way"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
-    assert not len(tables.lost(compared, "auto"))
-    assert list(tables.count_lost(compared)["torch is ahead in"]) == ["1 of 1", "0 of 1"]
-    assert tables.timings(compared)[["speed-up of kernels", "of auto"]].values.tolist() == [["▼ 0.50", "1.00"]]
+    won = tables.lost(table, compared, ("kernels",), CUDNN)
+    assert won["what ran"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
+    assert not len(tables.lost(table, compared, ("auto",)))
+    assert list(tables.count_lost(table, compared)["torch is ahead in"]) == ["1 of 1", "0 of 1"]
+    assert tables.timings(table, compared, "hidden-sizes")[["speed-up of kernels", "of auto"]].values.tolist() == [
+        ["▼ 0.50", "1.00"]
+    ]
     cell = Case("c", 64, 4, 1, form="cell")
     cells = tables.comparisons(tables.newest([timed(cell, OURS, 9.0), timed(cell, TORCH_CELL, 4.0)]))
-    assert len(tables.lost(cells, "kernels")) and not len(tables.lost(cells, "kernels", CUDNN)), "no cell is cuDNN's"
+    assert len(tables.lost(table, cells, ("kernels",)))
+    assert not len(tables.lost(table, cells, ("kernels",), CUDNN)), "no cell is cuDNN's"
 
 
 def test_rows_under_other_settings_stand_apart():
@@ -222,7 +226,8 @@ def test_broken_promises_are_marked():
     found = rows("padded", {OURS: 10.0, PERSISTENT: 10.0, STEPWISE: 20.0, CUDNN: 10.0})
     found += rows("packed", {OURS: 14.0, PERSISTENT: 16.0, STEPWISE: 29.0, CUDNN: 90.0}, rows="packed")
     found += rows("resets", {OURS: 10.4, PERSISTENT: 10.4, STEPWISE: 21.2, CUDNN: 90.0}, resets=0.02)
-    table = tables.timings(tables.comparisons(tables.newest(found)), base="padded")
+    newest = tables.newest(found)
+    table = tables.timings(newest, tables.comparisons(newest), "features", base="padded")
     assert {f"{name}, us/step" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table)
     broken = {(line[: line.index(":")], name) for name in table for line, text in table[name].items() if "(▼" in text}
     assert broken == {("packed", f"{PERSISTENT}, us/step"), ("resets", f"{STEPWISE}, us/step")}
@@ -236,14 +241,14 @@ def test_errors_by_hidden_size_and_length():
 
     found = [row(512, 128, 1e-6), row(512, 1024, 4e-6), row(19, 7, 2e-6), row(512, 1, 3e-6, form="cell")]
     newest = tables.newest(found)
-    by_shape = tables.accuracy(newest, by_shape=True)
+    by_shape = tables.accuracy(newest, newest, by_shape=True)
     assert [(name, text[:7]) for name, text in by_shape["y: max / RMS"].items()] == [
         ("cell H512, float32 ieee, input x1", "3.0e-06"),
         ("layer H19 T7, float32 ieee, input x1", "2.0e-06"),
         ("layer H512 T128, float32 ieee, input x1", "1.0e-06"),
         ("layer H512 T1024, float32 ieee, input x1", "4.0e-06"),
     ]
-    summary = tables.accuracy(newest)["y: max / RMS"]
+    summary = tables.accuracy(newest, newest)["y: max / RMS"]
     assert list(summary.index) == ["float32 ieee, input x1"] and summary.item().startswith("4.0e-06 /")
     text = render(found)
     assert "by hidden size and length" in text and "layer H512 T1024" in text

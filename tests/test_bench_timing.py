@@ -114,6 +114,7 @@ class FakeNVML:
         pass
 
     nvmlInit = staticmethod(lambda: None)
+    nvmlSystemGetDriverVersion = staticmethod(lambda: "580.1")
     nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
     nvmlDeviceGetClockInfo = nvmlDeviceGetMaxClockInfo = staticmethod(
         lambda gpu, which: {"sm": 1980, "memory": 2619}[which]
@@ -133,7 +134,12 @@ def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("properties", (), {"uuid": "1-2"}))
     monkeypatch.setitem(sys.modules, "pynvml", FakeNVML)
     found = device.state(cuda)
-    assert found["sm_clock_mhz"] == 1980 and found["power_w"] is None and found["temperature_c"] == 41
+    assert (
+        found["driver"] == "580.1"
+        and found["sm_clock_mhz"] == 1980
+        and found["power_w"] is None
+        and found["temperature_c"] == 41
+    )
     monkeypatch.setattr(FakeNVML, "nvmlInit", lambda: 1 / 0)
     assert "NVML" in device.state(cuda)["unread"]
     monkeypatch.setitem(sys.modules, "pynvml", None)

@@ -55,7 +55,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(text, flush=True)
         said[title].append(text)
 
-    print(environment.summary(device))
+    say(MODEL, environment.summary(device))
     torch.set_num_threads(options.threads)
     passed = True
     if "check" in options.skip:
@@ -89,7 +89,7 @@ def _demo(options: argparse.Namespace) -> int:
     rate = f"after {tokens:,} tokens in {last.seconds:.0f} s: {tokens / last.seconds:,.0f} tokens/s"
     say(MODEL, f"Validation: {bits}, {gain} the {unigram:.2f} of character frequencies alone, {rate}.")
     print(f"Checkpoint: {checkpoint} (go on with --resume)\n")
-    drawn = training.model.sample(corpus.encode(PROMPT).tolist(), 500, config.seed)
+    drawn = training.model.sample(corpus.encode(PROMPT).int().to(device), 500, config.seed)
     say(SAMPLE, "Drawn from Y_t = softmax(h_t W + b), one character after the other:")
     say(SAMPLE, bytes(drawn).decode("ascii") + "\n")
     for text in ["Not measured (--skip timing)."] if "timing" in options.skip else timing.measure(device, 8.0):

@@ -29,7 +29,7 @@ def write(path: Path, curve: Sequence[Point], unigram: float, said: Mapping[str,
         body = figure("Training and held-out text.", picture) if k == 0 else Markup("")
         sections.append(Section(f"part{k}", title, Markup("").join(map(_paragraph, texts)) + body))
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    lead = [environment.summary(), f"Version {environment.__version__}, {now}."]
+    lead = [f"Version {environment.__version__}, {now}."]
     write_page(path, "lstm_triton on this machine", lead, [Part("demo", "", "", sections)])
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lstm_triton.bench.progress import Progress
 from lstm_triton.bench.rows import unfinished
 from lstm_triton.demo.corpus import CHARACTERS, Corpus
-from lstm_triton.demo.model import CharModel
+from lstm_triton.demo.model import CharModel, State
 
 _MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
 _NATS = math.log(2)  # nats per bit
@@ -64,7 +64,7 @@ class Training:
         torch.manual_seed(c.seed)
         self.model = CharModel(CHARACTERS, c.embedding_size, c.hidden_size).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
-        self.state = self.model.initial_state(c.batch)
+        self.state: State | None = None
         self._train = _streams(self.corpus.train, c.batch).to(self.device)
         self._validation = _streams(self.corpus.validation, 64)[:193].to(self.device)
 
@@ -77,7 +77,7 @@ class Training:
 
         Ctrl-C ends it after the update under way, saved as if the time were up, and sets `interrupted`.
         """
-        begin, first, warm = time.perf_counter() - self.seconds, (self.step, self.seconds), None
+        begin, first = time.perf_counter() - self.seconds, (self.step, self.seconds)
         due, said, losses, progress = list(_MEASURED_AT), "", list[torch.Tensor](), Progress(seconds)
         with contextlib.closing(progress), contextlib.ExitStack() as at_the_end:
             at_the_end.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
@@ -95,10 +95,8 @@ class Training:
                     break
                 losses.append(self._update())
                 self.step, self.seconds = self.step + 1, time.perf_counter() - begin
-                warm = warm or (self.seconds, self.tokens)  # the first update compiles, and does not count
-                rate = (self.tokens - warm[1]) / max(self.seconds - warm[0], 1e-9)
                 progress.done = min(self.seconds - first[1], seconds)
-                progress.show(f"{rate:,.0f} tokens/s {said}")
+                progress.show(f"{self.tokens / self.seconds:,.0f} tokens/s {said}")
 
     def _interrupt(self, *_: Any) -> None:
         self.interrupted = True
@@ -109,7 +107,7 @@ class Training:
         T = self.config.steps
         position = (self.step * T) % (self._train.shape[0] - T)
         if position < T:  # the beginning of the text: no memory of its end
-            self.state = self.model.initial_state(self.config.batch)
+            self.state = None
         chunk = self._train[position : position + T + 1].long()
         logits, (h, c) = self.model(chunk[:-1], self.state)
         loss = cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
@@ -123,8 +121,7 @@ class Training:
     @torch.no_grad()
     def _measure(self, train_loss: float, checkpoint: Path) -> Point:
         """A point of the curve: bits per character on the held-out text; saved."""
-        text, total = self._validation.long(), 0.0
-        state = self.model.initial_state(text.shape[1])
+        text, total, state = self._validation.long(), 0.0, None
         for x, target in zip(text[:-1].split(128), text[1:].split(128)):
             logits, state = self.model(x, state)
             total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
@@ -145,8 +142,9 @@ class Training:
         """Continue from what `load_checkpoint` read."""
         self.model.load_state_dict(data["model"])
         self.optimizer.load_state_dict(data["optimizer"])
-        h, c = (state.to(self.device) for state in data["state"])
-        self.state, self.step, self.seconds = (h, c), data["step"], data["seconds"]
+        if state := data["state"]:
+            self.state = state[0].to(self.device), state[1].to(self.device)
+        self.step, self.seconds = data["step"], data["seconds"]
         self.curve = [Point(*point) for point in data["curve"]]
 
 
