@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from triton.runtime import JITFunction
 
+from . import device as device_module
 from . import interpreter
 from .config import MAX_REGISTERS, cdiv
 from .device import refuse_capture
@@ -104,23 +105,30 @@ def _has_columns(
 
 
 def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> SequenceConfig:
-    """`search` on this device, remembered: one search serves all calls alike.
+    """What was measured for this problem on this device, or else found by `search`; remembered for all calls alike.
 
     Raises:
         RuntimeError: in the capture of a CUDA graph, if there is none to remember.
     """
     key = problem, device, on.index, interpreter.programs_can_wait()
-    config = _chosen.get(key)
+    config = remembered.get(key)
     if config is None:
         with torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext():
             if on.type == "cuda":
                 refuse_capture(KERNELS[problem.way].__name__)
-            config = search(problem, device)
-        _chosen[key] = config
+            config = device_module.measured(problem, on)
+            if config is None or config not in candidates(problem, device) or not _may_wait(problem, config):
+                config = search(problem, device)
+        remembered[key] = config
     return config
 
 
-_chosen: dict[tuple, SequenceConfig] = {}
+remembered: dict[tuple, SequenceConfig] = {}
+
+
+def _may_wait(problem: Problem, config: SequenceConfig) -> bool:
+    """Whether the programs of a launch run at the same time, or need not."""
+    return not config.waits or problem.single_step or interpreter.programs_can_wait()
 
 
 def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
@@ -130,8 +138,7 @@ def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
     """
     found = candidates(problem, device)
     if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter: there is no compiler to ask
-        can_wait = problem.single_step or interpreter.programs_can_wait()
-        return next(c for c in found if can_wait or not c.waits)
+        return next(c for c in found if _may_wait(problem, c))
     asked: dict[SequenceConfig, float] = {}  # words of local memory; infinite where the kernel cannot be used
     for persistent, most, enough in ((True, _MOST_PERSISTENT, _SOME_WORDS), (False, MOST_COMPILATIONS, 1 << 20)):
         for config in (c for c in found if c.persistent == persistent):

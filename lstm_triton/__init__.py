@@ -9,6 +9,7 @@ from .environment import info
 from .explain import explain
 from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
+from .tuning import tune
 
 if typing.TYPE_CHECKING:
     from .cells import GRU, Cell, GRUCell, Recurrent, RecurrentCell, cell
@@ -32,6 +33,7 @@ __all__ = [
     "patch",
     "to_gate_matrices",
     "to_torch",
+    "tune",
 ]
 
 

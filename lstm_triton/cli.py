@@ -1,4 +1,4 @@
-"""The `lstm-triton` command: info, check, bench, demo. Each part is imported only when it is asked for."""
+"""The `lstm-triton` command: info, check, tune, bench, demo. Each part is imported only when it is asked for."""
 
 import argparse
 import importlib.util
@@ -9,13 +9,17 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv[1:]) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # bench and demo have parsers of their own: everything after their name is theirs.
+    # tune, bench and demo have parsers of their own: everything after their name is theirs.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     if arguments[:1] == ["demo"]:
         from lstm_triton.demo.__main__ import main as demo
 
         return demo(arguments[1:])
+    if arguments[:1] == ["tune"]:
+        from lstm_triton.tuning import main as tune
+
+        return tune(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.command == "check":
         from lstm_triton import check
@@ -29,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lstm-triton", description="A fused LSTM for PyTorch, written in Triton.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | bench | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | tune | bench | demo")
     commands.add_parser("info", help="what this machine offers: GPU, versions, backends")
     check = commands.add_parser("check", help="errors of the fused cell against float64, beside torch's own")
     check.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: the GPU, if any")
     check.add_argument("--seed", type=int, default=0)
+    commands.add_parser("tune", help="measure what runs a layer fastest on this GPU, and keep it", add_help=False)
     commands.add_parser("bench", help="the benchmark harness, python -m lstm_triton.bench", add_help=False)
     commands.add_parser("demo", help="accuracy, a small language model, timing, one report", add_help=False)
     return parser

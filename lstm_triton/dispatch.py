@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,13 @@ def check_backend(backend: str) -> None:
 @dataclass(frozen=True)
 class Choice:
     """What serves a call, one of the backends or "torch" for its own kernels on a CPU, and the reason in one sentence."""
+
+    backend: str
+    reason: str
+
+
+class Measured(NamedTuple):
+    """The backend that was fastest for such a call on this device, and how that is known."""
 
     backend: str
     reason: str
@@ -76,6 +84,11 @@ def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> s
     return None
 
 
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve on this device, or None when they can."""
+    return _why_no_kernels(device.type, dtype, environment(device))
+
+
 def choose_cell(backend: str, device_type: str, dtype: torch.dtype, env: Environment) -> Choice:
     """The backend of one LSTM cell call.
 
@@ -121,6 +134,7 @@ class Call:
     long: bool  # more steps than cuDNN takes
     precision: str | None
     projected: bool = False  # proj_size
+    measured: Measured | None = None
 
 
 def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Environment, call: Call) -> Choice:
@@ -141,6 +155,9 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
         if obstacle is not None:
             raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
         return Choice(backend, "asked for")
+    measured = call.measured
+    if measured is not None and (no_cudnn if measured.backend == "cudnn" else obstacle) is None:
+        return Choice(*measured)
     if device_type == "cuda" and obstacle is None:
         unmeasured = "the persistent kernels are not yet measured on this GPU"
         if no_cudnn is not None:
@@ -198,9 +215,10 @@ def layer_backend(
     long: bool,
     precision: str | None,
     projected: bool = False,
+    measured: Measured | None = None,
 ) -> str:
     """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
-    return _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected)
+    return _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected, measured)
 
 
 @_constant_to_compilers

@@ -1,34 +1,20 @@
 """What this machine offers: versions, GPU, which backends can run here and why others cannot."""
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from lstm_triton import dispatch
+from lstm_triton import dispatch, measurements
 from lstm_triton._version import __version__
+from lstm_triton.versions import driver_version, triton_version
 
 # Beginnings of the names under which Triton keeps this package's compiled kernels.
 _KERNEL_NAMES = ("_lstm_", "_readout_")
-
-
-def triton_version() -> str | None:
-    """Triton's version without importing it, or None where it is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # a source tree, or a folder on PYTHONPATH
-        import triton
-
-        return triton.__version__
 
 
 def why_no_triton_gpu() -> str | None:
@@ -77,6 +63,7 @@ def info() -> str:
     lines += _aligned(rows)
     lines += ["", "GPUs"] + [f"  {line}" for line in _gpu_lines()]
     lines += ["", "Backends"] + [f"  {line}" for line in _aligned(_backends())]
+    lines += ["", "Measurements"] + [f"  {line}" for line in measurements.listing()]
     lines += ["", "Compiled kernels"] + [f"  {line}" for line in _cache_lines()]
     return "\n".join(lines)
 
@@ -102,16 +89,7 @@ def _gpu_lines() -> list[str]:
             *([f"shared memory {shared / 2**10:.0f} KiB a block"] if shared else []),
         ]
         lines.append(f"{index}: {p.name}: " + ", ".join(parts))
-    return [*lines, f"driver {_driver_version()}"]
-
-
-def _driver_version() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (nvidia-smi did not answer)"
-    return out.splitlines()[0].strip() if out.strip() else "unknown"
+    return [*lines, f"driver {driver_version()}"]
 
 
 def _backends() -> list[tuple[str, str]]:

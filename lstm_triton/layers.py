@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, operators, projection, reference, reference_ops, torch_ops
+from . import casting, dispatch, measurements, operators, projection, reference, reference_ops, shapes, torch_ops
 from .kernels.cell_equations import step_of
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
@@ -81,7 +81,16 @@ def lstm(  # noqa: PLR0913
     (by_direction,) = split_weights(weights, 1, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
     plain = resets is None and lengths is None and not return_cell_states and not (recompute and x.is_cuda)
-    chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, dispatch.is_long(T, x.device), precision)
+    names = ("resets", resets), ("lengths", lengths), ("cells", return_cell_states or None)
+
+    def shape() -> shapes.Shape:
+        features = ",".join(name for name, given in names if given is not None)
+        sizes = shapes.Shape(x.shape[2], H, 1, directions, 0, B, features)
+        return shapes.with_numbers(sizes, x, weights, precision, recompute)
+
+    measured = measurements.for_call(backend, shape, T, x.device)
+    is_long = dispatch.is_long(T, x.device)
+    chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, is_long, precision, False, measured)
     if chosen in ("torch", "cudnn"):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
         bias, train = by_direction[0].b_ih is not None, torch.is_grad_enabled()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import casting, dispatch, layers, segments, torch_ops
+from . import casting, dispatch, layers, measurements, segments, shapes, torch_ops
 from .kernels.inputs import LayerOptions, split_weights
 from .modes import has_values, is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
@@ -88,7 +88,7 @@ def _is_torchs(module, input) -> bool:
         return False
     if torch.compiler.is_compiling() or is_jit_tracing() or casting.is_autocast("cpu"):
         return False
-    return _choose(module, x, True, 1) == "torch"
+    return not measurements.rows(x.device) and _choose(module, x, "", 1, 1) == "torch"
 
 
 def _time_major(module, input, hx, resets):
@@ -139,8 +139,8 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
         # Here torch has no check of its own, and fails otherwise than for a padded input.
         casting.check_alike("PackedSequence", data, [("weights", weight)])
     module.check_forward_args(data, hx, batch_sizes)
-    plain = resets is None and reset_state is None and not return_cell_states
-    chosen = _choose(module, data, plain, T)
+    features = ",".join(filter(None, (shapes.features(resets, reset_state, None, return_cell_states), "packed")))
+    chosen = _choose(module, data, features, T, B)
     if chosen in ("torch", "cudnn"):
         data, hx, _, weights = layers.autocast(data, hx, None, module._flat_weights)
         with casting.without_autocast(data.device.type):
@@ -186,16 +186,19 @@ def _torch_options(module) -> torch_ops.Options:
     return torch_ops.Options(module.bias, module.num_layers, dropout, train, module.bidirectional, module.precision)
 
 
-def _choose(module, x: Tensor, plain: bool, T: int) -> str:
-    plain = plain and cell_of(module) is None
+def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
+    is_lstm, measured = cell_of(module) is None, None
+    if is_lstm:
+        measured = measurements.for_call(module.backend, lambda: shapes.of_module(module, x, features, B), T, x.device)
     return dispatch.layer_backend(
         module.backend,
         x.device,
         x.dtype,
-        plain and not (module.recompute and x.is_cuda),
+        is_lstm and features in ("", "packed") and not (module.recompute and x.is_cuda),
         dispatch.is_long(T, x.device),
         module.precision,
         module.proj_size > 0,
+        measured,
     )
 
 
@@ -207,9 +210,8 @@ def cell_of(module) -> Any:
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
     """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
     x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, module._flat_weights)
-    chosen = _choose(
-        module, x, resets is None and reset_state is None and lengths is None and not return_cell_states, x.shape[0]
-    )
+    features = shapes.features(resets, reset_state, lengths, return_cell_states)
+    chosen = _choose(module, x, features, x.shape[0], x.shape[1])
     if chosen in ("torch", "cudnn"):
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
         return y, (h_n, c_n)

@@ -30,7 +30,7 @@ SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": T
 def few_units_per_program(monkeypatch):
     """Small layers are shared by several programs, as large ones are: 8 units each, and 16 rows a group."""
     monkeypatch.setattr(search, "_TILES", [(16, 8, 8)])
-    monkeypatch.setattr(search, "_chosen", {})
+    monkeypatch.setattr(search, "remembered", {})
 
 
 def _in_one_launch(problem, recompute=False):

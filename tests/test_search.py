@@ -93,7 +93,7 @@ def test_a_choice_takes_few_compilations(compiler):
 
 
 def test_a_choice_is_remembered(compiler, monkeypatch):
-    monkeypatch.setattr(search, "_chosen", {})
+    monkeypatch.setattr(search, "remembered", {})
     asked = compiler(0)
     resets = PROBLEM._replace(features=frozenset({"resets"}))
     for problem, figures, n in (

@@ -100,7 +100,7 @@ def active(driver: _Driver) -> Iterator[_Driver]:
     try:
         with (
             mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None),
-            mock.patch.dict(search._chosen, clear=True),
+            mock.patch.dict(search.remembered, clear=True),
             launch.cpu_as(driver.figures),
         ):
             yield driver

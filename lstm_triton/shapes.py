@@ -1,0 +1,88 @@
+"""What decides how fast a call of an `LSTM` is: its sizes, dtype and features. By these measurements are kept."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import casting
+from .kernels.device import matmul_precision
+
+
+class Shape(NamedTuple):
+    """A call of an `LSTM`, but for its number of steps. precision: of recurrent products. features: "resets", "lengths",
+    "cells" (states) and "packed", with commas."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    directions: int
+    proj_size: int
+    batch: int
+    features: str = ""
+    dtype: str = "float32"
+    precision: str = "ieee"
+    train: bool = False
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        also = [
+            ("proj_size " + str(self.proj_size)) * bool(self.proj_size),
+            "recompute" * self.recompute,
+            self.features,
+        ]
+        kind = ["both directions" * (self.directions == 2), self.dtype, self.precision * (self.dtype == "float32")]
+        parts = [f"B = {self.batch}", *kind, "training" if self.train else "inference", *also]
+        layers = f", {self.num_layers} layers" if self.num_layers > 1 else ""
+        return f"LSTM({self.input_size}, {self.hidden_size}{layers}) " + ", ".join(part for part in parts if part)
+
+
+def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: str | None, recompute: bool) -> Shape:
+    """The sizes, completed for a call with this input and these weights, under the autocast and the gradient mode of now."""
+    is_cast = casting.is_autocast(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+    train = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    in_precision = matmul_precision(dtype, precision, recurrent=True)
+    name = str(dtype).removeprefix("torch.")
+    return sizes._replace(dtype=name, precision=in_precision, train=train, recompute=recompute)
+
+
+def features(resets, reset_state, lengths, return_cell_states) -> str:
+    """`Shape.features` of a call."""
+    given = (
+        ("resets", resets is not None or reset_state is not None),
+        ("lengths", lengths is not None),
+        ("cells", return_cell_states),
+    )
+    return ",".join(name for name, is_given in given if is_given)
+
+
+def of_module(module, x: Tensor, features: str, B: int) -> Shape:
+    """That of a call of this `LSTM`."""
+    sizes = module.input_size, module.hidden_size, module.num_layers, 2 if module.bidirectional else 1, module.proj_size
+    shape = Shape(*sizes, B, features)
+    return with_numbers(shape, x, module._flat_weights, module.precision, module.recompute)
+
+
+def of_call(
+    module,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Shape, int, torch.device]:
+    """Shape, steps and device of `LSTM.forward` with these arguments, without running it."""
+    found = features(resets, reset_state, lengths, return_cell_states)
+    if isinstance(input, PackedSequence):
+        x, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
+        found = ",".join(filter(None, (found, "packed")))
+    elif input.dim() == 2:
+        x, T, B = input, input.shape[0], 1
+    else:
+        x, T, B = input, input.shape[int(module.batch_first)], input.shape[int(not module.batch_first)]
+    return of_module(module, x, found, B), T, x.device

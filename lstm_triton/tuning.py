@@ -1,0 +1,246 @@
+"""`lstm-triton tune` and `tune`: find what runs a call of an `LSTM` fastest on this device, and keep it.
+
+cuDNN, one launch per step and the kernels in a few configurations take turns in a process of their own (`trial`).
+"""
+
+import argparse
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from . import dispatch, hooks, lstm, measurements, shapes
+from .kernels.device import matmul_precision
+from .measurements import Row
+from .shapes import Shape
+from .trial import WAYS, Contender
+
+_CANDIDATES = 5  # of each way, besides that of the model
+_SILENCE_S = 180.0  # after which the measuring process is given up; the first compilations take a minute
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def tune(
+    module: torch.nn.Module, *inputs: Any, budget_s: float = 60.0, quiet: bool = False, **kwargs: Any
+) -> list[str]:
+    """Measure what runs each `LSTM` in `module(*inputs, **kwargs)` fastest, so that backend="auto" takes it from now on.
+
+    The module is called once, to see the calls of its LSTMs; what is measured are calls of these sizes on random numbers. With
+    gradients enabled and parameters that need them forward and backward are measured, else the forward. What is found is kept
+    in a file (`lstm-triton info` says where) for this device and these versions.
+
+    Args:
+        budget_s: seconds for each LSTM. An interrupt (Ctrl-C) ends it early, and keeps what is measured.
+        quiet: report no progress on standard error.
+
+    Returns:
+        A line for each: the fastest backend, microseconds of a call, and its speed beside cuDNN's.
+
+    Raises:
+        RuntimeError: no GPU that runs the kernels; nothing could be measured. TypeError: a module without an `LSTM`.
+    """
+    found: dict[tuple[Shape, int, torch.device], None] = {}
+
+    def note(part: Any, args: tuple, kwargs: dict) -> None:
+        found[shapes.of_call(part, *args, **kwargs)] = None
+
+    parts = [part for part in module.modules() if hooks.kind(part) is lstm.LSTM]
+    if not parts:
+        raise TypeError(f"tune() measures LSTM, and models with it, got {type(module).__name__}")
+    handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+    try:
+        module(*inputs, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [str(tune_shape(*call, budget_s, quiet)) for call in found]
+
+
+def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float = 60.0, quiet: bool = False) -> Row:
+    """`tune` for one call: what was fastest, which is in the user's file then."""
+    if why := dispatch.why_no_kernels(device, getattr(torch, shape.dtype)):
+        raise RuntimeError(f"nothing to tune: {why}")
+    begin, trials, forward = time.monotonic(), list[Trial](), None
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"{time.monotonic() - begin:4.0f} of {budget_s:.0f} s  {text}", file=sys.stderr, flush=True)
+
+    request, ways = dict(shape=shape, steps=steps, device=str(device)), WAYS if shape.train else WAYS[:1]
+    try:
+        for part, way in enumerate(ways, 1):
+            trials.append(Trial())
+            trials[-1].measure(
+                request, contenders(shape, device, way, forward), begin + budget_s * part / len(ways), say
+            )
+            for name, microseconds in trials[-1].times.items():
+                say(f"{name}: {microseconds:.1f} us")
+            forward = trials[-1].configurations().get("forward")
+    except KeyboardInterrupt:
+        say("interrupted")
+    trial = next((t for t in reversed(trials) if t.times), None)
+    if trial is None:
+        raise RuntimeError(f"nothing could be measured: {trials[0].faults or 'the budget is too short'}")
+    fastest = min(trial.times, key=trial.times.__getitem__)
+    configs = (trial.configurations().get(way) for way in WAYS)
+    times = trial.times[fastest], trial.times.get("cudnn")
+    row = Row(measurements.machine(device), shape, steps, fastest.partition(",")[0], *times, *configs)
+    measurements.add(row)
+    return row
+
+
+def _tune_first_call(shape: Shape, steps: int, device: torch.device) -> None:
+    """`tune_shape`, once for a call of this shape and length, and not where a CUDA graph is captured."""
+    if device.type == "cuda" and (shape, steps) not in _tried and not torch.cuda.is_current_stream_capturing():
+        _tried.add((shape, steps))
+        print(tune_shape(shape, steps, device), file=sys.stderr)
+
+
+_tried: set[tuple[Shape, int]] = set()
+if os.environ.get("LSTM_TRITON_TUNE") == "1":
+    measurements.tune_first_call = _tune_first_call
+
+
+def contenders(shape: Shape, device: torch.device, way: str, forward: dict | None = None) -> dict[str, Contender]:
+    """What to try by name: cuDNN, one launch per step, the model's choice, and other configurations of the kernel of one way:
+    the cheapest by the model, no two of the same tile and warps. forward: what those of the backward are tried with."""
+    from .kernels.device import device_figures
+    from .kernels.search import candidates
+
+    found = {"cudnn": Contender("cudnn")} if shape.features in ("", "packed") and not shape.recompute else {}
+    found |= {"triton-stepwise": Contender("triton-stepwise"), "triton": Contender("triton", forward)}
+    tiles: dict[tuple[int, int, int], dict] = {}
+    for c in candidates(measurements.problem_of(shape, way), device_figures(device)):
+        if c.persistent:
+            tiles.setdefault((c.block_b, c.block_h, c.num_warps), asdict(c))
+    for (block_b, block_h, num_warps), config in list(tiles.items())[:_CANDIDATES]:
+        name = f"triton, {way} tile {block_b} x {block_h}, {num_warps} warps"
+        found[name] = Contender("triton", config) if way == "forward" else Contender("triton", forward, config)
+    return found
+
+
+class Trial:
+    """What is known of some contenders by name: microseconds of a call, configurations, and why others are out."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self.configs: dict[str, dict[str, dict]] = {}
+        self.faults: dict[str, str] = {}
+
+    def configurations(self) -> dict[str, dict]:
+        """By way: those of the kernels that run all steps, where such a call was the fastest of its kind."""
+        ours = [name for name in self.times if name.partition(",")[0] == "triton"]
+        best = min(ours, key=self.times.__getitem__, default=None)
+        return {way: c for way, c in self.configs.get(best or "", {}).items() if c["persistent"]}
+
+    def measure(self, request: dict, left: dict[str, Contender], deadline: float, say: Callable[[str], None]) -> None:
+        """Let processes measure the contenders `left` until all are measured, or out, or the deadline is past."""
+        while left and time.monotonic() < deadline:
+            doing, seconds = None, (deadline - time.monotonic()) / 2
+            for answer in _answers(request | dict(contenders=left, seconds=seconds), deadline):
+                self.times |= answer.get("times", {})
+                if "done" in answer:
+                    return
+                if "configs" in answer:
+                    self.configs[answer["name"]] = answer["configs"]
+                    say(f"{answer['name']}: right")
+                elif "fault" in answer:
+                    self._out(left, answer["name"], answer["fault"], say)
+                doing = answer.get("doing", doing)
+            if time.monotonic() >= deadline:
+                return
+            if doing is None:
+                raise RuntimeError("the process that measures did not start; its error is above")
+            self._out(left, doing, "it crashed or hung", say)
+
+    def _out(self, left: dict[str, Contender], name: str, why: str, say: Callable[[str], None]) -> None:
+        self.faults[name] = why
+        self.times.pop(name, None)
+        left.pop(name)
+        say(f"{name}: {why}")
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-c", "from lstm_triton.trial import serve; serve()"]
+
+
+def _answers(request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
+    """The answers of a new process, until it ends, falls silent or the deadline is past, and is killed."""
+    environment = {name: value for name, value in os.environ.items() if name != "LSTM_TRITON_TUNE"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "LSTM_TRITON_TUNED": os.path.join(os.devnull, "none"),
+    }
+    process = subprocess.Popen(_command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout
+        for line in process.stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        print(json.dumps(request), file=process.stdin, flush=True)
+        while line := lines.get(timeout=max(min(_SILENCE_S, deadline - time.monotonic()), 0.01)):
+            yield json.loads(line)
+    except (queue.Empty, BrokenPipeError):
+        pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`lstm-triton tune`."""
+    parser = argparse.ArgumentParser("lstm-triton tune", description=__doc__.partition("\n")[0])
+    add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    add("--layer", action="append", metavar="IxH", type=_sizes, help="sizes of input and state, such as 256x512")
+    add("--batch", type=int, default=16)
+    add("--steps", type=int, default=128)
+    add("--dtype", choices=(*_DTYPES, *_DTYPES.values()), default="fp32")
+    add("--precision", choices=dispatch.PRECISIONS[1:], help="of float32 products; default: as torch is set")
+    add("--layers", type=int, default=1)
+    flag("--bidirectional")
+    flag("--train", help="measure forward and backward")
+    flag("--resets", help="of a call with resets")
+    flag("--lengths", help="of a call with lengths")
+    add("--budget", type=lambda text: float(text.removesuffix("s")), default=60.0, help="seconds for each layer")
+    flag("--dry-run", help="list what would be measured")
+    flag("--forget", help="remove all measurements of this user")
+    options = parser.parse_args(arguments)
+    if options.forget:
+        measurements.change(lambda rows: [])
+        return 0
+    if not torch.cuda.is_available():
+        print("lstm-triton tune: there is no NVIDIA GPU, or torch has no CUDA", file=sys.stderr)
+        return 1
+    if not options.layer:
+        parser.error("--layer is missing")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype, directions = _DTYPES.get(options.dtype, options.dtype), 2 if options.bidirectional else 1
+    features = ",".join(name for name in ("resets", "lengths") if vars(options)[name])
+    precision = matmul_precision(getattr(torch, dtype), options.precision, recurrent=True)
+    for I, H in options.layer:
+        shape = Shape(I, H, options.layers, directions, 0, options.batch, features, dtype, precision, options.train)
+        if options.dry_run:
+            names = dict.fromkeys(name for way in WAYS[: 1 + shape.train] for name in contenders(shape, device, way))
+            print(f"{shape}, T = {options.steps}:", *names, sep="\n  ")
+        else:
+            print(tune_shape(shape, options.steps, device, options.budget))
+    return 0
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    I, _, H = text.partition("x")
+    return int(I), int(H)

@@ -1,0 +1,32 @@
+"""Versions of what computes: Triton and NVIDIA's driver."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+
+def triton_version() -> str | None:
+    """Triton's version without importing it, or None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a source tree, or a folder on PYTHONPATH
+        import triton
+
+        return triton.__version__
+
+
+def driver_version() -> str:
+    """That of NVIDIA's driver, of which torch knows nothing."""
+    with contextlib.suppress(OSError, TypeError):  # the quick way, on Linux
+        return re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())[0]  # type: ignore[index]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi did not answer)"
+    return out.splitlines()[0].strip() if out.strip() else "unknown"
