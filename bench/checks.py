@@ -49,8 +49,12 @@ class Built:
         self.inputs, self.leaves = (x, h0, c0), leaves
 
     def forward(self) -> tuple[Tensor, ...]:
-        x, h0, c0 = self.inputs
-        return self.model.step(x, (h0, c0)) if self.in_step else self.model.run(x, h0, c0)  # type: ignore[misc]
+        """y, h_n, c_n; of a cell h and c."""
+        x, *state = self.inputs
+        if self.in_step:
+            return self.model.step(x, tuple(state))  # type: ignore
+        y, state = self.model.run(x, tuple(state))  # type: ignore
+        return y, *state
 
     def call(self) -> tuple[Tensor, ...]:
         """The forward, and in train mode the gradients of the input and every weight."""

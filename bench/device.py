@@ -168,29 +168,20 @@ class RowMaker:
     def make(
         self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
     ) -> Row:
-        """A row; `measured` has what there is of model (a providers.Model), label, state and Row's fields of figures."""
+        """A row; `measured` has what there is of model (a providers.Model), state and Row's fields of figures."""
         if model := measured.pop("model", None):
             said = "; ".join(text for text in (model.backend_reason, *model.remarks) if text)
             measured |= dict(backend=model.backend, backend_reason=said or None, algorithm=model.algorithm)
-        labels = [CPU_LABEL if self.device.type == "cpu" else None, measured.pop("label", None), task.case.note]
+        labels = [CPU_LABEL if self.device.type == "cpu" else None, task.case.note]
         labels += ["kernels in Triton's interpreter, errors only"] if task.interpreter else []
         backends: Any = torch.backends
         precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        measured.setdefault("state", self.state() if status == "ok" else {})
+        measured |= dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution)
+        measured |= dict(status=status, reason=reason, label="; ".join(text for text in labels if text) or None)
         measured |= dict(device=self.device, versions=self.versions, source=self.source, synthetic=self.synthetic)
         measured |= dict(run=self.run, command=self.command, date=now)
-        measured.setdefault("state", self.state() if status == "ok" else {})
-        return Row(
-            kind=task.kind,
-            suite=task.suite,
-            case=task.case,
-            provider=provider,
-            execution=execution,
-            status=status,
-            reason=reason,
-            label="; ".join(text for text in labels if text) or None,
-            precision=precision | {"lstm_triton": task.case.precision or "as the dtype"},
-            # Failures name the cache too: with another state of it they are tried again.
-            l2=self.l2 if task.kind in ("timing", "anchor") else None,
-            **measured,
-        )
+        # Failures name the state of the cache too: with another one they are tried again.
+        measured["l2"] = self.l2 if task.kind in ("timing", "anchor") else None
+        return Row(precision=precision | {"lstm_triton": task.case.precision or "as the dtype"}, **measured)

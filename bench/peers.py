@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Outputs, Problem, set_precision
+from .problem import Problem, State, set_precision
 from .providers import Model, Unavailable, load
 
 PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn", "fastlstm": "fastlstm"}
@@ -58,15 +58,15 @@ def torchrl(problem: Problem) -> Model:
     else:  # older ones leave it to Triton
         remarks.append("this torchrl lets no one choose the precision of its recurrent products")
 
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         states = []
-        for s in (h0[0], c0[0]):  # [:, 0] is where the sequence starts, the others what a reset gives
+        for s in (state[0][0], state[1][0]):  # [:, 0] is where the sequence starts, the others what a reset gives
             at_steps = s.new_zeros(x.shape[1], x.shape[0], s.shape[-1])
             start = torch.where(is_init[:, :1], 0.0, s)
             states.append(torch.cat((start[:, None], at_steps[:, 1:]), dim=1))
         x = x.transpose(0, 1).contiguous()
         h, _, h_n, c_n = module.lstm_triton(x, *states, *weights.values(), is_init, x.dtype, **options)
-        return h.transpose(0, 1), h_n[None], c_n[None]
+        return h.transpose(0, 1), (h_n[None], c_n[None])
 
     return Model(run, weights, remarks=remarks)
 
@@ -93,11 +93,9 @@ def haste(problem: Problem) -> Model:
         for name in ("weight_ih_l0", "weight_hh_l0"):
             weights[name].copy_(to_haste(given[name]).t())
 
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        y, (h_n, c_n) = lstm(x)
-        return y, h_n.view_as(h0), c_n.view_as(c0)
-
-    return Model(run, weights, takes_initial_state=False, to_torch_gradient=dict.fromkeys(weights, from_haste))
+    return Model(
+        lambda x, _: lstm(x), weights, takes_initial_state=False, to_torch_gradient=dict.fromkeys(weights, from_haste)
+    )
 
 
 def flashrnn(problem: Problem, backend: str = "cuda_fused") -> Model:
@@ -108,15 +106,15 @@ def flashrnn(problem: Problem, backend: str = "cuda_fused") -> Model:
     module = _module("flashrnn", problem)
     weights, dtype, H = _leaves(problem), problem.case.dtype, problem.case.hidden_size
 
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         T, B, _ = x.shape
         wx = torch.nn.functional.linear(x.transpose(0, 1), weights["weight_ih_l0"]).view(B, T, 4, 1, H)
         r = weights["weight_hh_l0"].view(4, 1, H, H)
         b = (weights["bias_ih_l0"] + weights["bias_hh_l0"]).view(4, 1, H)
-        start = torch.stack((h0[0], c0[0])).view(2, B, 1, 1, H)
+        start = torch.stack(state).view(2, B, 1, 1, H)
         options = dict(states=start, function="lstm", backend=backend, dtype=dtype)
         (h, c), _ = module.flashrnn(wx, r, b, **options)  # [B, T, 1, H] each
-        return h[:, :, 0].transpose(0, 1), h[None, :, -1, 0], c[None, :, -1, 0]
+        return h[:, :, 0].transpose(0, 1), (h[None, :, -1, 0], c[None, :, -1, 0])
 
     return Model(run, weights, backend, "one head: the same dense recurrence")
 
@@ -128,12 +126,7 @@ def fastlstm(problem: Problem) -> Model:
     if case.precision == "ieee" or case.dtype == "float64":
         raise Unavailable("fastlstm computes in float16, bfloat16 or TF32")
     lstm = module.FastLSTM(case.input_size, case.hidden_size, 1, device=problem.device, dtype=problem.x.dtype)
-
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        y, (h_n, c_n) = lstm(x, (h0, c0))
-        return y, h_n, c_n
-
-    return Model(run, load(lstm, problem), "fast", "adapter by the public signature, untested")
+    return Model(lstm, load(lstm, problem), "fast", "adapter by the public signature, untested")
 
 
 PEERS: dict[str, Callable[[Problem], Model]] = dict(torchrl=torchrl, haste=haste, flashrnn=flashrnn, fastlstm=fastlstm)

@@ -15,7 +15,7 @@ from .cases import Case
 
 MOST_CUDNN_STEPS = 65535
 PIECE = 32768  # steps of the float64 truth at a time
-Outputs = tuple[Tensor, Tensor, Tensor]  # y [T, B, D * R], h_n [L * D, B, R], c_n [L * D, B, H]
+State = tuple[Tensor, Tensor]  # h [L * D, B, R], c [L * D, B, H]; of one step [B, H] each
 _BACKENDS: Any = torch.backends
 
 

@@ -4,6 +4,7 @@ A provider is a function of the problem that makes a model, or raises Unavailabl
 (modes, gradients, graphs, checks, timing) is the same code for all.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,11 @@ import lstm_triton
 from lstm_triton import reference
 
 from .cases import Case
-from .problem import Outputs, Problem, torch_lstm
+from .problem import Problem, State, torch_lstm
 
-Run = Callable[[Tensor, Tensor, Tensor], Outputs]  # of x, h0, c0
+Run = Callable[
+    [Tensor, State], tuple[Tensor, State]
+]  # as torch.nn.LSTM: of x and the initial state, y and the final one
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
 
 
@@ -30,8 +33,8 @@ class Unavailable(RuntimeError):
 class Model:
     """A case as one provider computes it.
 
-    run: of x, h0, c0 (shaped as in Problem). step: of x [B, I] and (h, c) [B, H], for a cell. weights: its parameters by
-    torch.nn.LSTM's names; to_torch_gradient: maps a gradient to torch's layout where that differs.
+    step: as torch.nn.LSTMCell, for a cell. weights: its parameters by torch.nn.LSTM's names; to_torch_gradient: maps a gradient
+    to torch's layout where that differs.
     """
 
     run: Run
@@ -41,7 +44,7 @@ class Model:
     algorithm: str | None = None
     remarks: list[str] = field(default_factory=list)
     takes_initial_state: bool = True
-    step: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None
+    step: Callable[[Tensor, State], State] | None = None
     to_torch_gradient: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
@@ -60,7 +63,7 @@ def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
     return dict(parameters)
 
 
-def _cells(problem: Problem, what: str, cell: Callable[..., tuple[Tensor, Tensor]], most: int) -> Run:
+def _cells(problem: Problem, what: str, cell: Callable[[Tensor, State], State], most: int) -> Run:
     """The case by a cell, called once or for every step."""
     case, resets = problem.case, problem.resets
     if not case.is_simple:
@@ -68,15 +71,15 @@ def _cells(problem: Problem, what: str, cell: Callable[..., tuple[Tensor, Tensor
     if case.length > most:
         raise Unavailable(f"{what} in a loop is run up to {most} steps")
 
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        h, c, outputs = h0[0], c0[0], []
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        (h, c), outputs = (s[0] for s in state), []
         for t, x_t in enumerate(x.unbind(0)):
             if resets is not None:
                 keep = ~resets[t, :, None]
                 h, c = h * keep, c * keep
             h, c = cell(x_t, (h, c))
             outputs.append(h)
-        return torch.stack(outputs), h[None], c[None]
+        return torch.stack(outputs), (h[None], c[None])
 
     return run
 
@@ -98,8 +101,8 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         options |= dict(bidirectional=case.bidirectional, proj_size=case.proj_size, recompute=recompute)
         module = lstm_triton.LSTM(case.input_size, case.hidden_size, case.layers, **options)
         lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
-        segments = {"resets": problem.resets, "lengths": lengths}
-        run = _packed(module, problem) if case.rows == "packed" else _whole(module, segments)
+        run = functools.partial(module, resets=problem.resets, lengths=lengths)
+        run = _packed(module, problem) if case.rows == "packed" else run
     try:
         segmented = problem.resets is not None or case.rows == "lengths"
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -111,21 +114,13 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
     return Model(run, load(module, problem), chosen, reason.rstrip("."), algorithm, step=step)
 
 
-def _whole(lstm: nn.Module, options: Mapping[str, Any] = {}) -> Run:  # noqa: B006
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        y, (h_n, c_n) = lstm(x, (h0, c0), **options)
-        return y, h_n, c_n
-
-    return run
-
-
 def _packed(lstm: nn.Module, problem: Problem) -> Run:
     """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
     lengths, T = problem.lengths, problem.case.length
 
-    def run(x: Tensor, h0: Tensor, c0: Tensor) -> Outputs:
-        y, (h_n, c_n) = lstm(pack_padded_sequence(x, lengths), (h0, c0))  # type: ignore[arg-type]
-        return pad_packed_sequence(y, total_length=T)[0], h_n, c_n
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = lstm(pack_padded_sequence(x, lengths), state)  # type: ignore[arg-type]
+        return pad_packed_sequence(y, total_length=T)[0], state
 
     return run
 
@@ -170,7 +165,7 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-    run = _whole(lstm) if case.rows == "padded" else _packed(lstm, problem)
+    run: Run = lstm if case.rows == "padded" else _packed(lstm, problem)
     if problem.device.type == "cuda" and case.dtype == "bfloat16":
         remarks.append("torch does not flatten bfloat16 weights for cuDNN: each call copies them")
     if case.rows == "lengths":
@@ -178,13 +173,12 @@ def torchs_lstm(problem: Problem) -> Model:
     if resets is not None:
         remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
 
-    def loop(x: Tensor, h: Tensor, c: Tensor) -> Outputs:
+    def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
         outputs = []
         for x_t, reset in zip(x.split(1), resets if resets is not None else ()):
-            keep = ~reset[:, None]
-            y, h, c = run(x_t, h * keep, c * keep)
+            y, state = run(x_t, (state[0] * ~reset[:, None], state[1] * ~reset[:, None]))
             outputs.append(y)
-        return torch.cat(outputs), h, c
+        return torch.cat(outputs), state
 
     serve = run if resets is None else loop
     return Model(serve, weights, algorithm=cudnn_algorithm(problem), remarks=remarks)
@@ -205,7 +199,7 @@ def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
     torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
     function = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
 
-    def step(x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def step(x: Tensor, hx: State) -> State:
         return function(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 
     run = _cells(problem, "the compiled cell", step, 256)

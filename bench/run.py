@@ -38,23 +38,6 @@ class Outcome:
         return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self.problems)])
 
 
-class Pace:
-    """How long tasks took, and so how long the next one will: what does not fit into a budget is not begun."""
-
-    def __init__(self, first: float) -> None:
-        """first: seconds per row that are expected of the first task."""
-        self._seconds: dict[str, list[float]] = {"": [first]}  # per row, by suite; "": of all
-
-    def took(self, suite: str, rows: int, seconds: float) -> None:
-        for key in (suite, ""):
-            self._seconds.setdefault(key, []).append(seconds / max(rows, 1))
-
-    def predict(self, suite: str, rows: int) -> float:
-        """Seconds, rather too many: the upper quartile of the last eight tasks of the suite, or of all."""
-        recent = sorted(self._seconds.get(suite, self._seconds[""])[-8:])
-        return rows * recent[3 * len(recent) // 4]
-
-
 def anchor(device_type: str) -> Task:
     """A case that never changes, measured again and again: what moves in it is the machine."""
     gpu, cpu = (
@@ -98,7 +81,8 @@ class Runner:
         self.options, self.workers, self.outcome = options, dict[bool, Worker](), Outcome()
         self._progress, self._new_worker, self._run = progress, new_worker, uuid.uuid4().hex[:12]
         self._deadline = time.monotonic() + (float("inf") if options.budget_s is None else options.budget_s)
-        self._pace, self._startup_s, self._last_anchor = Pace(options.seconds), 0.0, float("-inf")
+        self._took: dict[str, list[float]] = {"": [options.seconds]}  # seconds per row, by suite; "": of all
+        self._last_anchor = float("-inf")
 
     def begin(self) -> None:
         self._rows, self.outcome.problems = rows.read_all([self.options.folder])
@@ -107,32 +91,41 @@ class Runner:
 
     def run(self, tasks: Sequence[Task]) -> Outcome:
         """Measure what has no rows yet, until the budget ends."""
-        outcome, anchored = self.outcome, anchor(self._maker.device.type)
+        outcome = self.outcome
         outcome.left += len(tasks)
         with contextlib.suppress(TimeoutError):  # at the deadline
             for task in tasks:
-                wanted = self._wanted(task)
-                left = wanted - {key[4:6] for key in self._done if key[:4] == task.key}
+                left = self._wanted(task) - {key[4:6] for key in self._done if key[:4] == task.key}
                 if not left:
                     outcome.before, outcome.left = outcome.before + 1, outcome.left - 1
                     self._progress.total -= 1
-                elif self._fits(task, len(left)):  # a later one may be shorter
-                    if self.options.anchors and time.monotonic() - self._last_anchor > ANCHOR_SECONDS:
-                        self._measure(anchored, self._wanted(anchored))
-                        self._last_anchor = time.monotonic()
+                elif (
+                    time.monotonic() + self.predict(task.suite, len(left)) < self._deadline
+                ):  # a later one may be shorter
+                    self._anchor(ANCHOR_SECONDS)
                     begin = time.monotonic()
                     self._measure(task, left)
-                    self._pace.took(task.suite, len(left), time.monotonic() - begin)
+                    for key in (task.suite, ""):
+                        self._took.setdefault(key, []).append((time.monotonic() - begin) / len(left))
                     outcome.measured, outcome.left = outcome.measured + 1, outcome.left - 1
                     self._progress.done += 1
-            if self.options.anchors and outcome.measured and self._fits(anchored, 1):
-                self._measure(anchored, self._wanted(anchored))
+            if outcome.measured:
+                self._anchor(0.0)
         return outcome
 
-    def _fits(self, task: Task, count: int) -> bool:
-        """Whether so many rows of a task will be there before the budget ends: what is cut off would be lost."""
-        start = 0.0 if task.interpreter in self.workers else self._startup_s
-        return time.monotonic() + start + self._pace.predict(task.suite, count) < self._deadline
+    def predict(self, suite: str, count: int) -> float:
+        """Seconds of so many rows, rather too many: by the upper quartile of the last eight tasks of the suite, or of all.
+
+        What does not fit into a budget is not begun, since what is cut off would be lost.
+        """
+        recent = sorted(self._took.get(suite, self._took[""])[-8:])
+        return count * recent[3 * len(recent) // 4]
+
+    def _anchor(self, least_s: float) -> None:
+        if self.options.anchors and time.monotonic() - self._last_anchor > least_s:
+            task = anchor(self._maker.device.type)
+            self._measure(task, self._wanted(task))
+            self._last_anchor = time.monotonic()
 
     def _wanted(self, task: Task) -> set[tuple[str, str]]:
         names = choice.names_of(task, self._maker.device.type, self.options.names)
@@ -140,13 +133,11 @@ class Runner:
 
     def _worker(self, interpreter: bool) -> Worker:
         if interpreter not in self.workers:
-            begin = time.monotonic()
             try:
                 self.workers[interpreter] = self._new_worker(self.options, self._run, interpreter)
             except Died as death:
                 where = f"the measuring process does not start on {self.options.device!r}"
                 raise RuntimeError(f"{where}: {death}") from death
-            self._startup_s = time.monotonic() - begin
         return self.workers[interpreter]
 
     def _measure(self, task: Task, left: set[tuple[str, str]]) -> None:

@@ -156,14 +156,13 @@ def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
     assert Steady.begun[-1] - Steady.begun[0] < 1.0 - 0.29
 
 
-def test_how_long_a_task_will_take_is_judged_by_those_before():
-    pace = run.Pace(0.5)
-    assert pace.predict("cell", 4) == 2.0, "before the first, the time of sampling"
-    pace.took("cell", 2, 8.0)
-    assert pace.predict("cell", 4) == 16.0 and pace.predict("real", 1) == 4.0
-    for seconds in (1.0,) * 6 + (3.0,) * 2:
-        pace.took("real", 1, seconds)
-    assert pace.predict("real", 2) == 6.0 and pace.predict("cell", 1) == 4.0
+def test_how_long_a_task_will_take_is_judged_by_those_before(tmp_path):
+    given = run.Runner(options(tmp_path, seconds=0.5), None, None)
+    assert given.predict("cell", 4) == 2.0, "before the first, the time of sampling"
+    given._took |= {"": [0.5, 4.0], "cell": [4.0]}
+    assert given.predict("cell", 4) == 16.0 and given.predict("real", 1) == 4.0
+    given._took["real"] = [9.0] + [1.0] * 6 + [3.0] * 2
+    assert given.predict("real", 2) == 6.0, "the last eight"
 
 
 def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
