@@ -62,7 +62,9 @@ def forward(
         return leaf(module, input, hx, **options)
     plain = resets is None and reset_state is None and lengths is None and not return_cell_states
     if plain and _is_torchs(module, input):
-        return _torchs_forward(module, input, hx)
+        y, hidden = _torchs_forward(module, input, hx)
+        torch_ops.separate_bias_gradients(hidden[0])
+        return y, hidden
     # Weights may have been replaced since the last call: functional_call, parametrizations, a move to another device.
     module._update_flat_weights()
     layers.check_device(module._flat_weights[0].device)

@@ -161,7 +161,39 @@ def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Op
         return _in_precision(torchs, precision, x, *states, *weights)
 
     y, h_n, c_n = _in_steps(run, x, hx, weights, options, compiling)
+    if not tracing:
+        separate_bias_gradients(h_n)
     return (y.transpose(0, 1) if batch_first else y), h_n, c_n
+
+
+def separate_bias_gradients(h_n: Tensor) -> None:
+    """Clone what oneDNN's backward returns twice when it is recorded itself: one tensor as the gradient of both biases.
+
+    h_n: [num_layers * D, B, H] of torch._VF.lstm, or [num_layers * D, H] made from that by a squeeze.
+    """
+    node: Any = h_n.grad_fn
+    if node is None:
+        return
+    if h_n.dim() == 2:
+        node = node.next_functions[0][0]
+    for layer, _ in node.next_functions:
+        if layer is not None and layer.name() == "MkldnnRnnLayerBackward0":
+            layer._register_hook_dict(_when_differentiated)
+
+
+def _separate_if_recorded(_) -> None:
+    if torch.is_grad_enabled():
+        torch._C._current_autograd_node().register_hook(_with_own_bias_gradient)
+
+
+# Called before the node's backward. To share these hooks is to spare each forward call the several microseconds of new ones.
+_when_differentiated = torch.empty(0, requires_grad=True)
+_when_differentiated.register_hook(_separate_if_recorded)
+
+
+def _with_own_bias_gradient(gradients: tuple[Tensor | None, ...], _) -> tuple[Tensor | None, ...] | None:
+    x, w_ih, w_hh, b_ih, b_hh, *states = gradients
+    return (x, w_ih, w_hh, b_ih, b_hh.clone(), *states) if b_hh is not None and b_hh is b_ih else None
 
 
 def packed_lstm(

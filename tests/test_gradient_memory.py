@@ -28,27 +28,29 @@ def check(outputs, leaves, create_graph):
         assert_apart(second, leaves)
 
 
-# torch's own second derivatives of an LSTM return one tensor for both biases.
-ways = pytest.mark.parametrize(
-    "backend, create_graph", [("auto", False), *((b, g) for b in ("triton", "reference") for g in (False, True))]
+backends = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+recorded = pytest.mark.parametrize("create_graph", [False, True])
+
+
+@backends
+@recorded
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"recompute": True}, {"proj_size": 1}], ids=str
 )
-
-
-@ways
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"recompute": True}, {"proj_size": 1}], ids=str)
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_of_a_layer(segments, options, backend, create_graph, device):
     torch.manual_seed(0)
     H = 1 + options.get("proj_size", 0)
     module = LSTM(2, H, backend=backend, device=device, **options)
     x = torch.randn(3, 1, 2, device=device, requires_grad=True)
-    D = 2 if module.bidirectional else 1
+    D = module.num_layers * (2 if module.bidirectional else 1)
     hx = [torch.randn(D, 1, n, device=device, requires_grad=True) for n in (module.proj_size or H, H)]
     y, states = module(x, hx, **{name: t.to(device) for name, t in SEGMENTS[segments].items()})
     check((y, *states), (x, *hx, *module.parameters()), create_graph)
 
 
-@ways
+@backends
+@recorded
 @pytest.mark.parametrize("kind", [LSTMCell, SoftmaxReadout])
 @pytest.mark.parametrize("size", [1, 3])
 def test_of_a_step(size, kind, backend, create_graph, device):
