@@ -13,6 +13,7 @@ import torch
 from test_demo_report import Page, check_report
 
 from lstm_triton import LSTMCell, check, environment, explain
+from lstm_triton.bench.device import UsageError
 from lstm_triton.demo import corpus, timing, train
 from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel
@@ -52,7 +53,7 @@ def test_corpus_is_the_same_for_a_seed_and_holds_files_out(tmp_path):
 
 def test_corpus_refuses_too_little_text(tmp_path):
     (tmp_path / "a.py").write_text("pass\n")
-    with pytest.raises(corpus.CorpusError, match=re.escape(str(tmp_path))):
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
         corpus.load(0, tmp_path)
 
 
@@ -144,7 +145,7 @@ def test_an_unusable_checkpoint_is_refused(contents, tmp_path, capsys):
         path.write_bytes(contents)
     elif contents is not None:
         torch.save(contents, path)
-    with pytest.raises(train.CheckpointError, match="checkpoint"):
+    with pytest.raises(UsageError, match="checkpoint"):
         train.load_checkpoint(path)
     assert main(["--out", str(tmp_path), "--resume", "--skip", "check"]) == 2
     assert str(path) in capsys.readouterr().err

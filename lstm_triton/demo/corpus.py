@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from lstm_triton.bench.device import UsageError
+
 CHARACTERS = 128  # all others become "?"
 VALIDATION_SHARE = 16  # one file in so many is held out
 _LEAST, _MOST = 200_000, 12_000_000  # characters
 # Folders that are not the library itself, or hold tables instead of text.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
-
-
-class CorpusError(RuntimeError):
-    """There is no usable text; the message says where it was looked for."""
 
 
 class Corpus(NamedTuple):
@@ -38,7 +36,7 @@ class Corpus(NamedTuple):
 def load(seed: int = 0, folder: Path | None = None) -> Corpus:
     """The standard library's source files, the same for one seed and one version of Python.
 
-    seed: decides the order of the files and which are held out. folder: where to look instead. Raises CorpusError for too
+    seed: decides the order of the files and which are held out. folder: where to look instead. Raises UsageError for too
     little text.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
@@ -54,7 +52,7 @@ def load(seed: int = 0, folder: Path | None = None) -> Corpus:
     held_out, rest = texts[::VALIDATION_SHARE], [text for k, text in enumerate(texts) if k % VALIDATION_SHARE]
     train, validation = "\n".join(rest), "\n".join(held_out)
     if min(len(train), 20 * len(validation)) < _LEAST:
-        raise CorpusError(f"too little Python source in {folder} to train on")
+        raise UsageError(f"too little Python source in {folder} to train on")
     return Corpus(encode(train), encode(validation), (len(rest), len(held_out)))
 
 

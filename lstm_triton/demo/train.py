@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
+from lstm_triton.bench.device import UsageError
 from lstm_triton.bench.progress import Progress
 from lstm_triton.bench.rows import unfinished
 from lstm_triton.demo.corpus import CHARACTERS, Corpus
@@ -18,10 +19,6 @@ from lstm_triton.demo.model import CharModel, State
 
 _MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
 _NATS = math.log(2)  # nats per bit
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing or cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +148,16 @@ class Training:
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration and the contents of a checkpoint, read as tensors and plain values only.
 
-    Raises CheckpointError for no such file, or one that this version cannot read.
+    Raises UsageError for no such file, or one that this version cannot read.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         return Config(**data["config"]), data
     except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {path}: run once without --resume") from None
+        raise UsageError(f"no checkpoint at {path}: run once without --resume") from None
     except Exception as error:  # torch reports damage in many ways
         what = f"{path} is no checkpoint of this version of the demo ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{what}: run once without --resume") from error
+        raise UsageError(f"{what}: run once without --resume") from error
 
 
 def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
