@@ -80,6 +80,7 @@ def install(*, check_bounds: bool = False) -> None:
         _replace(stock, "_implicit_cvt", _noting_storages)
         _replace(stock, "_patch_lang_tensor", _with_index_of_one_element)
         _replace(stock, "_patch_lang", _once_a_launch)
+        _replace(stock, "_get_np_dtype", _once_a_type)
         _replace(stock.interpreter_builder, "options", lambda options: replace(options, sanitize_overflow=False))
 
 
@@ -93,6 +94,20 @@ def _replace(owner: Any, name: str, repair: Callable) -> None:
     original = getattr(owner, name)
     setattr(owner, name, repair(original))
     _repairs.callback(setattr, owner, name, original)
+
+
+def _once_a_type(get_np_dtype: Callable) -> Callable:
+    """NumPy's dtype for Triton's: every operation asks for some, and Triton makes a table each time."""
+    known: dict[str, np.dtype] = {}
+
+    def get(dtype):
+        name = dtype.scalar.name
+        found = known.get(name)
+        if found is None:
+            found = known[name] = get_np_dtype(dtype)
+        return found
+
+    return get
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

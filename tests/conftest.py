@@ -62,6 +62,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(EndWhenLost(why_lost))
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """The process that executes reads no files without a test for it."""
+    if EXECUTING and collection_path.suffix == ".py" and b"pytest.mark.compiled" not in collection_path.read_bytes():
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import conftest
@@ -26,28 +27,39 @@ def test_what_does_not_is_not(request):
     assert not request.node.get_closest_marker("gpu")
 
 
-@pytest.mark.long
-@pytest.mark.skipif(
-    conftest.ON_GPU or executor.why_not() is not None, reason="a GPU, or no executor: all tests run in one process"
-)
-def test_each_test_belongs_to_the_interpreter_or_to_the_executor():
-    def collected(**environment):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-q",
-            "-m",
-            "",
-            str(Path(__file__).parent / "test_cell.py"),
-        ]
-        clean = {name: value for name, value in os.environ.items() if name not in ("COMPILED_FOR", "TRITON_INTERPRET")}
-        printed = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True).stdout
-        return set(re.findall(r"::(\w+)", printed))
+class _Item:
+    """Stands for a test with some marks."""
 
-    compiled, interpreted = collected(COMPILED_FOR="sm_90"), collected()
-    assert "test_small_shapes" in compiled and "test_empty" in interpreted and not compiled & interpreted
+    def __init__(self, *marks):
+        self.marks = marks
+
+    def get_closest_marker(self, name):
+        return name in self.marks or None
+
+
+@pytest.mark.parametrize(
+    "on_gpu, compiler, executing, kept",
+    [
+        (False, True, False, "interpreted"),
+        (False, True, True, "compiled"),
+        (False, False, False, "both"),
+        (False, False, True, "none"),
+        (True, True, False, "both"),
+        (True, True, True, "none"),
+    ],
+)
+def test_each_test_belongs_to_the_interpreter_or_to_the_executor(on_gpu, compiler, executing, kept, monkeypatch):
+    """make test runs two processes, the second with a target. Where one engine serves all, the first one runs both."""
+    monkeypatch.setattr(conftest, "ON_GPU", on_gpu)
+    monkeypatch.setattr(conftest, "EXECUTING", executing)
+    monkeypatch.setattr(conftest, "TARGET", "sm_90" if executing else None)
+    monkeypatch.setattr(executor, "why_not", lambda: None if compiler else "no C compiler")
+    items = interpreted, compiled = _Item(), _Item("compiled")
+    found, deselected = list(items), []
+    hook = types.SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    conftest.pytest_collection_modifyitems(types.SimpleNamespace(hook=hook), found)
+    assert found == {"interpreted": [interpreted], "compiled": [compiled], "both": list(items), "none": []}[kept]
+    assert set(found) | set(deselected) == set(items)
 
 
 # Stands for conftest.py and a GPU that a test can lose.
