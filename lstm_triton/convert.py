@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import hooks
-from .lstm import LSTM
 from .modules import LSTMCell, check_options
 
+_REFUSED = torch.nn.LSTM, torch.nn.GRU  # by torch.compile
 _log = logging.getLogger(__package__)
 
 
@@ -24,20 +24,22 @@ def convert(
     recompute: bool = False,
     compilable: bool = False,
 ) -> torch.nn.Module:
-    """Have this package run every torch.nn.LSTM and torch.nn.LSTMCell of a model, in place.
+    """Have this package run every torch.nn.LSTM, LSTMCell, GRU and GRUCell of a model, in place.
 
     Modules, their classes, parameters, hooks and state stay the same objects: isinstance(module, torch.nn.LSTM) holds,
     optimizers and references go on working. Classes derived from torch's, parametrized modules among them, are converted too
     unless they have a forward of their own. `print(model)` shows a backend where a module has been converted;
     `lstm_triton.explain(model)` says more.
 
-    torch.compile refuses every instance of torch.nn.LSTM, converted or not, unless torch._dynamo.config.allow_rnn is set. With
-    compilable=True the LSTMs become instances of `lstm_triton.LSTM`, which it takes whole.
+    torch.compile refuses every instance of torch.nn.LSTM and torch.nn.GRU, converted or not, unless
+    torch._dynamo.config.allow_rnn is set. With compilable=True they become instances of `lstm_triton.LSTM` and `GRU`, which it
+    takes whole.
 
     Args:
         model: the model, or a single module.
         precision, backend, recompute: as in `LSTM` and `LSTMCell`.
-        compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`. It is no instance of torch.nn.LSTM any more.
+        compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`, and of a GRU likewise. They are no instances
+            of torch's classes any more.
 
     Returns:
         The model.
@@ -51,16 +53,16 @@ def convert(
     for name, module in model.named_modules():
         name = f"{name or 'the module itself'} ({type(module).__name__})"
         if not hooks.is_torchs(module):
-            if hooks.kind(module) in (LSTM, LSTMCell):
+            if hooks.stands_for(module) is not None:
                 already.append(name)
         elif reason := hooks.why_not(module):
             left.append(f"{name}: {reason}")
-        elif compilable and isinstance(module, torch.nn.LSTM) and type(module) is not torch.nn.LSTM:
+        elif compilable and isinstance(module, _REFUSED) and type(module) not in _REFUSED:
             left.append(f"{name}: torch.compile refuses its class, which compilable=True would have to change")
         else:
             hooks.mark(module, precision, backend, recompute)
-            if compilable and isinstance(module, torch.nn.LSTM):
-                hooks.rename(module, LSTM)
+            if compilable and isinstance(module, _REFUSED):
+                hooks.rename(module, hooks.ours(module))
             converted.append(name)
     for verb, names in (("converted", converted), ("had been converted before", already)):
         if names:
@@ -78,22 +80,21 @@ def to_torch(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if hooks.is_marked(module):
             hooks.unmark(module)
-        elif type(module) in (LSTM, LSTMCell):
+        elif (theirs := hooks.stands_for(module)) is not None and type(module) is hooks.kind(module):
             hooks.unmark(module)
-            module.__class__ = torch.nn.LSTMCell if type(module) is LSTMCell else torch.nn.LSTM
+            module.__class__ = theirs
     return model
 
 
 @contextlib.contextmanager
 def patch(*, precision: str | None = None, backend: str = "auto", recompute: bool = False) -> Iterator[None]:
-    """Every torch.nn.LSTM and torch.nn.LSTMCell that is constructed inside is converted, whoever constructs it and however its
-    class was imported; those of derived classes too, unless they have a forward of their own.
+    """Every torch.nn.LSTM, LSTMCell, GRU and GRUCell that is constructed inside is converted, whoever constructs it and however
+    its class was imported; those of derived classes too, unless they have a forward of their own.
 
     Args: as those of `convert`.
     """
     check_options(precision, backend)
-    classes = torch.nn.LSTM, torch.nn.LSTMCell
-    before = [theirs.__init__ for theirs in classes]
+    before = [theirs.__init__ for theirs in hooks.THEIRS]
 
     def converting(construct):
         @functools.wraps(construct)
@@ -104,13 +105,13 @@ def patch(*, precision: str | None = None, backend: str = "auto", recompute: boo
 
         return __init__
 
-    for theirs, construct in zip(classes, before):
-        theirs.__init__ = converting(construct)  # type: ignore[misc]
+    for theirs, construct in zip(hooks.THEIRS, before):
+        theirs.__init__ = converting(construct)
     try:
         yield
     finally:
-        for theirs, construct in zip(classes, before):
-            theirs.__init__ = construct  # type: ignore[misc]
+        for theirs, construct in zip(hooks.THEIRS, before):
+            theirs.__init__ = construct
 
 
 def from_gate_matrices(

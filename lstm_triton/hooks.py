@@ -1,10 +1,11 @@
-"""torch.nn.LSTM and torch.nn.LSTMCell run by this package, each module for itself and with its class unchanged.
+"""torch.nn.LSTM, GRU and their cells run by this package, each module for itself and with its class unchanged.
 
 A converted module keeps its type: isinstance, tables of types, pickles, torch.fx and TorchScript take it for what it was. What
-changes is the `forward` of torch's two classes: it asks whether the module is marked, and calls torch's own if it is not.
+changes is the `forward` of torch's classes: it asks whether the module is marked, and calls torch's own if it is not.
 """
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,39 @@ from . import lstm, modules
 
 OPTIONS = ("precision", "backend", "recompute")
 _MARK = "_lstm_triton"
-_OURS = (lstm.LSTM, modules.LSTMCell, modules.SoftmaxReadout)
+
+# torch's classes, and the names of this package's for them. Those of the GRU are imported when one is met: deriving its
+# equations takes a second.
+NAMES = {torch.nn.LSTM: "LSTM", torch.nn.LSTMCell: "LSTMCell", torch.nn.GRU: "GRU", torch.nn.GRUCell: "GRUCell"}
+THEIRS: tuple[Any, ...] = tuple(NAMES)
+
+
+def ours(module: torch.nn.Module) -> Any:
+    """The class of this package for a module of torch's, or of a class derived from it."""
+    for theirs, name in NAMES.items():
+        if isinstance(module, theirs):
+            if theirs is torch.nn.LSTM:
+                return lstm.LSTM
+            return modules.LSTMCell if theirs is torch.nn.LSTMCell else getattr(_cells(), name)
+    return None
+
+
+def _cells() -> Any:
+    from . import cells
+
+    return cells
+
+
+def _as(name: str) -> Callable[..., Any]:
+    """The forward of this package's class, for a module of torch's: on an object that shares all its attributes."""
+
+    def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kind = getattr(_cells(), name)
+        shared = object.__new__(kind)
+        shared.__dict__ = module.__dict__
+        return kind.forward(shared, *args, **kwargs)
+
+    return forward
 
 
 class _Mark:
@@ -35,10 +68,11 @@ def _installed_mark() -> _Mark:
 
 @functools.cache
 def install() -> None:
-    """Let torch.nn.LSTM and torch.nn.LSTMCell ask each of their modules whether this package runs it."""
-    for theirs, forward in ((torch.nn.LSTM, lstm.forward), (torch.nn.LSTMCell, modules.LSTMCell.forward)):
-        theirs.forward = _unless_marked(theirs.forward, forward)  # type: ignore[method-assign]
-        theirs.extra_repr = _unless_marked(theirs.extra_repr, _options_after(theirs.extra_repr))  # type: ignore[method-assign]
+    """Let torch's classes ask each of their modules whether this package runs it."""
+    forwards = lstm.forward, modules.LSTMCell.forward, _as("GRU"), _as("GRUCell")
+    for theirs, forward in zip(THEIRS, forwards, strict=True):
+        theirs.forward = _unless_marked(theirs.forward, forward)
+        theirs.extra_repr = _unless_marked(theirs.extra_repr, _options_after(theirs.extra_repr))
 
 
 def _unless_marked(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,14 +93,16 @@ def _options_after(original: Callable[..., str]) -> Callable[..., str]:
         text += "" if self.precision is None else f", precision={self.precision!r}"
         text += ", recompute=True" if self.recompute else ""
         # The error with which torch.compile refuses every torch.nn.LSTM quotes this text, and nothing else of the module.
-        is_refused = isinstance(self, torch.nn.LSTM) and torch._guards.CompileContext.try_get() is not None
+        is_refused = (
+            isinstance(self, (torch.nn.LSTM, torch.nn.GRU)) and torch._guards.CompileContext.try_get() is not None
+        )
         return text + ("; convert(model, compilable=True) gives a class that compiles" if is_refused else "")
 
     return extra_repr
 
 
 def mark(module: torch.nn.Module, precision: str | None, backend: str, recompute: bool) -> None:
-    """Have this package run a torch.nn.LSTM or torch.nn.LSTMCell."""
+    """Have this package run a module of torch's."""
     install()
     for name, value in zip(OPTIONS, (precision, backend, recompute)):
         setattr(module, name, value)
@@ -89,20 +125,29 @@ def is_marked(module: torch.nn.Module) -> bool:
 
 
 def kind(module: torch.nn.Module) -> type | None:
-    """`LSTM`, `LSTMCell` or `SoftmaxReadout`, whichever runs the module; None if it is not run by this package."""
+    """The class of this package that runs the module; None if it is not run by this package."""
     if is_marked(module):
-        return lstm.LSTM if isinstance(module, torch.nn.LSTM) else modules.LSTMCell
-    return next((ours for ours in _OURS if isinstance(module, ours)), None)
+        return ours(module)
+    known = [lstm.LSTM, modules.LSTMCell, modules.SoftmaxReadout]
+    if cells := sys.modules.get(f"{__package__}.cells"):  # else there is none of these
+        known += [cells.GRU, cells.GRUCell, cells.Recurrent, cells.RecurrentCell]
+    return next((kind for kind in known if isinstance(module, kind)), None)
 
 
 def is_torchs(module: torch.nn.Module) -> bool:
-    """Whether torch runs it: a torch.nn.LSTM or torch.nn.LSTMCell, or of a class derived from these, not converted."""
-    return isinstance(module, (torch.nn.LSTM, torch.nn.LSTMCell)) and kind(module) is None
+    """Whether torch runs it: a torch.nn.LSTM, GRU or a cell of these, or of a class derived from them, not converted."""
+    return isinstance(module, THEIRS) and kind(module) is None
+
+
+def stands_for(module: torch.nn.Module) -> type | None:
+    """torch's class in whose place this package runs the module; None where it runs none such."""
+    found = kind(module)
+    return next((theirs for theirs, name in NAMES.items() if found is not None and found.__name__ == name), None)
 
 
 def why_not(module: torch.nn.Module) -> str | None:
     """Why a module that torch runs cannot be marked, or None."""
-    theirs = torch.nn.LSTM if isinstance(module, torch.nn.LSTM) else torch.nn.LSTMCell
+    theirs = next(kind for kind in THEIRS if isinstance(module, kind))
     name = type(module).__name__
     if type(module).forward is not theirs.forward:
         return f"its class {name} has a forward of its own"

@@ -288,10 +288,10 @@ def test_patch_whatever_the_name(build, no_warnings):
 
 def test_patch_of_cells_and_what_has_its_own_forward(no_warnings):
     with patch(precision="ieee"):
-        cell, own, ours, gru = EarlyCell(3, 5), Overriding(3, 5), LSTMCell(3, 5), torch.nn.GRU(3, 5)
+        cell, own, ours, rnn = EarlyCell(3, 5), Overriding(3, 5), LSTMCell(3, 5), torch.nn.RNN(3, 5)
     assert type(cell) is torch.nn.LSTMCell and cell.precision == "ieee" and "backend='auto'" in repr(cell)
     assert not hasattr(own, "backend") and own(X).shape == (4, 2, 5)
-    assert ours.precision is None and not hasattr(gru, "backend")
+    assert ours.precision is None and not hasattr(rnn, "backend")
 
 
 def test_patch_draws_the_same_parameters_and_ends_with_an_error(no_warnings):

@@ -1,6 +1,7 @@
 """`Recurrent`, `RecurrentCell`, `GRU` and `GRUCell`: beside torch's own, and by the tolerance rule."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from support import recurrents
 from test_cells import CATALOGUE, lstm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell
+from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, patch, to_torch
 from lstm_triton.cells import catalogue
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
@@ -213,6 +214,49 @@ def test_gru_is_torchs(device):
         GRU(I, H, backend="cudnn", precision="ieee")
     with pytest.raises(RuntimeError, match="input.size"):
         ours(torch.randn(B, T, I + 1, device=device))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, device) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(I, H, dtype=torch.float64, device=device)
+        self.cell = torch.nn.GRUCell(H, H, dtype=torch.float64, device=device)
+
+    def forward(self, x):
+        y, h = self.gru(x)
+        return y, self.cell(y[-1], h[0])
+
+
+def test_convert_and_patch(device):
+    model = Model(device)
+    x, resets = torch.randn(T, B, I, dtype=torch.float64, device=device), torch.rand(T, B, device=device) < 0.3
+    expected = model(x)
+    assert convert(model, backend="triton", precision="ieee") is model
+    assert type(model.gru) is torch.nn.GRU and type(model.cell) is torch.nn.GRUCell
+    assert "backend='triton'" in repr(model.gru)
+    _assert_close(model(x), expected)
+    ours = GRU(I, H, dtype=torch.float64, device=device, backend="reference")
+    ours.load_state_dict(model.gru.state_dict())
+    _assert_close(model.gru(x, resets=resets), ours(x, resets=resets))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        _assert_close(again(x), expected)
+        assert again.gru.backend == "triton"
+    _assert_close(to_torch(model)(x), expected)
+    assert not hasattr(model.gru, "backend")
+    convert(model, compilable=True)
+    assert type(model.gru) is GRU and type(model.cell) is torch.nn.GRUCell
+    _assert_close(model(x), expected)
+    assert type(to_torch(model).gru) is torch.nn.GRU
+    with patch(backend="reference"):
+        assert Model(device).gru.backend == "reference"
+
+
+def test_modules_are_copied_and_saved(device):
+    module = Recurrent(catalogue.cifg, I, H, device=device)
+    x = torch.randn(T, B, I, device=device)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert again.cell is catalogue.cifg
+        torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
 
 
 def test_what_is_no_cell_and_no_state(device):

@@ -91,6 +91,10 @@ class Cell:
     def __call__(self, z: Any, s: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self.function(z, s)
 
+    def __reduce__(self) -> str:
+        """Pickled by name, as functions are, so that modules with a cell can be copied and saved."""
+        return self.__dict__["__qualname__"]
+
     def __repr__(self) -> str:
         return f"cell {self.name}(gates={self.gates}, states={self.states})"
 

@@ -1,5 +1,6 @@
 """`GRU` and `GRUCell`: torch.nn.GRU and torch.nn.GRUCell, and what these cannot do."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from .. import dispatch
 from ..modules import check_options
 from .catalogue import gru
 from .modules import Recurrent, RecurrentCell
+
+# torch's own, whether or not `hooks` has wrapped them before.
+_torchs_gru: Any = inspect.unwrap(torch.nn.GRU.forward)
+_torchs_cell: Any = inspect.unwrap(torch.nn.GRUCell.forward)
 
 
 class GRU(Recurrent):
@@ -26,6 +31,8 @@ class GRU(Recurrent):
     Raises as torch.nn.GRU and `Recurrent` do. It is no instance of torch.nn.GRU, which torch.compile refuses.
     """
 
+    cell = gru
+
     def __init__(
         self, *args: Any, precision: str | None = None, backend: str = "auto", recompute: bool = False, **kwargs: Any
     ) -> None:
@@ -35,7 +42,7 @@ class GRU(Recurrent):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         torch.nn.RNNBase.__init__(self, "GRU", *args, **kwargs)
-        self.cell, self.precision, self.backend, self.recompute = gru, precision, backend, recompute
+        self.precision, self.backend, self.recompute = precision, backend, recompute
 
     flatten_parameters = torch.nn.RNNBase.flatten_parameters
 
@@ -45,8 +52,7 @@ class GRU(Recurrent):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None, **options: Any):
         x = input.data if isinstance(input, PackedSequence) else input
         if not options and isinstance(x, Tensor) and self._is_torchs(x):
-            theirs: Any = torch.nn.GRU.forward
-            return theirs(self, input, hx)
+            return _torchs_gru(self, input, hx)
         return super().forward(input, hx, **options)
 
     def _is_torchs(self, x: Tensor) -> bool:
@@ -69,6 +75,8 @@ class GRUCell(RecurrentCell):
     Outputs: h of the next step, shaped alike. Twice differentiable.
     """
 
+    cell = gru
+
     def __init__(self, input_size: int, hidden_size: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(gru, input_size, hidden_size, *args, **kwargs)
 
@@ -77,5 +85,5 @@ class GRUCell(RecurrentCell):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if dispatch.cell_backend(self.backend, input.device, input.dtype) == "torch":
-            return torch.nn.GRUCell.forward(self, input, hx)  # type: ignore[arg-type]
+            return _torchs_cell(self, input, hx)
         return super().forward(input, hx)

@@ -36,6 +36,7 @@ class Recurrent(torch.nn.RNNBase):
     Raises as `LSTM` does; TypeError for what is not a `Cell`.
     """
 
+    cell: Cell
     get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(  # noqa: PLR0913
@@ -115,6 +116,8 @@ class RecurrentCell(torch.nn.RNNCellBase):
 
     Raises as `LSTMCell` does; TypeError for what is not a `Cell`.
     """
+
+    cell: Cell
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "lstm_triton": ROOT / "lstm_triton",
+    "lstm_triton.cells": ROOT / "lstm_triton" / "cells",
     "lstm_triton.kernels": ROOT / "kernels",
     "lstm_triton.bench": ROOT / "bench",
 }
