@@ -1,4 +1,4 @@
-"""torch's own samples of good and bad calls of LSTM, run on this package's.
+"""torch's own samples of good and bad calls of LSTM, GRU and GRUCell, run on this package's.
 
 In a process of their own: importing them freezes torch's global settings.
 """
@@ -29,43 +29,59 @@ def _run(device: str) -> None:
     import torch
     from torch.testing._internal import common_modules
 
-    from lstm_triton import LSTM
+    from lstm_triton import GRU, LSTM, GRUCell
 
     torch.set_num_threads(1)
-    (info,) = (info for info in common_modules.module_db if info.module_cls is torch.nn.LSTM)
-    options = {"device": device, "dtype": torch.float64, "requires_grad": True, "training": True}
-    passed = 0
-    for sample in info.module_inputs_func(info, **options):
+    for theirs, ours, least, errors in (
+        (torch.nn.LSTM, LSTM, 32, 10),
+        (torch.nn.GRU, GRU, 16, 8),
+        (torch.nn.GRUCell, GRUCell, 2, 4),
+    ):
+        (info,) = (info for info in common_modules.module_db if info.module_cls is theirs)
+        # As many as torch had when this was written.
+        assert _samples(info, ours, device) >= least
+        assert _errors(info, ours, common_modules.ModuleErrorEnum) >= errors
+    print("all samples passed")
+
+
+def _samples(info, ours, device: str) -> int:
+    """Good calls give what torch's module gives, gradients included."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    options = {"device": device, "dtype": torch.float64}
+    samples = info.module_inputs_func(info, **options, requires_grad=True, training=True)
+    for sample in samples:
         constructor, args = sample.constructor_input, sample.forward_input.args
-        theirs = torch.nn.LSTM(*constructor.args, **constructor.kwargs, device=device, dtype=torch.float64)
-        leaves = [args[0], *(args[1] if len(args) > 1 else ())]
+        theirs = info.module_cls(*constructor.args, **constructor.kwargs, **options)
+        leaves = [t for t in tree_leaves(args) if t is not None]
         for backend in ("auto", "triton"):
-            ours = LSTM(*constructor.args, **constructor.kwargs, device=device, dtype=torch.float64, backend=backend)
-            ours.load_state_dict(theirs.state_dict())
+            module = ours(*constructor.args, **constructor.kwargs, **options, backend=backend)
+            module.load_state_dict(theirs.state_dict())
             results = []
-            for module in (ours, theirs):
-                y, (h, c) = module(*args)
-                gradients = torch.autograd.grad(
-                    y.sum() + h.pow(2).sum() + c.pow(2).sum(), [*leaves, *module.parameters()]
-                )
-                results.append([y, h, c, *gradients])
+            for m in (module, theirs):
+                found = tree_leaves(m(*args))
+                total = found[0].sum() + sum(t.pow(2).sum() for t in found[1:])
+                results.append([*found, *torch.autograd.grad(total, [*leaves, *m.parameters()])])
             torch.testing.assert_close(*results)
-            if backend == "auto":  # the same samples as a batch of one
-                y, (h, c) = sample.reference_fn(ours, *args)
-                torch.testing.assert_close([y, h, c], results[0][:3])
-            passed += 1
-    assert passed >= 2 * 32, passed
-    options["dtype"] = torch.float32
-    errors = info.module_error_inputs_func(info, **options)
+            if backend == "auto" and sample.reference_fn is not None:  # the same samples as a batch of one
+                torch.testing.assert_close(tree_leaves(sample.reference_fn(module, *args)), results[0][: len(found)])
+    return len(samples)
+
+
+def _errors(info, ours, kinds) -> int:
+    """Bad calls raise what torch's module raises."""
+    import torch
+
+    errors = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=True, training=True)
     for error in errors:
         constructor, forward = error.module_error_input.constructor_input, error.module_error_input.forward_input
         for backend in ("auto", "triton"):
             with unittest.TestCase().assertRaisesRegex(error.error_type, error.error_regex):
-                module = LSTM(*constructor.args, **constructor.kwargs, backend=backend)
-                assert error.error_on is common_modules.ModuleErrorEnum.FORWARD_ERROR, "constructed"
+                module = ours(*constructor.args, **constructor.kwargs, backend=backend)
+                assert error.error_on is kinds.FORWARD_ERROR, "constructed"
                 module(*forward.args)
-    assert len(errors) >= 10, len(errors)
-    print("all samples passed")
+    return len(errors)
 
 
 if __name__ == "__main__":

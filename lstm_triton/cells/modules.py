@@ -140,10 +140,12 @@ class RecurrentCell(torch.nn.RNNCellBase):
         return f"{self.cell.name}, {super().extra_repr()}" + options_repr(self)
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
-        if hx is None:
-            pair = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
-        else:
-            pair = _both(self.cell, hx)
+        given = _both(self.cell, hx)
+        states = {"hidden": hx} if isinstance(hx, Tensor) else {f"hx[{k}]": t for k, t in enumerate(hx or ())}
+        for name, t in {"input": input, **states}.items():
+            if t.dim() not in (1, 2):
+                raise ValueError(f"{type(self).__name__}: Expected {name} to be 1D or 2D, got {t.dim()}D instead")
+        pair = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2 if given is None else given
         weights = self.cell.placed(Direction(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
         batched = functional.cell_inputs(input, pair, *weights[:4])
         h, state = functional.step(batched, self.precision, self.backend, self.cell.key)
