@@ -16,7 +16,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 
 import torch  # noqa: E402
-from support import cells, executor, layers, readouts  # noqa: E402
+from support import cells, executor, layers, readouts, recurrents  # noqa: E402
 
 KINDS = [
     (torch.bfloat16, "ieee"),
@@ -66,9 +66,22 @@ def layer(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
     return (rng.choice([1, 3, 4]), B, rng.choice([1, 8, 19]), H, D), options, by_kernels, layers
 
 
+def own_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+    """A layer of a random cell, of up to eight programs that wait for each other."""
+    options = rng.choice([{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True}])
+    number, backend, recompute = rng.randrange(10**6), rng.choice(["triton", "triton-stepwise"]), rng.random() < 0.3
+    shape = number, rng.choice([1, 3]), rng.choice([1, 3, 17]), rng.choice([3, 8]), rng.choice([4, 19, 32, 70, 130])
+
+    def by_kernels(problem: recurrents.Problem) -> list[torch.Tensor]:
+        return problem.run(backend, recompute=recompute)
+
+    by_kernels.__name__ = f"{backend}, recompute={recompute}"
+    return shape, options, by_kernels, recurrents
+
+
 def once(rng: random.Random) -> tuple[str, str | None, int]:
     """One problem: what it is, what is wrong with it, how many programs were executed."""
-    kind = rng.choice([cell, readout, layer, layer, layer])
+    kind = rng.choice([cell, readout, own_cell, layer, layer, layer])
     shape, options, by_kernels, module = kind(rng)
     dtype, precision = rng.choice(KINDS)
     target, seed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6)

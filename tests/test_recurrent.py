@@ -281,13 +281,14 @@ def test_what_is_no_cell_and_no_state(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_accurate_as_torch(name, dtype, device):
     options = dict(resets=True, lengths=True) if name in ("gru", "cifg") else {}
-    problem = recurrents.Problem.draw(CATALOGUE[name], 5, 3, 4, 19, 1, True, dtype=dtype, device=device, **options)
-    recurrents.assert_as_accurate_as_torch(problem.run("triton", "ieee"), problem)
+    options |= dict(bidirectional=True, precision="ieee", device=device)
+    problem = recurrents.draw(CATALOGUE[name], 5, 3, 4, 19, dtype, **options)
+    recurrents.assert_as_accurate_as_torch(problem.run("triton"), problem)
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_programs_that_wait_for_each_other(name, device):
     """All steps in one launch, of several programs."""
-    problem = recurrents.Problem.draw(CATALOGUE[name], 3, 3, 5, 150, dtype=torch.bfloat16, device=device)
+    problem = recurrents.draw(CATALOGUE[name], 3, 3, 5, 150, torch.bfloat16, device=device)
     recurrents.assert_as_accurate_as_torch(problem.run("triton", recompute=name == "cifg"), problem)

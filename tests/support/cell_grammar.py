@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Smooth functions, which bound what they are given; and some with kinks, whose derivative jumps where no input lies.
+# What they are given they bound, or keep. At a kink rounding may choose another derivative; sin takes local memory on a GPU.
+_SPECIAL = {"relu", "sin", "exp", "elu", "hardtanh", "clamp", "abs", "softsign", "over", "maximum", "minimum", "where"}
 _UNARY: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -41,8 +42,9 @@ _BINARY: dict[str, Callable] = {
 }
 
 
-def random_cell(rng: random.Random) -> tuple[Callable, str, str, str]:
+def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str]:
     """(function, gates, states, what it computes in words): at most four pre-activations, at most one state."""
+    unary, binary = ([f for f in of if not (smooth and f in _SPECIAL)] for of in (_UNARY, _BINARY))
     gates = "abde"[: rng.randint(1, 4)]
     states = rng.choice(["", "c"])
     has_parts = len(gates) < 4 and rng.random() < 0.5
@@ -52,8 +54,8 @@ def random_cell(rng: random.Random) -> tuple[Callable, str, str, str]:
         if depth == 0 or rng.random() < 0.1:
             return (rng.choice(leaves),)
         if rng.random() < 0.5:
-            return rng.choice(list(_UNARY)), expression(leaves, depth - 1)
-        return rng.choice(list(_BINARY)), expression(leaves, depth - 1), expression(leaves, depth - 1)
+            return rng.choice(unary), expression(leaves, depth - 1)
+        return rng.choice(binary), expression(leaves, depth - 1), expression(leaves, depth - 1)
 
     leaves = [f"z.{gate}" for gate in gates] + ["s.c"] * len(states) + ["s.h"] * uses_h
     leaves += ["z.input." + gates[0], "z.recurrent." + gates[0]] if has_parts else []
