@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 import lstm_triton
-from lstm_triton import environment
+from lstm_triton import versions as installed
 
 from .cases import Task
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
 _READERS: dict[str, Any] = {  # of NVML and its handle of a GPU
-    "driver": lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion()),
     "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
     "max_sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
     "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
@@ -62,7 +61,7 @@ def describe(device: torch.device) -> Device:
         return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
     p = torch.cuda.get_device_properties(device)
     sizes = p.multi_processor_count, p.total_memory, getattr(p, "L2_cache_size", None)
-    return Device("cuda", p.name, state(device).get("driver"), None, None, f"{p.major}.{p.minor}", *sizes)
+    return Device("cuda", p.name, installed.driver_version(), None, None, f"{p.major}.{p.minor}", *sizes)
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 def versions() -> Versions:
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    triton, system = environment.triton_version(), f"{platform.system()} {platform.machine()}"
+    triton, system = installed.triton_version(), f"{platform.system()} {platform.machine()}"
     own, python = lstm_triton.__version__, platform.python_version()
     return Versions(own, str(torch.__version__), python, triton, torch.version.cuda, cudnn, system)
 
@@ -118,7 +117,7 @@ def _git(*arguments: str) -> str | None:
 
 def digest(package: Path) -> str:
     """Twelve hexadecimal digits over the sources of the kernels and their callers; not of command line or benchmark."""
-    left_out = {"cli.py", "check.py", "_version.py"}
+    left_out = {"cli.py", "check.py", "timing.py", "_version.py"}
     files = [p for p in package.glob("*.py") if p.name not in left_out] + list((package / "kernels").glob("*.py"))
     total = hashlib.sha256()
     for path in sorted(files, key=lambda p: (p.parent.name, p.name)):

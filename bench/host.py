@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lstm_triton import dispatch
+from lstm_triton import dispatch, timing
 from lstm_triton.kernels.launch import Launcher
 
-from . import choice, problem, process, timing
+from . import choice, problem, process
 from .cases import Case
 from .checks import Built
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from . import choice, host, timing
+from lstm_triton import timing
+
+from . import choice, host
 from . import problem as problems
 from . import roofs as roof
 from .cases import Task
@@ -16,7 +18,7 @@ from .checks import Built, Judge
 from .device import RowMaker
 from .process import Fatal, raise_if_lost
 from .providers import Unavailable
-from .rows import Error, Row
+from .rows import Error, Row, Timing
 
 Pair = tuple[str, str]  # of provider and execution
 
@@ -144,7 +146,7 @@ class _Measurement:
         floor, state = roof.floor(case, context.roofs), context.maker.state()
         for key, sample in samples.items():
             built, found, _ = self.ready.pop(key)
-            took = sample.summary(case.length, context.clock.name)
+            took = Timing.of(sample, case.length, context.clock.name)
             distance = took.us_per_step / floor.us_per_step if floor else None
             measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
             self.tell([key], "ok", model=built.model, **measured)
@@ -153,7 +155,7 @@ class _Measurement:
 def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
     """The replay of a CUDA graph of what eager rows time, its results checked."""
     with torch.set_grad_enabled(built.training):
-        replay, returned = timing.graphed(built.call)
+        replay, returned = graphed(built.call)
 
     def replayed() -> Any:
         replay()
@@ -163,6 +165,23 @@ def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
     if reason := judge.why_wrong(judge.errors(built, replayed)):
         raise RuntimeError(f"replayed, {reason}")
     return replay
+
+
+def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """A CUDA graph of a call: the function that replays it, and what the call returned, which every replay writes anew."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+    return graph.replay, result
 
 
 def brief(error: BaseException) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lstm_triton import timing
 from lstm_triton.kernels.device import fp32_precision
 
-from . import timing
 from .cases import Case
 from .rows import Floor, Row
 

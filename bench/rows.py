@@ -7,11 +7,14 @@ import functools
 import json
 import math
 import os
+import statistics
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lstm_triton.timing import Samples, median_interval
 
 from .cases import Case, Execution, Kind, measurement_key
 
@@ -33,6 +36,15 @@ class Timing:
     samples: int
     calls_per_sample: int
     clock: str
+
+    @staticmethod
+    def of(samples: Samples, steps: int, clock: str) -> "Timing":
+        """steps: of the sequence that one call runs through."""
+        p20, _, _, p80 = statistics.quantiles(samples.device_us, n=5, method="inclusive")
+        p50, wall = statistics.median(samples.device_us), statistics.median(samples.wall_us)
+        low, high, confidence = median_interval(samples.device_us)
+        counts = len(samples.device_us), samples.calls
+        return Timing(p20, p50, p80, p50 / steps, wall, low, high, round(confidence, 4), *counts, clock)
 
     def __post_init__(self) -> None:
         if min(self.p20_us, self.p50_us, self.p80_us, self.us_per_step, self.ci_low_us) <= 0 or self.confidence > 1:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from . import measure, timing
+from lstm_triton import timing
+
+from . import measure
 from .cases import Task
 from .device import RowMaker
 from .process import Died, Fatal, Process

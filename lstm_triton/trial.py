@@ -6,12 +6,10 @@ A kernel that traps or hangs costs this process and not the one that asks, which
 import contextlib
 import copy
 import json
-import math
 import os
-import random
+import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -21,9 +19,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import tolerance
 from .shapes import Shape
+from .timing import Clock, Samples, interleaved
 
 WAYS = ("forward", "backward")
-_SAMPLE_S, _LEAST_ROUNDS, _MOST_ROUNDS = 0.01, 3, 50
 
 
 class Contender(NamedTuple):
@@ -32,20 +30,6 @@ class Contender(NamedTuple):
     backend: str
     forward: dict | None = None
     backward: dict | None = None
-
-
-class Clock:
-    """CUDA events around calls."""
-
-    def sample(self, name: str, call: Callable[[], Any], n: int) -> float:
-        """Seconds of a call, the mean of n."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(n):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / n
 
 
 class Work:
@@ -135,29 +119,28 @@ def serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     request = json.loads(sys.stdin.readline())
-    work, clock = Work(Shape(*request["shape"]), request["steps"], torch.device(request["device"])), Clock()
-    calls: dict[str, tuple[Callable[[], Any], int]] = {}
+    device = torch.device(request["device"])
+    work, clock = Work(Shape(*request["shape"]), request["steps"], device), Clock(device)
+    calls: dict[str, Callable[[], Any]] = {}
     for name, contender in request["contenders"].items():
         tell(doing=name)
         call, configurations = work.of(Contender(*contender))
+        call.__name__ = name
         try:
             faults = [f"wrong: {text}" for text in work.faults(call())]
-            once = clock.sample(name, call, 1)
+            clock.sample(call, 1)
         except Exception as error:  # whatever it is, it costs this contender alone
             faults = [str(error).partition("\n")[0][:200] or type(error).__name__]
         if faults:
             tell(name=name, fault=faults[0])
             continue
         tell(name=name, configs=configurations())
-        calls[name] = call, max(1, min(1000, math.ceil(_SAMPLE_S / max(once, 1e-6))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    begin, order = time.monotonic(), list(calls)
-    for rounds in range(_MOST_ROUNDS):
-        if rounds >= _LEAST_ROUNDS and time.monotonic() - begin > request["seconds"]:
-            break
-        random.Random(rounds).shuffle(order)
-        for name in order:
-            tell(doing=name)
-            found[name].append(clock.sample(name, *calls[name]))
-        tell(times={name: 1e6 * sorted(values)[len(values) // 2] for name, values in found.items()})
+        calls[name] = call
+
+    def tell_times(found: Mapping[str, Samples]) -> None:
+        tell(times={name: statistics.median(samples.device_us) for name, samples in found.items()})
+
+    if calls:
+        seconds = request["seconds"] / len(calls)
+        interleaved(calls, clock, seconds, lambda name: tell(doing=name), tell_times)
     tell(done=True)

@@ -5,7 +5,8 @@ import re
 import pytest
 from test_bench_rows import make_row
 
-from lstm_triton.bench import providers, roofs, suites, timing, workloads
+from lstm_triton import timing
+from lstm_triton.bench import providers, roofs, rows, suites, workloads
 from lstm_triton.bench.cases import Case
 
 H100 = (9, 0), 132
@@ -90,7 +91,7 @@ def test_roofs_from_rows():
 
 
 def test_percentiles_of_known_samples():
-    found = timing.Samples(3, [4.0, 1, 3, 2, 5], [7.0]).summary(2, "a clock")
+    found = rows.Timing.of(timing.Samples(3, [4.0, 1, 3, 2, 5], [7.0]), 2, "a clock")
     assert (found.p20_us, found.p50_us, found.p80_us) == (pytest.approx(1.8), 3, pytest.approx(4.2))
     assert (found.us_per_step, found.wall_p50_us, found.samples, found.calls_per_sample) == (1.5, 7, 5, 3)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.benches import context
 
-from lstm_triton.bench import measure, process, timing
+from lstm_triton.bench import measure, process
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.kernels import stall
 
@@ -65,7 +65,7 @@ def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):
     def graphed(call):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(timing, "graphed", graphed)
+    monkeypatch.setattr(measure, "graphed", graphed)
     case = Case("a", 8, 3, 6, dtype="float32", precision="ieee")
     rows = []
     task = Task("s", case, executions=("eager", "graph"))
@@ -101,5 +101,5 @@ def test_a_capture_that_fails_leaves_the_stream_that_was(monkeypatch):
             raise RuntimeError("not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        timing.graphed(call)
+        measure.graphed(call)
     assert streams[-1] is stream

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton.bench import rows, timing
+from lstm_triton import timing
+from lstm_triton.bench import rows
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.device import RowMaker
 from lstm_triton.bench.providers import CUDNN, OURS
@@ -25,7 +26,7 @@ def make_row(
     measured = {}
     if kind in ("timing", "anchor") and status == "ok":
         samples = timing.Samples(1, [us * (1 + 0.001 * k) for k in range(-5, 6)], [us] * 11)
-        measured["timing"] = samples.summary(case.length, "a clock")
+        measured["timing"] = rows.Timing.of(samples, case.length, "a clock")
     reason = None if status == "ok" else "a reason"
     row = maker.make(Task(suite, case, kind), provider, execution, status, reason, state={}, **measured)
     return dataclasses.replace(row, **changes)

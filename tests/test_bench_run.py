@@ -15,7 +15,8 @@ import torch
 from support.benches import ROOT, TINY, Here, measure, options, rows_of, small
 
 from lstm_triton import cli as package_cli
-from lstm_triton.bench import choice, cli, device, progress, rows, run, suites, worker
+from lstm_triton import timing
+from lstm_triton.bench import choice, cli, device, host, progress, rows, run, suites, worker
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
 
@@ -105,8 +106,6 @@ CELL, LAYER = "torch.nn.LSTMCell", "lstm_triton reference"
 
 @pytest.mark.parametrize("kind", ["overhead", "cold-start"])
 def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind):
-    from lstm_triton.bench import host, timing
-
     monkeypatch.setattr(host, "_new_process", lambda *arguments: {"first_call_s": 1.0})
     monkeypatch.setattr(timing, "median_us", lambda *arguments: 1.0)
     task = dataclasses.replace(HOST, suite=kind, kind=kind)

@@ -5,10 +5,10 @@ from itertools import product
 
 import torch
 
-from lstm_triton import LSTM, explain
+from lstm_triton import LSTM, explain, timing
 from lstm_triton.bench import device as devices
 from lstm_triton.bench import measure as bench
-from lstm_triton.bench import run, timing
+from lstm_triton.bench import run
 from lstm_triton.bench.cases import MODES, Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 from lstm_triton.bench.rows import Row

@@ -1,16 +1,14 @@
-"""Timing: interleaved and shuffled rounds, CUDA events on a GPU and the host's clock beside them."""
+"""Timing, for `lstm-triton tune` and the benchmark: interleaved and shuffled rounds, CUDA events and the host's clock."""
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy
 import torch
-
-from .rows import Timing
 
 Call = Callable[[], Any]
 K = TypeVar("K", bound=Hashable)
@@ -67,7 +65,7 @@ class Clock:
 
 def median_us(call: Call, clock: Clock, samples: int = 20, calls: int = 1) -> float:
     """Median microseconds of a call; the first two samples, which compile and allocate, do not count."""
-    return float(numpy.median([clock.sample(call, calls)[0] for _ in range(samples + 2)][2:]))
+    return statistics.median([clock.sample(call, calls)[0] for _ in range(samples + 2)][2:])
 
 
 @dataclass
@@ -77,13 +75,6 @@ class Samples:
     calls: int
     device_us: list[float] = field(default_factory=list)
     wall_us: list[float] = field(default_factory=list)
-
-    def summary(self, steps: int, clock_name: str) -> Timing:
-        """The `timing` of a row; steps: of the sequence that one call runs through."""
-        p20, p50, p80 = map(float, numpy.percentile(self.device_us, (20, 50, 80)))
-        low, high, confidence = median_interval(self.device_us)
-        wall, count = float(numpy.median(self.wall_us)), len(self.device_us)
-        return Timing(p20, p50, p80, p50 / steps, wall, low, high, round(confidence, 4), count, self.calls, clock_name)
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -105,7 +96,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 def is_settled(values: Sequence[float]) -> bool:
     """Whether the median is known to SETTLED, at CONFIDENCE."""
     low, high, confidence = median_interval(values)
-    return confidence >= CONFIDENCE and (high - low) / 2 <= SETTLED * float(numpy.median(values))
+    return confidence >= CONFIDENCE and (high - low) / 2 <= SETTLED * statistics.median(values)
 
 
 class Failed(RuntimeError):
@@ -117,9 +108,15 @@ class Failed(RuntimeError):
 
 
 def interleaved(
-    calls: Mapping[K, Call], clock: Clock, seconds: float, turn: Callable[[K], None] = lambda key: None
+    calls: Mapping[K, Call],
+    clock: Clock,
+    seconds: float,
+    turn: Callable[[K], None] = lambda key: None,
+    after: Callable[[Mapping[K, Samples]], None] = lambda found: None,
 ) -> dict[K, Samples]:
-    """Sample all calls in turn, in a new random order each round, for about `seconds` each; turn: is told whose turn it is.
+    """Sample all calls in turn, in a new random order each round, for about `seconds` each.
+
+    turn: is told whose turn it is; after: what there is after each round.
 
     Sampling ends when every median is settled, or time is up; each call has at least LEAST_SAMPLES samples, unless that would
     take ten times as long. Raises Failed from whatever a call raises.
@@ -139,6 +136,7 @@ def interleaved(
                 device_us, wall_us = clock.sample(calls[key], found[key].calls)
                 found[key].device_us.append(device_us)
                 found[key].wall_us.append(wall_us)
+            after(found)
             elapsed = time.perf_counter() - begin
             if rounds >= 3 and elapsed >= 10 * budget:
                 break
@@ -159,20 +157,3 @@ def _calls_per_sample(call: Call, clock: Clock) -> int:
         if n == 1:
             break
     return n
-
-
-def graphed(call: Call) -> tuple[Call, Any]:
-    """A CUDA graph of a call: the function that replays it, and what the call returned, which every replay writes anew."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            result = call()
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
-    return graph.replay, result
