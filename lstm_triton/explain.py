@@ -49,7 +49,7 @@ def explain(
     Raises:
         TypeError: a module that is and holds none of these. RuntimeError: a forced backend that cannot serve, with the reason.
     """
-    kind = hooks.kind(module)
+    kind: Any = hooks.kind(module)
     if kind is None:
         return _explain_parts(module, device=device, dtype=dtype, steps=steps, segments=segments, batch=batch)
     weight = next(module.parameters(), torch.empty(0))
@@ -65,8 +65,10 @@ def explain(
     elif kind is LSTMCell:
         sizes = (module.input_size, module.hidden_size)
         choice = choose_cell(module.backend, device.type, dtype, dispatch.environment(device))
+    elif kind is not SoftmaxReadout:
+        sizes = (module.input_size, module.hidden_size)
+        choice = kind.choice(module, device, dtype, not segments)
     else:
-        assert kind is SoftmaxReadout
         sizes = (module.in_features, module.out_features)
         choice = choose_readout(module.backend, device.type, dtype, dispatch.environment(device))
     name = type(module).__name__

@@ -9,8 +9,8 @@ from support import recurrents
 from test_cells import CATALOGUE, lstm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, patch, to_torch
-from lstm_triton.cells import catalogue
+from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, dispatch, explain, patch, to_torch
+from lstm_triton.cells import catalogue, modules
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 T, B, I, H = 4, 3, 2, 5
@@ -268,10 +268,44 @@ def test_what_is_no_cell_and_no_state(device):
     x = torch.randn(T, B, I, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="gru has no state besides h"):
         ours(x, (_states(ours, device),) * 2)
+    with pytest.raises(TypeError, match=r"a tuple of two Tensors \(h, c\)"):
+        _pair("lstm", "reference", device)[1](x, _states(ours, device))
+    with pytest.raises(ValueError, match="cuDNN does not know the cell cifg"):
+        Recurrent(catalogue.cifg, I, H, backend="cudnn")
     with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
         ours(x, torch.zeros(1, B, H + 1, dtype=torch.float64, device=device))
     with pytest.raises(ValueError, match="backend must be one of"):
         Recurrent(lstm, I, H, backend="other")
+
+
+def test_what_reads_modules(monkeypatch):
+    """torch.fx takes them for leaves; TorchScript is refused; explain has a line for each."""
+    gru, own, cell = GRU(I, H), Recurrent(catalogue.cifg, I, H), GRUCell(I, H)
+    x = torch.randn(T, B, I)
+    for module, given in ((gru, x), (own, x), (cell, x[0])):
+        model = torch.nn.Sequential(module)
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+        torch.testing.assert_close(traced(given), model(given), rtol=0, atol=0)
+        with pytest.raises(NotImplementedError, match=f"TorchScript cannot compile {type(module).__name__}"):
+            torch.jit.script(model)
+    lines = explain(torch.nn.Sequential(gru, own, cell, convert(torch.nn.GRU(I, H)), torch.nn.GRUCell(I, H)))
+    expected = [
+        "GRU(2, 5) on cpu, torch.float32: torch: ",
+        "Recurrent(2, 5) on cpu, torch.float32: reference: the cell's own",
+    ]
+    expected += ["GRUCell(2, 5) on cpu, torch.float32: torch: ", expected[0], "GRUCell: torch's own: not converted"]
+    for k, (line, start) in enumerate(zip(lines.splitlines(), expected, strict=True)):
+        assert line.startswith(f"{k}: {start}"), line
+    on_gpu = dispatch.Environment(True, False, (9, 0))
+    monkeypatch.setattr(dispatch, "environment", lambda device: on_gpu)
+    monkeypatch.setattr(modules, "environment", lambda device: on_gpu)
+    assert ": cudnn: " in explain(gru, device="cuda")
+    assert ": triton-stepwise: the LSTM's kernels with the cell's equations" in explain(
+        gru, device="cuda", segments=True
+    )
+    assert ": triton-stepwise: the LSTM's kernels" in explain(own, device="cuda")
+    assert ": triton: the LSTM's kernels" in explain(cell, device="cuda")
 
 
 # ---- by the tolerance rule -------------------------------------------------------------------------------------------

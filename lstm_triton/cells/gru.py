@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
-from ..modules import check_options
+from ..modules import check_options, is_proxy, leaf
 from .catalogue import gru
 from .modules import Recurrent, RecurrentCell
 
@@ -50,10 +50,20 @@ class GRU(Recurrent):
         return super().extra_repr().removeprefix("gru, ")
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None, **options: Any):
+        if is_proxy(input):
+            return leaf(self, input, hx, **options)
         x = input.data if isinstance(input, PackedSequence) else input
         if not options and isinstance(x, Tensor) and self._is_torchs(x):
             return _torchs_gru(self, input, hx)
         return super().forward(input, hx, **options)
+
+    def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> dispatch.Choice:
+        """As `Recurrent.choice`."""
+        plain = plain and not (device.type == "cuda" and (self.recompute or self.precision is not None))
+        found = dispatch.choose_layer(
+            self.backend, device.type, dtype, dispatch.environment(device), dispatch.Call(plain, False, None)
+        )
+        return found if found.backend in ("torch", "cudnn") else Recurrent.choice(self, device, dtype, plain)
 
     def _is_torchs(self, x: Tensor) -> bool:
         plain = not (x.is_cuda and (self.recompute or self.precision is not None))
@@ -84,6 +94,13 @@ class GRUCell(RecurrentCell):
         return super().extra_repr().removeprefix("gru, ")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if is_proxy(input):
+            return leaf(self, input, hx)
         if dispatch.cell_backend(self.backend, input.device, input.dtype) == "torch":
             return _torchs_cell(self, input, hx)
         return super().forward(input, hx)
+
+    def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> dispatch.Choice:
+        """As `Recurrent.choice`."""
+        found = dispatch.choose_cell(self.backend, device.type, dtype, dispatch.environment(device))
+        return found if found.backend == "torch" else RecurrentCell.choice(self, device, dtype, plain)

@@ -7,11 +7,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional, lstm
+from ..dispatch import Call, Choice, choose_cell, choose_layer, environment
 from ..kernels.inputs import Direction
-from ..modules import check_options, options_repr
+from ..modules import check_options, is_proxy, leaf, options_repr
 from .declaration import Cell
 
 States = Tensor | tuple[Tensor, Tensor]
+
+
+def _refuse_torchscript(module: torch.nn.Module) -> torch.nn.Module:
+    raise NotImplementedError(
+        f"TorchScript cannot compile {type(module).__name__}: use torch.jit.trace or torch.export;"
+        " to_torch(model) gives torch.nn.GRU back"
+    )
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -58,6 +66,8 @@ class Recurrent(torch.nn.RNNBase):
     ) -> None:
         _check_cell(cell)
         check_options(precision, backend)
+        if backend == "cudnn":
+            raise ValueError(f"backend='cudnn' cannot serve: cuDNN does not know the cell {cell.name}")
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         # torch knows no other number of gates: its parameters lend their names and widths.
         super().__init__("LSTM", *sizes, device="meta", dtype=dtype)
@@ -91,6 +101,9 @@ class Recurrent(torch.nn.RNNBase):
         lengths: Tensor | None = None,
         return_states: bool = False,
     ):
+        if is_proxy(input):
+            given = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_states=return_states)
+            return leaf(self, input, hx, **given)
         output, hidden, *states = lstm.forward(
             self,
             input,
@@ -101,6 +114,13 @@ class Recurrent(torch.nn.RNNBase):
             return_cell_states=return_states,
         )
         return output, tuple(hidden) if self.cell.states else hidden[0], *states
+
+    def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
+        """What serves a call on such tensors, and why; plain: without resets, lengths and states."""
+        call = Call(False, False, self.precision)
+        return _reason(choose_layer(self.backend, device.type, dtype, environment(device), call))
+
+    __prepare_scriptable__ = _refuse_torchscript
 
 
 class RecurrentCell(torch.nn.RNNCellBase):
@@ -140,6 +160,8 @@ class RecurrentCell(torch.nn.RNNCellBase):
         return f"{self.cell.name}, {super().extra_repr()}" + options_repr(self)
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
+        if is_proxy(input):
+            return leaf(self, input, hx)
         given = _both(self.cell, hx)
         states = {"hidden": hx} if isinstance(hx, Tensor) else {f"hx[{k}]": t for k, t in enumerate(hx or ())}
         for name, t in {"input": input, **states}.items():
@@ -152,6 +174,19 @@ class RecurrentCell(torch.nn.RNNCellBase):
         if input.dim() == 1:
             h, state = h.squeeze(0), state.squeeze(0)
         return (h, state) if self.cell.states else h
+
+    def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
+        """As `Recurrent.choice`."""
+        return _reason(choose_cell(self.backend, device.type, dtype, environment(device)))
+
+    __prepare_scriptable__ = _refuse_torchscript
+
+
+def _reason(choice: Choice) -> Choice:
+    """In the words of a cell of one's own."""
+    if choice.backend in ("reference", "torch"):
+        return Choice("reference", "the cell's own function, in torch")
+    return Choice(choice.backend, "the LSTM's kernels with the cell's equations, not yet measured on a GPU")
 
 
 def _check_cell(cell: object) -> None:
@@ -166,7 +201,13 @@ def _base(hx: Any) -> Any:
 
 def _both(cell: Cell, hx: Any) -> Any:
     """h and the state that the kernels carry; where the cell has none besides h, that is h."""
-    if hx is None or cell.states:
+    if hx is None:
+        return None
+    if cell.states:
+        if isinstance(hx, Tensor) or len(hx) != 2 or not all(isinstance(t, Tensor) for t in hx):
+            raise TypeError(
+                f"{cell.name} has a state {cell.carried}: hx must be a tuple of two Tensors (h, {cell.carried})"
+            )
         return hx
     if not isinstance(hx, Tensor):
         raise TypeError(f"{cell.name} has no state besides h: it must be a Tensor, not {type(hx).__name__}")
