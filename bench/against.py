@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import lstm_triton
+
 from . import device, run
 from .cases import Task
 from .progress import Progress, missing
@@ -53,6 +55,8 @@ def _export(root: Path, commit: str, scratch: Path) -> Path:
     shutil.unpack_archive(scratch / "tree.zip", scratch / "tree")
     shutil.copytree(scratch / "tree" / "lstm_triton", package)
     shutil.copytree(scratch / "tree" / "kernels", package / "kernels")
+    for name in device.TOOLS:
+        shutil.copy(Path(lstm_triton.__file__).parent / name, package)
     shutil.copytree(Path(__file__).parent, package / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
     return package.parent
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lstm_triton.process import raise_if_lost
 from lstm_triton.tolerance import Errors
 
 from . import problem as problems
 from .cases import Case
 from .problem import Problem
-from .process import raise_if_lost
 from .providers import Provider
 from .rows import Error
 

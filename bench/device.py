@@ -21,6 +21,7 @@ from lstm_triton import versions as installed
 from .cases import Task
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
+TOOLS = ("process.py", "timing.py", "versions.py")  # of lstm_triton, with which the benchmark measures
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
 _READERS: dict[str, Any] = {  # of NVML and its handle of a GPU
     "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
@@ -117,7 +118,7 @@ def _git(*arguments: str) -> str | None:
 
 def digest(package: Path) -> str:
     """Twelve hexadecimal digits over the sources of the kernels and their callers; not of command line or benchmark."""
-    left_out = {"cli.py", "check.py", "timing.py", "_version.py"}
+    left_out = {"cli.py", "check.py", "_version.py", *TOOLS}
     files = [p for p in package.glob("*.py") if p.name not in left_out] + list((package / "kernels").glob("*.py"))
     total = hashlib.sha256()
     for path in sorted(files, key=lambda p: (p.parent.name, p.name)):

@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lstm_triton import dispatch, timing
+from lstm_triton import dispatch, process, timing
 from lstm_triton.kernels.launch import Launcher
 
-from . import choice, problem, process
+from . import choice, problem
 from .cases import Case
 from .checks import Built
 
@@ -66,7 +66,8 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 
 
 def _new_process(case: Case, provider: str, device: torch.device, cache: str) -> dict[str, float]:
-    child = process.Process("host:first_calls", (case, provider, device.type), None, {"TRITON_CACHE_DIR": cache})
+    environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
+    child = process.Process(f"{__name__}:first_calls", (case, provider, device.type), environment)
     try:
         return child.receive(_TIMEOUT_S)
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lstm_triton import timing
+from lstm_triton.process import Fatal, raise_if_lost
 
 from . import choice, host
 from . import problem as problems
@@ -16,7 +17,6 @@ from . import roofs as roof
 from .cases import Task
 from .checks import Built, Judge
 from .device import RowMaker
-from .process import Fatal, raise_if_lost
 from .providers import Unavailable
 from .rows import Error, Row, Timing
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lstm_triton.process import Died
+
 from . import choice, roofs, rows
 from .cases import Case, Task
 from .device import RowMaker
-from .process import Died
 from .progress import Progress, duration
 from .providers import CUDNN
 from .rows import Row

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from lstm_triton import timing
+from lstm_triton.process import Died, Fatal, Process
 
 from . import measure
 from .cases import Task
 from .device import RowMaker
-from .process import Died, Fatal, Process
 from .roofs import Roofs
 from .rows import Row
 
@@ -39,7 +39,7 @@ class Options:
     again: bool = False
     retry: bool = False
     path: Sequence[str] | None = None  # of the workers' imports
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | None] = field(default_factory=dict)
     anchors: bool = True
 
 
@@ -47,8 +47,8 @@ class Worker(Process):
     """A worker process. maker: makes rows as it does."""
 
     def __init__(self, options: Options, run: str, interpreter: bool) -> None:
-        environment = options.environment | ({"TRITON_INTERPRET": "1"} if interpreter else {})
-        super().__init__("worker:serve", (options, run), options.path, environment)
+        environment = options.environment | {"TRITON_INTERPRET": "1" if interpreter else None}
+        super().__init__(f"{__name__}:serve", (options, run), environment, options.path)
         self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
         self._silence_s = options.silence_s
 

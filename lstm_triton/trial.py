@@ -5,10 +5,7 @@ A kernel that traps or hangs costs this process and not the one that asks, which
 
 import contextlib
 import copy
-import json
-import os
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -110,21 +107,18 @@ def _error(result: Tensor, truth: Tensor) -> tolerance.Errors:
     return tolerance.Errors.of(result.detach().double() - truth.detach(), truth.detach())
 
 
-def serve() -> None:
-    """Measure what standard input asks for; answers are lines on standard output, to which nothing else may print."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def serve(connection: Any, request: dict[str, Any]) -> None:
+    """Measure what is requested; the answers are mappings."""
 
     def tell(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
+        connection.send(answer)
 
-    request = json.loads(sys.stdin.readline())
     device = torch.device(request["device"])
-    work, clock = Work(Shape(*request["shape"]), request["steps"], device), Clock(device)
+    work, clock = Work(request["shape"], request["steps"], device), Clock(device)
     calls: dict[str, Callable[[], Any]] = {}
     for name, contender in request["contenders"].items():
         tell(doing=name)
-        call, configurations = work.of(Contender(*contender))
+        call, configurations = work.of(contender)
         call.__name__ = name
         try:
             faults = [f"wrong: {text}" for text in work.faults(call())]

@@ -5,12 +5,8 @@ cuDNN, one launch per step and the kernels in a few configurations take turns in
 
 import argparse
 import functools
-import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,10 +17,12 @@ import torch
 from . import dispatch, hooks, lstm, measurements, shapes
 from .kernels.device import matmul_precision
 from .measurements import Row
+from .process import Died, Process
 from .shapes import Shape
 from .trial import WAYS, Contender
 
 _CANDIDATES = 5  # of each way, besides that of the model
+SERVE = "lstm_triton.trial:serve"  # what the measuring process runs
 _SILENCE_S = 180.0  # after which the measuring process is given up; the first compilations take a minute
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
@@ -169,36 +167,17 @@ class Trial:
         say(f"{name}: {why}")
 
 
-def _command() -> list[str]:
-    return [sys.executable, "-c", "from lstm_triton.trial import serve; serve()"]
-
-
 def _answers(request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
-    """The answers of a new process, until it ends, falls silent or the deadline is past, and is killed."""
-    environment = {name: value for name, value in os.environ.items() if name != "LSTM_TRITON_TUNE"}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "LSTM_TRITON_TUNED": os.path.join(os.devnull, "none"),
-    }
-    process = subprocess.Popen(_command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
+    """The answers of a new process, until it ends, falls silent or the deadline is past."""
+    nowhere = os.path.join(os.devnull, "none")
+    child = Process(SERVE, request, {"LSTM_TRITON_TUNE": None, "LSTM_TRITON_TUNED": nowhere})
     try:
-        print(json.dumps(request), file=process.stdin, flush=True)
-        while line := lines.get(timeout=max(min(_SILENCE_S, deadline - time.monotonic()), 0.01)):
-            yield json.loads(line)
-    except (queue.Empty, BrokenPipeError):
+        while True:
+            yield child.receive(_SILENCE_S, deadline)
+    except (Died, TimeoutError):
         pass
     finally:
-        process.kill()
-        process.wait()
+        child.end()
 
 
 def main(arguments: Sequence[str]) -> int:

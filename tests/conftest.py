@@ -33,8 +33,8 @@ from support import executor  # noqa: E402
 from support.plugins import EndWhenLost, Resume  # noqa: E402
 
 import lstm_triton.kernels  # noqa: E402
-from lstm_triton.bench.process import why_lost  # noqa: E402
 from lstm_triton.kernels import interpreter  # noqa: E402
+from lstm_triton.process import why_lost  # noqa: E402
 
 # The interpreter works in numpy on small arrays, and several workers may share the cores.
 torch.set_num_threads(1)

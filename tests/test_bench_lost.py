@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.benches import context
 
-from lstm_triton.bench import measure, process
+from lstm_triton import process
+from lstm_triton.bench import measure
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.kernels import stall
 

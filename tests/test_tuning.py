@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import sys
 import warnings
 from dataclasses import asdict, replace
 
@@ -19,7 +18,6 @@ from lstm_triton.trial import Contender
 CPU = torch.device("cpu")
 I, H, B, T = 3, 20, 2, 4
 SHAPE = Shape(I, H, 1, 1, 0, B, "", "bfloat16", train=True)
-CHILD = "from support.made_up_trial import main; main()"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def file(tmp_path, monkeypatch):
 @pytest.fixture
 def made_up(monkeypatch):
     """made_up(cudnn=..., triton=...): what happens to contenders whose names begin so: see support/made_up_trial.py."""
-    monkeypatch.setattr(tuning, "_command", lambda: [sys.executable, "-c", CHILD])
+    monkeypatch.setattr(tuning, "SERVE", "support.made_up_trial:main")
     monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dispatch._remembered.cache_clear()
@@ -108,7 +106,7 @@ def test_what_hangs_costs_its_time_and_no_more(made_up, monkeypatch):
 
 
 def test_nothing_measured_is_an_error(made_up, monkeypatch, file):
-    monkeypatch.setattr(tuning, "_command", lambda: [sys.executable, "-c", "raise SystemExit('no module')"])
+    monkeypatch.setattr(tuning, "SERVE", "no_module:main")
     with pytest.raises(RuntimeError, match="did not start"):
         tune(_module(), X, quiet=True)
     assert not file.exists()

@@ -45,7 +45,7 @@ class Work(trial.Work):
         return changed, configurations
 
 
-def main() -> None:
+def main(connection, request):
     interpreter.install()
     trial.Clock, trial.Work = Clock, Work
-    trial.serve()
+    trial.serve(connection, request)

@@ -1,4 +1,5 @@
-"""Python processes of this package's code, which send what they find through a pipe and take nothing along when they die."""
+"""Processes that measure, for `lstm-triton tune` and the benchmark: they send what they find through a pipe, and take nothing
+along when they die."""
 
 import contextlib
 import importlib
@@ -17,7 +18,7 @@ import torch
 _CODE = """import sys, time
 begin = time.perf_counter()
 sys.path[:] = [path for path in sys.path if path]
-from lstm_triton.bench.process import main
+from lstm_triton.process import main
 main(begin, *sys.argv[1:])"""
 imports_s = 0.0  # what the imports of this process took, where it is a Process
 
@@ -31,20 +32,21 @@ class Fatal(RuntimeError):
 
 
 class Process:
-    """Runs `module:function(connection, argument)` of this folder; what it prints goes to standard error.
+    """Runs `package.module:function(connection, argument)`; what it prints goes to standard error.
 
-    path: folders that its imports come from, in place of this process's. Triton's interpreter is off unless `environment`
-    has TRITON_INTERPRET.
+    environment: what differs from this process's; None removes a variable. path: folders that its imports come from, in place
+    of this process's.
     """
 
     def __init__(
-        self, function: str, argument: Any, path: Sequence[str] | None, environment: Mapping[str, str]
+        self, function: str, argument: Any, environment: Mapping[str, str | None], path: Sequence[str] | None = None
     ) -> None:
-        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in (sys.path if path is None else path))
+        folders = os.pathsep.join(os.path.abspath(p) for p in (sys.path if path is None else path))
+        environ = {**os.environ, "PYTHONPATH": folders, **environment}
         self._connection, its = Pipe()
         command, null = [sys.executable, "-c", _CODE, function, str(its.fileno())], subprocess.DEVNULL
-        options: Any = dict(env=environ | dict(environment), stdin=null, stdout=2, pass_fds=[its.fileno()])
+        environ = {name: value for name, value in environ.items() if value is not None}
+        options: Any = dict(env=environ, stdin=null, stdout=2, pass_fds=[its.fileno()])
         self._process = subprocess.Popen(command, **options)
         its.close()
         self.send(argument)
@@ -76,7 +78,7 @@ def main(begin: float, function: str, handle: str) -> None:
     """The process's side."""
     global imports_s
     module, _, name = function.partition(":")
-    run = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    run = getattr(importlib.import_module(module), name)
     imports_s = time.perf_counter() - begin
     connection: Connection = Connection(int(handle))
     run(connection, connection.recv())
