@@ -113,7 +113,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured together, because it is compared: one case, by all providers, interleaved."""
+    """A unit of measurement: one case by all providers that are compared, interleaved."""
 
     suite: str
     case: Case
@@ -129,5 +129,5 @@ class Task:
 
 
 def measurement_key(kind: Kind, suite: str, case: Case) -> tuple:
-    """What is measured, whoever does it; where the case says less than its name, the name too."""
+    """Identify what is measured, whoever does it; where the case says less than its name, the name is part of it."""
     return kind, suite, case.name if kind in ("roof", "overhead", "cold-start", "anchor") else "", case.key

@@ -67,7 +67,7 @@ class Built:
         return outputs
 
     def named(self, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """What `call` returned, by name and shaped as in Problem; of the two biases' equal gradients only that of bias_ih."""
+        """Name what `call` returned, shaped as in Problem; of the two biases' equal gradients only that of bias_ih is kept."""
         if self.in_step:  # a cell's h_n is its y
             returned = returned[0][None], *returned
         p, convert = self.problem, self.model.to_torch_gradient

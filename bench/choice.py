@@ -1,4 +1,4 @@
-"""Which providers there are, and which of them a task compares."""
+"""The providers by name, and the choice of those that a task compares."""
 
 import functools
 import importlib.util

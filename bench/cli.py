@@ -130,7 +130,7 @@ def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """What was typed, for rows: paths that are nobody else's business are left out."""
+    """Return the command line as typed, for rows, without paths of folders, which are nobody else's business."""
     typed = " ".join(["lstm-triton bench", *(argument.replace(" ", "\0") for argument in arguments)])
     return re.sub(r"(--(?:output|rows))([ =])\S+", r"\1\2...", typed).replace("\0", " ")
 
@@ -173,7 +173,7 @@ def _measure(o: argparse.Namespace, arguments: list[str], started: float) -> int
 
 
 def _show(o: argparse.Namespace) -> int:
-    """What needs rows alone: checks, a comparison, the report, tables of a Markdown page."""
+    """Do what needs rows alone: check them, compare them, write the report or the tables of a Markdown page."""
     paths = o.validate or o.compare or o.rows or [o.output or devices.results_folder()]
     sides = [read_all([path]) for path in paths]
     rows, problems = [row for side in sides for row in side[0]], [problem for side in sides for problem in side[1]]

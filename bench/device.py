@@ -1,4 +1,4 @@
-"""What rows are taken on: device, versions, the code's own identity, clocks. All of it is read, nothing is ever set."""
+"""The machine that rows are taken on: device, versions, the code's own identity, clocks. All is read, nothing is set."""
 
 import contextlib
 import datetime
@@ -94,7 +94,7 @@ def versions() -> Versions:
 
 @functools.cache
 def source() -> Source:
-    """Which version of this package: its commit if it is a checkout, and a digest of the code that computes."""
+    """Identify this version of the package: its commit if it is a checkout, and a digest of the code that computes."""
     package = Path(lstm_triton.__file__).resolve().parent
     if COMMIT_VARIABLE in os.environ:  # an export of that commit
         return Source(os.environ[COMMIT_VARIABLE], False, digest(package))

@@ -1,4 +1,4 @@
-"""What a call costs besides device time: host microseconds and what they go into, the first call of a process, memory."""
+"""Costs of a call besides device time: host microseconds and their parts, the first call of a process, memory."""
 
 import functools
 import tempfile

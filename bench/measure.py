@@ -25,7 +25,7 @@ Pair = tuple[str, str]  # of provider and execution
 
 @dataclass
 class Context:
-    """What all tasks of a run share.
+    """State that all tasks of a run share.
 
     seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. stage: receives
     provider, execution and what is done next, so that what hangs or crashes can be named.
@@ -53,7 +53,7 @@ def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Col
 
 
 class _Measurement:
-    """Of one task: what is ready to be timed, and the rows of all else."""
+    """The measurement of one task: it holds what is ready to be timed, and emits the rows of all else."""
 
     def __init__(self, task: Task, context: Context, emit: Callable[[Row], None]) -> None:
         self.task, self.context, self._emit = task, context, emit

@@ -1,4 +1,4 @@
-"""Who computes a case: this package in each of its ways, torch's own modules, torch.compile; others' kernels are in `peers`.
+"""Providers of a case: this package in each of its ways, torch's own modules, torch.compile; others' kernels are in `peers`.
 
 A provider is a function of the problem that makes a model, or raises Unavailable and says why it cannot serve. Everything else
 (modes, gradients, graphs, checks, timing) is the same code for all.

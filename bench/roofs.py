@@ -1,4 +1,4 @@
-"""What this very device can do at most (copies, matrix products, barriers), and the floor of a step that follows from it.
+"""Roofs of this very device (copies, matrix products, barriers), and the floor of a step that follows from them.
 
 Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load.
 Besides it the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory,

@@ -78,7 +78,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Device:
-    """What a row was taken on."""
+    """The device a row was taken on."""
 
     type: Literal["cuda", "cpu"]
     name: str
@@ -93,7 +93,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Versions:
-    """What decides the result besides the device and this package's code."""
+    """Versions of the software that decides a result beside this package's code."""
 
     lstm_triton: str
     torch: str
@@ -106,7 +106,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class Source:
-    """Which version of this package: commit, whether files differed from it, digest of the code that computes."""
+    """The version of this package: commit, whether files differed from it, digest of the code that computes."""
 
     commit: str | None
     dirty: bool | None

@@ -22,7 +22,7 @@ ANCHOR_SECONDS = 60.0
 
 @dataclass
 class Outcome:
-    """What a run did. left: tasks that the budget did not reach; problems: lines of earlier files that are not rows."""
+    """Counts of a run. left: tasks that the budget did not reach; problems: lines of earlier files that are not rows."""
 
     problems: list[str] = field(default_factory=list)
     left: int = 0

@@ -47,7 +47,7 @@ _TINY |= dict(accuracy=((5, 2, 3),), interpreted=((5, 2, 3),), most_flops=2e6)
 SIZES = {"gpu": Sizes(), "cpu": Sizes(**_CPU), "tiny": Sizes(**_TINY)}
 FORMS: tuple[Form, Form] = ("layer", "cell")
 BOTH = {"executions": ("eager", "graph")}
-# Of a priority, the lowest first, a case and the task's options.
+# A priority (the lowest comes first), a case and the options of its task.
 Ordered = Iterator[tuple[float, Case, dict[str, Any]]]
 
 
@@ -115,7 +115,7 @@ def _shrink(case: Case, most: float) -> Case:
 
 
 def features(s: Sizes) -> Ordered:
-    """What a feature costs: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
+    """The cost of features: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
     (H, B, T), more = s.features, dict[str, dict[str, Any]]()
     more |= {"padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02}}
     more |= {"two layers": {"layers": 2}, "bidirectional": {"bidirectional": True}, "projection": {"proj_size": H // 2}}
@@ -159,7 +159,7 @@ def cold_start(s: Sizes) -> Ordered:
 
 
 def roofs(s: Sizes) -> Ordered:
-    """What this device can do at most: copies, matrix products, barriers."""
+    """The roofs of this device: copies, matrix products, barriers."""
     yield 0.5, Case("roofs", 1, 1, 1, dtype=s.dtypes[0]), {"kind": "roof"}
 
 

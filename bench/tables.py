@@ -183,7 +183,7 @@ def readings(table: DataFrame, found: DataFrame, kind: str) -> DataFrame:
 
 
 def roofs(table: DataFrame, found: DataFrame) -> DataFrame:
-    """What the device can do at most."""
+    """List the measured limits of the device."""
     return text_table({"what": n, "measured": f} for r in _of_kind(table, "roof") for n, f in _figures(r).items())
 
 
@@ -210,7 +210,7 @@ def accuracy(table: DataFrame, found: DataFrame, by_shape: bool = False) -> Data
 
 
 def not_timed(table: DataFrame, found: DataFrame) -> DataFrame:
-    """What was wrong, failed or was skipped, and why; equal reasons once."""
+    """List what was wrong, failed or was skipped, and why; equal reasons appear once."""
     bad = [r for r in table["row"] if r.status != "ok" and r.kind != "anchor"]
     lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in bad]
     if not lines:

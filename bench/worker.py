@@ -25,7 +25,10 @@ from .rows import Row
 
 @dataclass
 class Options:
-    """Of a run. budget_s: stop by then; seconds: of sampling for each provider; silence_s: after which a worker is given up."""
+    """Options of a run.
+
+    budget_s: the run stops by then; seconds: sampling time of each provider; silence_s: a worker silent that long is ended.
+    """
 
     folder: Path
     device: str
@@ -86,7 +89,7 @@ def serve(connection: Any, setup: tuple[Options, str]) -> None:
 
 
 def make_context(options: Options, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
-    """What the tasks of a run share, on the device that the options name."""
+    """Make what the tasks of a run share, on the device that the options name."""
     device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

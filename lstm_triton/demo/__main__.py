@@ -103,7 +103,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace, device: torch.device, checkpoint: Path) -> tuple[train.Config, Any]:
-    """What to train, and with --resume the contents of the checkpoint, which has the say then."""
+    """Return what to train, and with --resume the contents of the checkpoint, which then decides."""
     given = {name: value for name in ("hidden_size", "batch", "seed") if (value := vars(options)[name]) is not None}
     if min(options.seconds, options.steps or 1, options.threads, *(given | {"seed": 1}).values()) <= 0:
         raise UsageError("times and sizes are above 0")

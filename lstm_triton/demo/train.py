@@ -23,7 +23,7 @@ _NATS = math.log(2)  # nats per bit
 
 @dataclass(frozen=True)
 class Config:
-    """What the run depends on besides time; kept in the checkpoint."""
+    """Settings that a run depends on besides time; kept in the checkpoint."""
 
     hidden_size: int = 256
     embedding_size: int = 64
