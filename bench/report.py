@@ -88,8 +88,8 @@ def _part(id: str, name: Any, table: DataFrame) -> Part:
     options += " --flush-l2" if any(row.l2 == "flushed" for row in table["row"]) else ""
     sections = []
     for k, view in enumerate(VIEWS):
-        shown = tables.html(view.table(table, found), view.texts)
-        if pictures := view.draw and view.draw(tables.of_suite(found, view.suite)):
+        shown = tables.html(view.table(view.of(table), view.of(found)), view.texts)
+        if pictures := view.draw and view.draw(view.of(found)):
             shown = pictures + Markup("<details><summary>All figures</summary>{}</details>").format(shown)
         command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
         sections.append(Section(f"{id}-{k}", view.title, shown, view.note, command))
@@ -150,7 +150,7 @@ def _real(found: DataFrame) -> Markup:
 def _sources(table: DataFrame, found: DataFrame) -> DataFrame:
     """Where the shapes of the real workloads come from."""
     lines = []
-    for w in workloads.load() if len(tables.of_suite(found, "real")) else ():
+    for w in workloads.load() if len(found) else ():
         remark = w.case.note if w.case else f"not run: {w.reason}"
         lines.append({"workload": w.id, "project": w.project, "source of the shape": w.source, "remark": remark})
     return tables.text_table(lines)
@@ -175,7 +175,7 @@ def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
 
 
 class View(NamedTuple):
-    """A section of the page and a table of Markdown pages. suite: whose command reproduces it; texts: cells are sentences."""
+    """A section of the page and a table of Markdown pages. suite: whose rows it shows, or ""; texts: cells are sentences."""
 
     suite: str
     title: str
@@ -184,6 +184,9 @@ class View(NamedTuple):
     note: str = ""
     texts: bool = False
 
+    def of(self, table: DataFrame) -> DataFrame:
+        return table[table["suite"] == self.suite] if self.suite else table
+
 
 _BOTH = ". ".join(MEANINGS.values()) + "."
 _FEATURES = "In brackets the multiple of the padded time, ▼ where it is more than this package promises: at most "
@@ -191,34 +194,25 @@ _FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, l
 _ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
 _KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
-
-
-def _timings(suite: str, base: str | None = None) -> Callable[[DataFrame, DataFrame], DataFrame]:
-    return functools.partial(tables.timings, suite=suite, base=base)
-
-
-def _readings(kind: str) -> Callable[[DataFrame, DataFrame], DataFrame]:
-    return functools.partial(tables.readings, kind=kind)
-
-
-_H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
+_FROM_PADDED = functools.partial(tables.timings, base="padded")
 _BY_SHAPE = functools.partial(tables.accuracy, by_shape=True)
+_H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
 VIEWS = (
-    View("hidden-sizes", "Time per step against hidden size", _timings("hidden-sizes"), _H, _BOTH),
+    View("hidden-sizes", "Time per step against hidden size", tables.timings, _H, _BOTH),
     View("", "Comparisons that torch wins", tables.count_lost),
     View("", "Where cuDNN still wins", _KERNELS, None, MEANINGS["kernels"] + ".", True),
-    View("batch", "Hidden size by batch", _timings("batch"), _heat),
-    View("length", "Scaling in the number of steps", _timings("length"), _T, _BOTH),
-    View("cell", "One step: the cell", _timings("cell"), _heat),
-    View("step", "One step a call, the state carried", _timings("step")),
-    View("real", "LSTMs that people run", _timings("real"), _real, _BOTH),
+    View("batch", "Hidden size by batch", tables.timings, _heat),
+    View("length", "Scaling in the number of steps", tables.timings, _T, _BOTH),
+    View("cell", "One step: the cell", tables.timings, _heat),
+    View("step", "One step a call, the state carried", tables.timings),
+    View("real", "LSTMs that people run", tables.timings, _real, _BOTH),
     View("real", "Sources of their shapes", _sources, texts=True),
-    View("features", "What features cost", _timings("features", "padded"), None, _FEATURES),
-    View("memory", "Memory of a training step", _readings("memory")),
+    View("features", "What features cost", _FROM_PADDED, None, _FEATURES),
+    View("memory", "Memory of a training step", tables.readings),
     View("accuracy", "Accuracy against float64, over all shapes", tables.accuracy, None, _ERRORS),
     View("accuracy", "Accuracy against float64, by hidden size and length", _BY_SHAPE),
-    View("overhead", "Host time of a call", _readings("overhead"), texts=True),
-    View("cold-start", "The first call", _readings("cold-start"), None, _FIRST, True),
+    View("overhead", "Host time of a call", tables.readings, texts=True),
+    View("cold-start", "The first call", tables.readings, None, _FIRST, True),
     View("", "Where torch is ahead, the worst first", tables.lost, None, _BOTH, True),
     View("", "Not timed: wrong, failed, skipped", tables.not_timed, texts=True),
     View("roofs", "Roofs and floors", tables.roofs),
@@ -281,10 +275,10 @@ def markdown(rows: Sequence[Row], short: bool = False) -> str:
         parts += [f"### {name}{label}", f"{versions}, {last.date[:10]}, commit {commit}"]
         found = tables.comparisons(table)
         if short:
-            dtypes = [c.dtype for c in tables.of_suite(found, "hidden-sizes")["case"]]
+            dtypes = [c.dtype for c in VIEWS[0].of(found)["case"]]
             shown = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
             found = found[[c.dtype == shown or s != "hidden-sizes" for c, s in zip(found["case"], found["suite"])]]
         for view in VIEWS[: 2 if short else None]:
-            if len(shown := view.table(table, found)):
+            if len(shown := view.table(view.of(table), view.of(found))):
                 parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(shown)]
     return "\n\n".join(parts) + "\n"

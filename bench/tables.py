@@ -1,5 +1,6 @@
 """From rows to tables: DataFrames of text whose index is the first column, shown as HTML and Markdown alike."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,10 +62,6 @@ def comparisons(table: DataFrame) -> DataFrame:
     return DataFrame(found, columns=columns.split(), dtype=object)
 
 
-def of_suite(found: DataFrame, suite: str) -> DataFrame:
-    return found[found["suite"] == suite]
-
-
 def text_table(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
     """A table of text; its first column becomes the index."""
     table = DataFrame(list(lines), dtype=object).fillna("")
@@ -101,12 +98,11 @@ def _described(line: Any) -> str:
     return line.case.describe() + (", graph" if line.execution == "graph" else "")
 
 
-def timings(table: DataFrame, found: DataFrame, suite: str, base: str | None = None) -> DataFrame:
+def timings(table: DataFrame, found: DataFrame, base: str | None = None) -> DataFrame:
     """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
 
     base: the name of a case; beside each time stands its multiple of the same provider's there, marked beyond PROMISES.
     """
-    found = of_suite(found, suite)
     names = list(dict.fromkeys(name for rows in found["rows"] for name in rows))
     bases = {line.mode: line.rows for line in found.itertuples() if line.case.name == base}
 
@@ -157,10 +153,6 @@ def lost(table: DataFrame, found: DataFrame, ways: Sequence[str] = WAYS, theirs:
     return text_table(lines)
 
 
-def _of_kind(table: DataFrame, kind: str, *statuses: str) -> list[Row]:
-    return list(table[(table["kind"] == kind) & table["status"].isin(statuses or ("ok",))]["row"])
-
-
 # By the end of a name: what a figure is divided by, and its unit then.
 _UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_bytes": (2**20, "MiB")}
 _UNITS |= {"_us": (1, "us"), "_s": (1, "s"), "": (1, "")}
@@ -175,16 +167,17 @@ def _figures(row: Row) -> dict[str, str]:
     return found
 
 
-def readings(table: DataFrame, found: DataFrame, kind: str) -> DataFrame:
-    """The figures of the rows of a kind that have no time: bytes, host times, first calls."""
-    rows = sorted(_of_kind(table, kind), key=lambda r: (r.case.name, r.case.dtype, r.case.mode))
+def readings(table: DataFrame, found: DataFrame) -> DataFrame:
+    """List the figures of rows that have no time: bytes, host times, first calls."""
+    rows = sorted(table[table["status"] == "ok"]["row"], key=lambda r: (r.case.name, r.case.dtype, r.case.mode))
     what = ({"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider} for r in rows)
     return text_table(w | _figures(r) | {"remark": r.label or ""} for w, r in zip(what, rows))
 
 
 def roofs(table: DataFrame, found: DataFrame) -> DataFrame:
     """List the measured limits of the device."""
-    return text_table({"what": n, "measured": f} for r in _of_kind(table, "roof") for n, f in _figures(r).items())
+    rows = table[table["status"] == "ok"]["row"]
+    return text_table({"what": n, "measured": f} for r in rows for n, f in _figures(r).items())
 
 
 _COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "dh0, dc0", "dc0": "dh0, dc0"}
@@ -193,7 +186,7 @@ _COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "
 def accuracy(table: DataFrame, found: DataFrame, by_shape: bool = False) -> DataFrame:
     """The largest max and RMS error of each provider by dtype and input scale: over all shapes, or for each of them."""
     names, lines = list(dict.fromkeys([*_COLUMNS.values(), "dW, db"])), []
-    for row in _of_kind(table, "accuracy", "ok", "wrong"):
+    for row in table[(table["kind"] == "accuracy") & table["status"].isin(("ok", "wrong"))]["row"]:
         case, who = row.case, row.provider + (" (interpreted)" if "interpreter" in (row.label or "") else "")
         sizes = f"cell H{case.hidden_size}, " if case.form == "cell" else f"layer H{case.hidden_size} T{case.length}, "
         order = (case.form != "cell", case.hidden_size, case.length) if by_shape else ()
@@ -211,16 +204,9 @@ def accuracy(table: DataFrame, found: DataFrame, by_shape: bool = False) -> Data
 
 def not_timed(table: DataFrame, found: DataFrame) -> DataFrame:
     """List what was wrong, failed or was skipped, and why; equal reasons appear once."""
-    bad = [r for r in table["row"] if r.status != "ok" and r.kind != "anchor"]
-    lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in bad]
-    if not lines:
-        return DataFrame()
-    counts = DataFrame(lines).value_counts(sort=False).rename("rows").reset_index()
-    return counts.sort_values(["what", "provider", "why"], key=_badness).set_index("what")
-
-
-def _badness(column: Any) -> Any:
-    return column.map({"wrong": "", "failed": " "}.get).fillna(column) if column.name == "what" else column
+    counts = Counter((r.status, r.provider, r.reason) for r in table["row"] if r.status != "ok" and r.kind != "anchor")
+    order = sorted(counts, key=lambda what: (("wrong", "failed", "skipped").index(what[0]), what))
+    return text_table({"what": s, "provider": p, "why": w, "rows": str(counts[s, p, w])} for s, p, w in order)
 
 
 def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:

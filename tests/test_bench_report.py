@@ -191,9 +191,7 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
     assert won["what ran"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
     assert not len(tables.lost(table, compared, ("auto",)))
     assert list(tables.count_lost(table, compared)["torch is ahead in"]) == ["1 of 1", "0 of 1"]
-    assert tables.timings(table, compared, "hidden-sizes")[["speed-up of kernels", "of auto"]].values.tolist() == [
-        ["▼ 0.50", "1.00"]
-    ]
+    assert tables.timings(table, compared)[["speed-up of kernels", "of auto"]].values.tolist() == [["▼ 0.50", "1.00"]]
     cell = Case("c", 64, 4, 1, form="cell")
     cells = tables.comparisons(tables.newest([timed(cell, OURS, 9.0), timed(cell, TORCH_CELL, 4.0)]))
     assert len(tables.lost(table, cells, ("kernels",)))
@@ -227,7 +225,7 @@ def test_broken_promises_are_marked():
     found += rows("packed", {OURS: 14.0, PERSISTENT: 16.0, STEPWISE: 29.0, CUDNN: 90.0}, rows="packed")
     found += rows("resets", {OURS: 10.4, PERSISTENT: 10.4, STEPWISE: 21.2, CUDNN: 90.0}, resets=0.02)
     newest = tables.newest(found)
-    table = tables.timings(newest, tables.comparisons(newest), "features", base="padded")
+    table = tables.timings(newest, tables.comparisons(newest), base="padded")
     assert {f"{name}, us/step" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table)
     broken = {(line[: line.index(":")], name) for name in table for line, text in table[name].items() if "(▼" in text}
     assert broken == {("packed", f"{PERSISTENT}, us/step"), ("resets", f"{STEPWISE}, us/step")}
