@@ -192,7 +192,7 @@ def _show(o: argparse.Namespace) -> int:
     if o.report == Path("report.html"):
         o.report = (paths[0] if paths[0].is_dir() else paths[0].parent) / o.report
     if o.compare:
-        print(report.compare(dict(zip(paths, (side[0] for side in sides))), o.report))
+        print(report.compare([(path, side[0]) for path, side in zip(paths, sides)], o.report))
     elif o.report:
         report.write(o.report, rows, problems)
     if o.readme:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,11 +220,11 @@ VIEWS = (
 )
 
 
-def compare(sides: Mapping[Path, Sequence[Row]], page: Path | None) -> str:
+def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> str:
     """Two sets of rows side by side, as text, and as a page where a path of one is given."""
-    table, said = tables.side_by_side(*sides.values())
+    table, said = tables.side_by_side(*(rows for _, rows in sides))
     lead = []
-    for side, (path, rows) in zip("AB", sides.items()):
+    for side, (path, rows) in zip("AB", sides):
         commits = sorted({(row.source.commit or row.source.digest)[:10] for row in rows})
         devices = ", ".join(sorted({row.device.name for row in rows}))
         lead.append(f"{side}: {path.stem} ({devices}; {', '.join(commits[:3])})")

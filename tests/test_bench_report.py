@@ -340,6 +340,8 @@ def test_two_sets_side_by_side(tmp_path, capsys):
     Page((tmp_path / "c.html").read_text())
     table, _ = tables.side_by_side(rows.read_all([a])[0], rows.read_all([b])[0])
     assert dict(zip(table["provider"], table[""])) == {OURS: "", CUDNN: "within the noise"}
+    assert cli.main(["--compare", str(a), str(a)]) == 0, "with itself"
+    assert capsys.readouterr().out.count("within the noise") == 3
 
 
 def test_report_and_validation_from_the_command_line(tmp_path, capsys):
