@@ -46,7 +46,7 @@ for name, make in {
     "this cell": lambda: lstm_triton.Recurrent(highway, 32, H),
 }.items():
     torch.manual_seed(0)
-    model = Model(len(text.vocabulary), make()).to(device)
+    model = Model(corpus.CHARACTERS, make()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     hx, bits = None, []
     for update in range(UPDATES):
