@@ -27,7 +27,11 @@ def output(command: str) -> str:
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=environ, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"python {command} failed:\n{done.stderr}")
-    return "".join(line.rstrip() + "\n" for line in done.stdout.splitlines())
+    return as_quoted(done.stdout)
+
+
+def as_quoted(printed: str) -> str:
+    return "".join(line.rstrip() + "\n" for line in printed.splitlines())
 
 
 def commands(page: str) -> list[str]:

@@ -1,13 +1,11 @@
 """Every example runs and finds its own claims true; so do the Python blocks of a page, in order, as one program."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.process import run_script
 
 pytestmark = pytest.mark.long
 
@@ -18,21 +16,11 @@ QUOTED = {
 }
 # Those whose output the documentation quotes run in test_docs.
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name not in QUOTED]
-# As a user runs them: kernels on the GPU, if there is one, and torch's own on a CPU.
-ENVIRON = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
-def _run(*arguments: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=ENVIRON, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example, tmp_path):
-    assert _run(str(example), folder=tmp_path), "it prints what it shows"
+    assert run_script(example, cwd=tmp_path), "it prints what it shows"
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
 
@@ -45,4 +33,4 @@ def test_python_of_a_page(page, tmp_path):
     assert blocks
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
-    _run(str(program), folder=tmp_path)
+    run_script(program, cwd=tmp_path)

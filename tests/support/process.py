@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import torch
 
 
 def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600) -> str:
@@ -29,6 +35,50 @@ def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600
     if done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) -> str:
+    """What a Python script prints that is run as if by `python script *args` in the folder `cwd`.
+
+    It runs in a fork of this process, which has imported torch and this package already; where CUDA is in use, which no fork
+    survives, in a process of its own.
+
+    Raises AssertionError with the script's output if it fails.
+    """
+    command = [str(script), *args]
+    if torch.cuda.is_initialized():
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+        printed, errors, failed = done.stdout, done.stderr, done.returncode
+    else:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, cwd, out, err))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
+                child.start()
+            child.join(timeout)
+            failed = child.exitcode != 0
+            child.kill()
+            printed, errors = (file.seek(0) or file.read() for file in (out, err))
+    if failed:
+        raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
+    return printed
+
+
+def _as_main(command: list[str], cwd: Path, out: TextIO, err: TextIO) -> None:
+    for file, descriptor in ((out, 1), (err, 2)):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has put others there
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lstm_triton.kernels.") and hasattr(module, "torch"):
+            module.torch = torch  # not the one with which conftest.py fills new memory
+    os.chdir(cwd)
+    sys.argv, script = command, Path(command[0]).resolve()
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.stdout.flush()
 
 
 @functools.cache
