@@ -66,6 +66,9 @@ def padded(state: Tensor, units: int) -> Tensor:
 
 def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
     """The configuration for T steps on this device, which is asked of the compiler once."""
+    if T == 1 and problem.way == "forward" and exchanged_row(problem.H, problem.dtype) != problem.H:
+        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
+        problem = problem._replace(stepwise=True)
     figures = device.device_figures(on)
     figures = figures._replace(sms=max(figures.sms - device.FREE_MULTIPROCESSORS, 1))
     config = search.choose(problem._replace(single_step=T == 1), figures, on)
@@ -76,8 +79,10 @@ def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
 
 def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig]:
     """`plan` of a call that records gradients, forward and backward; problem: of either, with what else the call has."""
-    ways = TRAINING.items()
-    return {way: plan(problem._replace(way=way, features=problem.features | always), T, on) for way, always in ways}
+    saved = TRAINING["forward"] - ({"gates"} if problem.recompute else set())
+    forward = problem._replace(way="forward", features=problem.features | saved, recompute=False)
+    backward = problem._replace(way="backward", features=problem.features | TRAINING["backward"])
+    return {"forward": plan(forward, T, on), "backward": plan(backward, T, on)}
 
 
 def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, arguments: dict[str, Any]) -> None:
@@ -187,15 +192,12 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None
         gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
         is_long = index_type(pre) == tl.int64
-        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
-        row = exchanged_row(H, dtype)
-        stepwise = options.stepwise or (T == 1 and row != H)
         found = features(resets=segments.resets, lengths=segments.lengths, dropout=inputs.seed, cells=c, gates=gates)
         problem = Problem(
-            "forward", B, H, D, dtype, precision, stepwise, found, long_offsets=is_long, cell=options.cell
+            "forward", B, H, D, dtype, precision, options.stepwise, found, long_offsets=is_long, cell=options.cell
         )
         config = plan(problem, T, on)
-        row = row if config.persistent else H
+        row = exchanged_row(H, dtype) if config.persistent else H
         h = new_states(x, time_major, T, B, D * row)
         h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
         h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()

@@ -166,7 +166,7 @@ def _gate_gradients(
         **state_strides("reset_c", reset_c),
     )
     state_in = dc_n
-    for first, last in [(0, T)] if gates is not None else _recomputed_ranges(T):
+    for first, last in [(0, T)] if gates is not None else recomputed_ranges(T):
         # The two directions run through time in opposite ways, so a range of steps is two ranges of t.
         starts = (0, 0) if gates is not None else (T - last, first)
         pieces = gates
@@ -209,7 +209,7 @@ def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
     return torch.where(as_rows(active[..., None], time_major), rows, 0.0)
 
 
-def _recomputed_ranges(T: int) -> list[tuple[int, int]]:
+def recomputed_ranges(T: int) -> list[tuple[int, int]]:
     """Steps whose gates are held at the same time: an eighth of them, or 32 where that is more."""
     size = max(-(-T // 8), 32)
     return [(first, min(first + size, T)) for first in range(0, T, size)]

@@ -22,6 +22,12 @@ def is_autocast(device_type: str) -> bool:
     return torch.is_autocast_enabled(device_type)
 
 
+def dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype in which a call with x computes: under autocast that of the autocast, but for float64."""
+    is_cast = is_autocast(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+
+
 def without_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
 

@@ -1,17 +1,21 @@
 """`explain`: what a module's backend comes to on a call, and why."""
 
-from typing import Any
+import time
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, hooks
+from . import casting, dispatch, hooks, layers, lstm, measurements, shapes
 from .dispatch import CUDNN_MAX_STEPS, Call, Choice, choose_cell, choose_layer, choose_readout
 from .kernels.device import matmul_precision
+from .kernels.inputs import split_weights
 from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
 
 
-def _launches(module: LSTM, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
+def _one_launch(module: LSTM, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
     from .kernels.layer import training_plans
     from .kernels.sequence_config import Problem
 
@@ -28,27 +32,124 @@ def _launches(module: LSTM, device: torch.device, dtype: torch.dtype, steps: int
     return f"with B = {batch} all steps in one launch {once}, one launch per step {stepwise}"
 
 
+class Explanation(NamedTuple):
+    """What serves a call. plans: the configurations by way of each layer that the kernels run, empty for other backends;
+    launches: those of recurrent kernels, by way."""
+
+    subject: str
+    choice: Choice
+    plans: list[dict[str, Any]]
+    launches: dict[str, int]
+    details: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.choice.backend}: {self.choice.reason}{self.details}."
+
+
+def explain_call(module: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """`explain` for the arguments of a call, in parts."""
+    kind = hooks.kind(module)
+    if kind is LSTM:
+        return _explain_lstm(module, *args, **kwargs)
+    if kind is None:
+        raise TypeError(
+            f"explain() knows the calls of LSTM, LSTMCell and SoftmaxReadout, not of {type(module).__name__}"
+        )
+    given: Any = args[0] if args else kwargs["input"]
+    x = given.data if isinstance(given, PackedSequence) else given
+    segments = any(kwargs.get(name) is not None for name in ("resets", "lengths", "return_cell_states"))
+    text = explain(module, device=x.device, dtype=casting.dtype_of(x), segments=segments)
+    subject, backend, reason = text.removesuffix(".").split(": ", 2)
+    return Explanation(subject, Choice(backend, reason), [], {}, "")
+
+
+def _explain_lstm(
+    module: Any, input: Any, hx: Any = None, *, resets=None, reset_state=None, lengths=None, return_cell_states=False
+) -> Explanation:
+    is_packed = isinstance(input, PackedSequence)
+    features = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
+    module._update_flat_weights()
+    shape, T, on = shapes.of_call(module, input, hx, **features)
+    plain = shape.features in ("", "packed") and not (module.recompute and on.type == "cuda")
+    measured = measurements.for_call(module.backend, lambda: shape, T, on)
+    asked = Call(plain, dispatch.is_long(T, on), module.precision, module.proj_size > 0, measured)
+    dtype = getattr(torch, shape.dtype)
+    choice = choose_layer(module.backend, on.type, dtype, dispatch.environment(on), asked)
+    subject = f"{type(module).__name__}({module.input_size}, {module.hidden_size}) on {on}, {dtype}"
+    if not choice.backend.startswith("triton") or shape.batch == 0:
+        no_launch = "; with B = 0 no launch" if choice.backend.startswith("triton") else ""
+        return Explanation(subject, choice, [], {}, no_launch)
+    begin = time.perf_counter()
+    x, sizes = torch.empty(0, dtype=dtype, device=on), (T, shape.batch, shape.hidden_size, shape.directions)
+    given = {"resets": resets is not None, "lengths": lengths is not None or is_packed}
+    inputs = [input.data if is_packed else input, *(hx or ()), *(reset_state or ())]
+    weights = split_weights(module._flat_weights, module.num_layers, shape.directions)
+    plans = []
+    for k, layer in enumerate(weights):
+        inputs += [w for direction in layer for w in direction if w is not None]
+        is_recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        layer_options = lstm.layer_options(module, k, choice.backend, return_cell_states)
+        names = [name for name, is_given in given.items() if is_given]
+        plans.append(layers.plans(choice.backend, x, sizes, names, layer_options, is_recorded))
+    seconds = time.perf_counter() - begin
+    launches = {
+        way: sum(_launches(plan[way], way, T, module.recompute) for plan in plans if way in plan) for way in plans[-1]
+    }
+    return Explanation(subject, choice, plans, launches, _details(plans, launches, T, on, seconds))
+
+
+def _launches(config: Any, way: str, T: int, recompute: bool) -> int:
+    if not config.persistent:
+        return T
+    from .kernels.layer_backward import recomputed_ranges
+
+    return len(recomputed_ranges(T)) if recompute and way == "backward" else 1
+
+
+def _details(plans: list[dict[str, Any]], launches: dict[str, int], T: int, on: torch.device, seconds: float) -> str:
+    rows = [row for _, row in measurements.rows(on)]
+    parts = []
+    for way, config in plans[-1].items():
+        source = (
+            "measured" if asdict(config) in [getattr(row, way) for row in rows] else "by the model and the compiler"
+        )
+        tile = f"{config.block_b} rows x {config.block_h} units, chunks of {config.block_k}, {config.num_warps} warps"
+        number = f"{launches[way]} launch{'es' * (launches[way] > 1)}"
+        parts.append(f"{way} {number} for {T} steps, {config.programs * config.groups} programs of {tile} ({source})")
+    compiled = f"; it took {seconds:.1f} s to compile, once" if seconds > 0.5 else ""
+    return "; " + ", ".join(parts) + compiled
+
+
 def explain(
     module: Any,
-    *,
+    *call: Any,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     steps: int = 1,
     segments: bool = False,
     batch: int = 1,
+    **options: Any,
 ) -> str:
     """What the module's backend ("auto" unless you chose another) comes to on a call, and why, in one sentence.
+
+    With the arguments of the very call, `explain(module, input, hx, resets=...)`, it says of an `LSTM` also how many launches
+    of the recurrent kernels the call takes, their configuration and who chose it. For that it may compile, but never launches.
 
     Args:
         module: an `LSTM`, `LSTMCell`, `SoftmaxReadout`, or a converted torch.nn.LSTM or torch.nn.LSTMCell. A model that holds
             some gives a line for each, and for each LSTM that has not been converted.
+        call, options: the arguments of the call, which stand in for all that follow. Gradients are recorded as they would be
+            now; the backward is explained for gradients of all outputs.
         device, dtype: those of the tensors; by default those of the module's parameters.
         steps, segments, batch: for an `LSTM`: the length of the sequence; whether the call has resets, lengths or cell
             states; its rows, on which it depends whether the kernels run all steps in one launch.
 
     Raises:
-        TypeError: a module that is and holds none of these. RuntimeError: a forced backend that cannot serve, with the reason.
+        TypeError: a module that is and holds none of these, or a model with the arguments of a call, in which its modules take
+            others. RuntimeError: a forced backend that cannot serve, with the reason.
     """
+    if call or options:
+        return str(explain_call(module, *call, **options))
     kind: Any = hooks.kind(module)
     if kind is None:
         return _explain_parts(module, device=device, dtype=dtype, steps=steps, segments=segments, batch=batch)
@@ -57,11 +158,11 @@ def explain(
     dtype = weight.dtype if dtype is None else dtype
     if kind is LSTM:
         recompute = module.recompute and device.type == "cuda"
-        call = Call(not segments and not recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0)
+        asked = Call(not segments and not recompute, steps > CUDNN_MAX_STEPS, module.precision, module.proj_size > 0)
         sizes = (module.input_size, module.hidden_size)
-        choice = choose_layer(module.backend, device.type, dtype, dispatch.environment(device), call)
+        choice = choose_layer(module.backend, device.type, dtype, dispatch.environment(device), asked)
         if choice.backend == "triton":
-            choice = Choice("triton", f"{choice.reason}; {_launches(module, device, dtype, max(steps, 2), batch)}")
+            choice = Choice("triton", f"{choice.reason}; {_one_launch(module, device, dtype, max(steps, 2), batch)}")
     elif kind is LSTMCell:
         sizes = (module.input_size, module.hidden_size)
         choice = choose_cell(module.backend, device.type, dtype, dispatch.environment(device))

@@ -124,7 +124,8 @@ def run(
         is_recorded = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *hx, *weights, *segments)
         )
-        _require_persistent(LayerInputs.of(x, hx, directions, segments), options, is_recorded)
+        given = [name for name in ("resets", "lengths") if getattr(segments, name) is not None]
+        plans(chosen, x, (len(x), B, H, len(directions)), given, options, is_recorded)
     if directions[0].w_hr is not None:
         y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
         return _dropped(y, options.dropout), *rest
@@ -168,22 +169,35 @@ def autocast(
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 
 
-def _require_persistent(inputs: LayerInputs, options: LayerOptions, is_recorded: bool) -> None:
-    """Raise RuntimeError if it would not be one launch: the forward, and where gradients are recorded the backward."""
+def plans(
+    chosen: str,
+    x: Tensor,
+    sizes: tuple[int, int, int, int],
+    given: Sequence[str],
+    options: LayerOptions,
+    is_recorded: bool,
+) -> dict[str, Any]:
+    """The configuration of the kernel of each way: forward, and where gradients are recorded backward. May compile.
+
+    Args:
+        x: of the dtype and device. sizes: T, B, H, D. given: of "resets" and "lengths".
+
+    Raises:
+        RuntimeError: chosen is "triton-persistent", and they would not all be one launch.
+    """
     from .kernels import interpreter, layer
     from .kernels.sequence_config import Problem
     from .kernels.specialization import features
 
-    x, (D, B, H), on = inputs.x, inputs.c0.shape, inputs.x.device
+    T, B, H, D = sizes
     precision = matmul_precision(x.dtype, options.precision, recurrent=True)
-    given = features(
-        resets=inputs.resets, lengths=inputs.lengths, dropout=options.dropout > 0, cells=options.return_cells
-    )
-    problem = Problem("forward", B, H, D, x.dtype, precision, features=given, recompute=options.recompute)
+    found = features(**dict.fromkeys(given, True), dropout=options.dropout > 0, cells=options.return_cells)
+    problem = Problem("forward", B, H, D, x.dtype, precision, options.stepwise, found, options.recompute)
     problem = problem._replace(cell=options.cell)
-    plans = layer.training_plans(problem, len(x), on) if is_recorded else {"forward": layer.plan(problem, len(x), on)}
-    for way, config in plans.items():
-        if config.persistent or len(x) == 1:
+    configs = layer.training_plans(problem, T, x.device) if is_recorded else {}
+    configs = configs or {"forward": layer.plan(problem._replace(recompute=False), T, x.device)}
+    for way, config in configs.items():
+        if chosen != "triton-persistent" or config.persistent or T == 1:
             continue
         if not interpreter.programs_can_wait():
             raise RuntimeError(
@@ -194,6 +208,7 @@ def _require_persistent(inputs: LayerInputs, options: LayerOptions, is_recorded:
             f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {D} direction(s) in {x.dtype} the programs of one"
             f" launch do not all fit on this device, with W_hh in its shared memory and the rest in its registers, in the {way}"
         )
+    return configs
 
 
 def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], directions: int) -> None:

@@ -163,7 +163,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
         if has_values(data) and data.shape[0] != at.shape[0]:
             raise RuntimeError(f"a PackedSequence of these batch_sizes has {at.shape[0]} rows, got {data.shape[0]}")
         x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
-        y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states)
+        y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen)
         y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
         if return_cell_states:
             packed_cells = PackedSequence(cells[0], batch_sizes, sorted_indices, unsorted_indices)
@@ -209,11 +209,15 @@ def cell_of(module) -> Any:
     return getattr(module, "cell", None)
 
 
-def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
-    """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer."""
+def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen=None):
+    """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer.
+
+    chosen: the backend, where that does not follow from the other arguments.
+    """
     x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, module._flat_weights)
-    features = shapes.features(resets, reset_state, lengths, return_cell_states)
-    chosen = _choose(module, x, features, x.shape[0], x.shape[1])
+    if chosen is None:
+        features = shapes.features(resets, reset_state, lengths, return_cell_states)
+        chosen = _choose(module, x, features, x.shape[0], x.shape[1])
     if chosen in ("torch", "cudnn"):
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
         return y, (h_n, c_n)
@@ -232,18 +236,23 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states):
     last = []
     c, cell = None, cell_of(module)
     for k, layer in enumerate(split_weights(weights, module.num_layers, directions)):
-        rows, is_last = slice(k * directions, (k + 1) * directions), k == module.num_layers - 1
-        dropout = float(module.dropout) if module.training and not is_last else 0.0
-        wants_cells = return_cell_states and is_last
-        stepwise, name = chosen == "triton-stepwise", "lstm"
+        rows = slice(k * directions, (k + 1) * directions)
         if cell is not None:
-            layer, name = [cell.placed(w) for w in layer], cell.key
-        options = LayerOptions(module.precision, dropout, wants_cells, module.recompute, stepwise, name)
+            layer = [cell.placed(w) for w in layer]
+        options = layer_options(module, k, chosen, return_cell_states)
         states = hx[0][rows], hx[1][rows]
         x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, checked.of_rows(rows), options)
         last.append((h_n, c_n))
     h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
     return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))
+
+
+def layer_options(module, k: int, chosen: str, return_cell_states: bool) -> LayerOptions:
+    """Those of layer k, run by this backend."""
+    is_last, cell = k == module.num_layers - 1, cell_of(module)
+    dropout = float(module.dropout) if module.training and not is_last else 0.0
+    cells, name = return_cell_states and is_last, "lstm" if cell is None else cell.key
+    return LayerOptions(module.precision, dropout, cells, module.recompute, chosen == "triton-stepwise", name)
 
 
 def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:

@@ -41,8 +41,7 @@ class Shape(NamedTuple):
 
 def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: str | None, recompute: bool) -> Shape:
     """The sizes, completed for a call with this input and these weights, under the autocast and the gradient mode of now."""
-    is_cast = casting.is_autocast(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+    dtype = casting.dtype_of(x)
     train = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     in_precision = matmul_precision(dtype, precision, recurrent=True)
     name = str(dtype).removeprefix("torch.")

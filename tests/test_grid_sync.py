@@ -69,7 +69,7 @@ def test_one_launch_equals_one_launch_per_step_bit_for_bit(device):
 
 def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launches):
     """Each range of steps is a launch of its own, which waits for nothing before it."""
-    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
+    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
     problem = layers.draw(T=7, B=3, I=3, H=9, D=2, **SEGMENTS, **TF32, device=device)
     results = _in_one_launch(problem, recompute=True)
     assert count_launches() == {FORWARD: 1, BACKWARD: 3}

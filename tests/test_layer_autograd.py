@@ -157,7 +157,7 @@ def _held(problem, **options):
 @pytest.fixture
 def short_ranges(monkeypatch):
     """Gates are rebuilt for two steps at a time, instead of 32."""
-    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(t, min(t + 2, T)) for t in range(0, T, 2)])
+    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(t, min(t + 2, T)) for t in range(0, T, 2)])
 
 
 @pytest.mark.long

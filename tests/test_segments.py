@@ -57,7 +57,7 @@ def test_full_product(seed, options, D, segments, device):
 @pytest.mark.parametrize("T", [1, 3, 7])
 def test_gates_rebuilt_for_the_backward(T, device, monkeypatch):
     """7 steps are rebuilt in two pieces."""
-    monkeypatch.setattr(layer_backward, "_recomputed_ranges", lambda T: [(0, T)] if T < 4 else [(0, 4), (4, T)])
+    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(0, T)] if T < 4 else [(0, 4), (4, T)])
     _check(layers.draw(T, 4, 3, 5, 2, device=device, **SEGMENTS["everything"]), recompute=True)
 
 
