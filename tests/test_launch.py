@@ -135,6 +135,7 @@ def test_a_first_launch_is_not_captured(monkeypatch):
 
     kernel, capturing = _StandIn(), False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(launch, "_launch_again", lambda compiled, grid, values: compiled[grid](*values))
     launcher = launch.Launcher(kernel)
     launcher._n_pointers = 1
     launcher._specialized, launcher._unspecialized = (lambda arguments: (arguments["N"],)), (lambda arguments: ())
@@ -275,6 +276,34 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
                 kept += found is not None
         assert kept > len(calls) / 8, "too few calls took the short way to show anything"
         assert len(driver.launches) == 2 * len(calls)
+
+
+def check_hooks_of_triton_see_every_launch():
+    """They see launches of kept kernels too, and those of kept kernels happen without them."""
+    from triton import knobs
+
+    from lstm_triton.kernels.config import LaunchConfig
+    from lstm_triton.kernels.launch import Launcher
+
+    launcher, x, seen = Launcher(_tiny_kernel), torch.zeros(16), []
+
+    def launch():
+        launcher((1, 1, 1), LaunchConfig(4, 1), dict(x_ptr=x, y_ptr=None, n=16, stride=1, BLOCK=16))
+
+    def enter(metadata):
+        seen.append(metadata.get()["name"])
+
+    with fake_driver() as driver:
+        launch()
+        launch()
+        assert len(driver.launches) == 2 and driver.launches[0] == driver.launches[1] and not seen
+        knobs.runtime.launch_enter_hook.add(enter)
+        try:
+            launch()
+        finally:
+            knobs.runtime.launch_enter_hook.remove(enter)
+        launch()
+        assert len(driver.launches) == 4 and seen == ["_tiny_kernel"]
 
 
 def check_every_argument_has_a_name():

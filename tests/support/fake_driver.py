@@ -128,6 +128,9 @@ class FakeDriver(NullDriver):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:
+            _, _, _, launch_metadata, enter_hook, *_ = args
+            if enter_hook is not None:
+                enter_hook(launch_metadata)
             self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))
 
         return launch
