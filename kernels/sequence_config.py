@@ -16,9 +16,7 @@ class Problem(NamedTuple):
     """What a configuration depends on, besides the device: B batch rows, H units and D directions, "forward" or "backward".
     stepwise: one launch per step, even where one could run them all. The rest changes the code alone: features, those of
     `specialization.POINTERS` that a call has; recompute, whether the backward is given pre-activations, not gates;
-    long_offsets, whether a step's tensors have 2^31 elements; single_step, whether a launch runs one step, and none waits; the
-    name of the cell.
-    """
+    long_offsets, whether a step's tensors have 2^31 elements; single_step, whether it is one step; the cell's name."""
 
     way: str
     B: int
