@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .modes import takes_reference
+
 BACKENDS = ("auto", "triton", "triton-persistent", "triton-stepwise", "cudnn", "reference")
 PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
@@ -200,10 +202,15 @@ def _constant_to_compilers(function):
     return function
 
 
+def _transformable(backend: str, chosen: str) -> str:
+    """What "auto" takes under vmap and forward-mode AD: torch's own kernels have no rules for them."""
+    return "reference" if backend == "auto" and chosen in ("torch", "cudnn") and takes_reference() else chosen
+
+
 @_constant_to_compilers
 def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """`choose_cell` for tensors of this device and dtype, remembered."""
-    return _remembered(choose_cell, backend, device, dtype)
+    return _transformable(backend, _remembered(choose_cell, backend, device, dtype))
 
 
 @_constant_to_compilers
@@ -218,7 +225,8 @@ def layer_backend(
     measured: Measured | None = None,
 ) -> str:
     """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
-    return _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected, measured)
+    chosen = _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected, measured)
+    return _transformable(backend, chosen)
 
 
 @_constant_to_compilers

@@ -90,6 +90,8 @@ def _is_torchs(module, input) -> bool:
         return False
     if torch.compiler.is_compiling() or is_jit_tracing() or casting.is_autocast("cpu"):
         return False
+    if x is not input and torch._C._are_functorch_transforms_active():
+        return False  # torch's own would read the memory of the transform's batch sizes
     return not measurements.rows(x.device) and _choose(module, x, "", 1, 1) == "torch"
 
 
@@ -143,6 +145,8 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     module.check_forward_args(data, hx, batch_sizes)
     features = ",".join(filter(None, (shapes.features(resets, reset_state, None, return_cell_states), "packed")))
     chosen = _choose(module, data, features, T, B)
+    if chosen == "torch" and torch._C._are_functorch_transforms_active():
+        chosen = "reference"
     if chosen in ("torch", "cudnn"):
         data, hx, _, weights = layers.autocast(data, hx, None, module._flat_weights)
         with casting.without_autocast(data.device.type):
