@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import casting, dispatch, layers, measurements, segments, shapes, torch_ops
@@ -82,17 +83,19 @@ def forward(
 
 
 def _is_torchs(module, input) -> bool:
-    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, outside compilers, traces
-    and autocast."""
+    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, where "auto" always takes it,
+    outside compilers, traces, transforms and autocast. In few words of Python: torch's kernel may take as little time."""
     x = input.data if isinstance(input, PackedSequence) else input
     # What was asked for may be impossible, which is said after faults of the arguments.
     if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or module.precision is not None:
         return False
+    if cell_of(module) is not None:
+        return False
     if torch.compiler.is_compiling() or is_jit_tracing() or casting.is_autocast("cpu"):
         return False
-    if x is not input and torch._C._are_functorch_transforms_active():
-        return False  # torch's own would read the memory of the transform's batch sizes
-    return not measurements.rows(x.device) and _choose(module, x, "", 1, 1) == "torch"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not measurements.rows(x.device)
 
 
 def _time_major(module, input, hx, resets):
@@ -210,7 +213,7 @@ def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
 
 def cell_of(module) -> Any:
     """The `cells.Cell` of a `Recurrent`; None for an LSTM."""
-    return getattr(module, "cell", None)
+    return module.cell if getattr(type(module), "_has_cell", False) else None
 
 
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen=None):

@@ -44,6 +44,7 @@ class Recurrent(torch.nn.RNNBase):
     Raises as `LSTM` does; TypeError for what is not a `Cell`.
     """
 
+    _has_cell = True
     cell: Cell
     get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
 
