@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class Operator:
         fake: the first launcher for tensors without memory; fake_backward: likewise for the second one those gradients that
             are not contiguous, of (inputs, saved).
         reference: (inputs, options) -> the differentiable outputs, in differentiable operations of torch.
+        unread: the names of the inputs whose gradients are needed -> those of the inputs that the second launcher does not
+            read. In-place updates of these between forward and backward are no error, as in torch.
         recurrent: whether products follow torch's setting for recurrent layers, not that for matrix products.
     """
 
@@ -79,11 +81,12 @@ class Operator:
         fake: Callable[[Any, Any, bool], Any],
         fake_backward: Callable[[Any, Any], dict[str, Tensor]] = lambda inputs, saved: {},
         reference: Callable[[Any, Any], Sequence[Tensor]],
+        unread: Callable[[frozenset[str]], set[str]] = lambda needs: set(),
         recurrent: bool = False,
     ) -> None:
         self.name, self.inputs, self.options, self.outputs = name, inputs, options, outputs
         self.gradients, self.saved, self.save, self.launchers = gradients, saved, save, launchers
-        self.reference, self.recurrent = reference, recurrent
+        self.reference, self.unread, self.recurrent = reference, unread, recurrent
         self._n_gradients, self._n_inputs = len(gradients._fields), len(inputs._fields)
 
         arguments = [*_schema(inputs), *_schema(options), "bool save"]
@@ -177,12 +180,23 @@ class Operator:
 
     # ---- autograd, the same for eager calls and for the operators ----
 
-    def save_first(self, ctx, options, save: bool, inputs: Sequence[Tensor | None], outputs: Any) -> None:
+    def save_first(
+        self,
+        ctx,
+        options,
+        save: bool,
+        inputs: Sequence[Tensor | None],
+        outputs: Any,
+        unread: Collection[str] = (),
+    ) -> None:
         ctx.operator, ctx.options, ctx.is_saved = self, options, save
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[t for t in outputs[self._n_gradients :] if t is not None])
         if save:
-            ctx.save_for_backward(*inputs, *self.save(self.outputs._make(outputs)))
+            named = zip(self.inputs._fields, inputs)
+            ctx.unread = {k: (t, _version(t)) for k, (name, t) in enumerate(named) if name in unread and t is not None}
+            read = (None if k in ctx.unread else t for k, t in enumerate(inputs))
+            ctx.save_for_backward(*read, *self.save(self.outputs._make(outputs)))
 
     def first_derivative(self, ctx, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Sequence[Tensor | None]:
         if not ctx.is_saved:
@@ -190,7 +204,16 @@ class Operator:
         grads = grads[: self._n_gradients]
         if all(g is None for g in grads):
             return (None,) * self._n_inputs
-        tensors, options = ctx.saved_tensors, ctx.options
+        tensors, options = list(ctx.saved_tensors), ctx.options
+        reads_all = takes_reference(*grads) or torch.is_grad_enabled()
+        for k, (t, version) in ctx.unread.items():
+            if reads_all and _version(t) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation:"
+                    f" {self.inputs._fields[k]} of lstm_triton::{self.name} is at version {_version(t)}; expected version"
+                    f" {version} instead"
+                )
+            tensors[k] = t
         if takes_reference(*grads):
             tensors = tensors[: self._n_inputs]
             with self.reference_precision(tensors[0].dtype, options.precision):
@@ -254,6 +277,11 @@ def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _version(t: Tensor) -> int | None:
+    """The number of in-place updates of t so far; an inference tensor does not count them."""
+    return None if t.is_inference() else t._version
+
+
 def _results(outputs: Sequence[Tensor | None], like: Tensor) -> Any:
     """As an operator returns them: no None, and a single one as it is."""
     outputs = tuple(like.new_empty(0) if t is None else t for t in outputs)
@@ -272,7 +300,8 @@ class _First(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator, launch, options, *inputs):
         outputs = launch(operator.inputs._make(inputs), options, True)
-        operator.save_first(ctx, options, True, inputs, outputs)
+        needs = frozenset(itertools.compress(operator.inputs._fields, ctx.needs_input_grad[3:]))
+        operator.save_first(ctx, options, True, inputs, outputs, operator.unread(needs))
         return outputs
 
     @staticmethod

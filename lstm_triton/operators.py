@@ -46,6 +46,11 @@ def _cell_reference(inputs: CellInputs, options: CellOptions) -> tuple[Tensor, T
     return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step_of(options.cell))
 
 
+def _cell_unread(needs: frozenset[str]) -> set[str]:
+    factors = {"x": "w_ih", "w_ih": "x", "w_hh": "h"}
+    return {"b_ih", "b_hh"} | {name for name, other in factors.items() if other not in needs}
+
+
 lstm_cell = Operator(
     "lstm_cell",
     inputs=CellInputs,
@@ -57,6 +62,7 @@ lstm_cell = Operator(
     save=lambda outputs: CellSaved(outputs.c, outputs.gates),
     fake=_cell_fake,
     reference=_cell_reference,
+    unread=_cell_unread,
 )
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -169,6 +175,7 @@ softmax_readout = Operator(
         inputs.h.new_empty((inputs.h.shape[0], inputs.weight.shape[0]), dtype=options.dtype)
     ),
     reference=_readout_reference,
+    unread=lambda needs: {"bias"} | {name for name, other in (("h", "weight"), ("weight", "h")) if other not in needs},
 )
 
 # ---- the product of a projection: torch's own GEMM, in the precision of the kernels' ---------------------------------
