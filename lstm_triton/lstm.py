@@ -84,18 +84,24 @@ def forward(
 
 def _is_torchs(module, input) -> bool:
     """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, where "auto" always takes it,
-    outside compilers, traces, transforms and autocast. In few words of Python: torch's kernel may take as little time."""
+    outside compilers, traces and transforms. In few words of Python: torch's kernel may take as little time."""
     x = input.data if isinstance(input, PackedSequence) else input
     # What was asked for may be impossible, which is said after faults of the arguments.
     if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or module.precision is not None:
         return False
     if cell_of(module) is not None:
         return False
-    if torch.compiler.is_compiling() or is_jit_tracing() or casting.is_autocast("cpu"):
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return False
+    if x is input and not module.proj_size and _is_autocast_to_float16():
+        return False  # which oneDNN knows on few CPUs
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not measurements.rows(x.device)
+
+
+def _is_autocast_to_float16() -> bool:
+    return casting.is_autocast("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
 
 
 def _time_major(module, input, hx, resets):

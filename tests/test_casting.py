@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, casting, functional
@@ -218,3 +219,43 @@ def test_a_device_without_autocast():
     assert functional.softmax_readout(h, w_hh, backend="reference").shape == (2, 20)
     with torch.autocast("cpu", LOW):
         assert functional.lstm_cell(x, (h, c), w_ih, w_hh, backend="reference")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}], ids=str
+)
+@pytest.mark.parametrize("call", ["padded", "unbatched", "packed"])
+def test_by_default_a_cpu_gives_what_torch_gives(call, options, dtype):
+    torch.manual_seed(0)
+    ours, torchs = LSTM(3, 4, **options), torch.nn.LSTM(3, 4, **options)
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 3)
+    x = {"padded": x, "unbatched": x[:, 0], "packed": pack_padded_sequence(x, [5, 3])}[call]
+    found = []
+    for module in (ours, torchs):
+        with torch.autocast("cpu", dtype):
+            if dtype == torch.float16 and call != "packed" and not options:  # torch's fails on most CPUs
+                y, states = ours(x)
+                assert {t.dtype for t in (y, *states)} == {dtype}
+                return
+            y, states = module(x)
+        y = y.data if call == "packed" else y
+        y.float().square().sum().backward()
+        found.append([y, *states, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [LSTMCell, SoftmaxReadout])
+def test_by_default_a_cpu_gives_what_torch_gives_for_a_step(kind, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3)
+    ours, torchs = kind(3, 4), (torch.nn.LSTMCell if kind is LSTMCell else torch.nn.Linear)(3, 4)
+    torchs.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", dtype):
+        found = ours(x) if kind is LSTMCell else [ours(x)]
+        expected = torchs(x) if kind is LSTMCell else [torchs(x).softmax(-1)]
+    for a, b in zip(found, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b)

