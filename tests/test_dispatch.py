@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lstm_triton import LSTMCell, explain, functional
+from lstm_triton import LSTMCell, dispatch, explain, functional
 from lstm_triton.dispatch import BACKENDS, Environment, cell_backend, choose_cell, environment
 
 H100 = Environment(has_triton=True, interpreting=False, capability=(9, 0))
@@ -137,3 +137,14 @@ def test_the_backend_chosen_is_the_one_that_runs(backend, device, count_launches
     functional.lstm_cell(x, (h, c), *weights, backend=backend)
     kernels = backend == "triton" or (backend == "auto" and device.type == "cuda")
     assert sum(count_launches().values()) == kernels
+
+
+def test_auto_takes_torchs_own_for_every_plain_call_on_a_cpu():
+    """`LSTM.forward` rests on that, and does not ask."""
+    for has_triton in (False, True):
+        for interpreting in (False, has_triton):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                for projected in (False, True):
+                    call = dispatch.Call(True, False, None, projected)
+                    env = dispatch.Environment(has_triton, interpreting, None)
+                    assert dispatch.choose_layer("auto", "cpu", dtype, env, call).backend == "torch"
