@@ -1,8 +1,8 @@
-"""Dropout of a layer's output inside its own kernels: what is kept is a pure function of a seed and of the output's place.
+"""Dropout of a layer's output inside its own kernels: the mask is a pure function of a seed and of an element's position.
 
-No mask is in memory. Forward the sequence kernel stores each h a second time, dropped; backward it draws the same random
-numbers again, for the gradient of what it stored. The numbers are those of Philox-4x32-10 under the seed, at the counter
-(direction * H + unit, row, step, 0): they depend neither on tiles nor on the memory order of a tensor.
+No mask is in memory. Forward the sequence kernel stores each h a second time, dropped. Backward it draws the same random
+numbers again and drops the gradient alike. The numbers are those of Philox-4x32-10 under the seed, at the counter
+(direction * H + unit, row, step, 0), so they depend neither on tiles nor on the memory order of a tensor.
 """
 
 import torch
@@ -57,9 +57,9 @@ _kept = Launcher(_lstm_kept_kernel)
 
 
 def kept(seed: Tensor, p: float, shape: tuple[int, int, int]) -> Tensor:
-    """[T, B, N] bool: what the sequence kernels keep of outputs of this shape, for those who compute them otherwise.
+    """Return the mask [T, B, N] bool that the sequence kernels apply to outputs of this shape, for other ways to compute them.
 
-    Each element is zero with probability p, by the random numbers of seed [1] int64.
+    Each element is False with probability p, by the random numbers of seed [1] int64.
     """
     T, B, N = shape
     result = torch.empty(shape, dtype=torch.bool, device=seed.device)

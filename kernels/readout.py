@@ -22,7 +22,7 @@ from .tiles import add_projection
 
 @triton.jit
 def _finite_shift(m):
-    """What to subtract before the exponential: m, or 0 where all is -inf, as exp(-inf + inf) would be NaN and not 0."""
+    """Return what to subtract before the exponential: m, or 0 if all logits are -inf, since exp(-inf + inf) is NaN, not 0."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
@@ -116,7 +116,7 @@ def _readout_rescale_kernel(
     BLOCK_TILES: tl.constexpr,
     BLOCK_STATS: tl.constexpr,
 ):
-    """From softmax within each tile to softmax of the row: one program owns BLOCK_TILES tiles of one row."""
+    """Turn the softmax of each tile into that of the row: one program owns BLOCK_TILES tiles of one row."""
     programs = tl.cdiv(tiles, BLOCK_TILES)  # per row
     row = (tl.program_id(0) // programs).to(tl.int64)
     stats_ptr += row * tiles * 2

@@ -1,4 +1,4 @@
-"""Sums of the readout's backward: the launch before its matrix products, and the one after them. See readout_backward."""
+"""The sums of the readout's backward: one launch before its matrix products and one after them (see readout_backward)."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def _readout_row_dots_kernel(
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """sum_v dY * Y over part_v columns of one row."""
+    """Compute sum_v dY * Y over part_v columns of one row."""
     parts = tl.cdiv(V, part_v)
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -40,7 +40,7 @@ def _readout_row_dots_kernel(
 def _sum_of_parts(
     block, parts_ptr, out_ptr, parts, size, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """BLOCK elements of the sum of [parts, size] over parts."""
+    """Compute BLOCK elements of the sum of [parts, size] over parts."""
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     total = tl.zeros((BLOCK,), ACC)

@@ -1,8 +1,8 @@
-"""Which kernel gave up waiting for a program that never came.
+"""Names the kernel that timed out at the grid barrier.
 
-A kernel that waits too long (`grid_sync.wait`) stops the device with a trap, and all that CUDA says then is "unspecified launch
-failure", of whatever call comes next. Before it traps, the kernel writes to a word of pinned host memory, which outlives the
-device's context: the next layer, or else the end of the process, names it.
+A kernel that waits too long (`grid_sync.wait`) stops the device with a trap. CUDA then reports only an "unspecified launch
+failure", from whichever call comes next. Before the trap the kernel therefore writes to a word of pinned host memory, which
+outlives the CUDA context. The next layer names the kernel, or else the end of the process does.
 """
 
 import atexit
@@ -14,13 +14,13 @@ import torch
 
 from .device import refuse_capture
 
-# The values of the words, read where they lie: torch's way to a tensor's value is an operator, on every launch.
+# The words are read in place: reading them through torch would cost an operator in every launch.
 _values: dict[str, ctypes.c_int32] = {}
 
 
 @functools.cache
 def word(kernel: str, pinned: bool) -> torch.Tensor:
-    """The word [1] int32 of the kernel of this name: zero, or how often it polled before it gave up waiting."""
+    """Return the word of the kernel of this name, [1] int32: zero, or the number of polls after which it timed out."""
     if pinned:
         refuse_capture(kernel)
     if not _values:
@@ -31,36 +31,36 @@ def word(kernel: str, pinned: bool) -> torch.Tensor:
 
 
 def message() -> str | None:
-    """What to tell about the kernels that gave up; None if none did."""
+    """Return the message that names the kernels that timed out, or None."""
     kernels = " and ".join(name for name, polls in _values.items() if polls.value)
     if not kernels:
         return None
     return (
-        f"lstm_triton: {kernels} waited for seconds for a program of the same launch that never came, and was stopped by a"
+        f"lstm_triton: {kernels} timed out at the grid barrier, waiting for a program of the same launch, and stopped with a"
         " trap. The CUDA context of this process is lost. backend='triton-stepwise' computes the same without waiting."
     )
 
 
 def check() -> None:
-    """Raise RuntimeError if a kernel of this process gave up waiting."""
-    if told := message():
-        raise RuntimeError(told)
+    """Raise RuntimeError if a kernel of this process has timed out."""
+    if text := message():
+        raise RuntimeError(text)
 
 
 class _NamesTheKernel:
-    """Where a kernel gave up waiting, before or inside this context, its error says so: not only that CUDA failed."""
+    """Give a CUDA error inside this context, after a timeout, the message that names the kernel."""
 
     def __enter__(self) -> None:
         check()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError) and (told := message()):
-            raise RuntimeError(told) from error
+        if isinstance(error, RuntimeError) and (text := message()):
+            raise RuntimeError(text) from error
 
 
 names_the_kernel = _NamesTheKernel()
 
 
 def _report() -> None:
-    if told := message():
-        print(told, file=sys.stderr)
+    if text := message():
+        print(text, file=sys.stderr)

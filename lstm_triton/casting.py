@@ -1,4 +1,5 @@
-"""Autocast: whether tensors are cast, their casts, one of each parameter until it ends; and whether tensors are alike."""
+"""Autocast: whether tensors are cast, and their casts, of which those of parameters are kept until it ends. Checks that tensors
+share a device and a dtype."""
 
 import contextlib
 import functools
@@ -11,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .modes import sees_operators
 
-# Of each device: what torch's own cache of casts holds of ours, as long as that block of autocast lasts.
+# For each device the cast that torch's own cache holds for this module, as long as that block of autocast lasts.
 _held: dict[torch.device, TensorWeakRef] = {}
 
 
@@ -23,7 +24,7 @@ def is_autocast(device_type: str) -> bool:
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
-    """The dtype in which a call with x computes: under autocast that of the autocast, but for float64."""
+    """Return the dtype in which a call with x computes: the dtype of the autocast, if there is one, except for float64."""
     is_cast = is_autocast(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
 
@@ -43,9 +44,9 @@ def check_alike(name: str, x: Tensor, others: Iterable[tuple[str, Tensor | None]
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t as torch's own autocast gives it: float64 and integers stay what they are.
+    """Cast t as torch's autocast does: float64 and integers stay what they are.
 
-    As torch does, the casts of parameters are kept until the outermost autocast ends.
+    As in torch, the casts of parameters are kept until the outermost autocast ends.
     """
     if t.dtype == dtype or t.dtype == torch.float64 or not t.is_floating_point():
         return t
@@ -63,9 +64,9 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kept(device: torch.device) -> dict:
-    """The casts made since the outermost autocast began: an attribute of a cast that torch's own cache holds.
+    """Return the casts made since the outermost autocast began. They are an attribute of a cast in torch's own cache.
 
-    Torch tells nobody when an autocast ends, but then it drops that cast, and with it ours.
+    Torch has no callback for the end of an autocast, but it drops that cast then, and its attribute with it.
     """
     reference = _held.get(device)
     ours = None if reference is None else reference()
@@ -85,7 +86,7 @@ def _parameter(device: torch.device) -> Tensor:
 
 
 def _is_reusable(t: Tensor) -> bool:
-    """What torch asks of casts that it keeps; and nothing that records operators, to run them again without this one."""
+    """Whether a cast may be kept: under torch's own conditions, and if nothing records operators to run them again later."""
     return (
         not sees_operators(t)
         and torch.is_grad_enabled()

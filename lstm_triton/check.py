@@ -4,10 +4,10 @@ Every error is divided by the largest true value of its tensor. Each shape is ju
 `tolerance`: largest and RMS error beside those of torch.nn.LSTMCell in the same dtype and on the same device; in TF32 beside
 those of plain PyTorch, its products as a tensor core takes them.
 
-Only in float64 are the floors wider: there the reference rounds as much as what it is to judge, and in the same places as
-torch's cell, which so looks better than it is. The suite judges float64 by a truth in numpy's long double, which not every
-platform has, and which is too slow for the shapes of a GPU. What would show here, a sum or product in float32, is off by
-1e8 ulp.
+The floors are wider in float64 alone. There the reference rounds as much as the results it judges, and in the same places as
+torch's cell, which therefore looks better than it is. The test suite judges float64 against numpy's long double, which not
+every platform has and which is too slow for the shapes of a GPU. The faults to find here, such as a sum or product in float32,
+are off by 1e8 ulp.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked, on what, with how many shapes."""
+    """The result of a check: the device's label, the number of shapes, and a row for each quantity and dtype."""
 
     label: str
     shapes: int
@@ -104,14 +104,14 @@ def run_here(device: str, label: str, seed: int = 0) -> Report:
         "float16": (torch.float16, "ieee"),
         "float64": (torch.float64, "ieee"),
     }
-    if device == "cpu":  # TF32 is a matter of the hardware
+    if device == "cpu":  # a CPU has no TF32
         del kinds["tf32"]
     from lstm_triton.kernels.device import fp32_precision
 
     shapes = SMALL_SHAPES + (() if device == "cpu" else LARGE_SHAPES)
     rows: list[Row] = []
     for name, (dtype, precision) in kinds.items():
-        # For this cell, and torch's where it is the yardstick.
+        # The setting holds for this cell, and for torch's where that is the yardstick.
         with fp32_precision(torch.backends.cuda.matmul, precision):
             rows += _check_dtype(name, dtype, device, shapes, seed)
     return Report(label, len(shapes), tuple(rows))
@@ -141,7 +141,7 @@ def table(report: Report) -> str:
 
 
 def bar(report: Report) -> str:
-    """What an error is held against, in words."""
+    """Describe the limits of the errors in words."""
     rule = tolerance
     return (
         f"at most {rule.MAX_FACTOR:g} times torch's largest error + {rule.MAX_FLOOR_ULPS:g} ulp and "
@@ -222,7 +222,7 @@ def _problem(B: int, I: int, H: int, scale: float, dtype: torch.dtype, seed: int
 
 
 def _errors(cell: Any, problem: Sequence[Any], device: str) -> list[Errors]:
-    """Those of h, c and the gradient of every input."""
+    """Return the errors of h, c and the gradient of every input."""
     from lstm_triton import reference
 
     truth = _results(reference.lstm_cell, problem, torch.float64, "cpu")

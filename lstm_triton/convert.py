@@ -45,8 +45,8 @@ def convert(
         The model.
 
     Warns:
-        UserWarning: a module was left as it was, and why; or there was nothing to convert. What was converted, and what had
-            been before, is logged by the logger "lstm_triton" at level INFO. Modules converted before keep their options.
+        UserWarning: a module was left as it was, with the reason; or there was nothing to convert. The logger "lstm_triton"
+            lists at level INFO which modules were converted now and which before. Those converted before keep their options.
     """
     check_options(precision, backend)
     converted, already, left = [], [], []

@@ -1,7 +1,7 @@
-"""torch.nn.LSTM, GRU and their cells run by this package, each module for itself and with its class unchanged.
+"""Lets this package run single modules of torch.nn.LSTM, GRU and their cells, without changing the class of the module.
 
-A converted module keeps its type: isinstance, tables of types, pickles, torch.fx and TorchScript take it for what it was. What
-changes is the `forward` of torch's classes: it asks whether the module is marked, and calls torch's own if it is not.
+A converted module keeps its type, so isinstance, tables of types, pickles, torch.fx and TorchScript take it for what it was.
+The `forward` of torch's classes is replaced by one that asks whether the module is marked, and calls torch's own if it is not.
 """
 
 import functools
@@ -17,14 +17,14 @@ from . import lstm, modules
 OPTIONS = ("precision", "backend", "recompute")
 _MARK = "_lstm_triton"
 
-# torch's classes, and the names of this package's for them. Those of the GRU are imported when one is met: deriving its
-# equations takes a second.
+# torch's classes, and the names of the classes of this package that replace them. GRU and GRUCell are imported when the first
+# GRU is converted, because deriving their equations takes a second.
 NAMES = {torch.nn.LSTM: "LSTM", torch.nn.LSTMCell: "LSTMCell", torch.nn.GRU: "GRU", torch.nn.GRUCell: "GRUCell"}
 THEIRS: tuple[Any, ...] = tuple(NAMES)
 
 
 def ours(module: torch.nn.Module) -> Any:
-    """The class of this package for a module of torch's, or of a class derived from it."""
+    """Return the class of this package that replaces the class of a torch module, or the class it derives from."""
     for theirs, name in NAMES.items():
         if isinstance(module, theirs):
             if theirs is torch.nn.LSTM:
@@ -40,7 +40,7 @@ def _cells() -> Any:
 
 
 def _as(name: str) -> Callable[..., Any]:
-    """The forward of this package's class, for a module of torch's: on an object that shares all its attributes."""
+    """Return the forward of this package's class for a torch module: it runs on an object with the same attributes."""
 
     def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = getattr(_cells(), name)
@@ -88,7 +88,7 @@ def _unless_marked(original: Callable[..., Any], ours: Callable[..., Any]) -> Ca
 
 def _options_after(original: Callable[..., str]) -> Callable[..., str]:
     def extra_repr(self) -> str:
-        """With the backend always, so that a printed model shows what has been converted."""
+        """Always name the backend, so that a printed model shows which modules are converted."""
         text = f"{original(self)}, backend={self.backend!r}"
         text += "" if self.precision is None else f", precision={self.precision!r}"
         text += ", recompute=True" if self.recompute else ""
@@ -125,7 +125,7 @@ def is_marked(module: torch.nn.Module) -> bool:
 
 
 def kind(module: torch.nn.Module) -> type | None:
-    """The class of this package that runs the module; None if it is not run by this package."""
+    """Return the class of this package that runs the module, or None if torch runs it."""
     if is_marked(module):
         return ours(module)
     known = [lstm.LSTM, modules.LSTMCell, modules.SoftmaxReadout]
@@ -135,18 +135,18 @@ def kind(module: torch.nn.Module) -> type | None:
 
 
 def is_torchs(module: torch.nn.Module) -> bool:
-    """Whether torch runs it: a torch.nn.LSTM, GRU or a cell of these, or of a class derived from them, not converted."""
+    """Whether it is a torch.nn.LSTM, GRU, a cell of these, or of a class derived from them, and has not been converted."""
     return isinstance(module, THEIRS) and kind(module) is None
 
 
 def stands_for(module: torch.nn.Module) -> type | None:
-    """torch's class in whose place this package runs the module; None where it runs none such."""
+    """Return the torch class whose place the module takes, or None if torch runs it or it has no counterpart in torch."""
     found = kind(module)
     return next((theirs for theirs, name in NAMES.items() if found is not None and found.__name__ == name), None)
 
 
 def why_not(module: torch.nn.Module) -> str | None:
-    """Why a module that torch runs cannot be marked, or None."""
+    """Return the reason why a module that torch runs cannot be marked, or None."""
     theirs = next(kind for kind in THEIRS if isinstance(module, kind))
     name = type(module).__name__
     if type(module).forward is not theirs.forward:

@@ -1,4 +1,4 @@
-"""What torch is doing around a call: compiling, tracing, transforming. It decides which way the call takes."""
+"""Asks what torch is doing around a call, such as compiling, tracing or transforming: that decides how the call runs."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_jit_tracing() -> bool:
-    """Whether torch.jit.trace records operators: for calls with and without gradients, whichever the one recorded is."""
+    """Whether torch.jit.trace records operators. The trace must serve calls with and without gradients."""
     return torch._C._get_tracing_state() is not None
 
 

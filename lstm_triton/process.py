@@ -1,5 +1,5 @@
-"""Processes that measure, for `lstm-triton tune` and the benchmark: they send what they find through a pipe, and take nothing
-along when they die."""
+"""Processes in which `lstm-triton tune` and the benchmark measure: each sends its results through a pipe, and a crash costs
+only that process."""
 
 import contextlib
 import importlib
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-# Imports come from PYTHONPATH alone, not from the working folder.
+# Import from PYTHONPATH alone, not from the working folder.
 _CODE = """import sys, time
 begin = time.perf_counter()
 sys.path[:] = [path for path in sys.path if path]
 from lstm_triton.process import main
 main(begin, *sys.argv[1:])"""
-imports_s = 0.0  # what the imports of this process took, where it is a Process
+imports_s = 0.0  # seconds that the imports of this process took, if it is a Process
 
 
 class Died(RuntimeError):
@@ -28,14 +28,14 @@ class Died(RuntimeError):
 
 
 class Fatal(RuntimeError):
-    """This process can measure no more: the device reports an error that stays."""
+    """This process cannot measure any more: the device reports an error that persists."""
 
 
 class Process:
-    """Runs `package.module:function(connection, argument)`; what it prints goes to standard error.
+    """Runs `package.module:function(connection, argument)`. Its standard output goes to standard error.
 
-    environment: what differs from this process's; None removes a variable. path: folders that its imports come from, in place
-    of this process's.
+    environment: variables that differ from this process's; None removes one. path: the folders that it imports from, by
+    default those of this process.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Process:
         self.send(argument)
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is dead: the next `receive` says how
+        with contextlib.suppress(OSError):  # the process has died: the next `receive` raises Died
             self._connection.send(message)
 
     def receive(self, silence_s: float, deadline: float = float("inf")) -> Any:
-        """Its next message. Raises Died when there is none for `silence_s`, TimeoutError at `deadline` (time.monotonic)."""
+        """Return the next message. Raises Died after `silence_s` without one, TimeoutError at `deadline` (time.monotonic)."""
         try:
             if self._connection.poll(max(min(silence_s, deadline - time.monotonic()), 0.0)):
                 return self._connection.recv()
@@ -75,7 +75,7 @@ class Process:
 
 
 def main(begin: float, function: str, handle: str) -> None:
-    """The process's side."""
+    """Run the function: the entry point of the new process."""
     global imports_s
     module, _, name = function.partition(":")
     run = getattr(importlib.import_module(module), name)
@@ -85,16 +85,16 @@ def main(begin: float, function: str, handle: str) -> None:
 
 
 def why_lost() -> str | None:
-    """Why the CUDA context of this process answers nothing any more; None if it does, or there is none.
+    """Return why the CUDA context of this process is lost, or None if it is not, or if there is none.
 
-    It is asked, since the words of an error do not tell: cuDNN and cuBLAS name an illegal access by its call, and a failed
-    capture of a CUDA graph is a "CUDA error" too, after which everything still runs.
+    The context itself is tried, because the text of an error does not say: cuDNN and cuBLAS name an illegal access after the
+    call, and a failed capture of a CUDA graph is a "CUDA error" too, after which everything still runs.
     """
     if not torch.cuda.is_initialized():
         return None
     stall = sys.modules.get("lstm_triton.kernels.stall")  # imported with the first launch
-    if stall and (told := stall.message()):
-        return told
+    if stall and (text := stall.message()):
+        return text
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -103,6 +103,6 @@ def why_lost() -> str | None:
 
 
 def raise_if_lost(error: BaseException) -> None:
-    """Raise Fatal from an error after which the device answers nothing any more."""
+    """Raise Fatal from an error that has cost the process its CUDA context."""
     if why := why_lost():
         raise Fatal(why.splitlines()[0][:300]) from error

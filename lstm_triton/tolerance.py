@@ -17,8 +17,8 @@ For every tensor of n elements, with errors taken against the truth (float64, or
 * ulp is the dtype's epsilon times the largest true value of the tensor. The floors stand for the rounding of the result
   itself, at most 1/2 ulp and 1/4 in RMS, and for the few before it; they matter where torch's error is near zero.
 
-There is nothing to tune per case, on purpose: what fails this has lost accuracy, or has asked the yardstick a question in
-another precision than ours.
+On purpose there is nothing to tune per case: a result that fails has lost accuracy, or the yardstick was computed in another
+precision.
 """
 
 import math
@@ -73,7 +73,7 @@ def neighbours(tensors: Sequence[Tensor | None], seed: int = 0) -> list[list[Ten
 
 
 def misses(ours: Errors, torchs: Errors, dtype: torch.dtype, floors: float = 1.0) -> list[str]:
-    """What of the rule `ours` does not meet, in words; empty when it meets all of it. `floors` multiplies both floors."""
+    """Return a sentence for each part of the rule that `ours` misses. `floors` multiplies both floors."""
     ulp = floors * torch.finfo(dtype).eps
     chance = 1 + 3 / math.sqrt(2 * max(ours.n, 1))
     return [

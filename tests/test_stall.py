@@ -1,4 +1,4 @@
-"""A kernel that gave up waiting is named: by the layer it is in, by the next one, and at the end of the process."""
+"""A kernel that timed out at the grid barrier is named: by its layer, by the next one, and at the end of the process."""
 
 import ctypes
 import os
@@ -19,13 +19,13 @@ def stalled(monkeypatch):
     monkeypatch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(4194304), "_other": ctypes.c_int32(0)})
 
 
-def test_nothing_is_told_of_kernels_that_ended():
+def test_there_is_no_message_for_kernels_that_ended():
     stall.word("_lstm_sequence_forward_kernel", torch.cuda.is_available())
     assert stall.message() is None
     stall.check()
 
 
-NAMED = "lstm_triton: _some_kernel waited for seconds"
+NAMED = "lstm_triton: _some_kernel timed out at the grid barrier"
 
 
 def test_the_next_layer_names_the_kernel(stalled):
@@ -85,7 +85,7 @@ def test_no_word_is_pinned_while_a_graph_is_captured(monkeypatch):
 def test_the_end_of_the_process_names_the_kernel():
     script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr.startswith("lstm_triton: _some_kernel waited for seconds")
+    assert done.stderr.startswith("lstm_triton: _some_kernel timed out at the grid barrier")
 
 
 WITHOUT_END = """
@@ -123,7 +123,9 @@ def without_end(tmp_path):
 def test_a_wait_without_end_stops_the_kernel_and_names_it(without_end):
     assert without_end.returncode != 0, without_end.stdout
     assert without_end.stdout.startswith("stopped: CUDA error"), without_end.stdout + without_end.stderr
-    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel waited for seconds" in without_end.stderr
+    assert (
+        "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out at the grid barrier" in without_end.stderr
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
