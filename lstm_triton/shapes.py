@@ -1,7 +1,7 @@
 """What decides how fast a call of an `LSTM` is: its sizes, dtype and features. By these measurements are kept."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: 
     return sizes._replace(dtype=name, precision=in_precision, train=train, recompute=recompute)
 
 
-def features(resets, reset_state, lengths, return_cell_states) -> str:
-    """`Shape.features` of a call."""
+def features(resets=None, reset_state=None, lengths=None, return_cell_states=False) -> str:
+    """`Shape.features` of a call with these arguments of `LSTM.forward`."""
     given = (
         ("resets", resets is not None or reset_state is not None),
         ("lengths", lengths is not None),
@@ -66,17 +66,10 @@ def of_module(module, x: Tensor, features: str, B: int) -> Shape:
 
 
 def of_call(
-    module,
-    input: Tensor | PackedSequence,
-    hx: tuple[Tensor, Tensor] | None = None,
-    *,
-    resets: Tensor | None = None,
-    reset_state: tuple[Tensor, Tensor] | None = None,
-    lengths: Tensor | None = None,
-    return_cell_states: bool = False,
+    module, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, **segments: Any
 ) -> tuple[Shape, int, torch.device]:
     """Shape, steps and device of `LSTM.forward` with these arguments, without running it."""
-    found = features(resets, reset_state, lengths, return_cell_states)
+    found = features(**segments)
     if isinstance(input, PackedSequence):
         x, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
         found = ",".join(filter(None, (found, "packed")))
