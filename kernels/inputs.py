@@ -1,10 +1,25 @@
 """What the launchers take and return, under names. A flat tuple each, as operators and autograd need it; no triton here."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Records(NamedTuple):
+    """The types of what an operator takes and returns.
+
+    inputs, options: its arguments: tensors, and what is no tensor. outputs: tensors. gradients: those of the first outputs,
+    which are the differentiable ones. saved: what of the outputs the backward takes.
+    """
+
+    inputs: Any
+    options: Any
+    outputs: Any
+    gradients: Any
+    saved: Any
+
 
 # ---- the cell: [B, I] and [B, H] -------------------------------------------------------------------------------------
 
@@ -49,6 +64,8 @@ class CellSaved(NamedTuple):
     c: Tensor
     gates: Tensor
 
+
+CELL = Records(CellInputs, CellOptions, CellOutputs, CellGradients, CellSaved)
 
 # ---- a layer over a sequence, in D directions: [T, B, ...] -----------------------------------------------------------
 
@@ -186,6 +203,8 @@ class LayerSaved(NamedTuple):
     gates: Tensor | None
 
 
+LAYER = Records(LayerInputs, LayerOptions, LayerOutputs, LayerGradients, LayerSaved)
+
 # ---- the readout: [B, H] to [B, V] -----------------------------------------------------------------------------------
 
 
@@ -222,6 +241,8 @@ class ReadoutSaved(NamedTuple):
     y: Tensor
 
 
+READOUT = Records(ReadoutInputs, ReadoutOptions, ReadoutOutputs, ReadoutGradients, ReadoutSaved)
+
 # ---- the product of a projection: [M, K] and [K, N] to [M, N] --------------------------------------------------------
 
 
@@ -236,3 +257,6 @@ class ProductOutputs(NamedTuple):
 
 class ProductSaved(NamedTuple):
     """Nothing but the inputs."""
+
+
+PRODUCT = Records(Product, CellOptions, ProductOutputs, ReadoutGradients, ProductSaved)

@@ -5,43 +5,17 @@ from torch import Tensor
 
 from . import reference
 from .autograd import Operator, implements, library
+from .kernels import inputs as records
 from .kernels.cell_equations import step_of
-from .kernels.inputs import (
-    CellGradients,
-    CellInputs,
-    CellOptions,
-    CellOutputs,
-    CellSaved,
-    LayerGradients,
-    LayerInputs,
-    LayerOptions,
-    LayerOutputs,
-    LayerSaved,
-    Product,
-    ProductOutputs,
-    ProductSaved,
-    ReadoutGradients,
-    ReadoutInputs,
-    ReadoutOptions,
-    ReadoutOutputs,
-    ReadoutSaved,
-)
 from .kernels.layout import is_time_major, new_states
 
 
-def _cell_launchers():
-    from .kernels.cell import lstm_cell_forward
-    from .kernels.cell_backward import lstm_cell_backward
-
-    return lstm_cell_forward, lstm_cell_backward
-
-
-def _cell_fake(inputs: CellInputs, options: CellOptions, save: bool) -> CellOutputs:
+def _cell_fake(inputs: records.CellInputs, options: records.CellOptions, save: bool) -> records.CellOutputs:
     x, shape = inputs.x, inputs.h.shape
-    return CellOutputs(x.new_empty(shape), x.new_empty(shape), x.new_empty((*shape, 4)) if save else None)
+    return records.CellOutputs(x.new_empty(shape), x.new_empty(shape), x.new_empty((*shape, 4)) if save else None)
 
 
-def _cell_reference(inputs: CellInputs, options: CellOptions) -> tuple[Tensor, Tensor]:
+def _cell_reference(inputs: records.CellInputs, options: records.CellOptions) -> tuple[Tensor, Tensor]:
     x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
     return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step_of(options.cell))
 
@@ -53,13 +27,10 @@ def _cell_unread(needs: frozenset[str]) -> set[str]:
 
 lstm_cell = Operator(
     "lstm_cell",
-    inputs=CellInputs,
-    options=CellOptions,
-    outputs=CellOutputs,
-    gradients=CellGradients,
-    saved=CellSaved,
-    launchers=_cell_launchers,
-    save=lambda outputs: CellSaved(outputs.c, outputs.gates),
+    records.CELL,
+    "cell:lstm_cell_forward",
+    "cell_backward:lstm_cell_backward",
+    save=lambda outputs: records.CellSaved(outputs.c, outputs.gates),
     fake=_cell_fake,
     reference=_cell_reference,
     unread=_cell_unread,
@@ -68,19 +39,12 @@ lstm_cell = Operator(
 # ---- a layer ---------------------------------------------------------------------------------------------------------
 
 
-def _layer_launchers():
-    from .kernels.layer import lstm_layer_forward
-    from .kernels.layer_backward import lstm_layer_backward
-
-    return lstm_layer_forward, lstm_layer_backward
-
-
 def _new_in_order_of(t: Tensor, size: int) -> Tensor:
     """[T, B, size] in the memory order in which the kernels give their results: that of x forward, of y backward."""
     return new_states(t, is_time_major(t), t.shape[0], t.shape[1], size)
 
 
-def _layer_fake(inputs: LayerInputs, options: LayerOptions, save: bool) -> LayerOutputs:
+def _layer_fake(inputs: records.LayerInputs, options: records.LayerOptions, save: bool) -> records.LayerOutputs:
     x, h0, c0 = inputs[:3]
     D, _, H = h0.shape
     x = x.contiguous() if save and options.recompute else x
@@ -88,10 +52,10 @@ def _layer_fake(inputs: LayerInputs, options: LayerOptions, save: bool) -> Layer
     has_gates = save and not options.recompute
     gates = _new_in_order_of(x, D * H * 4).unflatten(2, (D, H, 4)) if has_gates else None
     h = None if inputs.seed is None else _new_in_order_of(x, D * H)
-    return LayerOutputs(_new_in_order_of(x, D * H), h0.new_empty(h0.shape), c0.new_empty(c0.shape), c, gates, h)
+    return records.LayerOutputs(_new_in_order_of(x, D * H), h0.new_empty(h0.shape), c0.new_empty(c0.shape), c, gates, h)
 
 
-def _layer_fake_gradients(inputs: LayerInputs, saved: LayerSaved) -> dict[str, Tensor]:
+def _layer_fake_gradients(inputs: records.LayerInputs, saved: records.LayerSaved) -> dict[str, Tensor]:
     T, B, I = inputs.x.shape
     D, _, H = inputs.h0.shape
     h = saved.h.contiguous() if saved.gates is None else saved.h
@@ -102,7 +66,7 @@ def _layer_fake_gradients(inputs: LayerInputs, saved: LayerSaved) -> dict[str, T
     }
 
 
-def _layer_reference(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, ...]:
+def _layer_reference(inputs: records.LayerInputs, options: records.LayerOptions) -> tuple[Tensor, ...]:
     step = step_of(options.cell)
     y, *states = reference.lstm_layer(inputs.x, inputs.h0, inputs.c0, inputs.directions, inputs.segments, step=step)
     return dropped(y, options.dropout, inputs.seed), *states
@@ -110,13 +74,10 @@ def _layer_reference(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor
 
 lstm_layer = Operator(
     "lstm_layer",
-    inputs=LayerInputs,
-    options=LayerOptions,
-    outputs=LayerOutputs,
-    gradients=LayerGradients,
-    saved=LayerSaved,
-    launchers=_layer_launchers,
-    save=lambda outputs: LayerSaved(outputs.y if outputs.h is None else outputs.h, outputs.c, outputs.gates),
+    records.LAYER,
+    "layer:lstm_layer_forward",
+    "layer_backward:lstm_layer_backward",
+    save=lambda outputs: records.LayerSaved(outputs.y if outputs.h is None else outputs.h, outputs.c, outputs.gates),
     fake=_layer_fake,
     fake_backward=_layer_fake_gradients,
     reference=_layer_reference,
@@ -149,14 +110,7 @@ def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
 # ---- the readout -----------------------------------------------------------------------------------------------------
 
 
-def _readout_launchers():
-    from .kernels.readout import softmax_readout_forward
-    from .kernels.readout_backward import softmax_readout_backward
-
-    return softmax_readout_forward, softmax_readout_backward
-
-
-def _readout_reference(inputs: ReadoutInputs, options: ReadoutOptions) -> tuple[Tensor]:
+def _readout_reference(inputs: records.ReadoutInputs, options: records.ReadoutOptions) -> tuple[Tensor]:
     """Computed in the dtype of the result: under autocast it is wider than the inputs'."""
     bias = None if inputs.bias is None else inputs.bias.to(options.dtype)
     return (reference.softmax_readout(inputs.h.to(options.dtype), inputs.weight.to(options.dtype), bias),)
@@ -164,14 +118,11 @@ def _readout_reference(inputs: ReadoutInputs, options: ReadoutOptions) -> tuple[
 
 softmax_readout = Operator(
     "softmax_readout",
-    inputs=ReadoutInputs,
-    options=ReadoutOptions,
-    outputs=ReadoutOutputs,
-    gradients=ReadoutGradients,
-    saved=ReadoutSaved,
-    launchers=_readout_launchers,
-    save=lambda outputs: ReadoutSaved(outputs.y),
-    fake=lambda inputs, options, save: ReadoutOutputs(
+    records.READOUT,
+    "readout:softmax_readout_forward",
+    "readout_backward:softmax_readout_backward",
+    save=lambda outputs: records.ReadoutSaved(outputs.y),
+    fake=lambda inputs, options, save: records.ReadoutOutputs(
         inputs.h.new_empty((inputs.h.shape[0], inputs.weight.shape[0]), dtype=options.dtype)
     ),
     reference=_readout_reference,
@@ -181,10 +132,10 @@ softmax_readout = Operator(
 # ---- the product of a projection: torch's own GEMM, in the precision of the kernels' ---------------------------------
 
 
-def _product(inputs: Product, options: CellOptions, save: bool) -> ProductOutputs:
+def _product(inputs: records.Product, options: records.CellOptions, save: bool) -> records.ProductOutputs:
     a, b = inputs
     with product.reference_precision(a.dtype, options.precision):
-        return ProductOutputs(a @ b)
+        return records.ProductOutputs(a @ b)
 
 
 def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
@@ -196,14 +147,13 @@ def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]
 
 product = Operator(
     "lstm_product",
-    inputs=Product,
-    options=CellOptions,
-    outputs=ProductOutputs,
-    gradients=ReadoutGradients,
-    saved=ProductSaved,
-    launchers=lambda: (_product, _product_backward),
-    save=lambda outputs: ProductSaved(),
-    fake=lambda inputs, options, save: ProductOutputs(inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))),
+    records.PRODUCT,
+    _product,
+    _product_backward,
+    save=lambda outputs: records.ProductSaved(),
+    fake=lambda inputs, options, save: records.ProductOutputs(
+        inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))
+    ),
     reference=lambda inputs, options: (inputs.a @ inputs.b,),
     recurrent=True,
 )

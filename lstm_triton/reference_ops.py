@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from .autograd import Operator
 from .kernels.cell_equations import step_of
-from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved, Segments
+from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved, Records, Segments
 from .modes import is_jit_tracing
 
 
@@ -74,12 +74,9 @@ def _fake(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
 
 _operator = Operator(
     "lstm_reference",
-    inputs=_Inputs,
-    options=CellOptions,
-    outputs=_Outputs,
-    gradients=LayerGradients,
-    saved=ProductSaved,
-    launchers=lambda: (_forward, _backward),
+    Records(_Inputs, CellOptions, _Outputs, LayerGradients, ProductSaved),
+    _forward,
+    _backward,
     save=lambda outputs: ProductSaved(),
     fake=_fake,
     reference=_reference,
