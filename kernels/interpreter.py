@@ -179,7 +179,9 @@ class _RepairedBuilder(_StockBuilder):
         if not _is_bfloat16(lhs):
             if op in _MAY_OVERFLOW and lhs.dtype.scalar.is_int_signed():
                 self._check_overflow(lhs.data, rhs.data, op)
-            return super().binary_op(lhs, rhs, op)
+            result = super().binary_op(lhs, rhs, op)
+            # Triton 3.9 gives a comparison the dtype of its operands, and a mask of integers is refused when it is used.
+            return stock.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
         result = op(_decode(lhs), _decode(rhs))
         return _encode(result, tl.int1 if result.dtype == np.bool_ else tl.bfloat16)
 

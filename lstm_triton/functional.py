@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,13 @@ def _raise_cell_sizes(inputs: CellInputs) -> None:
     for name, w in (("weight_ih", w_ih), ("weight_hh", w_hh)):
         if w.dim() != 2:
             raise RuntimeError(f"{name} must be 2D, got {w.dim()}D instead")
-    if I != w_ih.shape[1]:
-        raise RuntimeError(f"input has inconsistent input_size: got {I} expected {w_ih.shape[1]}")
+    if I != w_ih.shape[1] or any(state.shape[:2] != (B, H) for state in (h, c)):
+        # torch checks these sizes before it computes, and says so in the words of its version.
+        meta: Any = [None if t is None else t.detach().to("meta") for t in inputs]
+        torch.lstm_cell(meta[0], meta[1:3], *meta[3:])
     for index, state in enumerate((h, c)):
-        if state.shape[0] != B:
-            raise RuntimeError(f"Input batch size {B} doesn't match hidden{index} batch size {state.shape[0]}")
-        if state.dim() != 2 or state.shape[1] != H:
-            size = state.shape[1] if state.dim() > 1 else 1
-            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {size}, expected {H}")
+        if state.shape != (B, H):
+            raise RuntimeError(f"hidden{index} must have size {[B, H]}, but got {list(state.shape)}")
     name, w = ("weight_ih", w_ih) if w_ih.shape[0] != 4 * H else ("weight_hh", w_hh)
     raise RuntimeError(f"{name} first dim must be 4 * hidden_size = {4 * H}, but got {w.shape[0]}")
 
