@@ -25,7 +25,7 @@ def _latency_kernel(
     for step in tl.range(0, steps, num_stages=1):
         if EXCHANGE:
             tl.store(slots_ptr + step * PROGRAMS + pid, value + 1)
-        arrive(counter_ptr)
+        arrive(counter_ptr, 2**31 - 1)
         wait(counter_ptr, (step + 1) * PROGRAMS, stall_ptr)
         if EXCHANGE:
             value = tl.load(slots_ptr + step * PROGRAMS + (pid + 1) % PROGRAMS)

@@ -45,7 +45,8 @@ class Counter(TorchDispatchMode):
 
     def note_kernel(self, launcher, grid, config, arguments, **options) -> None:
         """Stands for Launcher.__call__. Of a tensor that holds all T steps, a launch moves those that it computes."""
-        moved, T, steps = 0, arguments["T"], arguments["last_step"] - arguments["first_step"]
+        moved, T = 0, arguments.get("T", 1)
+        steps = arguments["last_step"] - arguments["first_step"] if "T" in arguments else T
         for t in tensors(arguments.values()):
             moved += size(t) * steps // T if t.dim() > 2 and t.shape[0] == T else size(t)
         self.launches.append((launcher.kernel.fn.__name__, moved))
@@ -124,7 +125,7 @@ def report(title: str, launches: list[tuple[str, int]], names: bool) -> None:
     print(f"\n{title:<30}{'launches':>10}{'MB':>10}")
     kinds = {"LSTM kernels": [], "GEMMs": [], "other": []}
     for name, moved in launches:
-        kinds["LSTM kernels" if name.startswith("_lstm") else "GEMMs" if name in GEMMS else "other"].append(
+        kinds["LSTM kernels" if name.startswith("_lstm_sequence") else "GEMMs" if name in GEMMS else "other"].append(
             (name, moved)
         )
     for kind, found in kinds.items():

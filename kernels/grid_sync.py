@@ -28,15 +28,15 @@ Therefore the columns of a program, times the programs of its launch that may sh
 Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t; no slot is ever reused. Where two
 slices of dz_t overlap, both programs store the same bits before they arrive, and a reader waits for both.
 
-The counters must be zero at the start of a launch and belong to that launch alone. They lie 128 bytes apart, one L2 line each.
+The counters are zero at the start of a launch and again at its end: the last arrival, for which nobody waits, sets its counter
+back to zero. Launches of one stream, which never overlap, therefore share them. A CUDA graph has its own, as it may be replayed
+in any stream. They lie 128 bytes apart, one L2 line each.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from .interpreter import is_interpreting
-
-_INTERPRETED = tl.constexpr(is_interpreting())
 COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 
 # A wait this long means that a program is missing, or that another kernel keeps its place: communication may wait long for
@@ -46,22 +46,19 @@ _MAX_POLLS = tl.constexpr(1 << 24)
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Publish everything this program has stored, and count it as arrived."""
+def arrive(counter_ptr, last):
+    """Publish all that this program has stored, and count it as arrived. An arrival after `last` others sets the count to 0."""
     tl.debug_barrier()
-    if _INTERPRETED:
-        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-    else:
-        # The same without a result, which the next step would wait for.
-        tl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
-            " @first red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0; }",
-            "=r,l",
-            [counter_ptr.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    # Without a result, which the next step would wait for.
+    tl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+        " @first red.release.gpu.global.inc.u32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [counter_ptr.to(tl.int64), last],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -87,3 +84,26 @@ def wait(counter_ptr, target, stall_ptr):
                 pack=1,
             )
     tl.debug_barrier()
+
+
+# By device and stream. Not by launch: to fill them with zeros would be one more.
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def counters(groups: int, on: torch.device) -> torch.Tensor:
+    """Zeros [groups * COUNTER_STRIDE] int32 at least, for a launch on this device's current stream."""
+    size, stream = groups * COUNTER_STRIDE.value, 0
+    if on.type == "cuda":
+        # Of another device than the current one nobody says whether its stream is captured.
+        if on.index != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing():
+            return torch.zeros(size, dtype=torch.int32, device=on)
+        stream = torch._C._cuda_getCurrentRawStream(on.index)
+    found = _counters.get((on, stream))
+    if found is None or found.numel() < size:
+        found = _counters[on, stream] = torch.zeros(size, dtype=torch.int32, device=on)
+    return found
+
+
+def forget_counters() -> None:
+    """After a launch that failed: what it has left is unknown."""
+    _counters.clear()

@@ -1,7 +1,7 @@
 """One LSTM layer over a whole sequence, in one or two directions: the forward kernel and the GEMM of the library before it.
 
-One GEMM gives the pre-activations of all steps and directions, one launch the recurrence. Rows of W_ih are reordered once per
-call, from gate-major to the unit-major order [H, 4] of the pre-activations.
+One GEMM gives the pre-activations of all steps and directions, one launch the recurrence. A small launch before them brings
+W_ih and the biases from gate-major to the unit-major order [H, 4] of the pre-activations (`input_weights`).
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import cells, device, search, stall
+from . import cells, device, grid_sync, search, stall
 from .device import matmul_precision, torch_products
 from .dropout import probability
-from .grid_sync import COUNTER_STRIDE
+from .input_weights import input_weights
 from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layout import as_rows, is_time_major, new_states
@@ -26,11 +26,6 @@ _forward = Launcher(_lstm_sequence_forward_kernel)
 
 # Arrival counters are int32: steps times programs of a group stay below this.
 _MAX_ARRIVALS = 2**31 - 1
-
-
-def unit_major(w: Tensor) -> Tensor:
-    """Rows gate * H + unit -> 4 * unit + gate."""
-    return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
     counters = stalled = None
     if waits:
         stalled = stall.word(launcher.kernel.__name__, on.type == "cuda")
-        counters = torch.zeros(config.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=on)
+        counters = grid_sync.counters(config.groups, on)
     programs = config.programs * config.groups
     try:
         # A grid that cannot all be resident is refused, not hung.
@@ -103,6 +98,7 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
             launch_cooperative_grid=waits,
         )
     except RuntimeError as error:
+        grid_sync.forget_counters()
         if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):
             raise
         # A part of a GPU that its properties do not tell: of a green context, or a client of MPS; or a virtual one.
@@ -155,21 +151,13 @@ def segment_arguments(segments: Segments) -> dict[str, Any]:
     }
 
 
-def pre_activations(x: Tensor, directions: Sequence[Direction]) -> Tensor:
-    """x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps: [T, B, D, H, 4], in one GEMM."""
-    T, B, I = x.shape
-    H = directions[0].w_hh.shape[1]
+def pre_activations(x: Tensor, w: Tensor, b: Tensor | None, D: int) -> Tensor:
+    """x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps: [T, B, D, H, 4], in one GEMM; w, b: by `input_weights`."""
+    T, B, _ = x.shape
     time_major = is_time_major(x)
-    w = torch.cat([unit_major(d.w_ih) for d in directions]) if len(directions) > 1 else unit_major(directions[0].w_ih)
     rows = as_rows(x, time_major)
-    biases = [b for d in directions for b in (d.b_ih, d.b_hh) if b is not None]
-    if biases:
-        b = torch.stack(biases).unflatten(0, (len(directions), -1)).sum(1)
-        z = torch.addmm(b.unflatten(1, (4, H)).transpose(1, 2).flatten(), rows, w.t())
-    else:
-        z = rows @ w.t()
-    z = z.view(T, B, len(directions), H, 4) if time_major else z.view(B, T, len(directions), H, 4).transpose(0, 1)
-    return z
+    z = rows @ w.t() if b is None else torch.addmm(b, rows, w.t())
+    return z.view(T, B, D, -1, 4) if time_major else z.view(B, T, D, -1, 4).transpose(0, 1)
 
 
 def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions(), save: bool = False) -> LayerOutputs:
@@ -186,7 +174,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         # Gates are rebuilt some steps at a time, which are contiguous where y is time-major.
         x = x.contiguous() if save and options.recompute else x
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
-        pre = pre_activations(x, directions)
+        pre = pre_activations(x, *input_weights(directions), D)
         time_major = is_time_major(pre)
         dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
         c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import cells, stall
 from .device import matmul_precision, torch_products
 from .dropout import probability
+from .input_weights import input_weights
 from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
@@ -27,7 +28,6 @@ from .layer import (
     reset_state,
     segment_arguments,
     state_strides,
-    unit_major,
 )
 from .layout import as_rows, is_time_major, new_states
 from .sequence_backward import _lstm_sequence_backward_kernel
@@ -40,8 +40,13 @@ _backward = Launcher(_lstm_sequence_backward_kernel)
 _WEIGHTS = frozenset(name for name in LayerInputs._fields if name.startswith(("w_", "b_")))
 
 
+def _unit_major(w: Tensor) -> Tensor:
+    """Rows gate * H + unit -> 4 * unit + gate."""
+    return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def _gate_major(w: Tensor) -> Tensor:
-    """The inverse of `unit_major`, always a copy: a caller may change the gradient of one bias in place."""
+    """The inverse of `_unit_major`, always a copy: a caller may change the gradient of one bias in place."""
     gates = w.unflatten(0, (-1, 4)).transpose(0, 1)
     return gates.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
@@ -74,7 +79,7 @@ def lstm_layer_backward(
         rows = as_rows(dz.flatten(2), time_major)  # [T * B, D * 4H], unit-major
         if "x" in needs:
             found["x"] = new_states(x, time_major, *x.shape)
-            w = torch.cat([unit_major(d.w_ih) for d in directions])
+            w, _ = input_weights(directions, biases=False)
             torch.mm(rows, w, out=as_rows(found["x"], time_major))
         if not _WEIGHTS.isdisjoint(needs):
             found |= _weight_gradients(dz, rows, inputs, saved.h, needs)
@@ -165,13 +170,13 @@ def _gate_gradients(
         **segment_arguments(segments),
         **state_strides("reset_c", reset_c),
     )
-    state_in = dc_n
+    state_in, weights = dc_n, input_weights(directions) if gates is None else None
     for first, last in [(0, T)] if gates is not None else recomputed_ranges(T):
         # The two directions run through time in opposite ways, so a range of steps is two ranges of t.
         starts = (0, 0) if gates is not None else (T - last, first)
         pieces = gates
-        if pieces is None:
-            pieces = _rebuilt_pre_activations(inputs, h0, h, starts, last - first)
+        if weights is not None:
+            pieces = _rebuilt_pre_activations(inputs, weights, h0, h, starts, last - first)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
             steps = dict(first_step=step, last_step=stop, dc_in_ptr=dc_in, dc_out_ptr=dc_out)
@@ -215,13 +220,16 @@ def recomputed_ranges(T: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, T)) for first in range(0, T, size)]
 
 
-def _rebuilt_pre_activations(inputs: LayerInputs, h0: Tensor, y: Tensor, starts: tuple[int, int], n: int) -> Tensor:
-    """[n, B, D, H, 4]: of direction d, n steps from t = starts[d] on."""
+def _rebuilt_pre_activations(
+    inputs: LayerInputs, weights: tuple[Tensor, Tensor | None], h0: Tensor, y: Tensor, starts: tuple[int, int], n: int
+) -> Tensor:
+    """[n, B, D, H, 4]: of direction d, n steps from t = starts[d] on; weights: by `input_weights`."""
     pieces = []
     for d, direction in enumerate(inputs.directions):
-        z = pre_activations(inputs.x[starts[d] : starts[d] + n].contiguous(), [direction])
+        w, b = weights[0].chunk(len(h0))[d], None if weights[1] is None else weights[1].chunk(len(h0))[d]
+        z = pre_activations(inputs.x[starts[d] : starts[d] + n].contiguous(), w, b, 1)
         h_prev = _previous_states(h0, y, d, inputs.segments, starts[d], n)
-        z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), unit_major(direction.w_hh).t())
+        z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), _unit_major(direction.w_hh).t())
         pieces.append(z)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
@@ -279,7 +287,7 @@ def _recurrent_weight_gradient(
 def _gradient_at_resets(dz: Tensor, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
     """[T, B, H]: the gradient of the state that direction d was reset to, 0 where there was no reset."""
     flags = _cleared_before(segments, d, 0, dz.shape[0])
-    dh = dz[:, :, d].flatten(2) @ unit_major(w_hh)
+    dh = dz[:, :, d].flatten(2) @ _unit_major(w_hh)
     return torch.where(flags[..., None], dh, dh.new_zeros(()))
 
 
@@ -290,7 +298,7 @@ def _initial_state_gradient(dz: Tensor, dh_n: Tensor | None, w_hh: Tensor, d: in
         first = dz[0 if d == 0 else T - 1, :, d]
     else:
         first = dz[(segments.lengths - 1).clamp(min=0).long(), torch.arange(B, device=dz.device), d]
-    dh0 = first.flatten(1) @ unit_major(w_hh)
+    dh0 = first.flatten(1) @ _unit_major(w_hh)
     if segments.resets is not None:
         dh0 = torch.where(_cleared_before(segments, d, 0 if d == 0 else T - 1, 1)[0][:, None], dh0.new_zeros(()), dh0)
     if segments.lengths is not None and dh_n is not None:

@@ -74,7 +74,7 @@ def _lstm_sequence_forward_kernel(
     gates_ptr,  # [T, B, D, H, 4] out, or None
     seed_ptr,  # [1] of dropout, or None
     dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
-    counters_ptr,  # [groups, 32] zeros, or None when no program waits for another
+    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes
     T, B, first_step, last_step,
@@ -120,6 +120,7 @@ def _lstm_sequence_forward_kernel(
     state_rows = direction.to(INDEX) * B + rows_b
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
+    last_arrival = (last_step - first_step) * PROGRAMS - 1
 
     c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
@@ -204,7 +205,7 @@ def _lstm_sequence_forward_kernel(
             h = tl.where((offs_h < H)[None, :], h, 0.0)  # not so by itself: an infinite state times W's zeros is NaN
         tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_b[:, None] & (offs_h < ROW)[None, :])
         if counters_ptr is not None:
-            arrive(counters_ptr + group * COUNTER_STRIDE)  # first let the others go on, then save
+            arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)  # first let the others go on, then save
         else:
             tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
 

@@ -93,7 +93,7 @@ def _lstm_sequence_backward_kernel(
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
     dc_out_ptr,  # [D, B, H] out: the gradient of c before the first step of this launch
     dreset_c_ptr,  # [T, B, D, H] out, zeros before, or None
-    counters_ptr,  # [groups, 32] zeros, or None when one step is computed
+    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step,
@@ -145,6 +145,7 @@ def _lstm_sequence_backward_kernel(
     dy_offsets = rows_b.to(INDEX)[:, None] * stride_dy_b + dy_units[None, :] * stride_dy_h
     lengths = row_lengths(lengths_ptr, rows_b, T)
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
+    last_arrival = (last_step - first_step) * PROGRAMS - 1
 
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if dc_in_ptr is not None:
@@ -246,7 +247,7 @@ def _lstm_sequence_backward_kernel(
         dz_t = dz_ptr + t * step_size * 4
         store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS)
         if counters_ptr is not None:
-            arrive(counters_ptr + group * COUNTER_STRIDE)
+            arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)
         else:
             tl.debug_barrier()  # a program that is alone with its rows reads its own dz in the next step
 

@@ -1,6 +1,5 @@
 """The barrier between programs: sequence kernels as compiled code, and mutants of their barrier, which the executor reports."""
 
-import math
 import re
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from support import executor, layers
 
 from lstm_triton import functional
-from lstm_triton.kernels import interpreter, layer, layer_backward, search, stall
+from lstm_triton.kernels import grid_sync, interpreter, layer, layer_backward, search, stall
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
-from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 
 pytestmark = [
@@ -88,7 +86,7 @@ def test_inference_equals_training(device, count_launches):
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
-ARRIVAL = r"@first red\.release\.gpu\.global\.add\.u32 [^;]*;"
+ARRIVAL = r"@first red\.release\.gpu\.global\.inc\.u32 [^;]*;"
 POLL = r"(?P<poll>@%\w+ ld\.global\.gpu\.acquire\.b32 (?P<count>%\w+), [^;]*;)"
 SOME_PROGRAMS = r".reg .b32 program; mov.u32 program, %ctaid.x; @first setp.ne.u32 first, program, 1; \g<0>"
 # What is replaced in the PTX of a kernel, and by what.
@@ -164,52 +162,64 @@ def test_a_wait_without_end_traps_on_a_gpu(error_of):
 # ---- counters --------------------------------------------------------------------------------------------------------
 
 
-class _LaunchesRecorded:
-    """Stands for a launcher: counts the launch's arrivals at once, and keeps its counters, as if it were still running."""
+def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, monkeypatch):
+    """Of one group, of several, of other steps: the same memory, larger where it has to be."""
+    seen, counters = [], grid_sync.counters
 
-    kernel = layer._forward.kernel
+    def zeros(groups, on):
+        found = counters(groups, on)
+        assert not found.any() and found.numel() >= groups * COUNTER_STRIDE.value
+        seen.append(found)
+        return found
 
-    def __init__(self):
-        self.counters = []
-
-    def __call__(self, grid, config, arguments, *, launch_cooperative_grid):
-        assert launch_cooperative_grid is True
-        counters = arguments["counters_ptr"]
-        assert counters.dtype == torch.int32 and not counters.any(), "counters that are not zero"
-        assert all(counters.data_ptr() != others.data_ptr() for _, others in self.counters), "those of a running launch"
-        self.counters.append((math.prod(grid), counters.fill_(9)))
-
-
-def test_every_launch_has_zeroed_counters_of_its_own(monkeypatch, device):
-    launcher = _LaunchesRecorded()
-    monkeypatch.setattr(layer, "_forward", launcher)
-    x, weights = torch.randn(3, 33, 4, device=device), torch.randn(96, 4, device=device)
-    h0, c0 = torch.zeros(2, 2, 33, 24, device=device)
-    direction = Direction(weights, torch.randn(96, 24, device=device))
-    inputs = LayerInputs.of(x, (h0, c0), [direction, direction], Segments())
-    for _ in range(2):
-        layer.lstm_layer_forward(inputs, LayerOptions(precision="tf32"))
-    groups = 2 * 3  # directions, and blocks of 16 rows
-    assert len(launcher.counters) == 2 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
-    for programs, counters in launcher.counters:
-        assert programs == 3 * groups and counters.numel() == groups * COUNTER_STRIDE.value
+    monkeypatch.setattr(grid_sync, "counters", zeros)
+    for T, B, D in ((3, 17, 2), (3, 17, 2), (2, 2, 1)):
+        problem = layers.draw(T, B, I=3, H=24, D=D, **TF32, device=device)
+        layers.assert_as_accurate_as_torch(_in_one_launch(problem), problem)
+    assert len(seen) == 6 and not any(c.any() for c in seen), "forward and backward of each"
+    assert len({c.data_ptr() for c in seen}) == 1 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
+    small = grid_sync.counters(1, device)
+    assert grid_sync.counters(small.numel(), device).numel() > small.numel(), "and grow"
 
 
-def test_counters_that_are_not_reset_are_a_race(monkeypatch, error_of):
-    """What a launch leaves in its counters lets nobody wait in the next."""
+def test_what_a_failed_launch_leaves_in_its_counters_is_not_used_again(error_of):
+    assert _kinds(error_of(BACKWARD, RACES["no wait"])) and not grid_sync._counters
 
-    class Torch:
-        """torch, except that counters are not zero."""
 
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        @staticmethod
-        def zeros(*size, **options):
-            return torch.full(size, 4 * 4, **options)
-
-    monkeypatch.setattr(layer, "torch", Torch())
+def test_counters_that_are_not_zero_are_a_race(monkeypatch, error_of):
+    """What a launch leaves in its counters would let others not wait in the next."""
+    monkeypatch.setattr(grid_sync, "counters", lambda groups, on: torch.ones(groups * COUNTER_STRIDE.value).int())
     assert "race in global memory" in _kinds(error_of(FORWARD, []))
+
+
+def test_only_the_last_arrival_sets_its_counter_to_zero(executed):
+    if executed is None:
+        pytest.skip("changes what the executor runs")
+    arrival = ARRIVAL.replace("[^;]*;", r"([^,]*), [^;]*;")
+    executed.change = lambda name, ptx: re.sub(arrival, r"@first red.release.gpu.global.inc.u32 \1, 9999;", ptx)
+    with torch.no_grad():
+        problem = layers.draw(T=4, B=3, I=4, H=32, **TF32)
+        functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent", precision="tf32")
+    assert sorted(torch.cat(list(grid_sync._counters.values())).unique().tolist()) == [0, 4 * 4]
+    grid_sync.forget_counters()
+
+
+@pytest.mark.parametrize("capturing, current", [(False, 0), (True, 0), (False, 1)])
+def test_streams_and_graphs_have_counters_of_their_own(monkeypatch, capturing, current):
+    """A graph may be replayed in any stream; of another device nobody says whether it captures."""
+    zeros, stream = torch.zeros, [7]
+    monkeypatch.setattr(grid_sync, "_counters", {})
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0], raising=False)
+    on = torch.device("cuda:0")
+    first, again = grid_sync.counters(2, on), grid_sync.counters(2, on)
+    stream[0] = 8
+    other = grid_sync.counters(2, on)
+    shared = not capturing and current == 0
+    assert (first is again) == shared and other is not first
+    assert len(grid_sync._counters) == 2 * shared
 
 
 def test_more_arrivals_than_a_counter_holds_run_step_by_step(device):

@@ -8,6 +8,7 @@ import torch
 import triton
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.long
@@ -51,6 +52,37 @@ def test_one_step_waits_for_nothing(T, recorded):
         waits = T > 1
         assert (arguments["counters_ptr"] is not None) == (arguments["stall_ptr"] is not None) == waits
         assert arguments["launch_cooperative_grid"] == waits
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_launches_beside_the_recurrence(D, monkeypatch, poisoned_outputs):
+    """Forward one launch for W_ih and all biases and one GEMM, and none that sets counters to zero."""
+    from lstm_triton.kernels import interpreter, launch
+    from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
+    from lstm_triton.kernels.layer import lstm_layer_forward
+
+    noted = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view and not func.overloadpacket.__name__.startswith("empty"):
+                noted.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
+    monkeypatch.setattr(launch.Launcher, "__call__", lambda self, *_, **__: noted.append(self.kernel.fn.__name__))
+    monkeypatch.setattr("lstm_triton.kernels.layer.torch", torch)  # outputs are not poisoned, which would be noted
+    monkeypatch.setattr("lstm_triton.kernels.layout.torch", torch)
+    monkeypatch.setattr("lstm_triton.kernels.input_weights.torch", torch)
+    sizes = ((4 * 256, 3), (4 * 256, 256), (4 * 256,), (4 * 256,))
+    directions = [Direction(*(torch.zeros(size) for size in sizes)) for _ in range(D)]
+    states = torch.zeros(D, 2, 256), torch.zeros(D, 2, 256)
+    inputs = LayerInputs.of(torch.zeros(4, 2, 3), states, directions, Segments())
+    lstm_layer_forward(inputs, LayerOptions("tf32"))
+    noted.clear()
+    with Noting():
+        lstm_layer_forward(inputs, LayerOptions("tf32"))
+    assert noted == ["_lstm_input_weights_kernel", "addmm", "_lstm_sequence_forward_kernel"]
 
 
 def test_a_last_range_of_one_step_waits_for_nothing(recorded):

@@ -94,7 +94,7 @@ from lstm_triton import LSTM
 from lstm_triton.kernels import sequence
 
 @triton.jit
-def arrive(counter_ptr):
+def arrive(counter_ptr, last):
     pass
 
 sequence.arrive = arrive

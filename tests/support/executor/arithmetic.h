@@ -164,6 +164,18 @@ OP2("add.rn.f32.bf16", f32, u16, f32, from_bf16(a) + b) OP2("add.rn.f32.f16", f3
 OP2("add.f32.f16", f32, u16, f32, from_f16(a) + b) OP2("sub.f32.bf16", f32, u16, f32, from_bf16(a) - b) OP2("sub.f32.f16", f32, u16, f32, from_f16(a) - b)
 OP3("fma.rn.f32.bf16", f32, u16, u16, f32, fmaf(from_bf16(a), from_bf16(b), c)) OP3("fma.rn.f32.f16", f32, u16, u16, f32, fmaf(from_f16(a), from_f16(b), c))
 OP2("sub.rn.f32.bf16", f32, u16, f32, from_bf16(a) - b) OP2("sub.rn.f32.f16", f32, u16, f32, from_f16(a) - b)
+// A fused product and sum in float32 to odd: towards zero, with a last bit that says whether anything is lost. To round that again is
+// to round once.
+static f32 fma_to_odd(f32 a, f32 b, f32 c) {
+    const f64 product = (f64)a * b, sum = product + c, part = sum - product, lost = (product - (sum - part)) + (c - part);
+    const f32 nearest = (f32)sum;
+    const f64 rest = (sum - nearest) + lost;
+    if (rest == 0 || rest != rest) return nearest;
+    return as_f32((bits_f32(nearest) - (nearest != 0 && (rest < 0) != (nearest < 0))) | 1);
+}
+OP3("fma.rn.bf16", u16, u16, u16, u16, to_bf16(fma_to_odd(from_bf16(a), from_bf16(b), from_bf16(c))))
+OP3("fma.rn.f16", u16, u16, u16, u16, to_f16(fma_to_odd(from_f16(a), from_f16(b), from_f16(c))))
+OP2("add.bf16", u16, u16, u16, to_bf16(from_bf16(a) + from_bf16(b))) OP2("add.f16", u16, u16, u16, to_f16(from_f16(a) + from_f16(b)))
 
 // Two numbers in a register of 64 bits, of which one alone may be defined.
 typedef struct { f32 half[2]; } f32x2;

@@ -113,8 +113,9 @@ def _load_or_store(e: Encoder, s: Statement, found: re.Match) -> None:
 
 @family(r"(atom|red)\..*")
 def _atomic(e: Encoder, s: Statement, found: re.Match) -> None:
-    modifiers, type_, _, releases, acquires = _modifiers(s, {"add"})
-    if not {"global", "add"} <= modifiers or type_ not in ("u32", "s32", "u64", "f32"):
+    modifiers, type_, _, releases, acquires = _modifiers(s, {"add", "inc"})
+    operations = {"u32": 0, "s32": 0, "u64": 0, "f32": 1} if "add" in modifiers else {"u32": 2}
+    if "global" not in modifiers or len(modifiers & {"add", "inc"}) != 1 or type_ not in operations:
         raise s.unsupported("atomic operation")
     returns = found[1] == "atom"
     base, offset, _ = e.address(s, s.operands[returns], (8,))
@@ -128,7 +129,7 @@ def _atomic(e: Encoder, s: Statement, found: re.Match) -> None:
         "atom.add",
         places,
         int(returns),
-        (offset, 0, SIZES[type_], int(returns), int(type_ == "f32"), int(releases), int(acquires)),
+        (offset, 0, SIZES[type_], int(returns), operations[type_], int(releases), int(acquires)),
     )
 
 

@@ -83,7 +83,8 @@ static int load_parameter(Warp *w, const Instruction *i, u32 mask) {
 }
 FAMILY("ld.param", LANES, load_parameter)
 
-// Integer addition. value: offset, space, bytes, returns, floating, releases, acquires
+// value: offset, space, bytes, returns, operation (addition of integers, of float32, or one more but 0 past the operand), releases,
+// acquires
 static int atomic_add(Warp *w, const Instruction *i, u32 mask) {
     const int result = i->value[3], bytes = i->value[2];
     used(w, i, result, mask, "the address");
@@ -93,7 +94,7 @@ static int atomic_add(Warp *w, const Instruction *i, u32 mask) {
         u64 old = 0, sum;
         global_read(w, l, i, address, bytes, 1);
         memcpy(&old, (u8 *)address, bytes);
-        sum = i->value[4] ? bits_f32(as_f32(old) + as_f32(term)) : old + term;
+        sum = i->value[4] == 2 ? (old >= term ? 0 : old + 1) : i->value[4] ? bits_f32(as_f32(old) + as_f32(term)) : old + term;
         global_write(w, l, i, address, bytes, (u8 *)&sum, 1);
         if (i->value[5]) publish(w, l, address);
         memcpy((u8 *)address, &sum, bytes);
