@@ -6,6 +6,7 @@
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
 # make mutants   synchronisation taken out of the compiled kernels, one piece at a time: what is not noticed (minutes)
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
+# make matrix    the test suite with the oldest and with the newest torch and Triton: prints a table
 # make clients   other packages and torch's tools with converted LSTMs, in an environment of their own: prints a table
 # make step-model  cycles of a step of the sequence kernels, by a model of their compiled code: no GPU needed
 #
@@ -80,6 +81,9 @@ gpu: ready-test
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: no NVIDIA GPU here; make test runs in the interpreter")'
 	@.ci/gpu $(PY) $(BUDGET)
 
+matrix:
+	@PYTHON="$(PYTHON)" ARGS="$(ARGS)" .ci/matrix
+
 mutants: ready-test
 	@OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
 
@@ -109,7 +113,7 @@ check: ready-dev
 	@cd $(CACHE)/types && $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/$(CACHE)/mypy -p lstm_triton
 
-.PHONY: help demo test quick sweep check gpu sanitize mutants step-model clients clean
+.PHONY: help demo test quick sweep check gpu sanitize matrix mutants step-model clients clean
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-report *.egg-info lstm_triton/kernels lstm_triton/bench

@@ -78,44 +78,14 @@ def torch_products(dtype: torch.dtype, precision: str) -> Iterator[None]:
         if dtype != torch.float32:
             yield
             return
+        matmul: Any = torch.backends.cuda.matmul
+        wanted = "tf32" if precision == "tf32" else "ieee"
         with _settings:
-            if (precision == "tf32") == (_torch_precision("cuda", "matmul") == "tf32"):
+            if matmul.fp32_precision == wanted:
                 yield
             else:
-                with _matmul_in_tf32(precision == "tf32"):
+                with fp32_precision(matmul, wanted):
                     yield
-
-
-@contextlib.contextmanager
-def _matmul_in_tf32(enabled: bool) -> Iterator[None]:
-    """Products in TF32, or not, inside; afterwards as before.
-
-    torch's older settings of the same, allow_tf32 and float32_matmul_precision, raise where they disagree with the newer one,
-    whatever thread reads them. So they are changed, and move the newer one along, unless the user has made them disagree.
-    """
-    matmul, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    try:
-        older = torch.get_float32_matmul_precision()
-        matmul.allow_tf32  # noqa: B018
-    except RuntimeError:
-        with fp32_precision(matmul, "tf32" if enabled else "ieee"):
-            yield
-        return
-    before = matmul.fp32_precision, mkldnn.fp32_precision
-    try:
-        if older == "medium":  # the products of CPUs too, which are in bfloat16 then
-            torch.set_float32_matmul_precision("highest")
-        else:
-            matmul.allow_tf32 = enabled
-        yield
-    finally:
-        if older == "medium":
-            torch.set_float32_matmul_precision(older)
-            _restore(mkldnn, before[1])
-        else:
-            matmul.allow_tf32 = not enabled
-        if enabled:
-            _restore(matmul, before[0])
 
 
 _cudnn_setting = threading.RLock()
@@ -138,13 +108,9 @@ def fp32_precision(setting: Any, wanted: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(setting, before)
-
-
-def _restore(setting: Any, before: str) -> None:
-    setting.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
-    if setting.fp32_precision != before:
-        setting.fp32_precision = before
+        setting.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
 
 
 def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> str:

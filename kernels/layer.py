@@ -169,13 +169,12 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         save: also return what `lstm_layer_backward` needs.
     """
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
-    with stall.names_the_kernel:
+    with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
         x, directions, segments = inputs.x, inputs.directions, inputs.segments
         # Gates are rebuilt some steps at a time, which are contiguous where y is time-major.
         x = x.contiguous() if save and options.recompute else x
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
-        with torch_products(dtype, precision):
-            pre = pre_activations(x, *input_weights(directions), D)
+        pre = pre_activations(x, *input_weights(directions), D)
         time_major = is_time_major(pre)
         dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
         c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None

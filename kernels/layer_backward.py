@@ -70,34 +70,26 @@ def lstm_layer_backward(
         Those gradients by name, and perhaps others; each with memory of its own.
     """
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
-    with stall.names_the_kernel:
+    with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
         saved = _dense(saved)
         needs_resets = "reset_h" in needs or "reset_c" in needs
         dz, found = _gate_gradients(grads, inputs, saved, needs_resets, options)
-        with torch_products(inputs.x.dtype, precision):
-            return found | _products(dz, grads.dh_n, inputs, saved.h, needs)
-
-
-def _products(
-    dz: Tensor, dh_n: Tensor | None, inputs: LayerInputs, h: Tensor, needs: Collection[str]
-) -> dict[str, Tensor]:
-    """The gradients that are products of dz over all steps."""
-    x, directions, segments, found = inputs.x, inputs.directions, inputs.segments, {}
-    time_major = is_time_major(h)
-    rows = as_rows(dz.flatten(2), time_major)  # [T * B, D * 4H], unit-major
-    if "x" in needs:
-        found["x"] = new_states(x, time_major, *x.shape)
-        w, _ = input_weights(directions, biases=False)
-        torch.mm(rows, w, out=as_rows(found["x"], time_major))
-    if not _WEIGHTS.isdisjoint(needs):
-        found |= _weight_gradients(dz, rows, inputs, h, needs)
-    if "reset_h" in needs:
-        each = [_gradient_at_resets(dz, w.w_hh, d, segments) for d, w in enumerate(directions)]
-        found["reset_h"] = torch.stack(each, dim=1)
-    if "h0" in needs:
-        each = [_initial_state_gradient(dz, dh_n, w.w_hh, d, segments) for d, w in enumerate(directions)]
-        found["h0"] = torch.stack(each)
-    return found
+        x, directions, segments = inputs.x, inputs.directions, inputs.segments
+        time_major = is_time_major(saved.h)
+        rows = as_rows(dz.flatten(2), time_major)  # [T * B, D * 4H], unit-major
+        if "x" in needs:
+            found["x"] = new_states(x, time_major, *x.shape)
+            w, _ = input_weights(directions, biases=False)
+            torch.mm(rows, w, out=as_rows(found["x"], time_major))
+        if not _WEIGHTS.isdisjoint(needs):
+            found |= _weight_gradients(dz, rows, inputs, saved.h, needs)
+        if "reset_h" in needs:
+            each = [_gradient_at_resets(dz, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            found["reset_h"] = torch.stack(each, dim=1)
+        if "h0" in needs:
+            each = [_initial_state_gradient(dz, grads.dh_n, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            found["h0"] = torch.stack(each)
+        return found
 
 
 def _dense(saved: LayerSaved) -> LayerSaved:
@@ -184,8 +176,7 @@ def _gate_gradients(
         starts = (0, 0) if gates is not None else (T - last, first)
         pieces = gates
         if weights is not None:
-            with torch_products(dtype, precision):
-                pieces = _rebuilt_pre_activations(inputs, weights, h0, h, starts, last - first)
+            pieces = _rebuilt_pre_activations(inputs, weights, h0, h, starts, last - first)
         state_out = dc0 if last == T else torch.empty_like(dc0, dtype=accumulator_dtype(dc0.dtype))
         for step, stop, dc_in, dc_out in launches(config, state_in, state_out, first, last):
             steps = dict(first_step=step, last_step=stop, dc_in_ptr=dc_in, dc_out_ptr=dc_out)

@@ -92,7 +92,7 @@ def _options_after(original: Callable[..., str]) -> Callable[..., str]:
         text = f"{original(self)}, backend={self.backend!r}"
         text += "" if self.precision is None else f", precision={self.precision!r}"
         text += ", recompute=True" if self.recompute else ""
-        # The error with which torch.compile refuses every torch.nn.LSTM quotes this text, and nothing else of the module.
+        # Before torch 2.15 the error with which torch.compile refuses a torch.nn.LSTM quotes this text, and nothing else of it.
         is_refused = (
             isinstance(self, (torch.nn.LSTM, torch.nn.GRU)) and torch._guards.CompileContext.try_get() is not None
         )
