@@ -60,6 +60,9 @@ endif
 PYTEST = if $(PY) -c 'import xdist' 2>/dev/null; then workers="-n $(JOBS) --dist worksteal"; fi; OMP_NUM_THREADS=1 \
          $(PY) -m pytest $$workers
 
+# A run starts dozens of processes, which import the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 

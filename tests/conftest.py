@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 import pytest  # noqa: E402
 from support import executor  # noqa: E402
 from support.plugins import EndWhenLost, Resume  # noqa: E402
+from support.process import end_server  # noqa: E402
 
 import lstm_triton.kernels  # noqa: E402
 from lstm_triton.kernels import interpreter  # noqa: E402
@@ -88,6 +89,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     first = not hasattr(session.config, "workerinput")  # of pytest-xdist's processes
     if first and sum(file.stat().st_size for file in COMPILED.glob("*/*")) > 4 << 30:
         shutil.rmtree(COMPILED)
+
+
+def pytest_sessionfinish() -> None:
+    end_server()
 
 
 class _PoisoningTorch(types.ModuleType):

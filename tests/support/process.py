@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
 import runpy
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -22,19 +25,78 @@ import torch
 def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600) -> str:
     """Run a Python script without TRITON_INTERPRET, importing from where this process does; return what it prints.
 
+    It runs in a fork of a process that has imported torch and Triton; on a GPU in a process of its own.
+
     Where the system allows, its memory lies at the same addresses in every run: the compiler's order of instructions follows
     them, and with it whether a kernel that fills all registers spills one or two.
 
-    Raises AssertionError with the script's output if it fails.
+    Raises AssertionError with the script's output if it fails, subprocess.TimeoutExpired if it takes longer.
     """
+    command = [str(script), *args]
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        if torch.cuda.is_available():
+            started = [*_with_fixed_addresses(), sys.executable, *command]
+            with open(out.name, "w") as stdout, open(err.name, "w") as stderr:
+                done = subprocess.run(started, env=_environment(), stdout=stdout, stderr=stderr, timeout=timeout)
+            failed = done.returncode
+        else:
+            failed = _fork_of_a_server([command, os.getcwd(), out.name, err.name], timeout)
+        printed, errors = out.read(), err.read()
+    if failed:
+        raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
+    return printed
+
+
+def _environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    environment["PYTHONHASHSEED"] = "0"
-    command = [*_with_fixed_addresses(), sys.executable, str(script), *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    if done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """A process that has imported what the scripts without the interpreter need, and forks for each: see `_serve`."""
+    command = [*_with_fixed_addresses(), sys.executable, "-c", "from support.process import _serve; _serve()"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=_environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+
+
+def end_server() -> None:
+    if _server.cache_info().currsize:
+        _server().communicate()
+        _server.cache_clear()
+
+
+def _fork_of_a_server(arguments: list[Any], timeout: float) -> int:
+    """The exit code of a fork of `_server` that has called `_as_main` with these arguments."""
+    server = _server()
+    print(json.dumps(arguments), file=server.stdin, flush=True)
+    ready, _, _ = select.select([server.stdout], [], [], timeout)
+    if not ready or not (line := server.stdout.readline()):
+        os.killpg(server.pid, signal.SIGKILL)  # with the compilers that the script has started
+        server.wait()
+        _server.cache_clear()
+        raise subprocess.TimeoutExpired(arguments[0], timeout)
+    return int(line)
+
+
+def _serve() -> None:
+    """Read the arguments of `_as_main` line by line; call it in a fork of this process and print the fork's exit code."""
+    from triton.runtime.cache import triton_key
+
+    import lstm_triton.cells  # noqa: F401
+
+    from . import aot_sequence  # noqa: F401  imports Triton, its compiler and the package
+
+    triton_key()  # reads all of Triton, once
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            break
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        return
+    _as_main(*json.loads(line))
 
 
 def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) -> str:
@@ -51,23 +113,26 @@ def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) 
         done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
         printed, errors, failed = done.stdout, done.stderr, done.returncode
     else:
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            child = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, cwd, out, err))
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            child = multiprocessing.get_context("fork").Process(
+                target=_as_main, args=(command, cwd, out.name, err.name)
+            )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
                 child.start()
             child.join(timeout)
             failed = child.exitcode != 0
             child.kill()
-            printed, errors = (file.seek(0) or file.read() for file in (out, err))
+            printed, errors = out.read(), err.read()
     if failed:
         raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
     return printed
 
 
-def _as_main(command: list[str], cwd: Path, out: TextIO, err: TextIO) -> None:
-    for file, descriptor in ((out, 1), (err, 2)):
-        os.dup2(file.fileno(), descriptor)
+def _as_main(command: list[str], cwd: str | Path, out: str, err: str) -> None:
+    """Run a script as Python would, in this process, with its output in the files `out` and `err`."""
+    for file, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has put others there
     for name, module in list(sys.modules.items()):
         if name.startswith("lstm_triton.kernels.") and hasattr(module, "torch"):
