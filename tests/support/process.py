@@ -92,11 +92,8 @@ def _serve() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            break
+            return _as_main(*json.loads(line))  # and end as Python does
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    else:
-        return
-    _as_main(*json.loads(line))
 
 
 def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) -> str:
