@@ -13,14 +13,14 @@ assert np.finfo(np.longdouble).eps < np.finfo(np.float64).eps / 256, "numpy's lo
 
 
 class Extended:
-    """An array of long doubles with the few tensor operations of the reference."""
+    """An array, of long doubles as a rule, with the few tensor operations of the reference."""
 
     def __init__(self, values: np.ndarray) -> None:
-        self.values = np.asarray(values, np.longdouble)
+        self.values = np.asarray(values)
 
     @staticmethod
     def of(t: torch.Tensor | None) -> Extended | None:
-        return None if t is None else Extended(t.detach().cpu().double().numpy())
+        return None if t is None else Extended(t.detach().cpu().double().numpy().astype(np.longdouble))
 
     def __add__(self, other):
         return Extended(self.values + _values(other))

@@ -220,19 +220,23 @@ def runs(problem: Problem, d: int) -> Iterator[tuple[slice, list[int], tuple[str
 
 
 def truth(problem: Problem) -> list[Extended]:
-    """Outputs and gradients in more than float64: row by row and segment by segment, one `reference.lstm_cell` at a time."""
+    """Outputs and gradients in float64; for float64 problems in more.
+
+    Row by row and segment by segment, one `reference.lstm_cell` at a time.
+    """
     D, H, (T, B, _) = problem.directions, problem.hx[0].shape[2], problem.x.shape
-    x, h0, c0, *rest = (_wide(t) for t in problem.inputs)
+    wide = np.longdouble if problem.x.dtype == torch.float64 else np.float64
+    x, h0, c0, *rest = (t.detach().cpu().double().numpy().astype(wide) for t in problem.inputs)
     n = len(problem.weights) // D
-    cotangents = [_wide(t) for t in problem.cotangents]
-    outputs = [np.zeros(t.shape, np.longdouble) for t in cotangents]
+    cotangents = [t.detach().cpu().double().numpy().astype(wide) for t in problem.cotangents]
+    outputs = [np.zeros_like(t) for t in cotangents]
     y, h_n, c_n, *_ = outputs
     cells = outputs[3] if problem.with_cells else np.zeros_like(y)
     dy, dh_n, dc_n, *dcells = cotangents
     reset_state = [np.broadcast_to(s, (T, D, B, H)) for s in rest[D * n :]]
     dx, dh0, dc0 = (np.zeros_like(t) for t in (x, h0, c0))
     dweights = [np.zeros_like(w) for w in rest[: D * n]]
-    dreset_state = [np.zeros((T, D, B, H), np.longdouble) for _ in reset_state]
+    dreset_state = [np.zeros((T, D, B, H), wide) for _ in reset_state]
 
     for d in range(D):
         units = slice(d * H, (d + 1) * H)
@@ -269,10 +273,6 @@ def truth(problem: Problem) -> list[Extended]:
                 dreset_state[1][t0, d, rows] += dc
     dresets = [_sum_to(g, s.shape) for g, s in zip(dreset_state, rest[D * n :])]
     return [Extended(t) for t in (*outputs, dx, dh0, dc0, *dweights, *dresets)]
-
-
-def _wide(t: Tensor) -> np.ndarray:
-    return t.detach().cpu().double().numpy().astype(np.longdouble)
 
 
 def _sum_to(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
