@@ -86,19 +86,18 @@ def _signature(kernel, constants, pointer, aligned, absent=()):
 def _compilations(archs, everything):
     """(kernel, configuration, constants, signature, kind, in words) of what is launched.
 
-    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration one variant,
-    on every other generation of architectures.
+    float16, which is the code of bfloat16 but for the type, on one generation alone. Unless everything: without float16, and
+    each configuration on one generation of architectures, as one variant.
     """
     from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
     from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
     from lstm_triton.kernels.cells import backward_of, forward_of
     from lstm_triton.kernels.launch import accumulator
 
-    turn = GENERATIONS.index(archs)
-    for kind, (dtype, precision, _) in KINDS.items():
-        if kind == "fp16" and not everything:
+    generation = GENERATIONS.index(archs)
+    for turn, (kind, (dtype, precision, _)) in enumerate(KINDS.items()):
+        if kind == "fp16" and not (everything and archs == (90,)):
             continue
-        turn += 1
         shared = {"ACC": accumulator(dtype), "PRECISION": precision}
         of_forward, of_backward = {"FORWARD": forward_of("lstm")}, {"BACKWARD": backward_of("lstm")}
         for kernel, configs, block, absent, equations in (
@@ -110,8 +109,8 @@ def _compilations(archs, everything):
             for position, config in enumerate(sorted(configs, key=repr)):
                 variants = [(True, ()), (False, ()), *([(True, absent)] if config == largest else [])]
                 if not everything:
-                    chosen, left_out = divmod(turn + position, 2)
-                    variants = [] if left_out else [variants[chosen % len(variants)]]
+                    chosen, its_generation = divmod(turn + position, len(GENERATIONS))
+                    variants = [variants[chosen % len(variants)]] if generation == its_generation else []
                 launches += [(config, *variant) for variant in variants]
             for config, aligned, without in launches:
                 tile = {name.upper(): getattr(config, name) for name in ("block_b", "block_h", block)}

@@ -13,11 +13,12 @@ pytestmark = pytest.mark.long
 
 
 ARCHS = (80, 90, 100, 120)
+SOME_ARCHS = (90, 120)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", SOME_ARCHS)
 def test_cells_compile_well(arch):
-    """The generated LSTM, and each other cell for one of the architectures."""
+    """The generated LSTM, and half of the other cells for one architecture, half for the other."""
     assert "cells compiled well" in run_without_interpreter(__file__, str(arch), timeout=1800)
 
 
@@ -35,8 +36,10 @@ def _compile(arch: int, everything: bool) -> None:
     for way in ("forward", "backward"):
         case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
         written = choose(case, arch).report
-        turns = {name: cell for k, (name, cell) in enumerate(CATALOGUE.items()) if k % len(ARCHS) == ARCHS.index(arch)}
-        for name, cell in {**(CATALOGUE if everything else turns), "generated LSTM": lstm}.items():
+        cells = list(CATALOGUE.items())
+        if not everything:
+            cells = cells[SOME_ARCHS.index(arch) :: len(SOME_ARCHS)]
+        for name, cell in (*cells, ("generated LSTM", lstm)):
             report = choose(case._replace(cell=cell.key), arch).report
             assert report.local_memory_in_loops() == 0 and report.matrix_instructions() > 0, (name, way)
             assert report.registers <= 1.15 * written.registers, (name, way, report.registers, written.registers)

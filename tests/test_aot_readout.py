@@ -94,15 +94,14 @@ def _others(dtype):
 def _cases(archs, everything):
     """(kernel, constants, configuration, dtype, dtype of y, aligned, whether on tensor cores) to be compiled.
 
-    Unless everything: without float16, which is the code of bfloat16 but for the type; and of each configuration one variant,
-    on every other generation of architectures.
+    float16, which is the code of bfloat16 but for the type, on one generation alone. Unless everything: without float16, and
+    each configuration on one generation of architectures, as one variant.
     """
-    turn = GENERATIONS.index(archs)
-    for dtype, precision in KINDS:
-        if dtype == torch.float16 and not everything:
+    generation = GENERATIONS.index(archs)
+    for turn, (dtype, precision) in enumerate(KINDS):
+        if dtype == torch.float16 and not (everything and archs == (90,)):
             continue
         tensor_cores = configs.uses_tensor_cores(dtype, precision)
-        turn += 1
         # Under autocast y and dy are float32.
         results = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
         launches = [(launch, results, tensor_cores) for launch in _products(dtype, precision)]
@@ -111,8 +110,8 @@ def _cases(archs, everything):
         for position, (launch, results, on_tensor_cores) in enumerate(launches):
             variants = list(itertools.product(results, (True, False)))
             if not everything:
-                chosen, left_out = divmod(turn + position, 2)
-                variants = [] if left_out else [variants[chosen % len(variants)]]
+                chosen, its_generation = divmod(turn + position, len(GENERATIONS))
+                variants = [variants[chosen % len(variants)]] if generation == its_generation else []
             for result, aligned in variants:
                 yield *launch, dtype, result, aligned, on_tensor_cores
 

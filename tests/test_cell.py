@@ -18,7 +18,7 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 # B, I, H. Tiles are 16, 32 or 64 rows, 4, 8 or 16 units, and 16, 32 or 64 of the inner dimension.
-SMALL = [(1, 1, 1), (3, 7, 19), (2, 0, 5)]
+SMALL, ONES, NO_INPUTS = (3, 7, 19), (1, 1, 1), (2, 0, 5)
 EDGES_16 = [(15, 17, 16), (16, 15, 17), (17, 16, 15)]
 EDGES_64 = [(63, 65, 3), (64, 63, 5), (65, 64, 2)]
 EDGES_64_OF_H = [(2, 3, 63), (2, 33, 64), (1, 2, 65)]
@@ -31,10 +31,12 @@ def _check(shape, kind, device, **options):
 
 
 @pytest.mark.compiled
-@kinds
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_small_shapes(shape, scale, kind, device):
+@pytest.mark.parametrize(
+    "shape, kind",
+    [*((SMALL, kind) for kind in KINDS), (ONES, "fp32"), (ONES, "bf16"), (NO_INPUTS, "fp32"), (NO_INPUTS, "bf16")],
+)
+def test_small_shapes(shape, kind, scale, device):
     _check(shape, kind, device, scale=scale)
 
 
@@ -68,7 +70,7 @@ def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocesso
 @kinds
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("shape", EDGES_16 + EDGES_64 + EDGES_64_OF_H + [(33, 40, 50)], ids=str)
+@pytest.mark.parametrize("shape", [ONES, NO_INPUTS, (33, 40, 50), *EDGES_16, *EDGES_64, *EDGES_64_OF_H], ids=str)
 def test_full_product(shape, processors, scale, kind, device, multiprocessors):
     multiprocessors(processors)
     _check(shape, kind, device, scale=scale)
@@ -175,7 +177,7 @@ def test_empty(shape, device):
 @pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
 def test_two_runs_agree_bit_for_bit(kind, device):
     dtype, precision = KINDS[kind]
-    problem = cells.draw(17, 7, 19, dtype, precision=precision, device=device)
+    problem = cells.draw(*SMALL, dtype, precision=precision, device=device)
     for name, first, second in zip(cells.RESULTS, cells.by_kernels(problem), cells.by_kernels(problem)):
         assert torch.equal(first, second), name
 

@@ -21,7 +21,7 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 # B, H, V. Logits are in tiles of 16 to 128 rows and 32 to 128 columns, and H goes by 16 to 64; 130 takes several tiles.
-SMALL = [(1, 1, 1), (3, 19, 37), (2, 5, 130)]
+SMALL, ONES, SEVERAL_TILES = (3, 19, 37), (1, 1, 1), (2, 5, 130)
 EDGES = [(17, 3, 5), (16, 17, 31), (15, 16, 33), (1, 65, 64), (2, 64, 65), (2, 15, 128), (1, 2, 129)]
 # Enough columns, or enough rows, that a sum over them is divided among programs in every dtype; in fp32, fewer suffice.
 LONG_SUMS = [(3, 5, 530), (520, 3, 5)]
@@ -39,8 +39,13 @@ def _check(shape, kind, device, **options):
 
 
 @pytest.mark.compiled
-@kinds
-@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        *((SMALL, kind) for kind in KINDS),
+        *((shape, kind) for shape in (ONES, SEVERAL_TILES) for kind in ("fp32", "bf16")),
+    ],
+)
 def test_small_shapes(shape, kind, device):
     _check(shape, kind, device)
 
@@ -101,7 +106,7 @@ def test_no_bias(kind, device):
 @pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("processors, scale", [(1, 4.0), (132, 1.0)])
-@pytest.mark.parametrize("shape", EDGES + LONG_SUMS + [(70, 40, 300)], ids=str)
+@pytest.mark.parametrize("shape", [ONES, SEVERAL_TILES, (70, 40, 300), *EDGES, *LONG_SUMS], ids=str)
 def test_full_product(shape, processors, scale, kind, device, multiprocessors):
     multiprocessors(processors)
     _check(shape, kind, device, scale=scale)

@@ -25,7 +25,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 directions = pytest.mark.parametrize("D", [1, 2])
 
 # T, B, I, H. Tiles are 16, 32 or 64 rows, 8 to 128 units, and 16 to 256 of the inner dimension.
-SMALL = [(1, 1, 1, 1), (7, 3, 5, 19)]
+SMALL, ONES = (7, 3, 5, 19), (1, 1, 1, 1)
 EDGES_OF_B = [(2, B, 3, 5) for B in (15, 16, 17, 63, 64, 65)]
 EDGES_OF_H = [(2, 3, 5, H) for H in (15, 16, 17, 31, 33, 63, 64, 65)]
 LARGE = [(3, 2, 7, 128), (2, 3, 130, 129), (2, 35, 3, 150)]
@@ -38,10 +38,12 @@ def _check(shape, kind, device, D=1, backend="triton", **options):
 
 
 @pytest.mark.compiled
-@kinds
-@pytest.mark.parametrize("D, scale", [(1, 4.0), (2, 1.0)])
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_small_shapes(shape, D, scale, kind, device):
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize(
+    "shape, kind, D",
+    [*((SMALL, kind, 1 + n % 2) for n, kind in enumerate(KINDS)), (ONES, "fp32", 2), (ONES, "bf16", 1)],
+)
+def test_small_shapes(shape, kind, D, scale, device):
     _check(shape, kind, device, D, scale=scale)
 
 
@@ -69,7 +71,7 @@ def test_large_layers(shape, device):
 @directions
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("backend", ["triton", "triton-stepwise"])
-@pytest.mark.parametrize("shape", EDGES_OF_B + EDGES_OF_H + LARGE, ids=str)
+@pytest.mark.parametrize("shape", [SMALL, ONES, *EDGES_OF_B, *EDGES_OF_H, *LARGE], ids=str)
 def test_full_product(shape, backend, scale, D, kind, device):
     _check(shape, kind, device, D, backend, scale=scale)
 

@@ -86,7 +86,8 @@ def test_the_fastest_is_kept_and_the_others_are_not_taken(made_up, file, capsys)
 
 @pytest.mark.long
 @pytest.mark.parametrize("fate", ["trap", "wrong", 100.0])
-def test_what_traps_is_wrong_or_is_slower_than_cudnn_is_not_taken(fate, made_up, capsys):
+def test_what_traps_is_wrong_or_is_slower_than_cudnn_is_not_taken(fate, made_up, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "_CANDIDATES", 0)
     made_up(cudnn=90.0, triton_stepwise=95.0, triton=fate)
     with torch.no_grad():
         (line,) = tune(_module(), X, budget_s=120.0)
