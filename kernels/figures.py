@@ -18,6 +18,7 @@ class DeviceFigures(NamedTuple):
     tensor_memory: int  # columns in an SM; 0 where sums stay in registers
     mma_latency: int = 33
     wide_latency: int = 17
+    wide_end: int = 100  # from the last sum of one chunk to the first of the next
     # Between SMs.
     barrier: int = 1500  # an arrival, and seeing it
     l2_latency: int = 500

@@ -112,19 +112,29 @@ def registers(problem: Problem, config: SequenceConfig, device: DeviceFigures) -
     return (state + sums + (2 * itemsize + 1) * tile + weights) / (32 * config.num_warps)
 
 
+def readers_of_weights(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
+    """How often a step reads all of W_hh from shared memory: by each warpgroup, where wgmma has no 64 rows of it for each."""
+    if device.tensor_memory or not is_wide(problem, config, device):
+        return 1
+    return max(config.num_warps / 4 * 64 / (problem.columns * config.block_h), 1)
+
+
 def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
     """Cycles of a step of a launch of all steps, by a model: the barrier between programs; the latency of the L2 cache for each
     round of loads, and its throughput; the slowest of shared memory, from which tensor cores take W_hh, the cores themselves,
-    and the chain of sums in one of them; the gates."""
-    row_bytes, columns = problem.inner * problem.dtype.itemsize, problem.columns * config.block_h
+    and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends before the next begins; the gates."""
+    chunks, columns = config.chunks(problem.inner), problem.columns * config.block_h
+    row_bytes = chunks * config.split_k * config.block_k * problem.dtype.itemsize
     launched = config.programs * config.groups
     share = max(device.sms / launched, 1)  # of the SMs, for each program
     wide = is_wide(problem, config, device)
     rate, latency = (device.wide_rate, device.wide_latency) if wide else (device.mma_rate, device.mma_latency)
     products, chain = config.block_b * columns * row_bytes / 2 / rate, row_bytes / config.split_k / 32 * latency
+    chain += chunks * device.wide_end if wide else 0
     state = config.block_b * row_bytes / min(device.l2_share * share, device.l2_most)
     # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's.
     gates = 10 * max(config.block_b * config.block_h, 32 * config.num_warps) / device.special_functions
     latencies = (device.barrier if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
-    step = latencies + state + max(columns * row_bytes / device.shared_bytes, products, chain) + gates
+    weights = readers_of_weights(problem, config, device) * columns * row_bytes / device.shared_bytes
+    step = latencies + state + max(weights, products, chain) + gates
     return step * cdiv(launched, device.sms)  # programs that are alone with their rows may queue
