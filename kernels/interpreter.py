@@ -130,6 +130,11 @@ def _rounded_to_11_bits(values: np.ndarray) -> np.ndarray:
     return scaled - (scaled - values)
 
 
+def _flushed(values: np.ndarray) -> np.ndarray:
+    """Subnormal float32 as zeros of their sign."""
+    return np.where(np.abs(values) < np.float32(2**-126), np.copysign(np.float32(0), values), values)
+
+
 def _is_bfloat16(handle: Any) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
@@ -144,8 +149,9 @@ def _encode(values: np.ndarray, dtype: Any) -> Any:
     return stock.TensorHandle(data, dtype.scalar)
 
 
-# PTX instruction, less .ftz, -> numpy function of its float32 operands as accurate as the PTX manual promises: relative
-# error 2^-11 for tanh, which is therefore rounded to 11 bits, and nearly float32's own for the others.
+# PTX instruction, less .ftz, which flushes subnormal numbers to zero -> numpy function of its float32 operands as accurate as
+# the PTX manual promises: relative error 2^-11 for tanh, which is therefore rounded to 11 bits, and nearly float32's own for
+# the others.
 INLINE_ASM: dict[str, Callable[..., Any]] = {
     "tanh.approx.f32": lambda x: _rounded_to_11_bits(np.tanh(x)),
     "ex2.approx.f32": lambda x: np.exp2(x),
@@ -211,10 +217,12 @@ class _RepairedBuilder(_StockBuilder):
         return _encode(product + _decode(d), d.dtype)
 
     def create_inline_asm(self, asm, constraints, values, result_types, is_pure, pack):
-        instruction = asm.split()[0].replace(".ftz", "")
+        name = asm.split()[0]
+        instruction = name.replace(".ftz", "")
         if instruction not in INLINE_ASM:
             raise NotImplementedError(f"inline assembly {instruction!r} has no function in INLINE_ASM to stand for it")
-        result = INLINE_ASM[instruction](*(_decode(value) for value in values))
+        flushed = _flushed if name != instruction else np.asarray
+        result = flushed(INLINE_ASM[instruction](*(flushed(_decode(value)) for value in values)))
         return types.SimpleNamespace(get_result=[_encode(result, result_types[0])].__getitem__)
 
     def create_masked_load(self, ptrs, mask, *args, **kwargs):

@@ -225,6 +225,14 @@ def test_tanh_approx_of_special_values():
     assert_identical(_asm("tanh.approx.f32", x), torch.tensor([0.0, -0.0, 1, -1, math.nan, 1, -1, 2.0**-100]))
 
 
+def test_ftz_has_no_subnormal_numbers():
+    x = torch.tensor([-126.0, -127.0, 2.0**127, -(2.0**127), math.inf, 2.0**-130, -(2.0**-130), math.nan])
+    assert _asm("ex2.approx.ftz.f32", x)[:2].tolist() == [2.0**-126, 0.0]
+    flushed = torch.tensor([0.0, -0.0, 0.0, math.inf, -math.inf, math.nan])
+    assert_identical(_asm("rcp.approx.ftz.f32", x)[2:], flushed)
+    assert_identical(_asm("rcp.approx.f32", x)[2:4], torch.tensor([2.0**-127, -(2.0**-127)]))
+
+
 def test_unknown_inline_asm_is_refused_by_name():
     with pytest.raises(InterpreterError, match=r"sin\.approx\.f32.*INLINE_ASM"):
         _asm("sin.approx.f32", torch.zeros(4))

@@ -150,13 +150,13 @@ FLOAT("f32", f32, fmaf, fabsf, fminf, fmaxf) FLOAT("f64", f64, fma, fabs, fmin, 
 OP2("max.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : fmaxf(a, b)) OP2("min.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : fminf(a, b))
 OP3("max.f32/3", f32, f32, f32, f32, fmaxf(fmaxf(a, b), c)) OP3("min.f32/3", f32, f32, f32, f32, fminf(fminf(a, b), c))
 OP3("max.NaN.f32/3", f32, f32, f32, f32, a != a || b != b || c != c ? NAN : fmaxf(fmaxf(a, b), c))
-OP2("div.full.f32", f32, f32, f32, a / b) OP2("div.approx.f32", f32, f32, f32, a / b) OP1("rcp.approx.f32", f32, f32, 1 / a) OP1("rcp.approx.ftz.f32", f32, f32, 1 / a)
 // .ftz: subnormal operands and results are zeros of their sign.
 #define FTZ(x) (fabsf(x) < 0x1p-126f ? copysignf(0, x) : (x))
+OP2("div.full.f32", f32, f32, f32, a / b) OP2("div.approx.f32", f32, f32, f32, a / b) OP1("rcp.approx.f32", f32, f32, 1 / a) OP1("rcp.approx.ftz.f32", f32, f32, FTZ(1 / FTZ(a)))
 OP3("fma.rn.ftz.f32", f32, f32, f32, f32, FTZ(fmaf(FTZ(a), FTZ(b), FTZ(c)))) OP2("mul.rn.ftz.f32", f32, f32, f32, FTZ(FTZ(a) * FTZ(b)))
 OP1("sqrt.rn.f64", f64, f64, sqrt(a)) OP1("sqrt.approx.f32", f32, f32, sqrtf(a)) OP1("sqrt.approx.ftz.f32", f32, f32, FTZ(sqrtf(FTZ(a))))
 OP1("rsqrt.approx.ftz.f32", f32, f32, FTZ((f32)(1 / sqrt(FTZ(a))))) OP1("rcp.approx.ftz.f64", f64, f64, 1 / a)
-OP1("ex2.approx.f32", f32, f32, (f32)exp2(a)) OP1("ex2.approx.ftz.f32", f32, f32, (f32)exp2(a)) OP1("lg2.approx.f32", f32, f32, (f32)log2(a)) OP1("tanh.approx.f32", f32, f32, (f32)tanh(a))
+OP1("ex2.approx.f32", f32, f32, (f32)exp2(a)) OP1("ex2.approx.ftz.f32", f32, f32, FTZ((f32)exp2(FTZ(a)))) OP1("lg2.approx.f32", f32, f32, (f32)log2(a)) OP1("tanh.approx.f32", f32, f32, (f32)tanh(a))
 OP1("sqrt.rn.f32", f32, f32, sqrtf(a)) OP1("rsqrt.approx.f32", f32, f32, (f32)(1 / sqrt(a)))
 static inline f32 flushed(f32 a) { return fabsf(a) < 0x1p-126f ? copysignf(0, a) : a; }
 OP1("abs.ftz.f32", f32, f32, fabsf(flushed(a)))
