@@ -35,6 +35,12 @@ def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
+def split_units(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_B, 4 * BLOCK_H] in memory order -> four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
+    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+
+
+@triton.jit
 def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """Four [BLOCK_B, BLOCK_H] tiles -> [BLOCK_B, 4 * BLOCK_H] in fragment order."""
     tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
@@ -58,7 +64,7 @@ def load_gates(
         tile = tl.load(ptr + offsets)
     else:
         tile = tl.load(ptr + offsets, mask=(n < 4 * H)[None, :], other=0.0)
-    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+    return split_units(tile, BLOCK_B, BLOCK_H)
 
 
 @triton.jit

@@ -134,6 +134,7 @@ def config_arguments(config: SequenceConfig) -> dict[str, Any]:
         "RESIDENT": config.persistent,
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
+        "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k,
         "IN_FLIGHT": config.in_flight,
     }

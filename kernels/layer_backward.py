@@ -164,7 +164,6 @@ def _gate_gradients(
         PRECISION=precision,
         INDEX=index,
         ACTIVATED=gates is not None,
-        SPLIT_K=config.split_k,
         **config_arguments(config),
         **recurrent_weights(directions),
         **segment_arguments(segments),

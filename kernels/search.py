@@ -60,8 +60,9 @@ def _persistent(
     if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
         return
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
-    split_k = 1 if problem.way == "forward" else num_warps
-    for block_k, bytes_each in itertools.product((16, 32, 64, 128, 256, 512, 1024), _BYTES_IN_FLIGHT):
+    split = (1, num_warps) if problem.way == "forward" else (num_warps,)
+    depths = (16, 32, 64, 128, 256, 512, 1024)
+    for split_k, block_k, bytes_each in itertools.product(split, depths, _BYTES_IN_FLIGHT):
         chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
         free = device.shared_memory - chunks * chunk * problem.columns * block_h
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)

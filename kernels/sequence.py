@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
-from .gates import gate_rows, load_gates, split_gates, store_gates
+from .gates import gate_rows, load_gates, split_gates, split_units, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
+from .splits import chunk_offsets, product_of_rows
 
 
 @triton.jit
@@ -21,6 +22,17 @@ def _load_weight_chunk(w_ptr, rows, mask_rows, k, H: tl.constexpr, BLOCK_K: tl.c
     offs_k = k + tl.arange(0, BLOCK_K)
     offsets = rows.to(tl.int64)[:, None] * H + offs_k[None, :]
     return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < H)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_split_weight_chunk(
+    w_ptr, chunk, first_unit, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """[SPLIT_K, BLOCK_K, 4 * BLOCK_H], transposed, in memory order."""
+    n = 4 * first_unit + tl.arange(0, 4 * BLOCK_H)
+    k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
+    offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * H + k[:, :, None]
+    return tl.load(w_ptr + offsets, mask=(k < H)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
 
 
 @triton.jit
@@ -85,12 +97,12 @@ def _lstm_sequence_forward_kernel(
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
     # INDEX is the integer type of offsets within one timestep
     FORWARD: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    IN_FLIGHT: tl.constexpr,
+    INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
-    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    CHUNKS: tl.constexpr = (H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
     ALL_UNITS: tl.constexpr = H % BLOCK_H == 0
     group = tl.program_id(0) // PROGRAMS
     direction = group % D
@@ -107,7 +119,9 @@ def _lstm_sequence_forward_kernel(
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
-                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, BLOCK_K),
+                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, BLOCK_K)
+                if SPLIT_K == 1
+                else _load_split_weight_chunk(w_ptr, chunk, first_unit, H, BLOCK_H, SPLIT_K, BLOCK_K),
             )
 
     # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
@@ -170,26 +184,30 @@ def _lstm_sequence_forward_kernel(
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
-        z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
-        if RESIDENT:
-            for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
-                # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
-                state = ()
-                for k in tl.static_range(IN_FLIGHT):
-                    if first + k < CHUNKS:
-                        state = state + (  # type: ignore[assignment]
-                            _load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),
-                        )
-                for k in tl.static_range(IN_FLIGHT):
-                    if first + k < CHUNKS:
-                        z = tl.dot(weights[first + k], state[k], z, input_precision=PRECISION, out_dtype=ACC)
+        if SPLIT_K > 1:
+            z = product_of_rows(h_rows, None, weights, ROW, IN_FLIGHT, PRECISION, ACC)
+            z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
         else:
-            for k in range(0, H, BLOCK_K):
-                w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
-                h_prev = _load_state_chunk(h_rows, k, ROW, BLOCK_K)
-                z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
+            z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
+            if RESIDENT:
+                for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
+                    # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
+                    state = ()
+                    for k in tl.static_range(IN_FLIGHT):
+                        if first + k < CHUNKS:
+                            state = state + (  # type: ignore[assignment]
+                                _load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),
+                            )
+                    for k in tl.static_range(IN_FLIGHT):
+                        if first + k < CHUNKS:
+                            z = tl.dot(weights[first + k], state[k], z, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                for k in range(0, H, BLOCK_K):
+                    w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
+                    h_prev = _load_state_chunk(h_rows, k, ROW, BLOCK_K)
+                    z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
-        z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
+            z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
         i, f, g, o, c_new, h = FORWARD(z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c)
         x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
         c_t = c_new

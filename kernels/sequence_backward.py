@@ -13,43 +13,16 @@ from .dropout import begin, drop
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
+from .splits import chunk_offsets, load_rows_chunk, product_of_rows, sum_of_splits
 
 
 @triton.jit
 def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """[SPLIT_K, BLOCK_K, BLOCK_H] of W_hh: rows in the order of dz in memory, 4 * unit + gate."""
-    n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
+    n = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     rows = (n % 4) * H + n // 4
     offsets = rows.to(tl.int64)[:, :, None] * H + offs_h[None, None, :]
     return tl.load(w_ptr + offsets, mask=(n < 4 * H)[:, :, None] & mask_h[None, None, :], other=0.0)
-
-
-@triton.jit
-def _load_dz_chunk(rows, gathers, chunk, H, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[SPLIT_K, BLOCK_B, BLOCK_K] of dz; 0 where nothing is gathered yet, in the first step."""
-    n = _chunk_offsets(chunk, SPLIT_K, BLOCK_K)
-    mask = (n < 4 * H)[:, None, :] & gathers
-    return tl.load(rows[None, :, None] + n[:, None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    splits = chunk * SPLIT_K + tl.arange(0, SPLIT_K)
-    return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-
-
-@triton.jit
-def _sum_of_splits(parts, SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[SPLIT_K, BLOCK_B, BLOCK_H] -> [BLOCK_B, BLOCK_H], each entry summed by one thread.
-
-    The parts of an entry, one in each warp, move to one thread, which adds them up in pairs. tl.sum would leave all of the sum
-    in every warp, and each would go on to compute all units.
-    """
-    rest = tl.permute(parts, (1, 2, 0))
-    for halving in tl.static_range(1, SPLIT_K.bit_length()):
-        a, b = tl.split(tl.reshape(rest, (BLOCK_B, BLOCK_H, SPLIT_K >> halving, 2)))
-        rest = a + b
-    return tl.reshape(rest, (BLOCK_B, BLOCK_H))
 
 
 # What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
@@ -204,25 +177,15 @@ def _lstm_sequence_backward_kernel(
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
         next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
-        parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
         if RESIDENT:
-            for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
-                # All asked for before the first is used, as forward.
-                dz = ()
-                for k in tl.static_range(IN_FLIGHT):
-                    if first + k < CHUNKS:
-                        dz = dz + (  # type: ignore[assignment]
-                            _load_dz_chunk(next_rows, step > 0, first + k, H, SPLIT_K, BLOCK_K),
-                        )
-                for k in tl.static_range(IN_FLIGHT):
-                    if first + k < CHUNKS:
-                        parts = tl.dot(dz[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)
+            dh_next = product_of_rows(next_rows, step > 0, weights, 4 * H, IN_FLIGHT, PRECISION, ACC)
         else:
+            parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
             for chunk in range(CHUNKS):
                 w = _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K)
-                dz = _load_dz_chunk(next_rows, step > 0, chunk, H, SPLIT_K, BLOCK_K)
+                dz = load_rows_chunk(next_rows, step > 0, chunk, 4 * H, SPLIT_K, BLOCK_K)
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
-        dh_next = _sum_of_splits(parts, SPLIT_K, BLOCK_B, BLOCK_H)
+            dh_next = sum_of_splits(parts, SPLIT_K, BLOCK_B, BLOCK_H)
         if resets_ptr is not None:
             # A state that was cleared before the step t_next passes no gradient back to here.
             dh_next = tl.where(resets_next[:, None], 0.0, dh_next)

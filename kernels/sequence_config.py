@@ -122,7 +122,8 @@ def readers_of_weights(problem: Problem, config: SequenceConfig, device: DeviceF
 def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
     """Cycles of a step of a launch of all steps, by a model: the barrier between programs; the latency of the L2 cache for each
     round of loads, and its throughput; the slowest of shared memory, from which tensor cores take W_hh, the cores themselves,
-    and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends before the next begins; the gates."""
+    and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends before the next begins; the way of the
+    sums through shared memory; the gates."""
     chunks, columns = config.chunks(problem.inner), problem.columns * config.block_h
     row_bytes = chunks * config.split_k * config.block_k * problem.dtype.itemsize
     launched = config.programs * config.groups
@@ -136,5 +137,6 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
     gates = 10 * max(config.block_b * config.block_h, 32 * config.num_warps) / device.special_functions
     latencies = (device.barrier if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
     weights = readers_of_weights(problem, config, device) * columns * row_bytes / device.shared_bytes
-    step = latencies + state + max(weights, products, chain) + gates
+    sums = 8 * config.split_k * config.block_b * columns / device.shared_bytes
+    step = latencies + state + max(weights, products, chain) + sums + gates
     return step * cdiv(launched, device.sms)  # programs that are alone with their rows may queue

@@ -35,7 +35,7 @@ def _find_mutants():
         with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
             assert loads_behind_grid_barrier(choose(case, 90).report) == []
         case = case._replace(features=("training",), H=768)
-        with _mutated(way, functools.partial(_loading_chunk_by_chunk, way)):
+        with _mutated(way, _loading_chunk_by_chunk):
             found = list(faults(case, *choose(case, 90)[:2]))
             assert any("loads at once, in more than" in text for text in found), found
         with _mutated(way, _loading_weights_in_every_step):
@@ -54,19 +54,21 @@ def _find_mutants():
 
 def _waiting_after_the_loads(way, source):
     wait = re.search(r"        if counters_ptr is not None:\n            wait\(.*\n", source)[0]
-    behind = {"forward": "        z_i, z_f, z_g, z_o = split", "backward": "        dh_next = _sum_of_splits("}[way]
+    behind = {"forward": "        i, f, g, o, c_new, h = FORWARD", "backward": "        dh += dh_next"}[way]
     assert source.count(behind) == 1
     return source.replace(wait, "").replace(behind, wait + behind)
 
 
 def _loading_weights_in_every_step(source):
-    [load] = re.findall(r"weights \+ \(.*\n\s*(_load_weight_chunk\(.*\)),\n", source)
-    return source.replace("weights[first + k]", re.sub(r"\bchunk\b", "(first + k)", load))
+    load = re.search(r"    if RESIDENT:\n        for chunk in [\s\S]*?\n            \)\n", source)[0]
+    product = re.search(r"        if (SPLIT_K > 1|RESIDENT):\n            \w+ = product_of_rows", source)[0]
+    again = "        weights = ()\n" + re.sub(r"^", "    ", load, flags=re.MULTILINE).rstrip(" ")
+    return source.replace(product, again + product)
 
 
-def _loading_chunk_by_chunk(way, source):
-    [load] = re.findall(r"(?:state|dz) \+ \(.*\n\s*(_load_\w+\(.*\)),\n", source)
-    return source.replace({"forward": "state[k]", "backward": "dz[k]"}[way], load)
+def _loading_chunk_by_chunk(source):
+    [load] = re.findall(r"state = state \+ \((load_rows_chunk\(.*\)),\)", source)
+    return source.replace("tl.dot(state[k], weights", f"tl.dot({load}, weights")
 
 
 def _computing_another_exponential(source):
@@ -82,16 +84,20 @@ def _loading_resets_on_the_way_to_the_product(source):
 
 @contextlib.contextmanager
 def _mutated(way, change):
-    """The kernel of this way with its module's source changed."""
+    """The kernel of this way with its module's source changed, and in it that of the product."""
+    from lstm_triton.kernels import splits
     from lstm_triton.kernels.specialization import KERNELS
 
     kernel = KERNELS[way]
     path = Path(inspect.getsourcefile(kernel.fn))
-    source = change(path.read_text())
-    assert source != path.read_text()
+    product = inspect.getsource(splits).partition("\n\n\n")[2]
+    source = re.sub(r"from \.splits import .*\n", "", path.read_text())
+    source = source.replace("\n\n\n", f"\n\n\n{product}\n\n\n", 1)
+    changed = change(source)
+    assert source != changed
     with tempfile.TemporaryDirectory() as folder:
         mutated = Path(folder, path.name)
-        mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", source))
+        mutated.write_text(re.sub(r"from \.(\w+) import", r"from lstm_triton.kernels.\1 import", changed))
         spec = importlib.util.spec_from_file_location("mutated", mutated)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

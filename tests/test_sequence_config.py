@@ -44,15 +44,13 @@ def _bytes(problem, config):
     inner, columns = (H, 4 * config.block_h) if forward else (4 * H, config.block_h)
     depth = config.split_k * config.block_k
     weights, state = cdiv(inner, depth) * depth * columns * itemsize, config.block_b * depth * itemsize
-    converted = (
-        16 * config.block_b * config.block_h if forward else 4 * config.split_k * config.block_b * config.block_h
-    )
+    converted = 4 * config.split_k * config.block_b * columns
     return weights + max(config.in_flight * state, converted)
 
 
 def _tensor_memory(problem, config):
     """Columns of a program on sm_100: [4 * block_h, block_b] in float32 for each chunk, in columns of 128 lanes."""
-    if problem.way == "backward" or 4 * config.block_h < 64:
+    if problem.way == "backward" or config.split_k > 1 or 4 * config.block_h < 64:
         return 0  # such products run on mma.sync
     columns = 32
     while columns < cdiv(problem.H, config.block_k) * config.block_b * 4 * config.block_h / 128:

@@ -95,7 +95,7 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
     if case.problem.on_tensor_cores:
         if not report.matrix_instructions():
             yield "no matrix instructions"
-        wide = case.way == "forward" and 4 * config.block_h >= 64
+        wide = case.way == "forward" and config.split_k == 1 and 4 * config.block_h >= 64
         if report.arch == 90 and wide and not report.counts["HGMMA"]:
             yield "no wgmma"
     # The compiler lays operands out for the narrowest type loaded on the way to them: anything else costs a move per element.

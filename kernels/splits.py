@@ -1,0 +1,71 @@
+"""A product whose inner dimension is split among the warps of a program, for tiles of few rows and columns.
+
+Each warp reads its own part of both operands and no other, and has a chain of sums that is as many times shorter; the sums of
+all warps then meet. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension, a part for each warp.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def _bits(number):
+    return number.bit_length()
+
+
+@triton.jit
+def chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[SPLIT_K, BLOCK_K] places of a chunk in the inner dimension."""
+    splits = chunk * SPLIT_K + tl.arange(0, SPLIT_K)
+    return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def load_rows_chunk(rows, exists, chunk, N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[SPLIT_K, rows, BLOCK_K] of rows of N elements; 0 past their end, and everywhere unless `exists`, None where true."""
+    n = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
+    pointers = rows[None, :, None] + n[:, None, :]
+    if exists is not None:
+        return tl.load(pointers, mask=(n < N)[:, None, :] & exists, other=0.0)
+    elif N % (SPLIT_K * BLOCK_K) != 0:
+        return tl.load(pointers, mask=(n < N)[:, None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def product_of_rows(
+    rows, exists, weights, N: tl.constexpr, IN_FLIGHT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """[rows, columns]: rows of N elements in memory, as `load_rows_chunk` takes them, times weights, a tuple of chunks
+    [SPLIT_K, BLOCK_K, columns]."""
+    CHUNKS: tl.constexpr = len(weights)
+    SPLIT_K: tl.constexpr = weights[0].shape[0]
+    BLOCK_K: tl.constexpr = weights[0].shape[1]
+    BLOCK_B: tl.constexpr = rows.shape[0]
+    COLUMNS: tl.constexpr = weights[0].shape[2]
+    parts = tl.zeros((SPLIT_K, BLOCK_B, COLUMNS), ACC)
+    for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
+        # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
+        state = ()
+        for k in tl.static_range(IN_FLIGHT):
+            if first + k < CHUNKS:
+                state = state + (load_rows_chunk(rows, exists, first + k, N, SPLIT_K, BLOCK_K),)  # type: ignore[assignment]
+        for k in tl.static_range(IN_FLIGHT):
+            if first + k < CHUNKS:
+                parts = tl.dot(state[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)
+    return sum_of_splits(parts, SPLIT_K, BLOCK_B, COLUMNS)
+
+
+@triton.jit
+def sum_of_splits(parts, SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr):
+    """[SPLIT_K, BLOCK_B, COLUMNS] -> [BLOCK_B, COLUMNS], each entry summed by one thread.
+
+    The parts of an entry, one in each warp, move to one thread, which adds them up in pairs. tl.sum would leave all of the sum
+    in every warp, and each would go on to compute all units.
+    """
+    rest = tl.permute(parts, (1, 2, 0))
+    for halving in tl.static_range(1, _bits(SPLIT_K)):
+        a, b = tl.split(tl.reshape(rest, (BLOCK_B, COLUMNS, SPLIT_K >> halving, 2)))
+        rest = a + b
+    return tl.reshape(rest, (BLOCK_B, COLUMNS))
