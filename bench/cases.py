@@ -49,15 +49,15 @@ class Case:
         object.__setattr__(self, "input_size", self.input_size or self.hidden_size)
         usual = self.precision or ("tf32" if self.form == "layer" else "ieee")
         object.__setattr__(self, "precision", usual if self.dtype == "float32" else "")
-        cell, carried = self.form == "cell", self.carried
+        is_cell, steps = self.form == "cell", (self.length, self.mode, self.rows)
+        sizes = self.hidden_size, self.batch, self.length, self.layers, self.scale
         rules = {
-            "sizes and the scale are above 0": min(self.hidden_size, self.batch, self.length, self.layers, self.scale)
-            > 0,
+            "sizes and the scale are above 0": min(sizes) > 0,
             f"no dtype is {self.dtype!r}": self.dtype in DTYPES,
             "resets are a share, from 0 to 1": 0 <= self.resets <= 1,
-            "a cell is one step of one layer in one direction": not cell or (self.length == 1 and self.is_simple),
-            "a carried state is that of forward calls of one step over padded batch rows": not carried
-            or (self.length, self.mode, self.rows) == (1, "forward", "padded"),
+            "a cell is one step of one layer in one direction": not is_cell or (self.length == 1 and self.is_simple),
+            "a carried state is of forward calls, one step, padded": not self.carried
+            or steps == (1, "forward", "padded"),
         }
         for rule in (rule for rule, holds in rules.items() if not holds):
             raise ValueError(f"case: {rule}")

@@ -12,18 +12,11 @@ from lstm_triton.tolerance import Errors
 
 from . import problem as problems
 from .cases import Case
-from .problem import Problem
-from .providers import Provider
+from .problem import Problem, Provider
 from .rows import Error
 
-# Half the distance between neighbouring numbers near 1: what one rounding costs, by how products take their operands.
-ROUNDING = {
-    "float32 tf32": 2.0**-11,
-    "float32": 2.0**-24,
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float64": 2.0**-53,
-}
+# Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
+MANTISSA = {"float32 tf32": 11, "float32": 24, "float16": 11, "bfloat16": 8, "float64": 53}
 # A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings: far from what
 # rounding in another order can do, and close enough that a misplaced batch row or step cannot hide. Whether a provider is as
 # accurate as torch (twice its largest error) is another question, which the table of errors answers.
@@ -100,7 +93,7 @@ def error(result: Tensor, true: Tensor) -> Error:
 def why_wrong(case: Case, found: Mapping[str, Error], torchs: Mapping[str, Error] | None) -> str | None:
     """The worst offence in a sentence, or None. torchs: torch's own errors, if it could compute the case."""
     worst, reason = 1.0, None
-    rounding = ROUNDING.get(case.dtype_name) or ROUNDING[case.dtype]
+    rounding = 2.0 ** -MANTISSA.get(case.dtype_name, MANTISSA[case.dtype])
     for name, e in found.items():
         own, limit, beside = torchs.get(name) if torchs else None, ROUNDINGS_ALONE * rounding, ""
         if own is not None and math.isfinite(own.max):

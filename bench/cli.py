@@ -5,19 +5,26 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from . import choice, run, suites
+from lstm_triton import process
+
 from . import device as devices
+from . import run, suites
 from .cases import DTYPES, MODES, Task
 from .device import UsageError
 from .progress import Progress, missing
+from .providers import PROVIDERS
 from .rows import CPU_LABEL, StoreError, read_all
 
-EPILOG = f"""suites:
-{suites.describe()}
+EPILOG = """suites:
+{suites}
+
+providers:
+{providers}
 
 examples:
   lstm-triton bench --budget 8m                      the most telling cases first; the same command continues
@@ -36,15 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a
     library that the output needs, 130 after Ctrl-C.
     """
-    started = time.monotonic()
-    if (age := devices.process_age()) < _LONGEST_START_S:
-        started -= age  # a budget counts from the user's Enter, not from here, where torch is imported
+    started, age = time.monotonic(), process.age_s()
+    # A budget counts from the user's Enter, not from here, where torch is imported.
+    started -= age if age < _LONGEST_START_S else 0.0
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     try:
-        if options.list_providers:
-            print("\n".join(choice.all_providers()))
-            return 0
         shows = options.validate or options.compare or options.report or options.readme
         return _show(options) if shows else _measure(options, arguments, started)
     except (StoreError, UsageError, RuntimeError) as error:
@@ -56,29 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    text = "Compare this package with cuDNN and others, on this machine."
-    look = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("lstm-triton bench", epilog=EPILOG, formatter_class=look, description=text)
+    described = "\n".join(
+        f"  {name:<12}  {(make.__doc__ or '').splitlines()[0]}" for name, make in suites.SUITES.items()
+    )
+    epilog = EPILOG.format(
+        suites=described, providers="\n".join(f"  {name}" for name in PROVIDERS), CPU_LABEL=CPU_LABEL
+    )
+    text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)
     what = parser.add_argument_group("what is measured").add_argument
     what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
     what("--dtype", action="append", choices=DTYPES)
     what("--mode", action="append", choices=MODES)
-    what("--provider", action="append", metavar="NAME", help="--list-providers shows them")
     for name in ("hidden", "batch", "length"):
         what(f"--{name}", type=numbers, default=bool, metavar="N|A..B,...", help=f"only these {name} sizes")
+    what("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
     what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
-    what("--list-providers", action="store_true", help=argparse.SUPPRESS)
+    what("--against", metavar="REF", help="measure this version and another of its git history, in turns")
     how = parser.add_argument_group("how").add_argument
-    how("--device", default="auto", help="auto (the GPU, if any), cuda, cuda:1, cpu")
-    how("--budget", type=seconds_of, metavar="8m", help="stop in time: 45s, 8m, 1h")
-    how("--seconds", type=seconds_of, help="sampling per provider and case (default 1; CPU 0.5)")
-    how("--timeout", type=seconds_of, default=180.0, help="seconds of silence after which a kernel counts as hung")
-    how("--flush-l2", action="store_true", help="write over the L2 cache before each timed call")
-    how("--threads", type=int, help="of the CPU, for torch")
-    how("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
-    how("--again", action="store_true", help="measure also what has rows already")
-    how("--retry", action="store_true", help="try what failed or was skipped once more")
-    how("--output", type=Path, help="folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>")
+    for option in (f for f in fields(run.Options) if f.metadata):
+        how(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
     show = parser.add_argument_group("what is shown").add_argument
     page = "only render rows as one HTML page (default: report.html beside them)"
     show("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE", help=page)
@@ -87,34 +88,21 @@ def make_parser() -> argparse.ArgumentParser:
     show("--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output")
     show("--validate", nargs="+", type=Path, metavar="PATH", help="only check files of rows")
     show("--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two files or folders of rows")
-    show("--against", metavar="REF", help="measure this version and another of its git history, in turns")
     return parser
 
 
 def numbers(text: str) -> Callable[[int], bool]:
     """A test for "128", "64,128" or "128..1024"."""
-    ranges = []
-    for part in text.split(","):
-        if (match := re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip())) is None:
-            raise argparse.ArgumentTypeError(f"{part!r} is neither a number nor a range such as 128..1024")
-        ranges.append((int(match[1]), int(match[2] or match[1])))
-    return lambda n: any(low <= n <= high for low, high in ranges)
-
-
-def seconds_of(text: str) -> float:
-    """45s, 8m, 1h or a number of seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 45s, 8m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not re.fullmatch(r"\d+(\.\.\d+)?(,\s*\d+(\.\.\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither numbers nor a range such as 128..1024")
+    ranges = [[int(n) for n in part.split("..")] for part in text.split(",")]
+    return lambda n: any(ends[0] <= n <= ends[-1] for ends in ranges)
 
 
 def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
     """The tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
-    known = choice.all_providers()
-    if unknown := sorted(set(options.provider or ()) - set(known)):
-        raise UsageError(f"--provider {unknown[0]}: known are {', '.join(known)}")
-    kind = "cpu" if device == "cpu" else "cuda"
+    if unknown := sorted(set(options.provider or ()) - set(PROVIDERS)):
+        raise UsageError(f"--provider {unknown[0]}: known are {', '.join(PROVIDERS)}")
     chosen = list(suites.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
 
     def passes(task: Task) -> bool:
@@ -123,7 +111,8 @@ def select_tasks(options: argparse.Namespace, device: str) -> list[Task]:
         sizes = options.hidden(c.hidden_size) and options.batch(c.batch) and options.length(c.length)
         return task.kind == "roof" or (words and sizes)
 
-    found = [t for t in suites.tasks(chosen, options.scale or ("cpu" if kind == "cpu" else "gpu"), kind) if passes(t)]
+    scale, kind = ("cpu", "cpu") if device == "cpu" else ("gpu", "cuda")
+    found = list(filter(passes, suites.tasks(chosen, options.scale or scale, kind)))
     if not found or (all(t.kind == "roof" for t in found) and chosen != ["roofs"]):
         raise UsageError("no case passes these filters; --list shows what there is")
     return found
@@ -136,39 +125,37 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def _measure(o: argparse.Namespace, arguments: list[str], started: float) -> int:
-    device = devices.pick(o.device)
-    tasks = select_tasks(o, device)
+    o.device, o.command = devices.pick(o.device), command_line(arguments)
+    tasks = select_tasks(o, o.device)
     if o.list:
         for t in tasks:
             print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
         return 0
-    folder = o.output or devices.results_folder() / devices.folder_name(devices.describe(torch.device(device)).name)
-    options = run.Options(folder, device, command_line(arguments), o.budget, silence_s=o.timeout, flush_l2=o.flush_l2)
-    options.seconds = o.seconds or (0.5 if device == "cpu" else 1.0)
-    options.names, options.threads = tuple(o.provider) if o.provider else None, o.threads
-    options.again, options.retry = o.again, o.retry
+    o.seconds = o.seconds or (0.5 if o.device == "cpu" else 1.0)
+    o.output = o.output or devices.results_folder() / devices.folder_name(devices.describe(torch.device(o.device)).name)
     if o.budget is not None:
         # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
-        at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in folder.rglob("*.jsonl"))
-        options.budget_s = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
+        at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in o.output.rglob("*.jsonl"))
+        o.budget = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
+    options = run.Options(**{f.name: getattr(o, f.name) for f in fields(run.Options) if hasattr(o, f.name)})
     if o.against:
         from . import against
 
         return against.main(o.against, options, tasks)
-    if device == "cpu":
+    if o.device == "cpu":
         print(f"{CPU_LABEL}.", flush=True)
     elif not any(task.kind == "roof" for task in tasks):
         tasks = [*suites.tasks(["roofs"], "gpu", "cuda"), *tasks]  # for the floors; measured once
     if absent := missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    with run.runner(options, Progress(len(tasks), options.budget_s)) as runner:
-        outcome = runner.run(tasks)
-    print(outcome.describe(options))
-    if not o.no_report and (outcome.rows or outcome.before) and not missing("pandas", "matplotlib", "jinja2"):
+    with run.runner(options, Progress(len(tasks), options.budget)) as runner:
+        runner.run(tasks)
+    print(runner.describe())
+    if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):
         from . import report
 
-        report.write(folder / "report.html", *read_all([folder]))
-        print(f"Report: {folder / 'report.html'}")
+        report.write(o.output / "report.html", *read_all([o.output]))
+        print(f"Report: {o.output / 'report.html'}")
     return 0
 
 

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lstm_triton import versions as installed
 from .cases import Task
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
-TOOLS = ("process.py", "timing.py", "versions.py")  # of lstm_triton, with which the benchmark measures
+TOOLS = ("process.py", "storage.py", "timing.py", "versions.py")  # of lstm_triton, with which the benchmark measures
 COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
 _READERS: dict[str, Any] = {  # of NVML and its handle of a GPU
     "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
@@ -39,30 +38,25 @@ class UsageError(ValueError):
 
 
 def pick(name: str) -> str:
-    """Raises UsageError where there is no such device."""
+    """The device to measure on; raises UsageError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such kind of device") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {name}: no such NVIDIA GPU here")
-    if device.type not in ("cuda", "cpu"):
+    if (known := re.fullmatch(r"(cuda|cpu)(?::(\d+))?", name)) is None:
         raise UsageError(f"--device {name}: only NVIDIA GPUs and the CPU are measured")
+    if known[1] == "cuda" and int(known[2] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: no such NVIDIA GPU here")
     return name
 
 
 def describe(device: torch.device) -> Device:
-    if device.type != "cuda":
-        name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError):
-            models = re.findall(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            name = models[0] if models else name
-        return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
-    p = torch.cuda.get_device_properties(device)
-    sizes = p.multi_processor_count, p.total_memory, getattr(p, "L2_cache_size", None)
-    return Device("cuda", p.name, installed.driver_version(), None, None, f"{p.major}.{p.minor}", *sizes)
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        sizes = p.multi_processor_count, p.total_memory, getattr(p, "L2_cache_size", None)
+        return Device("cuda", p.name, installed.driver_version(), None, None, f"{p.major}.{p.minor}", *sizes)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        name = re.findall(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
+    return Device("cpu", f"CPU {name}", threads=torch.get_num_threads(), cores=os.cpu_count())
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -95,11 +89,13 @@ def versions() -> Versions:
 @functools.cache
 def source() -> Source:
     """Identify this version of the package: its commit if it is a checkout, and a digest of the code that computes."""
-    package = Path(lstm_triton.__file__).resolve().parent
+    computes = digest(Path(lstm_triton.__file__).resolve().parent)
     if COMMIT_VARIABLE in os.environ:  # an export of that commit
-        return Source(os.environ[COMMIT_VARIABLE], False, digest(package))
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return Source(_git("rev-parse", "HEAD"), None if changes is None else bool(changes), digest(package))
+        return Source(os.environ[COMMIT_VARIABLE], False, computes)
+    try:
+        return Source(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")), computes)
+    except UsageError:
+        return Source(None, None, computes)
 
 
 def checkout() -> Path | None:
@@ -108,12 +104,13 @@ def checkout() -> Path | None:
     return folder if (folder / "pyproject.toml").is_file() and (folder / "kernels").is_dir() else None
 
 
-def _git(*arguments: str) -> str | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if folder := checkout():
-            command = ["git", "-C", str(folder), *arguments]
-            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return None
+def git(*arguments: str) -> str:
+    """What git says in the checkout; raises UsageError where there is none, or git refuses."""
+    try:
+        command = ["git", "-C", str(checkout()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UsageError(f"git {' '.join(arguments)}: {getattr(error, 'stderr', None) or error}") from None
 
 
 def digest(package: Path) -> str:
@@ -124,14 +121,6 @@ def digest(package: Path) -> str:
     for path in sorted(files, key=lambda p: (p.parent.name, p.name)):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]
-
-
-def process_age() -> float:
-    """Seconds since this process began, imports included; infinite where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
-    return float("inf")
 
 
 def results_folder() -> Path:
@@ -145,18 +134,12 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
 
 
-@dataclass
 class RowMaker:
     """Makes the rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
 
-    on: torch.device
-    command: str
-    run: str
-    l2: Any = None
-    synthetic: bool = False
-
-    def __post_init__(self) -> None:
-        self.device, self.versions, self.source = describe(self.on), versions(), source()
+    def __init__(self, on: torch.device, command: str, run: str, l2: Any = None, synthetic: bool = False) -> None:
+        self.on, self.l2, self.device, self.versions, self.source = on, l2, describe(on), versions(), source()
+        self.always: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
         self._state: tuple[float, dict[str, Any]] = float("-inf"), {}
 
     def state(self) -> dict[str, Any]:
@@ -179,9 +162,10 @@ class RowMaker:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         measured.setdefault("state", self.state() if status == "ok" else {})
         measured |= dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution)
-        measured |= dict(status=status, reason=reason, label="; ".join(text for text in labels if text) or None)
-        measured |= dict(device=self.device, versions=self.versions, source=self.source, synthetic=self.synthetic)
-        measured |= dict(run=self.run, command=self.command, date=now)
+        measured |= dict(
+            status=status, reason=reason, label="; ".join(text for text in labels if text) or None, date=now
+        )
+        measured |= dict(device=self.device, versions=self.versions, source=self.source) | self.always
         # Failures name the state of the cache too: with another one they are tried again.
         measured["l2"] = self.l2 if task.kind in ("timing", "anchor") else None
         return Row(precision=precision | {"lstm_triton": task.case.precision or "as the dtype"}, **measured)

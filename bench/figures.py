@@ -6,7 +6,7 @@ Series differ in colour, dash and marker alike: no one needs the colours to tell
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -14,7 +14,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-Points = Sequence[tuple[float, float]]
 # What matplotlib draws in, and the variables of page.html that take its place.
 TEXT, QUIET, RULE, *SERIES = (f"#0{k}0{k}0{k}" for k in range(1, 10))
 _VARIABLES = {TEXT: "text", QUIET: "quiet", RULE: "rule"} | {ink: f"s{k}" for k, ink in enumerate(SERIES)}
@@ -32,13 +31,16 @@ matplotlib.rc("legend", frameon=False, fontsize=10)
 
 
 def curves(
-    labels: tuple[str, str, str], series: Mapping[str, Points], level: tuple[float, str] | None = None, log: bool = True
+    labels: tuple[str, str, str],
+    series: Mapping[str, Mapping[float, float]],
+    level: tuple[float, str] | None = None,
+    log: bool = True,
 ) -> Markup:
-    """Named curves of points (x, y) with axes that they fill, and a named line at a level of y; empty without points.
+    """Named curves of y by x with axes that they fill, and a named line at a level of y; empty without points.
 
     labels: of the picture, of x, of y. A series without points keeps its look for a picture beside this one, and is not drawn.
     """
-    everything = [point for points in series.values() for point in points]
+    everything = [point for points in series.values() for point in points.items()]
     if not everything:
         return Markup("")
     figure = Figure((4.7, 3.5 + 0.2 * ((len(series) + 1) // 2)), layout="constrained")
@@ -46,7 +48,7 @@ def curves(
     for (name, points), (ink, marker, dash) in zip(series.items(), itertools.cycle(_LOOKS)):
         if points:
             style = dict(color=ink, marker=marker, linestyle=dash, markersize=5, linewidth=1.8)
-            axes.plot(*zip(*sorted(points)), label=name, **style)
+            axes.plot(*zip(*sorted(points.items())), label=name, **style)
     if level is not None:
         axes.axhline(level[0], color=TEXT, linewidth=1, linestyle=(0, (6, 4)))
         place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom")

@@ -13,7 +13,7 @@ from torch import Tensor
 from lstm_triton import dispatch, process, timing
 from lstm_triton.kernels.launch import Launcher
 
-from . import choice, problem
+from . import problem, providers
 from .cases import Case
 from .checks import Built
 
@@ -21,36 +21,32 @@ BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for hast
 _TIMEOUT_S = 300
 
 
-def overhead(built: Built, provider: str, device: torch.device, calls: int) -> dict[str, float]:
+def overhead(built: Built, provider: str, calls: int) -> dict[str, float]:
     """total_us of a call, and for this package of it launch_us (each kernel launch timed again by itself), dispatch_us (the
     choice of a backend) and checks_us (the rest: module, checks, autograd, allocation); launches.
     """
+    device, launches, original = built.problem.device, list[Callable[[], Any]](), Launcher.__call__
 
     def host_us(call: Callable[[], Any]) -> float:
         return timing.median_us(call, timing.Clock(device, host=True), BATCHES, calls)
-
-    launches: list[Callable[[], Any]] = []
-    original = Launcher.__call__
 
     def recording(self: Any, *arguments: Any, **options: Any) -> Any:
         launches.append(functools.partial(self, *arguments, **options))
         return original(self, *arguments, **options)
 
     with torch.set_grad_enabled(built.training):
-        total = host_us(built.call)
+        found = {"total_us": host_us(built.call)}
         if not provider.startswith("lstm_triton"):
-            return {"total_us": total}
+            return found
         with mock.patch.object(Launcher, "__call__", recording):
             built.call()
-        launch = sum(map(host_us, launches))
-    backend, dtype = provider.split()[1], built.inputs[0].dtype
+        found["launch_us"] = sum(map(host_us, launches))
+    chosen = functools.partial(dispatch.layer_backend, plain=True, long=False, precision=None)
     if built.problem.case.form == "cell":
-        chosen = host_us(lambda: dispatch.cell_backend(backend, device, dtype))
-    else:
-        chosen = host_us(lambda: dispatch.layer_backend(backend, device, dtype, True, False, None))
-    rest = max(total - launch - chosen, 0.0)
-    parts = {"launch_us": launch, "dispatch_us": chosen, "checks_us": rest, "launches": float(len(launches))}
-    return {"total_us": total} | parts
+        chosen = dispatch.cell_backend
+    found["dispatch_us"] = host_us(functools.partial(chosen, provider.split()[1], device, built.inputs[0].dtype))
+    found["checks_us"] = max(found["total_us"] - found["launch_us"] - found["dispatch_us"], 0.0)
+    return found | {"launches": float(len(launches))}
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
@@ -77,17 +73,15 @@ def _new_process(case: Case, provider: str, device: torch.device, cache: str) ->
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
     case, provider, device_type = request
-    device = torch.device(device_type)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    torch.zeros(1, device=device)  # CUDA itself starts before the clock does
-    synchronize()
-    built = Built(choice.provider(provider), problem.make(case, device))
-    torch.set_grad_enabled(built.training)
+    synchronize = torch.cuda.synchronize if device_type == "cuda" else lambda: None
+    built = Built(providers.PROVIDERS[provider], problem.make(case, torch.device(device_type)))
+    synchronize()  # CUDA itself starts before the clock does
     times = [time.perf_counter()]
-    for _ in range(2):
-        built.call()
-        synchronize()
-        times.append(time.perf_counter())
+    with torch.set_grad_enabled(built.training):
+        for _ in range(2):
+            built.call()
+            synchronize()
+            times.append(time.perf_counter())
     first, second = times[1] - times[0], times[2] - times[1]
     connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 
@@ -98,8 +92,7 @@ def held(built: Built) -> dict[str, int]:
     saved: in tensors that autograd keeps for backward, each storage once, without inputs and weights. On a GPU also, above what
     there was before: after_forward, and peak over forward and backward, which take in what no tensor shows.
     """
-    given = {_storage(t) for t in (*built.inputs, *built.model.weights.values())}
-    saved: dict[int, int] = {}
+    given, saved = {_storage(t) for t in (*built.inputs, *built.model.weights.values())}, dict[int, int]()
 
     def pack(t: Tensor) -> Tensor:
         if _storage(t) not in given:

@@ -2,8 +2,8 @@
 
 import contextlib
 import traceback
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ import torch
 from lstm_triton import timing
 from lstm_triton.process import Fatal, raise_if_lost
 
-from . import choice, host
+from . import host, providers, roofs
 from . import problem as problems
-from . import roofs as roof
 from .cases import Task
 from .checks import Built, Judge
 from .device import RowMaker
-from .providers import Unavailable
+from .problem import Unavailable
 from .rows import Error, Row, Timing
 
 Pair = tuple[str, str]  # of provider and execution
@@ -27,17 +26,16 @@ Pair = tuple[str, str]  # of provider and execution
 class Context:
     """State that all tasks of a run share.
 
-    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. stage: receives
-    provider, execution and what is done next, so that what hangs or crashes can be named.
+    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. roofs: figures of
+    the suite of that name. stage: receives provider, execution and what is done next, so that what hangs can be named.
     """
 
-    device: torch.device
     maker: RowMaker
     clock: timing.Clock
     seconds: float = 1.0
     names: tuple[str, ...] | None = None
-    roofs: roof.Roofs | None = None
-    stage: Callable[[str, str, str], None] = lambda provider, execution, what: None
+    roofs: Mapping[str, float] = field(default_factory=dict)
+    stage: Callable[..., None] = lambda provider, execution, what: None
 
 
 def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Collection[Pair] = ()) -> None:
@@ -45,7 +43,7 @@ def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Col
 
     Raises Fatal, after its row, when the device is lost.
     """
-    names = choice.names_of(task, context.device.type, context.names)
+    names = providers.names_of(task, context.maker.on.type, context.names)
     wanted: list[Pair] = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
     if wanted:
         with problems.precision(task.case):
@@ -60,18 +58,16 @@ class _Measurement:
         self.ready: dict[Pair, tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
 
     def run(self, wanted: list[Pair]) -> None:
-        judge = None
+        judge, torchs = None, providers.torchs(self.task.case)
         if self.task.kind in ("timing", "anchor", "accuracy", "memory"):
-            torchs = choice.torchs(self.task.case)
             try:
                 self.context.stage("float64", "eager", "truth")
-                judge = Judge(problems.make(self.task.case, self.context.device), choice.provider(torchs))
+                judge = Judge(problems.make(self.task.case, self.context.maker.on), providers.PROVIDERS[torchs])
                 self.context.stage(torchs, "eager", "check")
                 judge.ask_torch()
             except Exception as error:
                 raise_if_lost(error)
-                self.tell(wanted, "failed", f"no float64 truth to compare with: {brief(error)}")
-                return
+                return self.tell(wanted, "failed", f"no float64 truth to compare with: {brief(error)}")
         for name in dict.fromkeys(n for n, _ in wanted):
             mine = [(n, e) for n, e in wanted if n == name]
             try:
@@ -84,9 +80,8 @@ class _Measurement:
                 status = "skipped" if unable or "cannot serve: " in str(error) else "failed"
                 self.tell(mine, status, str(error) if unable else brief(error))
                 raise_if_lost(error)
-            finally:
-                with contextlib.suppress(Exception):
-                    torch.cuda.empty_cache()
+            with contextlib.suppress(Exception):
+                torch.cuda.empty_cache()
         del judge
         while self.ready:
             self._time()
@@ -97,21 +92,21 @@ class _Measurement:
 
     def _alone(self, which: list[Pair]) -> None:
         """Roofs, host times and first calls, which are compared with no truth."""
-        name, context, case = which[0][0], self.context, self.task.case
+        name, context, case, on = which[0][0], self.context, self.task.case, self.context.maker.on
         context.stage(name, "eager", self.task.kind)
         if self.task.kind == "roof":
-            self.tell(which, "ok", values=roof.PARTS[name](context.device))
-        elif self.task.kind == "overhead":
-            built = Built(choice.provider(name), problems.make(case, context.device))
-            calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
-            self.tell(which, "ok", model=built.model, values=host.overhead(built, name, context.device, calls))
+            self.tell(which, "ok", values=roofs.PARTS[name](on))
+        elif self.task.kind == "cold-start":
+            self.tell(which, "ok", values=host.cold_start(case, name, on))
         else:
-            self.tell(which, "ok", values=host.cold_start(case, name, context.device))
+            built = Built(providers.PROVIDERS[name], problems.make(case, on))
+            calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
+            self.tell(which, "ok", model=built.model, values=host.overhead(built, name, calls))
 
     def _check(self, which: list[Pair], judge: Judge) -> None:
         name, stage, kind = which[0][0], self.context.stage, self.task.kind
         stage(*which[0], "build")
-        built = Built(choice.provider(name), judge.problem, states=kind == "accuracy")
+        built = Built(providers.PROVIDERS[name], judge.problem, states=kind == "accuracy")
         stage(*which[0], "check")
         found = judge.errors(built)
         if reason := judge.why_wrong(found):
@@ -135,20 +130,18 @@ class _Measurement:
         calls = {key: call for key, (_, _, call) in self.ready.items()}
         try:
             with torch.set_grad_enabled(case.mode == "train"):
-                samples = timing.interleaved(
-                    calls, context.clock, context.seconds, lambda key: context.stage(*key, "timing")
-                )
+                turn = lambda key: context.stage(*key, "timing")  # noqa: E731
+                samples = timing.interleaved(calls, context.clock, context.seconds, turn)
         except timing.Failed as failure:
             cause = failure.__cause__ or failure
             self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
-            raise_if_lost(cause)
-            return
-        floor, state = roof.floor(case, context.roofs), context.maker.state()
+            return raise_if_lost(cause)
+        floor, state = roofs.floor(case, context.roofs), context.maker.state()
         for key, sample in samples.items():
             built, found, _ = self.ready.pop(key)
             took = Timing.of(sample, case.length, context.clock.name)
-            distance = took.us_per_step / floor.us_per_step if floor else None
-            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
+            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor)
+            measured["distance"] = took.us_per_step / floor.us_per_step if floor else None
             self.tell([key], "ok", model=built.model, **measured)
 
 
@@ -169,13 +162,12 @@ def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
 
 def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     """A CUDA graph of a call: the function that replays it, and what the call returned, which every replay writes anew."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             result = call()
@@ -186,7 +178,6 @@ def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
 
 def brief(error: BaseException) -> str:
     """The kind and the first line of an error, and whether a backward raised it."""
-    text = str(error).strip().splitlines()
     in_backward = any(frame.name == "backward" for frame in traceback.extract_tb(error.__traceback__))
-    where = "in its backward: " if in_backward else ""
-    return where + (f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__)
+    text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return "in its backward: " * in_backward + text[:330]

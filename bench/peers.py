@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, State, set_precision
-from .providers import Model, Unavailable, load
+from .problem import Model, Problem, State, Unavailable, load, set_precision
 
 PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn", "fastlstm": "fastlstm"}
 

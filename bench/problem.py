@@ -1,21 +1,24 @@
-"""The tensors of a case, the same for every provider, what they give in float64, and torch's precision for the case."""
+"""The tensors of a case, the same for every provider, what they give in float64, torch's precision for the case; and a model of
+it, which a provider makes."""
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lstm_triton
+from lstm_triton.kernels.device import fp32_precision
 
 from .cases import Case
 
 MOST_CUDNN_STEPS = 65535
 PIECE = 32768  # steps of the float64 truth at a time
 State = tuple[Tensor, Tensor]  # h [L * D, B, R], c [L * D, B, H]; of one step [B, H] each
+Run = Callable[[Tensor, State], tuple[Tensor, State]]
 _BACKENDS: Any = torch.backends
 
 
@@ -88,7 +91,8 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     lstm, options = torch_lstm(case, device, torch.float64), {}
     if specified:
         lstm_triton.convert(lstm, backend="reference")
-        options = {name: t if t is None else t.to(device) for name, t in vars(problem).items() if name in _SEGMENTS}
+        segments = {"resets": problem.resets, "lengths": problem.lengths}
+        options = {name: t if t is None else t.to(device) for name, t in segments.items()}
     weights, states, pieces = {name: leaves[name] for name in problem.weights}, (leaves["h0"], leaves["c0"]), []
     with torch.set_grad_enabled(training):
         for x in leaves["x"].split(case.length if specified or case.bidirectional else PIECE):
@@ -101,9 +105,6 @@ def truth(problem: Problem) -> dict[str, Tensor]:
             gradients = torch.autograd.grad(y, list(kept.values()), problem.dy.to(device, torch.float64))
             found |= {f"d{name}": g for name, g in zip(kept, gradients)}
     return {name: t.detach().to(problem.device) for name, t in found.items()}
-
-
-_SEGMENTS = ("resets", "lengths")
 
 
 def set_precision(case: Case) -> None:
@@ -120,15 +121,47 @@ def set_precision(case: Case) -> None:
 @contextlib.contextmanager
 def precision(case: Case) -> Iterator[None]:
     """Within, torch's settings are those of `set_precision`."""
-    settings = (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul)
-    before, older = [s.fp32_precision for s in settings], None
-    with contextlib.suppress(RuntimeError):  # the older and the newer setting disagree already
-        older = torch.get_float32_matmul_precision()
-    set_precision(case)
-    try:
+    with contextlib.ExitStack() as put_back:
+        for setting in (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
+            put_back.enter_context(fp32_precision(setting, setting.fp32_precision))
+        with contextlib.suppress(RuntimeError):  # the older and the newer setting disagree already
+            put_back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        set_precision(case)
         yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        for s, value in zip(settings, before):
-            s.fp32_precision = value
+
+
+class Unavailable(RuntimeError):
+    """The provider cannot serve here; the message says why."""
+
+
+@dataclass
+class Model:
+    """A case as one provider computes it.
+
+    run: as torch.nn.LSTM: of x and the initial state, y and the final one. step: as torch.nn.LSTMCell, for a cell. weights: its
+    parameters by torch.nn.LSTM's names; to_torch_gradient: maps a gradient to torch's layout where that differs.
+    """
+
+    run: Run
+    weights: Mapping[str, Tensor]
+    backend: str | None = None
+    backend_reason: str | None = None
+    algorithm: str | None = None
+    remarks: Sequence[str] = ()
+    takes_initial_state: bool = True
+    step: Callable[[Tensor, State], State] | None = None
+    to_torch_gradient: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+Provider = Callable[[Problem], Model]
+
+
+def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
+    """Put the problem's weights into a module or cell; returns its parameters by the layer's names."""
+    known, training = problem.weights, problem.case.mode == "train"
+    module.train(training).requires_grad_(training)
+    parameters = {name if name in known else f"{name}_l0": p for name, p in module.named_parameters()}
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(known[name])
+    return dict(parameters)

@@ -5,13 +5,7 @@ import sys
 import time
 
 # What serves output alone, and what is not shown without it.
-EXTRAS = {
-    "pandas": "tables",
-    "matplotlib": "figures",
-    "jinja2": "report",
-    "rich": "progress line",
-    "pynvml": "GPU clocks",
-}
+EXTRAS = dict(pandas="tables", matplotlib="figures", jinja2="report", rich="progress line", pynvml="GPU clocks")
 
 
 def missing(*names: str) -> str | None:
@@ -23,9 +17,9 @@ def missing(*names: str) -> str | None:
 
 def duration(seconds: float) -> str:
     """ "45 s", "3 min 10 s", "1 h 5 min"."""
-    seconds = max(round(seconds), 0)
-    hours, minutes = divmod(seconds // 60, 60)
-    parts = (hours, "h"), (minutes, "min"), (seconds % 60 if not hours else 0, "s")
+    minutes, s = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = (hours, "h"), (minutes, "min"), (0 if hours else s, "s")
     return " ".join(f"{n} {unit}" for n, unit in parts if n) or "0 s"
 
 

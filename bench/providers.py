@@ -1,12 +1,12 @@
-"""Providers of a case: this package in each of its ways, torch's own modules, torch.compile; others' kernels are in `peers`.
+"""Who computes a case, and which of them a task compares: this package in each of its ways, torch's modules, peers.
 
 A provider is a function of the problem that makes a model, or raises Unavailable and says why it cannot serve. Everything else
 (modes, gradients, graphs, checks, timing) is the same code for all.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,70 +16,40 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import lstm_triton
 from lstm_triton import reference
 
-from .cases import Case
-from .problem import Problem, State, torch_lstm
+from . import peers, roofs
+from .cases import Case, Task
+from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm
 
-Run = Callable[
-    [Tensor, State], tuple[Tensor, State]
-]  # as torch.nn.LSTM: of x and the initial state, y and the final one
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
-
-
-class Unavailable(RuntimeError):
-    """The provider cannot serve here; the message says why."""
-
-
-@dataclass
-class Model:
-    """A case as one provider computes it.
-
-    step: as torch.nn.LSTMCell, for a cell. weights: its parameters by torch.nn.LSTM's names; to_torch_gradient: maps a gradient
-    to torch's layout where that differs.
-    """
-
-    run: Run
-    weights: Mapping[str, Tensor]
-    backend: str | None = None
-    backend_reason: str | None = None
-    algorithm: str | None = None
-    remarks: list[str] = field(default_factory=list)
-    takes_initial_state: bool = True
-    step: Callable[[Tensor, State], State] | None = None
-    to_torch_gradient: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-
-
-Provider = Callable[[Problem], Model]
-
-
-def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
-    """Put the problem's weights into a module or cell; returns its parameters by the layer's names."""
-    known = problem.weights
-    parameters = {name if name in known else f"{name}_l0": p for name, p in module.named_parameters()}
-    training = problem.case.mode == "train"
-    module.train(training).requires_grad_(training)
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(known[name])
-    return dict(parameters)
+KERNELS = "lstm_triton triton"
 
 
 def _cells(problem: Problem, what: str, cell: Callable[[Tensor, State], State], most: int) -> Run:
     """The case by a cell, called once or for every step."""
-    case, resets = problem.case, problem.resets
-    if not case.is_simple:
+    resets = problem.resets
+    if not problem.case.is_simple:
         raise Unavailable(f"{what} in a loop: one layer, one direction, padded batch rows")
-    if case.length > most:
+    if problem.case.length > most:
         raise Unavailable(f"{what} in a loop is run up to {most} steps")
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         (h, c), outputs = (s[0] for s in state), []
         for t, x_t in enumerate(x.unbind(0)):
             if resets is not None:
-                keep = ~resets[t, :, None]
-                h, c = h * keep, c * keep
+                h, c = (s * ~resets[t, :, None] for s in (h, c))
             h, c = cell(x_t, (h, c))
             outputs.append(h)
         return torch.stack(outputs), (h[None], c[None])
+
+    return run
+
+
+def _packed(lstm: nn.Module, problem: Problem) -> Run:
+    """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = lstm(pack_padded_sequence(x, problem.lengths), state)  # type: ignore[arg-type]
+        return pad_packed_sequence(y, total_length=problem.case.length)[0], state
 
     return run
 
@@ -103,8 +73,8 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
         run = functools.partial(module, resets=problem.resets, lengths=lengths)
         run = _packed(module, problem) if case.rows == "packed" else run
+    segmented = problem.resets is not None or case.rows == "lengths"
     try:
-        segmented = problem.resets is not None or case.rows == "lengths"
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
     except RuntimeError as error:  # a forced backend that cannot serve
         raise Unavailable(str(error)) from None
@@ -112,17 +82,6 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
     algorithm = cudnn_algorithm(problem) if chosen == "cudnn" else None
     step = module if in_cells else None
     return Model(run, load(module, problem), chosen, reason.rstrip("."), algorithm, step=step)
-
-
-def _packed(lstm: nn.Module, problem: Problem) -> Run:
-    """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
-    lengths, T = problem.lengths, problem.case.length
-
-    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = lstm(pack_padded_sequence(x, lengths), state)  # type: ignore[arg-type]
-        return pad_packed_sequence(y, total_length=T)[0], state
-
-    return run
 
 
 def cudnn_algorithm(problem: Problem) -> str | None:
@@ -146,8 +105,7 @@ def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
             return "PERSIST_STATIC_SMALL_H"
         fast = case.dtype == "float16" and case.is_simple and sms >= 98 and capability != (8, 6)
         fast &= case.hidden_size <= 1024 and case.hidden_size % 128 == 0 and case.input_size % 128 == 0
-        fast &= case.batch % 8 == 0 and case.batch <= 128
-        return "PERSIST_STATIC" if fast else "STANDARD"
+        return "PERSIST_STATIC" if fast and case.batch % 8 == 0 and case.batch <= 128 else "STANDARD"
 
     forward, backward = chosen(192), chosen(128)
     both = case.mode == "train" and forward != backward
@@ -156,22 +114,17 @@ def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
 
 def torchs_lstm(problem: Problem) -> Model:
     """torch.nn.LSTM: cuDNN on a GPU, torch's CPU kernels elsewhere. With resets or lengths, as its users work around it."""
-    case, resets, remarks = problem.case, problem.resets, []
+    case, resets = problem.case, problem.resets
     if case.form == "loop":
         raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
-    _no_tf32x3(case, "cuDNN")
+    if case.precision == "tf32x3":
+        raise Unavailable("cuDNN has no tf32x3")
     if resets is not None and (case.bidirectional or case.rows != "padded"):
         raise Unavailable("a loop over steps runs in one direction, over padded batch rows")
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
     run: Run = lstm if case.rows == "padded" else _packed(lstm, problem)
-    if problem.device.type == "cuda" and case.dtype == "bfloat16":
-        remarks.append("torch does not flatten bfloat16 weights for cuDNN: each call copies them")
-    if case.rows == "lengths":
-        remarks.append("no lengths in torch.nn.LSTM: packed and padded again")
-    if resets is not None:
-        remarks.append("no resets in torch.nn.LSTM: one call per step, the states masked between them")
 
     def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
         outputs = []
@@ -180,19 +133,19 @@ def torchs_lstm(problem: Problem) -> Model:
             outputs.append(y)
         return torch.cat(outputs), state
 
+    copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
+    remarks = ["torch does not flatten bfloat16 weights for cuDNN: each call copies them"] * copies
+    remarks += ["no lengths in torch.nn.LSTM: packed and padded again"] * (case.rows == "lengths")
+    remarks += ["no resets in torch.nn.LSTM: one call per step, the states masked between them"] * (resets is not None)
     serve = run if resets is None else loop
     return Model(serve, weights, algorithm=cudnn_algorithm(problem), remarks=remarks)
-
-
-def _no_tf32x3(case: Case, who: str) -> None:
-    if case.precision == "tf32x3":
-        raise Unavailable(f"{who} has no tf32x3")
 
 
 def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
     """torch.nn.LSTMCell, or torch.compile of the plain-PyTorch cell, once or called for every step."""
     case = problem.case
-    _no_tf32x3(case, "torch")
+    if case.precision == "tf32x3":
+        raise Unavailable("torch has no tf32x3")
     cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
     if not compiled:
         return Model(_cells(problem, TORCH_CELL, cell, 2048), load(cell, problem), step=cell)
@@ -204,3 +157,52 @@ def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
 
     run = _cells(problem, "the compiled cell", step, 256)
     return Model(run, load(cell, problem), "inductor", "fullgraph, static shapes", step=step)
+
+
+_BACKENDS = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
+# Everyone, in the order of the tables.
+PROVIDERS: dict[str, Provider] = {
+    **{f"lstm_triton {name}": functools.partial(ours, backend=name) for name in _BACKENDS},
+    f"{OURS} recompute": functools.partial(ours, recompute=True),
+    f"{KERNELS} recompute": functools.partial(ours, backend="triton", recompute=True),
+    CUDNN: torchs_lstm,
+    TORCH_CELL: torchs_cell,
+    "torch.compile": functools.partial(torchs_cell, compiled=True),
+    **peers.PEERS,
+}
+
+
+def torchs(case: Case) -> str:
+    """torch's own provider of a case, beside which the others are judged."""
+    return CUDNN if case.form == "layer" else TORCH_CELL
+
+
+def chosen_for(task: Task, device_type: str) -> list[str]:
+    """The providers of a task by default: those worth comparing. Which of them can serve, they say themselves."""
+    case, kind, gpu, in_cells = task.case, task.kind, device_type == "cuda", task.case.form != "layer"
+    if kind in ("overhead", "cold-start"):
+        return [KERNELS if gpu else OURS, torchs(case)]
+    if task.interpreter:
+        return ["lstm_triton triton-stepwise"] * (not in_cells) + [KERNELS, torchs(case)]
+    if kind == "memory":
+        return [OURS, *[KERNELS, f"{KERNELS} recompute"] * gpu, f"{OURS} recompute", CUDNN]
+    plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
+    if in_cells:
+        return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
+    # Not "lstm_triton triton", which takes one of the first two.
+    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] * gpu
+    forced += ["lstm_triton cudnn"] * (gpu and not case.resets and case.rows != "lengths")
+    loop = [TORCH_CELL] * (case.is_simple and bool(case.resets or case.length <= 64))
+    others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and case.is_simple)
+    # One that is not installed is named at the first hidden size of the headline, not in every case.
+    others = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name])]
+    return [OURS, *forced, CUDNN, *loop, *plain, *others]
+
+
+def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
+    """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
+    if task.kind == "roof":
+        return [name for name in roofs.PARTS if name != "barriers" or device_type == "cuda"]
+    if names is not None and task.kind != "anchor":
+        return list(names)
+    return chosen_for(task, device_type) if task.providers is None else list(task.providers)

@@ -1,33 +1,37 @@
 """The report, and the tables of Markdown pages: everything in them comes from rows."""
 
 import functools
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
 from pandas import DataFrame
 
-from . import figures, tables, workloads
+from lstm_triton.storage import unfinished
+
+from . import figures, tables
 from .providers import CUDNN
-from .rows import CPU_LABEL, Row, StoreError, unfinished
+from .rows import CPU_LABEL, Row, StoreError
+from .tables import Comparison
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
 MEANINGS = {
     "kernels": "Kernels: the fastest of this package's Triton backends that is right, each forced",
     "auto": "Auto: what is taken when no backend is asked for, which may be cuDNN itself",
 }
+Figure = tuple[str, list[Any]]  # a caption, and pictures: SVG, or a heading and a table
 
 
 class Section(NamedTuple):
-    """A part of a page. command: what reproduces it."""
+    """A part of a page. texts: paragraphs. wraps: cells of the table are sentences. command: what reproduces it."""
 
-    id: str
     title: str
-    body: Markup
+    texts: Iterable[str] = ()
+    figures: Sequence[Figure] = ()
+    table: DataFrame | None = None
+    wraps: bool = False
     note: str = ""
     command: str = ""
 
@@ -35,33 +39,17 @@ class Section(NamedTuple):
 class Part(NamedTuple):
     """Sections that belong together: those of one device."""
 
-    id: str
-    title: str
-    note: str
     sections: Sequence[Section]
+    title: str = ""
+    note: str = ""
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> None:
     """One HTML file, complete in itself, for light and dark, wide and narrow."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     with unfinished(path) as file:
         file.write_text(page.render(title=title, lead=lead, parts=parts), encoding="utf-8")
-
-
-def figure(caption: str, *pictures: Markup) -> Markup:
-    shown = Markup("").join(pictures)
-    with_caption = Markup('<figure><div class="pictures">{}</div><figcaption>{}</figcaption></figure>')
-    return with_caption.format(shown, caption) if shown else shown
-
-
-def heat(ratio: float) -> Markup:
-    """A cell of a table: a speed-up, in full colour at x4 and x1/4."""
-    if math.isnan(ratio):
-        return Markup("")
-    share, (hue, mark) = min(abs(math.log2(ratio)) / 2, 1.0) * 70, ("s0", "▲") if ratio >= 1 else ("s1", "▼")
-    cell = Markup('<span class="heat" style="--hue:var(--{});--share:{:.0f}%">{:.2f} {}</span>')
-    return cell.format(hue, share, ratio, mark)
 
 
 def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None:
@@ -74,118 +62,81 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
     if problems:
         lead.append(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}")
     lead += [] if rows else ["There are no rows yet."]
-    machines = enumerate(tables.newest(rows).groupby("machine", sort=False)) if rows else ()
-    parts = [_part(f"d{k}", name, table) for k, (name, table) in machines]
-    write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
+    write_page(path, "lstm_triton beside cuDNN and others", lead, [_part(*of) for of in tables.newest(rows).items()])
 
 
-def _part(id: str, name: Any, table: DataFrame) -> Part:
-    first: Row = table["row"].iloc[0]
-    found = tables.comparisons(table)
-    notes = [f"{CPU_LABEL}."] * (first.device.type == "cpu")
-    notes += ["SYNTHETIC rows, made up to test this page: not results."] * any(row.synthetic for row in table["row"])
-    options = f" --device cpu --threads {first.device.threads}" if first.device.type == "cpu" else ""
-    options += " --flush-l2" if any(row.l2 == "flushed" for row in table["row"]) else ""
+def _part(machine: str, rows: list[Row]) -> Part:
+    device, found = rows[0].device, tables.comparisons(rows)
+    notes = [f"{CPU_LABEL}."] * (device.type == "cpu")
+    notes += ["SYNTHETIC rows, made up to test this page: not results."] * any(row.synthetic for row in rows)
+    options = f" --device cpu --threads {device.threads}" if device.type == "cpu" else ""
+    options += " --flush-l2" * any(row.l2 == "flushed" for row in rows)
     sections = []
-    for k, view in enumerate(VIEWS):
-        shown = tables.html(view.table(view.of(table), view.of(found)), view.texts)
-        if pictures := view.draw and view.draw(view.of(found)):
-            shown = pictures + Markup("<details><summary>All figures</summary>{}</details>").format(shown)
+    for view in VIEWS:
+        table, compared = view.table(view.of(rows), view.of(found)), view.of(found)
         command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
-        sections.append(Section(f"{id}-{k}", view.title, shown, view.note, command))
-    return Part(id, name, " ".join(notes), sections)
+        drawn = list(view.draw(compared)) if view.draw else []
+        sections.append(Section(view.title, (), drawn, table, view.wraps, view.note, command))
+    return Part(sections, machine, " ".join(notes))
 
 
-def _over(found: DataFrame, x_name: str) -> Markup:
+def _groups(found: Iterable[Comparison], key: Callable[[Comparison], Any]) -> dict[Any, list[Comparison]]:
+    groups: dict[Any, list[Comparison]] = {}
+    for c in found:
+        groups.setdefault(key(c), []).append(c)
+    return groups
+
+
+def _over(found: Sequence[Comparison], x_name: str) -> Iterator[Figure]:
     """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
-    body = Markup("")
-    for (dtype, mode), of in found[found["execution"] == "eager"].groupby(["dtype", "mode"], sort=False):
-        times: dict[str, list[tuple[float, float]]] = {CUDNN: [], "kernels": [], "auto": []}
-        floor: list[tuple[float, float]] = []
-        for line in of.itertuples():
-            x = float(getattr(line.case, x_name.replace(" ", "_")))
-            by = {name: row for name, row in line.rows.items() if not name.startswith("lstm_triton")}
-            by |= {way: row for way in tables.WAYS if (row := getattr(line, way)) is not None}
+    eager = (c for c in found if c.execution == "eager")
+    for (dtype, mode), group in _groups(eager, lambda c: (c.case.dtype_name, c.case.mode)).items():
+        times: dict[str, dict[float, float]] = {CUDNN: {}, "kernels": {}, "auto": {}}
+        floor: dict[float, float] = {}
+        for c in group:
+            x = float(getattr(c.case, x_name.replace(" ", "_")))
+            by: dict[str, Any] = {n: row for n, row in c.rows.items() if not n.startswith("lstm_triton")}
+            by |= {way: row for way in tables.WAYS if (row := getattr(c, way))}
             for name, row in by.items():
-                times.setdefault(name, []).append((x, row.timing.us_per_step))
-            floor += [(x, row.floor.us_per_step) for row in list(by.values())[:1] if row.floor]
-        torchs, case = dict(times[CUDNN]), of["case"].iloc[0]
-        ratios = {name: [(x, torchs[x] / us) for x, us in points if x in torchs] for name, points in times.items()}
+                times.setdefault(name, {})[x] = row.timing.us_per_step
+                floor |= {x: row.floor.us_per_step} if row.floor else {}
+        torchs, case = times[CUDNN], group[0].case
+        ratios = {name: {x: torchs[x] / us for x, us in of.items() if x in torchs} for name, of in times.items()}
         size = f"hidden size {case.hidden_size}" if x_name == "length" else f"{case.length} steps"
         title, beside = f"{MODES[mode]}, {dtype}; batch {case.batch}, {size}", f"{CUDNN}'s time over theirs"
         step = figures.curves((f"{title}: time", x_name, "microseconds per step"), times | {"floor": floor})
-        ratio = figures.curves((f"{title}: speed-up", x_name, beside), ratios | {CUDNN: []}, (1, ""))
-        body += figure(f"{title}.", step, ratio)
-    return body
+        ratio = figures.curves((f"{title}: speed-up", x_name, beside), ratios | {CUDNN: {}}, (1, ""))
+        yield f"{title}.", [step, ratio]
 
 
-def _heat(found: DataFrame) -> Markup:
+def _heat(found: Sequence[Comparison]) -> Iterator[Figure]:
     """Speed-ups by hidden size and batch."""
-    body = Markup("")
     for way in tables.WAYS:
-        for dtype, known in found[found[f"{way}_ratio"].notna()].groupby("dtype", sort=False):
+        known = [c for c in found if c.ratio(way) is not None]
+        for dtype, group in _groups(known, lambda c: c.case.dtype_name).items():
             pictures = []
-            for (mode, execution), part in known.groupby(["mode", "execution"], sort=False):
-                grid = part.pivot(index="H", columns="B", values=f"{way}_ratio").astype(float).map(heat)
-                shown = tables.html(grid.rename_axis(columns=None).rename_axis("H \\ B"))
-                pictures.append(Markup("<div>{}: {}{}</div>").format(MODES[mode], execution, shown))
-            steps = known["case"].iloc[0].length
+            for (mode, execution), part in _groups(group, lambda c: (c.case.mode, c.execution)).items():
+                cells = DataFrame(
+                    [(c.case.hidden_size, c.case.batch, c.ratio(way)) for c in part], columns=["H \\ B", "B", "x"]
+                )
+                pictures.append((f"{MODES[mode]}: {execution}", cells.pivot(index="H \\ B", columns="B", values="x")))
+            steps = group[0].case.length
             caption = f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {MEANINGS[way]}."
-            body += figure(caption, *pictures)
-    return body
-
-
-def _real(found: DataFrame) -> Markup:
-    """The workloads, those first where this package is most ahead."""
-    known = {w.id: f"{w.project}: " for w in workloads.load()}
-    ratios = [f"{way}_ratio" for way in tables.WAYS]
-    lines = [
-        {"workload": f"{known.get(line.case.name, '')}{line.case.describe()}{', graph' * (line.execution == 'graph')}"}
-        | {f"speed-up of {way}": heat(getattr(line, f"{way}_ratio") or math.nan) for way in tables.WAYS}
-        for line in found[found[ratios].notna().any(axis=1)].sort_values(ratios, ascending=False).itertuples()
-    ]
-    return tables.html(tables.text_table(lines))
-
-
-def _sources(table: DataFrame, found: DataFrame) -> DataFrame:
-    """Where the shapes of the real workloads come from."""
-    lines = []
-    for w in workloads.load() if len(found) else ():
-        remark = w.case.note if w.case else f"not run: {w.reason}"
-        lines.append({"workload": w.id, "project": w.project, "source of the shape": w.source, "remark": remark})
-    return tables.text_table(lines)
-
-
-def _environment(table: DataFrame, found: DataFrame) -> DataFrame:
-    rows: list[Row] = sorted(table["row"], key=lambda r: r.date)
-    last, times = rows[-1], [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
-    facts = {name: str(value) for name, value in (vars(last.device) | vars(last.versions)).items() if value is not None}
-    commits = {f"{r.source.commit or 'installed'}{' with changes' if r.source.dirty else ''}" for r in rows}
-    facts |= {"commits of the rows": ", ".join(sorted(commits)), "digest of the newest code": last.source.digest}
-    facts["rows"] = f"{len(rows)}, from {rows[0].date} to {last.date}"
-    facts["L2 cache"] = ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"
-    facts["commands"] = "; ".join(sorted({r.command for r in rows})[:8])
-    for name in ("sm_clock_mhz", "power_w", "temperature_c"):
-        if seen := [v for r in rows if isinstance(v := r.state.get(name), int | float)]:
-            facts[name] = f"{min(seen):g} to {max(seen):g}"
-    if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
-        moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
-        facts["drift"] = f"the same anchor case, {moved}; smaller differences than that mean nothing here"
-    return tables.text_table({"what": name, "is": value} for name, value in facts.items())
+            yield caption, pictures
 
 
 class View(NamedTuple):
-    """A section of the page and a table of Markdown pages. suite: whose rows it shows, or ""; texts: cells are sentences."""
+    """A section of the page and a table of Markdown pages. suite: whose rows it shows, or ""."""
 
     suite: str
     title: str
-    table: Callable[[DataFrame, DataFrame], DataFrame]  # of tables.newest and tables.comparisons
-    draw: Callable[[DataFrame], Markup] | None = None  # of the suite's comparisons
+    table: Callable[[Sequence[Row], Sequence[Comparison]], DataFrame]
+    draw: Callable[[Sequence[Comparison]], Iterator[Figure]] | None = None
     note: str = ""
-    texts: bool = False
+    wraps: bool = False
 
-    def of(self, table: DataFrame) -> DataFrame:
-        return table[table["suite"] == self.suite] if self.suite else table
+    def of(self, items: Sequence[Any]) -> list[Any]:
+        return [item for item in items if self.suite in ("", item.suite)]
 
 
 _BOTH = ". ".join(MEANINGS.values()) + "."
@@ -205,18 +156,18 @@ VIEWS = (
     View("length", "Scaling in the number of steps", tables.timings, _T, _BOTH),
     View("cell", "One step: the cell", tables.timings, _heat),
     View("step", "One step a call, the state carried", tables.timings),
-    View("real", "LSTMs that people run", tables.timings, _real, _BOTH),
-    View("real", "Sources of their shapes", _sources, texts=True),
+    View("real", "LSTMs that people run", tables.timings, None, _BOTH),
+    View("real", "Sources of their shapes", tables.sources, wraps=True),
     View("features", "What features cost", _FROM_PADDED, None, _FEATURES),
     View("memory", "Memory of a training step", tables.readings),
     View("accuracy", "Accuracy against float64, over all shapes", tables.accuracy, None, _ERRORS),
     View("accuracy", "Accuracy against float64, by hidden size and length", _BY_SHAPE),
-    View("overhead", "Host time of a call", tables.readings, texts=True),
+    View("overhead", "Host time of a call", tables.readings, wraps=True),
     View("cold-start", "The first call", tables.readings, None, _FIRST, True),
     View("", "Where torch is ahead, the worst first", tables.lost, None, _BOTH, True),
-    View("", "Not timed: wrong, failed, skipped", tables.not_timed, texts=True),
+    View("", "Not timed: wrong, failed, skipped", tables.not_timed, wraps=True),
     View("roofs", "Roofs and floors", tables.roofs),
-    View("", "Environment and drift", _environment, texts=True),
+    View("", "Environment and drift", tables.environment, wraps=True),
 )
 
 
@@ -230,8 +181,7 @@ def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> s
         lead.append(f"{side}: {path.stem} ({devices}; {', '.join(commits[:3])})")
     lead += ["A / B above 1: B is faster."]
     if page:
-        sections = [Section("pairs", "Both sides", tables.html(table))]
-        write_page(page, "lstm_triton: two sets of rows", [*lead, said], [Part("pair", "", "", sections)])
+        write_page(page, "lstm_triton: two sets of rows", [*lead, said], [Part([Section("Both sides", table=table)])])
     return "\n".join([*lead, "", tables.plain(table), "", said])
 
 
@@ -243,42 +193,40 @@ _WRITTEN = (
 def update_markdown(path: Path, rows: Sequence[Row]) -> None:
     """Replace what stands between the markers of a file: the summary's, those of all tables, or both.
 
-    Raises:
-        StoreError: no such file, or no pair of markers in it; rows that are synthetic.
+    Raises StoreError: no such file, or no pair of markers in it; rows that are synthetic.
     """
     if any(row.synthetic for row in rows):
         raise StoreError("synthetic rows are no results: they do not go into a README")
     try:
-        text = path.read_text(encoding="utf-8")
+        written = path.read_text(encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error
 
     def tables_of(match: re.Match) -> str:
         return f"{match[1]}\n{markdown(rows, 'summary' in match[2])}\n{match[3]}"
 
-    text, count = re.subn(_WRITTEN, tables_of, text, flags=re.DOTALL)
+    written, count = re.subn(_WRITTEN, tables_of, written, flags=re.DOTALL)
     if not count:
         begin = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->"
         raise StoreError(f"{path} needs one line\n{begin}\nand one line\n<!-- benchmark: end -->")
     with unfinished(path) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(written, encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row], short: bool = False) -> str:
     """The tables of every device; short: of the headline only the first dtype, and how many comparisons are lost."""
     parts = []
-    for name, table in tables.newest(rows).groupby("machine", sort=False):
-        last: Row = max(table["row"], key=lambda r: r.date)
+    for machine, of in tables.newest(rows).items():
+        last, found = max(of, key=lambda r: r.date), tables.comparisons(of)
         label = f" ({CPU_LABEL})" if last.device.type == "cpu" else ""
         commit = (last.source.commit or "installed")[:12] + (" with changes" if last.source.dirty else "")
         versions = f"torch {last.versions.torch}, triton {last.versions.triton}"
-        parts += [f"### {name}{label}", f"{versions}, {last.date[:10]}, commit {commit}"]
-        found = tables.comparisons(table)
+        parts += [f"### {machine}{label}", f"{versions}, {last.date[:10]}, commit {commit}"]
         if short:
-            dtypes = [c.dtype for c in VIEWS[0].of(found)["case"]]
+            dtypes = [c.case.dtype for c in VIEWS[0].of(found)]
             shown = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
-            found = found[[c.dtype == shown or s != "hidden-sizes" for c, s in zip(found["case"], found["suite"])]]
+            found = [c for c in found if c.case.dtype == shown or c.suite != "hidden-sizes"]
         for view in VIEWS[: 2 if short else None]:
-            if len(shown := view.table(view.of(table), view.of(found))):
-                parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(shown)]
+            if len(table := view.table(view.of(of), view.of(found))):
+                parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(table)]
     return "\n\n".join(parts) + "\n"

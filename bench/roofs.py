@@ -8,7 +8,6 @@ beside the exchange), launches, and what is saved for backward (which can be rec
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,24 +24,14 @@ SHARED_MEMORY_BYTES = 227 * 1024
 _STEPS = 2000
 
 
-@dataclass(frozen=True)
-class Roofs:
-    """copy_bytes_per_s: both directions added. flops_per_s: of matrix products, by dtype name. exchange_us: one store, seen
-    and loaded by another program; None where it was not measured.
-    """
-
-    copy_bytes_per_s: float
-    flops_per_s: Mapping[str, float]
-    exchange_us: float | None
-
-
-def floor(case: Case, roofs: Roofs | None) -> Floor | None:
-    """The floor of a case, or None where no rate of its products is known.
+def floor(case: Case, roofs: Mapping[str, float]) -> Floor | None:
+    """The floor of a case by figures of the suite `roofs`, or None where no rate of its products is known.
 
     A stack of layers is counted as a wavefront: one exchange a step for all of them. Backward is a recurrence of its own, of
     twice the product (dh and, per step, its share of dW_hh).
     """
-    if roofs is None or (rate := roofs.flops_per_s.get(case.dtype_name)) is None:
+    rate, copies = roofs.get(f"gemm_{case.dtype_name.replace(' ', '_')}_flops_per_s"), roofs.get("copy_bytes_per_s")
+    if rate is None or copies is None:
         return None
     size = getattr(torch, case.dtype).itemsize
     passes, recurrences = (3, 2) if case.mode == "train" else (1, 1)
@@ -51,29 +40,22 @@ def floor(case: Case, roofs: Roofs | None) -> Floor | None:
     # x in and y out in every step, weights once; backward reads x, y, dy and writes dx.
     rows = B * (I + R * D) * size
     weights = 4.0 * H * D * size * (I + R + R * (D + 1) * (case.layers - 1))
-    memory_us = (rows + weights / case.length) * passes / roofs.copy_bytes_per_s * 1e6
+    memory_us = (rows + weights / case.length) * passes / copies * 1e6
     exchange, source = ASSUMED_EXCHANGE_US, "exchange assumed"
     if case.length == 1:
         exchange, source = 0.0, "no exchange: one step"
     elif 4 * H * R * size <= SHARED_MEMORY_BYTES:
         exchange, source = LOCAL_EXCHANGE_US, f"exchange assumed: {LOCAL_EXCHANGE_US} us within one SM"
-    elif roofs.exchange_us is not None:
-        exchange, source = roofs.exchange_us, "exchange measured, between two programs"
+    elif "exchange_us" in roofs:
+        exchange, source = roofs["exchange_us"], "exchange measured, between two programs"
     exchange *= recurrences
     return Floor(exchange + max(tensor_us, memory_us), exchange, tensor_us, memory_us, source)
 
 
-def from_rows(rows: Iterable[Row], device: str) -> Roofs | None:
-    """The roofs of a device from its good rows of kind "roof", later rows first; None where there are none."""
-    values: dict[str, float] = {}
-    for row in rows:
-        if row.kind == "roof" and row.status == "ok" and row.device.name == device:
-            values |= row.values or {}
-    if "copy_bytes_per_s" not in values:
-        return None
-    names = [name for name in values if name.startswith("gemm_")]
-    rates = {name.removeprefix("gemm_").removesuffix("_flops_per_s").replace("_", " "): values[name] for name in names}
-    return Roofs(values["copy_bytes_per_s"], rates, values.get("exchange_us"))
+def from_rows(rows: Iterable[Row], device: str) -> dict[str, float]:
+    """The figures of a device's good rows of kind "roof", later rows first."""
+    of_device = (row for row in rows if (row.kind, row.status, row.device.name) == ("roof", "ok", device))
+    return {name: value for row in of_device for name, value in (row.values or {}).items()}
 
 
 def copy_rate(device: torch.device) -> dict[str, float]:

@@ -3,20 +3,19 @@
 import contextlib
 import datetime
 import fcntl
-import functools
 import json
 import math
 import os
 import statistics
-import types
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from lstm_triton import storage
 from lstm_triton.timing import Samples, median_interval
 
-from .cases import Case, Execution, Kind, measurement_key
+from .cases import Case, Execution, Kind, Task, measurement_key
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
 
@@ -169,7 +168,7 @@ class Row:
     def encode(self) -> str:
         """One line of JSON, without its newline."""
         fields = asdict(self)
-        for error in (fields["errors"] or {}).values():  # infinities and NaN as words, since JSON has none
+        for error in (fields["errors"] or {}).values():  # JSON has neither infinities nor NaN
             error |= {name: value if math.isfinite(value) else str(value) for name, value in error.items()}
         return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -179,42 +178,33 @@ def decode(line: bytes) -> Row:
     try:
         value = json.loads(line.decode(), parse_constant=lambda name: float("nan"))
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no page takes it
-        return _read(value, Row, "row")
+        return storage.read(value, Row, "row")
     except RecursionError:
         raise ValueError("nested too deeply for a row") from None
-
-
-def _read(value: Any, hint: Any, where: str) -> Any:
-    """`value`, as json gives it, as the annotation `hint` has it: mappings become dataclasses, numbers are finite and >= 0."""
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in options[1:]:
-            with contextlib.suppress(ValueError):
-                return _read(value, option, where)
-        return _read(value, options[0], where)
-    if origin is dict and isinstance(value, dict):
-        return {name: _read(member, options[1], f"{where}.{name}") for name, member in value.items()}
-    if is_dataclass(hint) and isinstance(value, dict):
-        hints = _hints(hint)  # type: ignore[arg-type]
-        members = {name: _read(member, hints.get(name, Any), f"{where}.{name}") for name, member in value.items()}
-        try:
-            return hint(**members)  # type: ignore[operator]
-        except (TypeError, ValueError) as error:  # fields that are missing, unknown, or contradict each other
-            raise ValueError(f"{where}: {error}") from None
-    good = hint is Any or type(value) is hint or (hint is float and type(value) is int)
-    if origin is Literal:
-        good = any(value == option and type(value) is type(option) for option in options)
-    if not good or (type(value) in (int, float) and hint is not Any and not 0 <= value < 1e300):
-        raise ValueError(f"field '{where.removeprefix('row.')}' is {repr(value)[:40]}")
-    return value
-
-
-_hints = functools.cache(get_type_hints)
 
 
 def number(value: float | None) -> str:
     """A figure with three digits, for people; empty for None."""
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def summary(task: Task, written: Iterable[Row]) -> str:
+    """A task's rows in a few lines, for the terminal; of times the median, and the 20th to the 80th percentile."""
+    lines = [f"{task.suite} · {task.case.describe()}"]
+    for row in written:
+        if t := row.timing:
+            low, high = (number(us / task.case.length) for us in (t.p20_us, t.p80_us))
+            text = f"{number(t.us_per_step)} us/step ({low} to {high})"
+        elif row.status != "ok":
+            text = f"{row.status.upper()}: {row.reason}"
+        elif row.bytes:
+            text = f"{row.bytes['saved'] / 2**20:.1f} MiB saved"
+        elif row.errors:
+            text = f"max error {max(e.max for e in row.errors.values()):.1e}"
+        else:
+            text = ", ".join(f"{name} {number(value)}" for name, value in (row.values or {}).items())
+        lines.append(f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {text}")
+    return "\n".join(lines)
 
 
 class StoreError(RuntimeError):
@@ -230,14 +220,12 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     problems: list[str] = []
     for path in paths:
-        if not path.exists():
-            raise StoreError(f"{path}: no such file or folder")
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
             before = len(rows), len(problems)
             try:
                 lines = file.read_bytes().split(b"\n")
-            except OSError as error:
-                raise StoreError(f"{file}: {error.strerror or error}") from error
+            except OSError as error:  # no such file, a folder of this name
+                raise StoreError(f"{file}: {(error.strerror or str(error)).lower()}") from error
             for number, line in enumerate(lines, 1):
                 try:
                     rows += [decode(line)] if line.strip() else []
@@ -264,15 +252,6 @@ def append(path: Path, row: Row) -> None:
         if (written := file.write(data)) != len(data):
             raise StoreError(f"{path}: the disk took {written} of {len(data)} bytes")
         os.fsync(file)
-
-
-@contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` at the end, which at no moment holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(path.name + ".unfinished")
-    yield written
-    os.replace(written, path)
 
 
 @contextlib.contextmanager

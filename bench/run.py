@@ -1,63 +1,145 @@
-"""A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there."""
+"""A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there.
 
+A kernel that hangs or corrupts the device takes its process along. So the tasks run in a process of their own, which tells what
+it is about to do; when it falls silent or dies, the run knows whom to blame, and goes on with a new one.
+"""
+
+import argparse
 import contextlib
+import os
+import re
 import time
+import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lstm_triton.process import Died
+import torch
 
-from . import choice, roofs, rows
+from lstm_triton import timing
+from lstm_triton.process import Died, Fatal, Process
+
+from . import measure, providers, roofs, rows
 from .cases import Case, Task
 from .device import RowMaker
 from .progress import Progress, duration
-from .providers import CUDNN
 from .rows import Row
-from .worker import Options, Worker
 
 ANCHOR_SECONDS = 60.0
 
 
+def seconds_of(text: str) -> float:
+    """45s, 8m, 1h or a number of seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 45s, 8m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _option(default: Any, help: str, **how: Any) -> Any:
+    flag = {"action": "store_true"} if default is False else {}
+    return field(default=default, metadata={"help": help, **flag, **how})
+
+
 @dataclass
-class Outcome:
-    """Counts of a run. left: tasks that the budget did not reach; problems: lines of earlier files that are not rows."""
+class Options:
+    """Options of a run; those with a help text are the command line's."""
 
-    problems: list[str] = field(default_factory=list)
-    left: int = 0
-    rows: int = 0
-    measured: int = 0
-    before: int = 0
+    device: str = _option("auto", "auto (the GPU, if any), cuda, cuda:1, cpu")
+    output: Path = _option(
+        None, "folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>", type=Path
+    )
+    budget: float | None = _option(None, "stop in time: 45s, 8m, 1h", type=seconds_of, metavar="8m")
+    seconds: float = _option(None, "sampling per provider and case (default 1; CPU 0.5)", type=seconds_of)
+    timeout: float = _option(180.0, "seconds of silence after which a kernel counts as hung", type=seconds_of)
+    provider: Sequence[str] | None = _option(None, "may be given again; listed below", action="append", metavar="NAME")
+    flush_l2: bool = _option(False, "write over the L2 cache before each timed call")
+    threads: int | None = _option(None, "of the CPU, for torch", type=int)
+    again: bool = _option(False, "measure also what has rows already")
+    retry: bool = _option(False, "try what failed or was skipped once more")
+    command: str = ""
+    path: Sequence[str] | None = None  # of the workers' imports
+    environment: Mapping[str, str | None] = field(default_factory=dict)  # theirs, besides this process's
+    anchors: bool = True
 
-    def describe(self, options: Options) -> str:
-        """The last words of a run."""
-        text = f"{self.measured} tasks measured, {self.rows} rows appended to {options.folder}"
-        text += f"; {self.before} were measured before" if self.before else ""
-        if self.left and options.budget_s is not None:
-            text += f"; {self.left} are left after {duration(options.budget_s)}: the same command continues"
-        return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self.problems)])
+
+class Worker(Process):
+    """A process that measures. maker: makes rows as it does."""
+
+    def __init__(self, options: Options, run: str, interpreter: bool) -> None:
+        environment = {**options.environment, "TRITON_INTERPRET": "1" if interpreter else None}
+        super().__init__(f"{__name__}:serve", (options, run), environment, options.path)
+        self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
+        self._silence_s = options.timeout
+
+    def run(
+        self, task: Task, skip: Collection[measure.Pair], roofs: Mapping[str, float], deadline: float
+    ) -> Iterator[Row | tuple[str, str, str]]:
+        """Measure one task: its rows, and before whatever may take the process along, whose turn it is: provider, execution,
+        and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker.
+        """
+        self.send((task, skip, roofs))
+        while (event := self.receive(self._silence_s, deadline)) is not None:
+            if isinstance(event, str):
+                self.end()
+                raise Died(event)
+            yield event
+
+
+def serve(connection: Any, setup: tuple[Options, str]) -> None:
+    """The worker's side: answer requests until there are no more, or the device is lost."""
+    context = make_context(*setup, lambda *doing: connection.send(doing))
+    connection.send(context.maker)
+    while True:
+        try:
+            task, skip, context.roofs = connection.recv()
+        except EOFError:
+            return
+        try:
+            measure.measure(task, context, connection.send, skip)
+            connection.send(None)
+        except Exception as error:
+            traceback.print_exc()
+            what = "the device was lost" if isinstance(error, Fatal) else "the benchmark itself failed"
+            return connection.send(f"{what}: {measure.brief(error)}")
+
+
+def make_context(options: Options, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
+    """Make what the tasks of a run share, on the device that the options name."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if os.environ.get("TRITON_INTERPRET"):
+        from lstm_triton.kernels import interpreter
+
+        interpreter.install()  # what Triton's own gets wrong
+    clock = timing.Clock(device, options.flush_l2)
+    maker, names = RowMaker(device, options.command, run, clock.l2), options.provider
+    return measure.Context(maker, clock, options.seconds, None if names is None else tuple(names), {}, stage)
 
 
 def anchor(device_type: str) -> Task:
     """A case that never changes, measured again and again: what moves in it is the machine."""
-    gpu, cpu = (
-        Case("anchor", 512, 16, 128, dtype="float16"),
-        Case("anchor", 64, 4, 16, dtype="float32", precision="ieee"),
-    )
-    return Task("anchor", gpu if device_type == "cuda" else cpu, "anchor", providers=(CUDNN,))
+    cpu = Case("anchor", 64, 4, 16, dtype="float32", precision="ieee")
+    case = Case("anchor", 512, 16, 128, dtype="float16") if device_type == "cuda" else cpu
+    return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
 
 
 def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple]:
     """Keys of rows that need not be measured again: of the same code, device and libraries, with the same settings."""
 
-    def identity(of: Row | RowMaker) -> tuple:
+    def identity(of: Any) -> tuple:
         versions = of.versions.torch, of.versions.triton, of.versions.cudnn
-        return of.source.digest, of.device.name, of.device.driver, of.device.threads, versions, of.synthetic
+        return of.source.digest, of.device.name, of.device.driver, of.device.threads, versions
 
     def counts(row: Row) -> bool:
         same = identity(row) == identity(maker) and row.l2 in (None, maker.l2)  # null where the cache plays no part
-        return same and row.kind != "anchor" and (not retry or row.status in ("ok", "wrong"))
+        return same and row.kind != "anchor" and not row.synthetic and (not retry or row.status in ("ok", "wrong"))
 
     return {row.key for row in found if counts(row)}
 
@@ -65,7 +147,7 @@ def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple
 @contextlib.contextmanager
 def runner(options: Options, progress: Progress, new_worker: Any = Worker) -> Iterator["Runner"]:
     """A Runner that holds its folder, and ends its workers when it is left."""
-    with rows.one_run_at_a_time(options.folder), contextlib.closing(progress):
+    with rows.one_run_at_a_time(options.output), contextlib.closing(progress):
         given = Runner(options, progress, new_worker)
         try:
             given.begin()
@@ -76,43 +158,51 @@ def runner(options: Options, progress: Progress, new_worker: Any = Worker) -> It
 
 
 class Runner:
-    """Runs tasks through workers, restarts these when they die, and appends every row."""
+    """Runs tasks through workers, restarts these when they die, and appends every row.
+
+    Counts tasks measured, those that were measured before and those that the budget left, and rows appended.
+    """
 
     def __init__(self, options: Options, progress: Progress, new_worker: Any) -> None:
-        self.options, self.workers, self.outcome = options, dict[bool, Worker](), Outcome()
+        self.options, self.workers = options, dict[bool, Worker]()
+        self.measured = self.before = self.left = self.appended = 0
         self._progress, self._new_worker, self._run = progress, new_worker, uuid.uuid4().hex[:12]
-        self._deadline = time.monotonic() + (float("inf") if options.budget_s is None else options.budget_s)
+        self._deadline = time.monotonic() + (float("inf") if options.budget is None else options.budget)
         self._took: dict[str, list[float]] = {"": [options.seconds]}  # seconds per row, by suite; "": of all
         self._last_anchor = float("-inf")
 
     def begin(self) -> None:
-        self._rows, self.outcome.problems = rows.read_all([self.options.folder])
+        self._rows, self._problems = rows.read_all([self.options.output])
         self._maker = self._worker(False).maker
         self._done = set() if self.options.again else done_before(self._rows, self._maker, self.options.retry)
 
-    def run(self, tasks: Sequence[Task]) -> Outcome:
+    def run(self, tasks: Sequence[Task]) -> None:
         """Measure what has no rows yet, until the budget ends."""
-        outcome = self.outcome
-        outcome.left += len(tasks)
+        self.left += len(tasks)
         with contextlib.suppress(TimeoutError):  # at the deadline
             for task in tasks:
-                left = self._wanted(task) - {key[4:6] for key in self._done if key[:4] == task.key}
-                if not left:
-                    outcome.before, outcome.left = outcome.before + 1, outcome.left - 1
+                missing = self._wanted(task) - {key[4:6] for key in self._done if key[:4] == task.key}
+                if (count := len(missing)) == 0:
+                    self.before, self.left = self.before + 1, self.left - 1
                     self._progress.total -= 1
-                elif (
-                    time.monotonic() + self.predict(task.suite, len(left)) < self._deadline
-                ):  # a later one may be shorter
+                elif time.monotonic() + self.predict(task.suite, count) < self._deadline:  # a later one may be shorter
                     self._anchor(ANCHOR_SECONDS)
                     begin = time.monotonic()
-                    self._measure(task, left)
+                    self._measure(task, missing)
                     for key in (task.suite, ""):
-                        self._took.setdefault(key, []).append((time.monotonic() - begin) / len(left))
-                    outcome.measured, outcome.left = outcome.measured + 1, outcome.left - 1
+                        self._took.setdefault(key, []).append((time.monotonic() - begin) / count)
+                    self.measured, self.left = self.measured + 1, self.left - 1
                     self._progress.done += 1
-            if outcome.measured:
+            if self.measured:
                 self._anchor(0.0)
-        return outcome
+
+    def describe(self) -> str:
+        """The last words of a run."""
+        text = f"{self.measured} tasks measured, {self.appended} rows appended to {self.options.output}"
+        text += f"; {self.before} were measured before" if self.before else ""
+        if self.left and self.options.budget is not None:
+            text += f"; {self.left} are left after {duration(self.options.budget)}: the same command continues"
+        return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self._problems)])
 
     def predict(self, suite: str, count: int) -> float:
         """Seconds of so many rows, rather too many: by the upper quartile of the last eight tasks of the suite, or of all.
@@ -128,9 +218,9 @@ class Runner:
             self._measure(task, self._wanted(task))
             self._last_anchor = time.monotonic()
 
-    def _wanted(self, task: Task) -> set[tuple[str, str]]:
-        names = choice.names_of(task, self._maker.device.type, self.options.names)
-        return {(n, e) for n in names for e in task.executions}
+    def _wanted(self, task: Task) -> set[measure.Pair]:
+        names = None if self.options.provider is None else tuple(self.options.provider)
+        return {(n, e) for n in providers.names_of(task, self._maker.device.type, names) for e in task.executions}
 
     def _worker(self, interpreter: bool) -> Worker:
         if interpreter not in self.workers:
@@ -141,24 +231,23 @@ class Runner:
                 raise RuntimeError(f"{where}: {death}") from death
         return self.workers[interpreter]
 
-    def _measure(self, task: Task, left: set[tuple[str, str]]) -> None:
+    def _measure(self, task: Task, left: set[measure.Pair]) -> None:
         """Append a row for each provider and execution of `left`. Raises TimeoutError when the budget ends first."""
         written: list[Row] = []
         everyone, what = self._wanted(task), task.case.describe()
-        roof = roofs.from_rows(self._rows, self._maker.device.name)
+        figures = roofs.from_rows(self._rows, self._maker.device.name)
 
         def emit(row: Row) -> None:
-            rows.append(self.options.folder / f"{row.suite}.jsonl", row)
+            rows.append(self.options.output / f"{row.suite}.jsonl", row)
             written.append(row)
             self._rows.append(row)
-            self.outcome.rows += 1
+            self.appended += 1
             left.discard((row.provider, row.execution))
 
-        left = set(left)
         while left:
             worker, doing, count = self._worker(task.interpreter), ("", "", "start"), len(written)
             try:
-                for event in worker.run(task, everyone - left, roof, self._deadline):
+                for event in worker.run(task, everyone - left, figures, self._deadline):
                     if isinstance(event, Row):
                         emit(event)
                     else:
@@ -173,23 +262,4 @@ class Runner:
                 for pair in sorted(guilty):
                     emit(self._maker.make(task, *pair, "failed", f"{death} (while: {doing[2]} of {doing[0]})"))
         if written and task.kind != "anchor":
-            self._progress.say(summary(task, written))
-
-
-def summary(task: Task, written: Sequence[Row]) -> str:
-    """A task's rows in a few lines, for the terminal; of times the median, and the 20th to the 80th percentile."""
-    lines = [f"{task.suite} · {task.case.describe()}"]
-    for row in written:
-        if t := row.timing:
-            low, high = (rows.number(us / task.case.length) for us in (t.p20_us, t.p80_us))
-            text = f"{rows.number(t.us_per_step)} us/step ({low} to {high})"
-        elif row.status != "ok":
-            text = f"{row.status.upper()}: {row.reason}"
-        elif row.bytes:
-            text = f"{row.bytes['saved'] / 2**20:.1f} MiB saved"
-        elif row.errors:
-            text = f"max error {max(e.max for e in row.errors.values()):.1e}"
-        else:
-            text = ", ".join(f"{name} {rows.number(value)}" for name, value in (row.values or {}).items())
-        lines.append(f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {text}")
-    return "\n".join(lines)
+            self._progress.say(rows.summary(task, written))

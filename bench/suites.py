@@ -1,57 +1,35 @@
-"""The suites: which cases, how large, and in which order, so that a run that is cut short already tells the story."""
+"""The suites: which cases, how large, and in which order, so that a run that is cut short already tells the story.
 
+suites.json has their sizes at each scale, the most telling first: (H, B) or (H, B, T) of hidden size, batch and length.
+`grid` and `cells` are crossed; `compiled`: torch.compile, seconds for each shape, at sizes whose ranks add up to at most
+this; `interpreted`: on a CPU, the kernels in Triton's interpreter; `most_flops`: of a real workload. The scale tiny is for
+the tests of the harness. real_workloads.csv has the LSTMs that people run, each with its source. A field of it may be a range
+or an estimate; its last column, `run`, has the arguments of the case that is run, or says why there is none.
+"""
+
+import csv
+import functools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args, get_type_hints
 
-from . import workloads
-from .cases import MODES, Case, Dtype, Form, Task
+from .cases import DTYPES, MODES, Case, Form, Task
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of all suites at one scale, the most telling first; by default a GPU's. (H, B, T): hidden, batch, length."""
-
-    hidden: tuple[int, ...] = (768, 512, 1024, 256, 128, 2048, 64, 1536, 32, 384, 640, 192, 96, 3072, 4096, 500)
-    batch: int = 16
-    length: int = 1024
-    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
-    grid: tuple[tuple[int, ...], tuple[int, ...], int] = (512, 1024, 256, 128, 2048), (64, 1, 16, 256, 1024), 128
-    lengths: tuple[int, ...] = (256, 16, 4096, 1, 64, 1024, 16384, 70000)
-    cells: tuple[tuple[int, ...], tuple[int, ...]] = (512, 1024, 128, 256, 2048, 64, 4096), (16, 1, 64, 256, 1024)
-    compiled: float = float("inf")  # torch.compile, seconds for each shape, at sizes whose ranks add up to at most this
-    steps: tuple[tuple[int, int], ...] = (512, 16), (128, 1), (640, 64), (1024, 4096)
-    features: tuple[int, int, int] = 512, 64, 256
-    memory: tuple[tuple[int, int, int], ...] = (512, 64, 512), (1024, 16, 1024), (256, 1024, 64)
-    accuracy: tuple[tuple[int, int, int], ...] = (
-        (512, 16, 128),
-        (1024, 16, 16),
-        (128, 16, 1024),
-        (512, 16, 1024),
-        (19, 3, 7),
-    )
-    interpreted: tuple[tuple[int, int, int], ...] = ()  # on a CPU, the kernels in Triton's interpreter
-    most_flops: float = float("inf")  # of a real workload
-
-
-# What a CPU does in minutes.
-_CPU: dict[str, Any] = dict(hidden=(256, 64, 128, 512, 32), batch=8, length=32, dtypes=("float32",), compiled=1)
-_CPU |= dict(grid=((128, 64, 256), (8, 1, 64), 16), lengths=(16, 1, 64, 256), cells=((128, 256, 64), (1, 16, 64)))
-_CPU |= dict(steps=((128, 1), (256, 16)), features=(128, 16, 32), memory=((128, 16, 64),), most_flops=2e9)
-_CPU |= dict(accuracy=((64, 4, 32), (19, 3, 7)), interpreted=((19, 3, 7), (64, 4, 5)))
-# For the tests of the harness itself.
-_TINY: dict[str, Any] = dict(hidden=(16, 8), batch=2, length=3, dtypes=("float32",), compiled=0, lengths=(2, 1))
-_TINY |= dict(grid=((8,), (1, 2), 2), cells=((8,), (2,)), steps=((8, 2),), features=(8, 3, 5), memory=((8, 2, 3),))
-_TINY |= dict(accuracy=((5, 2, 3),), interpreted=((5, 2, 3),), most_flops=2e6)
-SIZES = {"gpu": Sizes(), "cpu": Sizes(**_CPU), "tiny": Sizes(**_TINY)}
-FORMS: tuple[Form, Form] = ("layer", "cell")
+HERE = Path(__file__).parent
+_SIZES = json.loads((HERE / "suites.json").read_text())
+SIZES = {scale: SimpleNamespace(**sizes) for scale, sizes in _SIZES.items()}
+FORMS: tuple[Form, ...] = get_args(Form)[:2]  # of a loop over cells a suite has no cases
 BOTH = {"executions": ("eager", "graph")}
 # A priority (the lowest comes first), a case and the options of its task.
 Ordered = Iterator[tuple[float, Case, dict[str, Any]]]
 
 
-def hidden_sizes(s: Sizes) -> Ordered:
+def hidden_sizes(s: Any) -> Ordered:
     """cuDNN, these kernels, peers and the floor across hidden sizes: the headline."""
     for (rank, H), (k, dtype), mode in product(enumerate(s.hidden), enumerate(s.dtypes), MODES):
         # Everything at the first hidden size, then the first dtype throughout, then the others.
@@ -59,14 +37,14 @@ def hidden_sizes(s: Sizes) -> Ordered:
         yield 1.0 if rank == 0 else 2 + 0.05 * rank + 2 * k, case, BOTH if rank < 3 else {}
 
 
-def batch(s: Sizes) -> Ordered:
+def batch(s: Any) -> Ordered:
     """The heat map: hidden size by batch."""
     hidden, batches, length = s.grid
     for (i, B), (j, H), mode, (k, dtype) in product(enumerate(batches), enumerate(hidden), MODES, enumerate(s.dtypes)):
         yield 3 + 0.1 * (i + j) + 3 * k, Case(f"H{H} B{B}", H, B, length, dtype=dtype, mode=mode), {}
 
 
-def length(s: Sizes) -> Ordered:
+def length(s: Any) -> Ordered:
     """Scaling in the number of steps; the longest is past what cuDNN takes."""
     H, B, _ = s.features
     for (rank, T), mode in product(enumerate(s.lengths), MODES):
@@ -74,7 +52,7 @@ def length(s: Sizes) -> Ordered:
             yield 3.2 + 0.2 * rank, Case(f"T{T}", H, min(B, 16), T, dtype=s.dtypes[0], mode=mode), {}
 
 
-def cell(s: Sizes) -> Ordered:
+def cell(s: Any) -> Ordered:
     """One step of a cell, eager and in a CUDA graph."""
     hidden, batches = s.cells
     for (i, H), (j, B), dtype, mode in product(enumerate(hidden), enumerate(batches), s.dtypes, MODES):
@@ -84,16 +62,16 @@ def cell(s: Sizes) -> Ordered:
         yield 1.5 if first else 3 + 0.15 * (i + j) + s.dtypes.index(dtype), case, BOTH | {"providers": names}
 
 
-def step(s: Sizes) -> Ordered:
+def step(s: Any) -> Ordered:
     """One step a call, with the state carried from call to call in place: streaming, decoding, acting."""
     for (rank, (H, B)), form in product(enumerate(s.steps), FORMS):
         yield 2.25 + 0.3 * rank, Case(f"H{H} B{B} {form}", H, B, 1, form=form, dtype="float32", carried=True), BOTH
 
 
-def real(s: Sizes) -> Ordered:
+def real(s: Any) -> Ordered:
     """The LSTMs that people run, from real_workloads.csv, taking turns between domains."""
     turns: dict[str, int] = {}
-    for workload in workloads.load():
+    for workload in workloads():
         turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
         if workload.case is not None:
             yield 2.2 + 0.3 * turn, _shrink(workload.case, s.most_flops), BOTH if workload.case.carried else {}
@@ -102,8 +80,9 @@ def real(s: Sizes) -> Ordered:
 def _shrink(case: Case, most: float) -> Case:
     """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
     if case.flops() > most:
-        note = f"; {case.note}" if case.note else ""
-        case = replace(case, note=f"made smaller than the real one, to end in time{note}")
+        case = replace(
+            case, note="; ".join(filter(None, ("made smaller than the real one, to end in time", case.note)))
+        )
     while case.flops() > most:
         if case.batch > 1 or case.length > 4:
             name = "batch" if case.batch > 1 else "length"
@@ -114,7 +93,7 @@ def _shrink(case: Case, most: float) -> Case:
     return case
 
 
-def features(s: Sizes) -> Ordered:
+def features(s: Any) -> Ordered:
     """The cost of features: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
     (H, B, T), more = s.features, dict[str, dict[str, Any]]()
     more |= {"padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02}}
@@ -123,7 +102,7 @@ def features(s: Sizes) -> Ordered:
         yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 
 
-def memory(s: Sizes) -> Ordered:
+def memory(s: Any) -> Ordered:
     """Bytes held for the backward and at the peak, with and without recomputation, of one layer and of four."""
     for (rank, (H, B, T)), layers, dtype in product(enumerate(s.memory), (1, 4), s.dtypes):
         name = f"H{H} B{B} T{T}" + (" 4 layers" if layers > 1 else "")
@@ -131,7 +110,7 @@ def memory(s: Sizes) -> Ordered:
         yield 2.2 + 0.5 * rank + 0.1 * (layers > 1), case, {"kind": "memory"}
 
 
-def accuracy(s: Sizes) -> Ordered:
+def accuracy(s: Any) -> Ordered:
     """Errors of outputs and gradients against float64."""
     precisions = (("float32", "tf32"), ("float32", "ieee"), ("bfloat16", ""), ("float16", ""))
     for (rank, (H, B, T)), scale, (dtype, precision) in product(enumerate(s.accuracy), (1.0, 4.0), precisions):
@@ -140,31 +119,31 @@ def accuracy(s: Sizes) -> Ordered:
         if rank == 0:
             one = Case(f"cell H{H} x{scale:g}", H, B, 1, form="cell", **options)
             yield 2.2 + 0.025 * scale, one, {"kind": "accuracy"}
-    for (H, B, T), dtype, form in product(s.interpreted, Sizes.dtypes, FORMS):
+    for (H, B, T), dtype, form in product(s.interpreted, DTYPES[:3], FORMS):
         name, T = (f"H{H} T{T} interpreted", T) if form == "layer" else (f"cell H{H} interpreted", 1)
         case = Case(name, H, B, T, form=form, dtype=dtype, mode="train")
         yield 2.4, case, {"kind": "accuracy", "interpreter": True}
 
 
-def overhead(s: Sizes) -> Ordered:
+def overhead(s: Any) -> Ordered:
     """Host microseconds per call, at sizes where the device has next to nothing to do."""
     for form, mode in product(FORMS, MODES):
         yield 2.15, Case(f"host time, {form}", 64, 1, 1, form=form, dtype="float32", mode=mode), {"kind": "overhead"}
 
 
-def cold_start(s: Sizes) -> Ordered:
+def cold_start(s: Any) -> Ordered:
     """Seconds to the first result in a new process, with an empty and with a warm cache of kernels."""
     for form, T in zip(FORMS, (16, 1)):
         yield 3.5, Case(f"first call, {form}", 512, 16, T, form=form, mode="train"), {"kind": "cold-start"}
 
 
-def roofs(s: Sizes) -> Ordered:
+def roofs(s: Any) -> Ordered:
     """The roofs of this device: copies, matrix products, barriers."""
     yield 0.5, Case("roofs", 1, 1, 1, dtype=s.dtypes[0]), {"kind": "roof"}
 
 
 _ALL = (hidden_sizes, batch, length, cell, step, real, features, memory, accuracy, overhead, cold_start, roofs)
-SUITES: dict[str, Callable[[Sizes], Ordered]] = {make.__name__.replace("_", "-"): make for make in _ALL}
+SUITES: dict[str, Callable[[Any], Ordered]] = {make.__name__.replace("_", "-"): make for make in _ALL}
 
 
 def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
@@ -182,6 +161,28 @@ def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
     return sorted(found, key=lambda task: found[task])
 
 
-def describe() -> str:
-    """One line for each suite."""
-    return "\n".join(f"{name:<12}  {(make.__doc__ or '').splitlines()[0]}" for name, make in SUITES.items())
+class Workload(NamedTuple):
+    """One row of real_workloads.csv; `case` is None where it cannot be run, for `reason`."""
+
+    id: str
+    domain: str
+    project: str
+    source: str
+    case: Case | None
+    reason: str = ""
+
+
+@functools.cache
+def workloads() -> tuple[Workload, ...]:
+    """Every row of the table, in its order."""
+    kinds, found = get_type_hints(Case), []
+    with (HERE / "real_workloads.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            about, run = (row["id"], row["domain"], row["project"], row["source"]), row["run"]
+            if run.startswith("no: "):
+                found.append(Workload(*about, None, run.removeprefix("no: ")))
+                continue
+            given = dict(part.split("=", 1) for part in re.split(r"; (?=\w+=)", run))
+            options = {n: kinds[n](text) if kinds[n] in (int, float, bool) else text for n, text in given.items()}
+            found.append(Workload(*about, Case(row["id"], **options)))  # type: ignore[arg-type]
+    return tuple(found)

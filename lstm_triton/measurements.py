@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import storage
 from .dispatch import Measured
 from .kernels import device as kernels_device
 from .modes import is_jit_tracing
@@ -84,21 +84,7 @@ def _read(file: Path) -> list[Row]:
     given = json.loads(file.read_text())
     if not isinstance(given, list):
         raise ValueError("not a list of rows")
-    return [_made(Row, row) for row in given]
-
-
-def _made(kind: Any, given: Any) -> Any:
-    """A `Row`, or a part of one, from what json gives, each field of its type."""
-    hints = typing.get_type_hints(kind)
-    if not isinstance(given, dict) or set(given) != set(hints):
-        raise ValueError(f"no {kind.__name__} of {', '.join(hints)}")
-    values = {
-        name: _made(hint, given[name]) if hint in (Machine, Shape) else given[name] for name, hint in hints.items()
-    }
-    for name, value in values.items():
-        if not isinstance(value, hints[name]):
-            raise ValueError(f"{name} is {value!r}")
-    return kind(**values)
+    return [storage.read(row, Row, "row") for row in given]
 
 
 def _legal(row: Row, device: torch.device) -> bool:
@@ -231,9 +217,8 @@ def change(by: Callable[[list[Row]], Sequence[Row]]) -> None:
         text = json.dumps(
             [asdict(row) | dict(machine=row.machine._asdict(), shape=row.shape._asdict()) for row in by(before)]
         )
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(text.replace('{"machine"', '\n{"machine"'))
-        part.replace(file)
+        with storage.unfinished(file) as part:
+            part.write_text(text.replace('{"machine"', '\n{"machine"'))
     refresh()
 
 

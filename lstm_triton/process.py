@@ -3,6 +3,7 @@ only that process."""
 
 import contextlib
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,3 +108,12 @@ def raise_if_lost(error: BaseException) -> None:
     """Raise Fatal from an error that has cost the process its CUDA context."""
     if why := why_lost():
         raise Fatal(why.splitlines()[0][:300]) from error
+
+
+def age_s() -> float:
+    """Seconds since this process began, imports included; infinite where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, StopIteration, AttributeError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        starttime = int(next(itertools.islice(fields, 19, None))) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - starttime, 0.0)
+    return float("inf")

@@ -6,7 +6,7 @@ import pytest
 from test_bench_rows import make_row
 
 from lstm_triton import timing
-from lstm_triton.bench import providers, roofs, rows, suites, workloads
+from lstm_triton.bench import providers, roofs, rows, suites
 from lstm_triton.bench.cases import Case
 
 H100 = (9, 0), 132
@@ -53,7 +53,12 @@ def test_cudnn_algorithm_depends_on_the_gpu():
     assert providers.algorithm(case, (8, 0), 98) == "PERSIST_STATIC"
 
 
-ROOFS = roofs.Roofs(copy_bytes_per_s=1e12, flops_per_s={"bfloat16": 1e15, "float32 ieee": 1e13}, exchange_us=0.5)
+ROOFS = {
+    "copy_bytes_per_s": 1e12,
+    "gemm_float32_ieee_flops_per_s": 1e13,
+    "gemm_bfloat16_flops_per_s": 1e15,
+    "exchange_us": 0.5,
+}
 
 
 def test_floor_by_hand():
@@ -69,7 +74,7 @@ def test_floor_by_hand():
 def test_floor_exchanges():
     assert roofs.floor(Case("a", 128, 1, 100), ROOFS).exchange_us == roofs.LOCAL_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 1), ROOFS).exchange_us == 0
-    unmeasured = roofs.Roofs(1e12, {"bfloat16": 1e15}, None)
+    unmeasured = {name: value for name, value in ROOFS.items() if name != "exchange_us"}
     assert roofs.floor(Case("a", 512, 1, 100), unmeasured).exchange_us == roofs.ASSUMED_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 100, dtype="float16"), ROOFS) is None
     two = roofs.floor(Case("a", 1024, 64, 100, layers=2, bidirectional=True), ROOFS)
@@ -77,17 +82,11 @@ def test_floor_exchanges():
 
 
 def test_roofs_from_rows():
-    values = {
-        "copy_bytes_per_s": 1e12,
-        "gemm_float32_ieee_flops_per_s": 1e13,
-        "gemm_bfloat16_flops_per_s": 1e15,
-        "exchange_us": 0.5,
-    }
-    row = make_row(kind="roof", suite="roofs", values=values)
-    failed = make_row(kind="roof", suite="roofs", values=values, status="failed")
+    row = make_row(kind="roof", suite="roofs", values=ROOFS)
+    failed = make_row(kind="roof", suite="roofs", values=ROOFS, status="failed")
     assert roofs.from_rows([row], row.device.name) == ROOFS
-    assert roofs.from_rows([row], "another") is None
-    assert roofs.from_rows([failed], row.device.name) is None
+    assert roofs.from_rows([row], "another") == {}
+    assert roofs.from_rows([failed], row.device.name) == {}
 
 
 def test_percentiles_of_known_samples():
@@ -199,15 +198,15 @@ def test_what_users_ask_for_is_there():
     assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
         (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
     }
-    assert sum(w.domain == "RL" and w.case is not None for w in workloads.load()) == 18
+    assert sum(w.domain == "RL" and w.case is not None for w in suites.workloads()) == 18
 
 
 def test_real_workloads_lie_in_their_ranges():
     import csv
 
-    with workloads.TABLE.open(encoding="utf-8", newline="") as file:
+    with (suites.HERE / "real_workloads.csv").open(encoding="utf-8", newline="") as file:
         table = {row["id"]: row for row in csv.DictReader(file)}
-    loaded = workloads.load()
+    loaded = suites.workloads()
     assert len(loaded) == len(table) == 52
     run = [w for w in loaded if w.case is not None]
     assert len(run) >= 24 and all(w.source for w in loaded)

@@ -7,7 +7,7 @@ import torch
 from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
-from lstm_triton.bench import checks, choice, peers, problem, providers
+from lstm_triton.bench import checks, peers, problem, providers
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.checks import Built
 from lstm_triton.bench.problem import precision as torchs_precision
@@ -35,8 +35,8 @@ def test_providers_agree_with_the_truth(options):
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(truth)
     for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell"):
         try:
-            built = Built(choice.provider(name), given, states=True)
-        except providers.Unavailable:
+            built = Built(providers.PROVIDERS[name], given, states=True)
+        except problem.Unavailable:
             assert name == "torch.nn.LSTMCell"
             continue
         found = {name: checks.error(t, truth[name]) for name, t in built.results().items()}
@@ -116,8 +116,8 @@ class FailsInBackward(torch.autograd.Function):
 
 
 def also(monkeypatch, **makers):
-    everyone = choice.all_providers() | makers
-    monkeypatch.setattr(choice, "all_providers", lambda: everyone)
+    for name, maker in makers.items():
+        monkeypatch.setitem(providers.PROVIDERS, name, maker)
 
 
 @pytest.mark.parametrize("what", ["output", "row", "gradient", "NaN", "error", "shape", "backward"])
@@ -137,7 +137,7 @@ def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
     given = problem.make(Case("a", 5, 3, 1, form=form, dtype="float32", precision="ieee", carried=True), CPU)
     two = problem.make(Case("a", 5, 3, 2, dtype="float32", precision="ieee"), CPU)
     name = "torch.nn.LSTM" if form == "layer" else "lstm_triton auto"
-    built = Built(choice.provider(name), given)
+    built = Built(providers.PROVIDERS[name], given)
     first = built.results()
     built.call()
     carried = built.named(built.call())
@@ -279,16 +279,16 @@ def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
     with torchs_precision(case):
-        with pytest.raises(providers.Unavailable, match="GPUs only"):
+        with pytest.raises(problem.Unavailable, match="GPUs only"):
             peers.fastlstm(problem.make(case, CPU))
         assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
 
 
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
-    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(choice.all_providers())
-    chosen = choice.chosen_for(Task("s", Case("a", 512, 16, 1024)), "cuda")
+    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.PROVIDERS)
+    chosen = providers.chosen_for(Task("s", Case("a", 512, 16, 1024)), "cuda")
     assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
-    assert "lstm_triton cudnn" not in choice.chosen_for(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda")
+    assert "lstm_triton cudnn" not in providers.chosen_for(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda")
     found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
     assert found["lstm_triton cudnn"].status == "skipped" and "GPU" in found["lstm_triton cudnn"].reason
 

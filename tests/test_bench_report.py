@@ -161,14 +161,19 @@ def test_the_first_figure_has_everyone_the_floor_and_the_ratio_beside_it():
     assert re.search(r"var\(--s1\)", step) and "#04040" not in first, "colours are the page's"
 
 
+def compared(found):
+    """The rows of the one machine, and their comparisons."""
+    (newest,) = tables.newest(found).values()
+    return newest, tables.comparisons(newest)
+
+
 def test_losses_are_shown_with_what_is_known():
     text = render(sample_rows())
-    table = tables.newest(sample_rows())
-    found = tables.comparisons(table)
-    lost = [tables.lost(table, found, (way,)) for way in tables.WAYS]
-    assert all(len(of) and all(float(ratio) < 1 for ratio in of["speed-up"]) for of in lost)
-    assert len(tables.lost(table, found)) == sum(map(len, lost))
-    counts = tables.count_lost(table, found)["torch is ahead in"]
+    given = compared(sample_rows())
+    lost = [tables.lost(*given, (way,)) for way in tables.WAYS]
+    assert all(len(of) and all(ratio < 1 for ratio in of["speed-up"]) for of in lost)
+    assert len(tables.lost(*given)) == sum(map(len, lost))
+    counts = tables.count_lost(*given)["torch is ahead in"]
     assert [text.split()[0] for text in counts] == [str(len(of)) for of in lost]
     assert all(f"<td>{count}</td>" in text for count in counts)
     assert "wrong" in text and "a reason" in text
@@ -182,20 +187,19 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
         timed(case, "lstm_triton cudnn", 39.0, backend="cudnn"),
         timed(case, "lstm_triton torch", 1.0, backend="torch"),
     ]
-    table = tables.newest(found)
-    compared = tables.comparisons(table)
-    (line,) = compared.itertuples()
-    assert line.kernels.provider == STEPWISE and line.kernels_ratio == pytest.approx(0.5) and line.kernels_lost
-    assert line.auto_ratio == pytest.approx(1.0) and not line.auto_lost
-    won = tables.lost(table, compared, ("kernels",), CUDNN)
+    given = compared(found)
+    (one,) = given[1]
+    assert one.kernels.provider == STEPWISE and one.ratio("kernels") == pytest.approx(0.5) and one.lost("kernels")
+    assert one.ratio("auto") == pytest.approx(1.0) and not one.lost("auto")
+    won = tables.lost(*given, ("kernels",), CUDNN)
     assert won["what ran"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
-    assert not len(tables.lost(table, compared, ("auto",)))
-    assert list(tables.count_lost(table, compared)["torch is ahead in"]) == ["1 of 1", "0 of 1"]
-    assert tables.timings(table, compared)[["speed-up of kernels", "of auto"]].values.tolist() == [["▼ 0.50", "1.00"]]
+    assert not len(tables.lost(*given, ("auto",)))
+    assert list(tables.count_lost(*given)["torch is ahead in"]) == ["1 of 1", "0 of 1"]
+    assert "| ▼ 0.50 | 1.00 |" in tables.markdown(tables.timings(*given))
     cell = Case("c", 64, 4, 1, form="cell")
-    cells = tables.comparisons(tables.newest([timed(cell, OURS, 9.0), timed(cell, TORCH_CELL, 4.0)]))
-    assert len(tables.lost(table, cells, ("kernels",)))
-    assert not len(tables.lost(table, cells, ("kernels",), CUDNN)), "no cell is cuDNN's"
+    cells = compared([timed(cell, OURS, 9.0), timed(cell, TORCH_CELL, 4.0)])
+    assert len(tables.lost(*cells, ("kernels",)))
+    assert not len(tables.lost(*cells, ("kernels",), CUDNN)), "no cell is cuDNN's"
 
 
 def test_rows_under_other_settings_stand_apart():
@@ -204,14 +208,14 @@ def test_rows_under_other_settings_stand_apart():
         timed(case, OURS, us, l2=l2, date=f"2030-01-0{day}T00:00:00+00:00")
         for us, l2, day in ((10.0, "warm", 1), (20.0, "flushed", 2))
     )
-    assert list(tables.newest([warm, flushed])["row"]) == [warm, flushed], "the newer row is of another measurement"
-    parts = tables.newest([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])["machine"].unique()
+    assert [*tables.newest([warm, flushed]).values()] == [[warm], [flushed]], "the newer row is of another measurement"
+    parts = tables.newest([flushed, warm, timed(case, CUDNN, 9.0, l2="warm")])
     assert list(parts) == [GPU.name, f"{GPU.name}, L2 cache flushed before each call"]
     text = render([warm, flushed])
     assert "--suite hidden-sizes --flush-l2" in text
     cpu = make_row()
     one, two = (dataclasses.replace(cpu, device=dataclasses.replace(cpu.device, threads=n)) for n in (1, 2))
-    assert [name.rpartition(", ")[2] for name in tables.newest([one, two])["machine"]] == ["1 thread", "2 threads"]
+    assert [name.rpartition(", ")[2] for name in tables.newest([one, two])] == ["1 thread", "2 threads"]
     assert len(tables.side_by_side([one], [two])[0]) == 1, "machines with other numbers of threads are compared"
     assert not len(tables.side_by_side([warm], [flushed])[0])
 
@@ -224,10 +228,11 @@ def test_broken_promises_are_marked():
     found = rows("padded", {OURS: 10.0, PERSISTENT: 10.0, STEPWISE: 20.0, CUDNN: 10.0})
     found += rows("packed", {OURS: 14.0, PERSISTENT: 16.0, STEPWISE: 29.0, CUDNN: 90.0}, rows="packed")
     found += rows("resets", {OURS: 10.4, PERSISTENT: 10.4, STEPWISE: 21.2, CUDNN: 90.0}, resets=0.02)
-    newest = tables.newest(found)
-    table = tables.timings(newest, tables.comparisons(newest), base="padded")
+    table = tables.timings(*compared(found), base="padded")
     assert {f"{name}, us/step" for name in (OURS, PERSISTENT, STEPWISE, CUDNN)} <= set(table)
-    broken = {(line[: line.index(":")], name) for name in table for line, text in table[name].items() if "(▼" in text}
+    broken = {
+        (line[: line.index(":")], name) for name in table for line, text in table[name].items() if "(▼" in str(text)
+    }
     assert broken == {("packed", f"{PERSISTENT}, us/step"), ("resets", f"{STEPWISE}, us/step")}
     assert "than this package promises: at most packed, 1.5 times" in render(found)
 
@@ -238,15 +243,14 @@ def test_errors_by_hidden_size_and_length():
         return make_row(case, kind="accuracy", suite="accuracy", device=GPU, errors={"y": Error(error, error / 9)})
 
     found = [row(512, 128, 1e-6), row(512, 1024, 4e-6), row(19, 7, 2e-6), row(512, 1, 3e-6, form="cell")]
-    newest = tables.newest(found)
-    by_shape = tables.accuracy(newest, newest, by_shape=True)
+    by_shape = tables.accuracy(*compared(found), by_shape=True)
     assert [(name, text[:7]) for name, text in by_shape["y: max / RMS"].items()] == [
         ("cell H512, float32 ieee, input x1", "3.0e-06"),
         ("layer H19 T7, float32 ieee, input x1", "2.0e-06"),
         ("layer H512 T128, float32 ieee, input x1", "1.0e-06"),
         ("layer H512 T1024, float32 ieee, input x1", "4.0e-06"),
     ]
-    summary = tables.accuracy(newest, newest)["y: max / RMS"]
+    summary = tables.accuracy(*compared(found))["y: max / RMS"]
     assert list(summary.index) == ["float32 ieee, input x1"] and summary.item().startswith("4.0e-06 /")
     text = render(found)
     assert "by hidden size and length" in text and "layer H512 T1024" in text
@@ -268,35 +272,35 @@ def test_text_of_rows_cannot_become_markup():
 
 def test_the_newest_row_counts():
     old, new = make_row(us=10.0, date="2030-01-01T00:00:00+00:00"), make_row(us=20.0, date="2030-01-02T00:00:00+00:00")
-    assert list(tables.newest([new, old])["row"]) == [new]
+    assert [*tables.newest([new, old]).values()] == [[new]]
     assert len(tables.newest([new, make_row(device=GPU)])) == 2
 
 
 def test_speedup_of_the_fastest_way_and_of_auto():
     case = Case("a", 64, 8, 16)
-    (line,) = tables.comparisons(
-        tables.newest([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
-    ).itertuples()
-    assert line.kernels_ratio == pytest.approx(2.0) and line.auto_ratio == pytest.approx(0.5)
-    assert line.kernels.provider == PERSISTENT and line.torchs.provider == CUDNN
-    (alone,) = tables.comparisons(tables.newest([make_row(case, CUDNN)])).itertuples()
-    assert alone.kernels_ratio is None and alone.kernels is None
+    (one,) = tables.comparisons([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
+    assert one.ratio("kernels") == pytest.approx(2.0) and one.ratio("auto") == pytest.approx(0.5)
+    assert one.kernels.provider == PERSISTENT and one.torchs.provider == CUDNN
+    (alone,) = tables.comparisons([make_row(case, CUDNN)])
+    assert alone.ratio("kernels") is None and alone.kernels is None
 
 
 def test_figures_bear_one_point_none_and_large_ranges():
     labels = ("a", "x", "y")
-    one = figures.curves(labels, {"s": [(4.0, 2.0)], "t": []}, (1.0, "a level"))
+    one = figures.curves(labels, {"s": {4.0: 2.0}, "t": {}}, (1.0, "a level"))
     assert one.startswith("<svg") and ">s</text>" in one and ">t</text>" not in one and ">a level</text>" in one
-    assert figures.curves(labels, {"s": []}) == ""
-    wide = figures.curves(labels, {"s": [(1.0, 1e-3), (1e6, 1e7)]})
+    assert figures.curves(labels, {"s": {}}) == ""
+    wide = figures.curves(labels, {"s": {1.0: 1e-3, 1e6: 1e7}})
     assert wide.count("<text") < 40
     ids = re.findall(r' id="([^"]+)"', one + wide)
     assert len(set(ids)) == len(ids)
 
 
 def test_speed_ups_are_coloured_by_who_is_ahead():
-    assert "--s0" in report.heat(2.0) and "2.00 ▲" in report.heat(2.0)
-    assert "--s1" in report.heat(0.5) and "0.50 ▼" in report.heat(0.5) and report.heat(float("nan")) == ""
+    case = Case("a", 64, 8, 16)
+    text = render([timed(case, p, us) for p, us in ((OURS, 20.0), (PERSISTENT, 5.0), (CUDNN, 10.0))])
+    heat = re.findall(r'<span class="heat" style="--hue:var\(--(s\d)\);--share:(\d+)%">([^<]*)</span>', text)
+    assert set(heat) == {("s0", "23", "2.00 ▲"), ("s1", "23", "0.50 ▼")}
 
 
 SUMMARY_BEGIN = "<!-- benchmark summary: begin (written by lstm-triton bench --readme) -->"

@@ -15,8 +15,8 @@ import torch
 from support.benches import ROOT, TINY, Here, measure, options, rows_of, small
 
 from lstm_triton import cli as package_cli
-from lstm_triton import timing
-from lstm_triton.bench import choice, cli, device, host, progress, rows, run, suites, worker
+from lstm_triton import process, timing
+from lstm_triton.bench import cli, device, host, progress, providers, rows, run, suites
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
 
@@ -62,11 +62,11 @@ def test_real_workloads_and_cells_run(tmp_path):
 
 def test_a_run_continues_where_it_stopped(tmp_path):
     first = measure(tmp_path, small(4))
-    assert (first.measured, first.before, first.rows) == (1, 0, 2)
+    assert (first.measured, first.before, first.appended) == (1, 0, 2)
     second = measure(tmp_path, small(4, 5))
     assert (second.measured, second.before) == (1, 1)
-    third = measure(tmp_path, small(4, 5), names=(OURS, CUDNN, "torch.nn.LSTMCell"))
-    assert third.measured == 2 and third.rows == 2, "only what is new of a task"
+    third = measure(tmp_path, small(4, 5), provider=(OURS, CUDNN, "torch.nn.LSTMCell"))
+    assert third.measured == 2 and third.appended == 2, "only what is new of a task"
     assert measure(tmp_path, small(4), again=True).measured == 1
     maker = Here(options(tmp_path), "run", False).maker
     assert len(run.done_before(rows_of(tmp_path), maker, False)) == 6
@@ -112,7 +112,7 @@ def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind
 
     def measured(**changes):
         before = len(rows_of(tmp_path)) if tmp_path.exists() and any(tmp_path.iterdir()) else 0
-        measure(tmp_path, [task], names=None, **changes)
+        measure(tmp_path, [task], provider=None, **changes)
         return [row.provider for row in rows_of(tmp_path)[before:]]
 
     class Interrupted(Here):
@@ -120,21 +120,21 @@ def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind
             yield next(super().run(*arguments))
             raise TimeoutError
 
-    measure(tmp_path, [task], Interrupted, names=None)
+    measure(tmp_path, [task], Interrupted, provider=None)
     assert [row.provider for row in rows_of(tmp_path)] == [OURS]
     assert measured() == [CELL]
     assert measured() == []
-    measure(tmp_path, [task], names=(LAYER, CELL))
+    measure(tmp_path, [task], provider=(LAYER, CELL))
     assert [row.provider for row in rows_of(tmp_path)] == [OURS, CELL, LAYER], "--provider counts here too"
 
 
 def test_roofs_and_anchors_know_no_choice_of_providers():
-    assert choice.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
+    assert providers.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
     roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
-    assert choice.names_of(roof, "cuda", (OURS,)) == ["copies", "matrix products", "barriers"]
-    assert choice.names_of(roof, "cpu", None) == ["copies", "matrix products"]
-    assert choice.names_of(HOST, "cuda", None) == ["lstm_triton triton", CELL]
-    assert choice.names_of(HOST, "cpu", None) == [OURS, CELL]
+    assert providers.names_of(roof, "cuda", (OURS,)) == ["copies", "matrix products", "barriers"]
+    assert providers.names_of(roof, "cpu", None) == ["copies", "matrix products"]
+    assert providers.names_of(HOST, "cuda", None) == ["lstm_triton triton", CELL]
+    assert providers.names_of(HOST, "cpu", None) == [OURS, CELL]
 
 
 class Steady(Here):
@@ -150,7 +150,7 @@ class Steady(Here):
 
 def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
     Steady.begun.clear()
-    outcome = measure(tmp_path, small(*range(4, 40)), Steady, budget_s=1.0)
+    outcome = measure(tmp_path, small(*range(4, 40)), Steady, budget=1.0)
     assert outcome.measured == len(Steady.begun) >= 2 and outcome.left == 36 - outcome.measured
     assert Steady.begun[-1] - Steady.begun[0] < 1.0 - 0.29
 
@@ -165,17 +165,17 @@ def test_how_long_a_task_will_take_is_judged_by_those_before(tmp_path):
 
 
 def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
-    assert 0 < device.process_age() < float("inf")
+    assert 0 < process.age_s() < float("inf")
     seen = []
 
     @contextlib.contextmanager
     def runner(options, progress):
-        seen.append(options.budget_s)
-        yield types.SimpleNamespace(run=lambda tasks: run.Outcome())
+        seen.append(options.budget)
+        yield types.SimpleNamespace(run=len, describe=str, appended=0, before=0)
 
     monkeypatch.setattr(run, "runner", runner)
     for age in (0.0, 10.0, 1000.0):
-        monkeypatch.setattr(device, "process_age", lambda age=age: age)
+        monkeypatch.setattr(process, "age_s", lambda age=age: age)
         assert cli.main([*TINY, "--suite", "memory", "--budget", "40s", "--output", str(tmp_path)]) == 0
     fresh, slow_start, long_running = seen
     assert 30 < fresh < 38.1 and fresh - slow_start == pytest.approx(10, abs=1)
@@ -183,17 +183,16 @@ def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
 
 
 def test_the_budget_is_kept(tmp_path):
-    outcome = measure(tmp_path, small(*range(4, 400)), budget_s=1.0)
+    outcome = measure(tmp_path, small(*range(4, 400)), budget=1.0)
     assert outcome.left > 0 and outcome.measured + outcome.left == 396
-    assert "the same command continues" in outcome.describe(options(tmp_path, budget_s=1.0))
+    assert "the same command continues" in outcome.describe()
     before = len(rows_of(tmp_path))
-    measure(tmp_path, small(*range(4, 400)), budget_s=0.5)
+    measure(tmp_path, small(*range(4, 400)), budget=0.5)
     assert len(rows_of(tmp_path)) > before, "it goes on"
 
 
 FAULTS = """
 import functools, os, time
-import lstm_triton.bench.choice as choice
 import lstm_triton.bench.providers as providers
 
 def fault(problem, name):
@@ -211,9 +210,8 @@ def fault(problem, name):
     model.run = run
     return model
 
-original = choice.all_providers
-names = ("crash", "hang", "crash while timed")
-choice.all_providers = lambda: {**original(), **{n: functools.partial(fault, name=n) for n in names}}
+for name in ("crash", "hang", "crash while timed"):
+    providers.PROVIDERS[name] = functools.partial(fault, name=name)
 """
 
 
@@ -222,9 +220,9 @@ def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_pa
     names = ("crash", "hang", CUDNN, "crash while timed")
     folder = tmp_path / "rows"
     path = [str(tmp_path), *sys.path]
-    outcome = measure(folder, small(4), worker.Worker, names=names, silence_s=6.0, path=path)
+    outcome = measure(folder, small(4), run.Worker, provider=names, timeout=6.0, path=path)
     found = {row.provider: row for row in rows_of(folder)}
-    assert set(found) == set(names) and outcome.rows == len(names)
+    assert set(found) == set(names) and outcome.appended == len(names)
     assert found["crash"].status == "failed" and "exit code 9" in found["crash"].reason
     assert found["hang"].status == "failed" and "no sign of life for 6 s" in found["hang"].reason
     assert found["crash while timed"].status == "failed" and "exit code 9" in found["crash while timed"].reason
@@ -234,7 +232,7 @@ def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_pa
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, capsys):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
     with pytest.raises(RuntimeError, match="does not start"):
-        measure(tmp_path / "rows", small(4), worker.Worker, path=[str(tmp_path), *sys.path])
+        measure(tmp_path / "rows", small(4), run.Worker, path=[str(tmp_path), *sys.path])
 
 
 @pytest.mark.parametrize(
@@ -242,7 +240,7 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, capsys):
     [
         (["--suite", "nonsense"], 2, "invalid choice"),
         (["--budget", "soon"], 2, "not a time such as"),
-        (["--hidden", "a..b"], 2, "neither a number nor a range"),
+        (["--hidden", "a..b"], 2, "neither numbers nor a range"),
         (["--device", "cuda:99"], 2, "no such NVIDIA GPU"),
         (["--device", "mps"], 2, "only NVIDIA GPUs and the CPU"),
         (["--device", "cpu", "--provider", "nobody"], 2, "known are"),
@@ -267,14 +265,14 @@ def test_lists_and_filters(capsys):
     )
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2 and all("train" in line for line in listed)
-    assert cli.main(["--list-providers"]) == 0
-    assert {"lstm_triton auto", "torch.nn.LSTM", "torchrl", "haste", "flashrnn", "fastlstm"} <= set(
-        capsys.readouterr().out.splitlines()
-    )
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    told = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert {"lstm_triton auto", "torch.nn.LSTM", "torchrl", "haste", "flashrnn", "fastlstm"} <= told
 
 
 def test_times_and_their_words():
-    assert [cli.seconds_of(t) for t in ("45s", "8m", "1h", "2.5")] == [45, 480, 3600, 2.5]
+    assert [run.seconds_of(t) for t in ("45s", "8m", "1h", "2.5")] == [45, 480, 3600, 2.5]
     assert [progress.duration(s) for s in (5, 60, 190, 3900)] == ["5 s", "1 min", "3 min 10 s", "1 h 5 min"]
     bar = progress.Progress(10)
     assert bar.left() is None
@@ -306,9 +304,9 @@ def test_default_folders(monkeypatch, tmp_path):
 
 
 def test_a_worker_tells_what_it_does(tmp_path):
-    given = worker.Worker(options(tmp_path, names=(OURS,)), "run", False)
+    given = run.Worker(options(tmp_path, provider=(OURS,)), "run", False)
     try:
-        told = list(given.run(small(4)[0], [], None, float("inf")))
+        told = list(given.run(small(4)[0], [], {}, float("inf")))
     finally:
         given.end()
     assert [row.provider for row in told if isinstance(row, rows.Row)] == [OURS] and given.maker.device.type == "cpu"

@@ -26,7 +26,7 @@ def test_two_versions_in_turns(tmp_path, monkeypatch, capsys):
         subprocess.run([*git, *arguments], check=True)
     monkeypatch.setattr(device, "checkout", lambda: repository)
     folder = tmp_path / "rows"
-    assert against.main("HEAD", options(folder, names=None), small(4)) == 0
+    assert against.main("HEAD", options(folder, provider=None), small(4)) == 0
     out = capsys.readouterr().out
     assert "1 measurements on both sides" in out
     found = rows_of(folder)

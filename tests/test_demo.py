@@ -203,7 +203,7 @@ def test_the_demo_checks_and_times(tmp_path, capsys, monkeypatch):
         return check_report("B=1 too large")
 
     monkeypatch.setattr(check, "run", checked)
-    monkeypatch.setattr(timing, "measure", lambda device, seconds: measured(device, 0.05, batch=2, size=4, length=3))
+    monkeypatch.setattr(timing, "measure", lambda device, rows, seconds: measured(device, rows, 0.05, 2, 4, 3))
     assert main(["--out", str(tmp_path), "--steps", "2", "--seed", "3", *TINY[: TINY.index("--skip")]]) == 1
     out, page = capsys.readouterr().out, Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert seeds == [("cpu", 3)]
@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
 
 def test_timing_covers_everyone_and_restores_precision():
     before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    found = list(timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3))
+    found = list(timing.measure(CPU, [], seconds=0.05, batch=2, size=4, length=3))
     assert before == (torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     assert "CPU" in found[0] and "say nothing about" in found[-1]
     compared = "\n".join(found[1:-1])
@@ -252,6 +252,6 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         return h * 1.001, c
 
     monkeypatch.setattr(LSTMCell, "forward", wrong)
-    found = "\n".join(timing.measure(CPU, seconds=0.05, batch=2, size=4, length=3))
+    found = "\n".join(timing.measure(CPU, [], seconds=0.05, batch=2, size=4, length=3))
     assert len(re.findall(r"lstm_triton auto +WRONG: wrong: \w+ is off", found)) == 2
     assert found.count("us/step") == 6

@@ -51,6 +51,7 @@ def _page(tmp_path, **changes):
             "Accuracy": [check.table(check_report())],
             "Time": ["none"],
         },
+        "rows": [],
     }
     path = tmp_path / "new" / "report.html"
     report.write(path, **(contents | changes))

@@ -11,9 +11,9 @@ import torch
 from lstm_triton import check, environment, explain
 from lstm_triton.bench.device import UsageError, pick
 from lstm_triton.bench.progress import missing
+from lstm_triton.bench.rows import Row
 from lstm_triton.demo import corpus, timing, train
 
-PROMPT = "\ndef "
 # The sections of the report.
 MODEL, SAMPLE = "A language model, trained character by character", "What it writes"
 ACCURACY, TIMING = "Accuracy of the fused cell", "Time per timestep"
@@ -71,8 +71,8 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"\nContinuing after {training.step} updates ({checkpoint})")
     files, held_out, characters = sum(source.files), source.files[1], len(source.train) + len(source.validation)
     of = f"{files} source files of Python's standard library, {characters:,} characters, {held_out} files held out"
-    shape = f"{config.hidden_size} units, {config.batch} texts side by side, gradients through {config.steps} steps"
     say(MODEL, f"Text: {of}.")
+    shape = f"{config.hidden_size} units, {config.batch} texts side by side, gradients through {config.steps} steps"
     say(MODEL, f"Model: LSTM with {shape}, on the {'GPU' if device.type == 'cuda' else 'CPU'}.")
     say(MODEL, f"What trains it: {explain(training.model.lstm, steps=config.steps)}")
     training.run(checkpoint, options.seconds, options.steps)
@@ -80,24 +80,26 @@ def _demo(options: argparse.Namespace) -> int:
         again = f"{sys.executable} -m lstm_triton.demo --out {options.out} --resume"
         print(f"Interrupted after {training.step} updates, saved to {checkpoint}; continue with\n  {again}")
         return 130
-    last, unigram = training.curve[-1], source.unigram_bits()
-    bits, tokens = f"{last.validation_bits:.2f} bits per character (training {last.train_bits:.2f})", last.tokens
-    gain = f"{abs(unigram - last.validation_bits):.2f} {'below' if unigram > last.validation_bits else 'ABOVE'}"
-    rate = f"after {tokens:,} tokens in {last.seconds:.0f} s: {tokens / last.seconds:,.0f} tokens/s"
-    say(MODEL, f"Validation: {bits}, {gain} the {unigram:.2f} of character frequencies alone, {rate}.")
+    (_, tokens, seconds, trained, bits), unigram = training.curve[-1], source.unigram_bits()
+    gain = f"{abs(unigram - bits):.2f} {'below' if unigram > bits else 'ABOVE'} the {unigram:.2f}"
+    rate = f"after {tokens:,} tokens in {seconds:.0f} s: {tokens / seconds:,.0f} tokens/s"
+    say(
+        MODEL,
+        f"Validation: {bits:.2f} bits per character (training {trained:.2f}), {gain} of character frequencies alone, {rate}.",
+    )
     print(f"Checkpoint: {checkpoint} (go on with --resume)\n")
-    drawn = training.model.sample(corpus.encode(PROMPT).int().to(device), 500, config.seed)
+    drawn = training.model.sample(corpus.encode("\ndef ").int().to(device), 500, config.seed)
     say(SAMPLE, "Drawn from Y_t = softmax(h_t W + b), one character after the other:")
     say(SAMPLE, bytes(drawn).decode("ascii") + "\n")
-    for text in ["Not measured (--skip timing)."] if "timing" in options.skip else timing.measure(device, 8.0):
+    rows: list[Row] = []
+    for text in ["Not measured (--skip timing)."] if "timing" in options.skip else timing.measure(device, rows, 8.0):
         say(TIMING, text)
-    path = options.out / "report.html"
     if absent := missing("jinja2", "matplotlib", "pandas"):
         print(f"\n{absent}")
     else:
-        from lstm_triton.demo import report
+        from lstm_triton.demo.report import write
 
-        report.write(path, training.curve, unigram, said)
+        write(path := options.out / "report.html", training.curve, unigram, said, rows)
         print(f"\nReport: {path.resolve()}")
     return 1 if checked and not checked.passed else 0
 
@@ -111,10 +113,9 @@ def _config(options: argparse.Namespace, device: torch.device, checkpoint: Path)
         gpu = {"hidden_size": 512, "batch": 128, "learning_rate": 2e-3} if device.type == "cuda" else {}
         return train.Config(**(gpu | given)), None
     config, data = train.load_checkpoint(checkpoint)
-    for name, value in given.items():
-        if value != (kept := getattr(config, name)):
-            option, what = f"--{name.replace('_', '-')} {value}", f"{checkpoint}, which was trained with {kept}"
-            raise UsageError(f"{option} contradicts {what}: leave it out, or run without --resume")
+    for name in (name for name in given if given[name] != getattr(config, name)):
+        option, kept = f"--{name.replace('_', '-')} {given[name]}", f"{checkpoint}, which was trained with"
+        raise UsageError(f"{option} contradicts {kept} {getattr(config, name)}: leave it out, or run without --resume")
     return config, data
 
 

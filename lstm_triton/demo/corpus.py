@@ -36,8 +36,7 @@ class Corpus(NamedTuple):
 def load(seed: int = 0, folder: Path | None = None) -> Corpus:
     """The standard library's source files, the same for one seed and one version of Python.
 
-    seed: decides the order of the files and which are held out. folder: where to look instead. Raises UsageError for too
-    little text.
+    seed: decides which files are held out. folder: where to look instead. Raises UsageError for too little text.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))

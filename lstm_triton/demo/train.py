@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from lstm_triton.bench.device import UsageError
 from lstm_triton.bench.progress import Progress
-from lstm_triton.bench.rows import unfinished
 from lstm_triton.demo.corpus import CHARACTERS, Corpus
 from lstm_triton.demo.model import CharModel, State
+from lstm_triton.storage import unfinished
 
 _MEASURED_AT = (0.02, 0.05, *(k / 10 for k in range(1, 11)))  # shares of the budget: the loss falls fastest at first
 _NATS = math.log(2)  # nats per bit
@@ -62,8 +62,10 @@ class Training:
         self.model = CharModel(CHARACTERS, c.embedding_size, c.hidden_size).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.learning_rate, betas=(0.9, 0.99))
         self.state: State | None = None
-        self._train = _streams(self.corpus.train, c.batch).to(self.device)
-        self._validation = _streams(self.corpus.validation, 64)[:193].to(self.device)
+        # [N] -> [N // n, n]: column k is the k-th of n pieces of the text.
+        texts = (self.corpus.train, c.batch), (self.corpus.validation, 64)
+        pieces = (text[: len(text) // n * n].view(n, -1).t().contiguous() for text, n in texts)
+        self._train, self._validation = (columns.to(self.device) for columns in pieces)
 
     @property
     def tokens(self) -> int:
@@ -118,7 +120,7 @@ class Training:
     @torch.no_grad()
     def _measure(self, train_loss: float, checkpoint: Path) -> Point:
         """A point of the curve: bits per character on the held-out text; saved."""
-        text, total, state = self._validation.long(), 0.0, None
+        text, total, state = self._validation[:193].long(), 0.0, None
         for x, target in zip(text[:-1].split(128), text[1:].split(128)):
             logits, state = self.model(x, state)
             total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
@@ -146,21 +148,12 @@ class Training:
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the contents of a checkpoint, read as tensors and plain values only.
-
-    Raises UsageError for no such file, or one that this version cannot read.
-    """
+    """Its configuration and contents, tensors and plain values only. UsageError for none that this version can read."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         return Config(**data["config"]), data
     except FileNotFoundError:
         raise UsageError(f"no checkpoint at {path}: run once without --resume") from None
     except Exception as error:  # torch reports damage in many ways
-        what = f"{path} is no checkpoint of this version of the demo ({type(error).__name__}: {error})"
-        raise UsageError(f"{what}: run once without --resume") from error
-
-
-def _streams(text: torch.Tensor, batch: int) -> torch.Tensor:
-    """[N] -> [N // batch, batch]: column b is the b-th piece of the text."""
-    length = len(text) // batch
-    return text[: length * batch].view(batch, length).t().contiguous()
+        what = f"no checkpoint of this version of the demo ({type(error).__name__}: {error})"
+        raise UsageError(f"{path} is {what}: run once without --resume") from error

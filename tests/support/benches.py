@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lstm_triton.bench import measure as measuring
-from lstm_triton.bench import progress, rows, worker
+from lstm_triton.bench import progress, rows
 from lstm_triton.bench import run as running
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.device import RowMaker
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def context(**options):
-    return measuring.Context(CPU, RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0, **options)
+    return measuring.Context(RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0, **options)
 
 
 class FakeClock:
@@ -48,17 +48,17 @@ def options(folder, **changes):
         "command": "a test",
         "seconds": 0.001,
         "threads": 1,
-        "names": (OURS, CUDNN),
+        "provider": (OURS, CUDNN),
         "anchors": False,
     }
-    return worker.Options(folder, **(given | changes))
+    return running.Options(output=folder, **(given | changes))
 
 
 class Here:
     """A worker in this process: for what does not depend on its being another."""
 
     def __init__(self, given, run, interpreter):
-        self._context = worker.make_context(given, run, lambda *stage: None)
+        self._context = running.make_context(given, run, lambda *stage: None)
         self.maker = self._context.maker
 
     def run(self, task, skip, roofs, deadline):
@@ -74,7 +74,8 @@ class Here:
 
 def measure(folder, tasks, new_worker=Here, **changes):
     with running.runner(options(folder, **changes), progress.Progress(len(tasks)), new_worker) as runner:
-        return runner.run(tasks)
+        runner.run(tasks)
+    return runner
 
 
 def rows_of(folder):
