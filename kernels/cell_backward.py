@@ -18,12 +18,22 @@ from .device import matmul_precision, multiprocessor_count
 from .gates import gate_rows, join_gates, load_gates
 from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
 from .launch import Launcher, accumulator
-from .tiles import load_tile
+from .tiles import load_tile, store_tile
+
+
+@triton.jit
+def _load(matrix, offs_b, mask_b, offs_h, mask_h, ACC: tl.constexpr):
+    """A tile of (pointer, its strides), of zeros where the pointer is None."""
+    ptr, stride_b, stride_h = matrix
+    tile = tl.zeros((offs_b.shape[0], offs_h.shape[0]), ACC)
+    if ptr is not None:
+        tile = load_tile(ptr, offs_b, mask_b, offs_h, mask_h, stride_b, stride_h).to(ACC)
+    return tile
 
 
 @triton.jit
 def _gate_gradients(
-    step,  # (gates, c_prev, c, dh, dc, their sizes and strides): see _lstm_cell_backward_kernel
+    step,  # (gates, c, c_prev, dh, dc, B, H), the last three tensors with their strides
     first_row,
     first_unit,
     BACKWARD: tl.constexpr,
@@ -32,34 +42,16 @@ def _gate_gradients(
     BLOCK_H: tl.constexpr,
 ):
     """dz_i, dz_f, dz_g, dz_o and dc_prev, each [BLOCK_B, BLOCK_H]; past B and H all are 0, as is everything loaded there."""
-    (
-        gates_ptr,
-        c_prev_ptr,
-        c_ptr,
-        dh_ptr,
-        dc_ptr,
-        B,
-        H,
-        stride_c_b,
-        stride_c_h,
-        stride_dh_b,
-        stride_dh_h,
-        stride_dc_b,
-        stride_dc_h,
-    ) = step
+    gates_ptr, c_ptr, c_prev, dh, dc, B, H = step
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask_b = offs_b < B
     mask_h = offs_h < H
     i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_B, BLOCK_H)
-    c_prev = load_tile(c_prev_ptr, offs_b, mask_b, offs_h, mask_h, stride_c_b, stride_c_h).to(ACC)
-    c = load_tile(c_ptr, offs_b, mask_b, offs_h, mask_h, H, 1).to(ACC)
-    dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-    dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-    if dh_ptr is not None:
-        dh = load_tile(dh_ptr, offs_b, mask_b, offs_h, mask_h, stride_dh_b, stride_dh_h).to(ACC)
-    if dc_ptr is not None:
-        dc = load_tile(dc_ptr, offs_b, mask_b, offs_h, mask_h, stride_dc_b, stride_dc_h).to(ACC)
+    c_prev = _load(c_prev, offs_b, mask_b, offs_h, mask_h, ACC)
+    c = _load((c_ptr, H, 1), offs_b, mask_b, offs_h, mask_h, ACC)
+    dh = _load(dh, offs_b, mask_b, offs_h, mask_h, ACC)
+    dc = _load(dc, offs_b, mask_b, offs_h, mask_h, ACC)
     return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
 
 
@@ -94,8 +86,7 @@ def _weight_gradient_tile(
         a = load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
         acc = tl.dot(tl.trans(dz).to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
-    offsets = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_n[None, :])
+    store_tile(out_ptr, acc, rows, mask_rows, offs_n, mask_n, N)
 
 
 @triton.jit
@@ -127,8 +118,7 @@ def _input_gradient_tile(
         w = load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
         acc = tl.dot(dz.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_b = first_row + tl.arange(0, BLOCK_B)
-    offsets = offs_b.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(offs_b < B)[:, None] & mask_n[None, :])
+    store_tile(out_ptr, acc, offs_b, offs_b < B, offs_n, mask_n, N)
 
 
 @triton.jit
@@ -157,9 +147,7 @@ def _state_gradient_tile(
         dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
         if dc_prev_ptr is not None:
             offs_b = first_row + tl.arange(0, BLOCK_B)
-            offsets = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
-            mask = (offs_b < B)[:, None] & mask_h[None, :]
-            tl.store(dc_prev_ptr + offsets, dc_prev.to(dc_prev_ptr.dtype.element_ty), mask=mask)
+            store_tile(dc_prev_ptr, dc_prev, offs_b, offs_b < B, offs_h, mask_h, H)
         db_i += tl.sum(dz_i, axis=0)
         db_f += tl.sum(dz_f, axis=0)
         db_g += tl.sum(dz_g, axis=0)
@@ -209,21 +197,9 @@ def _lstm_cell_backward_kernel(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
-    step = (
-        gates_ptr,
-        c_prev_ptr,
-        c_ptr,
-        dh_ptr,
-        dc_ptr,
-        B,
-        H,
-        stride_c_b,
-        stride_c_h,
-        stride_dh_b,
-        stride_dh_h,
-        stride_dc_b,
-        stride_dc_h,
-    )
+    c_prev = (c_prev_ptr, stride_c_b, stride_c_h)
+    dh, dc = (dh_ptr, stride_dh_b, stride_dh_h), (dc_ptr, stride_dc_b, stride_dc_h)
+    step = (gates_ptr, c_ptr, c_prev, dh, dc, B, H)
     x, h_prev = (x_ptr, I, stride_x_b, stride_x_i), (h_prev_ptr, H, stride_h_b, stride_h_h)
     w_ih, w_hh = (w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k), (w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
     tile = tl.program_id(0)
@@ -301,13 +277,6 @@ def lstm_cell_backward(
     )
     if grid == 0:
         return found
-    stride_dh_b, stride_dh_h = (0, 0) if dh is None else dh.stride()
-    stride_dc_b, stride_dc_h = (0, 0) if dc is None else dc.stride()
-    stride_x_b, stride_x_i = x.stride()
-    stride_h_b, stride_h_h = h_prev.stride()
-    stride_c_b, stride_c_h = c_prev.stride()
-    stride_w_ih_row, stride_w_ih_k = w_ih.stride()
-    stride_w_hh_row, stride_w_hh_k = w_hh.stride()
     _backward(
         (grid, 1, 1),
         config,
@@ -331,20 +300,20 @@ def lstm_cell_backward(
             B=B,
             I=I,
             H=H,
-            stride_dh_b=stride_dh_b,
-            stride_dh_h=stride_dh_h,
-            stride_dc_b=stride_dc_b,
-            stride_dc_h=stride_dc_h,
-            stride_x_b=stride_x_b,
-            stride_x_i=stride_x_i,
-            stride_h_b=stride_h_b,
-            stride_h_h=stride_h_h,
-            stride_c_b=stride_c_b,
-            stride_c_h=stride_c_h,
-            stride_w_ih_row=stride_w_ih_row,
-            stride_w_ih_k=stride_w_ih_k,
-            stride_w_hh_row=stride_w_hh_row,
-            stride_w_hh_k=stride_w_hh_k,
+            stride_dh_b=0 if dh is None else dh.stride(0),
+            stride_dh_h=0 if dh is None else dh.stride(1),
+            stride_dc_b=0 if dc is None else dc.stride(0),
+            stride_dc_h=0 if dc is None else dc.stride(1),
+            stride_x_b=x.stride(0),
+            stride_x_i=x.stride(1),
+            stride_h_b=h_prev.stride(0),
+            stride_h_h=h_prev.stride(1),
+            stride_c_b=c_prev.stride(0),
+            stride_c_h=c_prev.stride(1),
+            stride_w_ih_row=w_ih.stride(0),
+            stride_w_ih_k=w_ih.stride(1),
+            stride_w_hh_row=w_hh.stride(0),
+            stride_w_hh_k=w_hh.stride(1),
             BACKWARD=backward_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,

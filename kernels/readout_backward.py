@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import cdiv, readout_backward_config, readout_row_dots_config, readout_sum_parts_config, steps_per_part
+from .config import cdiv, readout_backward_config, steps_per_part
 from .device import matmul_precision, multiprocessor_count
 from .inputs import ReadoutGradients, ReadoutInputs, ReadoutOptions, ReadoutSaved
 from .launch import Launcher, accumulator, accumulator_dtype
-from .readout_sums import _readout_row_dots_kernel, _readout_sum_parts_kernel
-from .tiles import load_tile
+from .readout_sums import row_dots, sum_parts
+from .tiles import load_tile, store_tile
 
 
 @triton.jit
@@ -86,8 +86,7 @@ def _weight_gradient_tile(
         h = load_tile(h_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_h_b, stride_h_k)
         acc = tl.dot(tl.trans(dlogits).to(h.dtype), h, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_v = first_column + tl.arange(0, BLOCK_V)
-    offsets = (part.to(tl.int64) * V + offs_v)[:, None] * H + offs_n[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(offs_v < V)[:, None] & mask_n[None, :])
+    store_tile(out_ptr, acc, part.to(tl.int64) * V + offs_v, offs_v < V, offs_n, mask_n, H)
 
 
 @triton.jit
@@ -122,8 +121,7 @@ def _input_gradient_tile(
         w = load_tile(weight_ptr, offs_v, offs_v < V, offs_n, mask_n, stride_weight_v, stride_weight_k)
         acc = tl.dot(dlogits.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
     offs_b = first_row + tl.arange(0, BLOCK_B)
-    offsets = (part.to(tl.int64) * B + offs_b)[:, None] * H + offs_n[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(offs_b < B)[:, None] & mask_n[None, :])
+    store_tile(out_ptr, acc, part.to(tl.int64) * B + offs_b, offs_b < B, offs_n, mask_n, H)
 
 
 @triton.jit
@@ -199,9 +197,7 @@ def _readout_backward_kernel(
             _bias_gradient_slice(tile, dbias_ptr, part_b, upstream, B, V, ACC, BLOCK_B, BLOCK_V, BLOCK_PARTS)
 
 
-_dots = Launcher(_readout_row_dots_kernel)
 _backward = Launcher(_readout_backward_kernel)
-_sum_parts = Launcher(_readout_sum_parts_kernel)
 
 
 def softmax_readout_backward(
@@ -253,30 +249,7 @@ def softmax_readout_backward(
         if n_parts[name] > 1
     }
 
-    dots_config = readout_row_dots_config()
-    part_dot = dots_config.block_v * steps_per_part(B, cdiv(V, dots_config.block_v), multiprocessors, 1)
-    parts_dot = cdiv(V, part_dot)
-    dots = torch.empty((B, parts_dot), dtype=summed, device=h.device)
-    stride_dy_b, stride_dy_v = dy.stride()
-    stride_h_b, stride_h_k = h.stride()
-    stride_weight_v, stride_weight_k = weight.stride()
-    if dots.numel():
-        _dots(
-            (B * parts_dot, 1, 1),
-            dots_config,
-            dict(
-                dy_ptr=dy,
-                y_ptr=y,
-                dots_ptr=dots,
-                B=B,
-                V=V,
-                part_v=part_dot,
-                stride_dy_b=stride_dy_b,
-                stride_dy_v=stride_dy_v,
-                ACC=acc,
-                BLOCK_V=dots_config.block_v,
-            ),
-        )
+    dots = row_dots(dy, y)
     in_parts = found | parts
     _backward(
         (grid, 1, 1),
@@ -293,15 +266,15 @@ def softmax_readout_backward(
             B=B,
             H=H,
             V=V,
-            parts_dot=parts_dot,
+            parts_dot=dots.shape[1],
             part_b=part_b,
             part_v=part_v,
-            stride_dy_b=stride_dy_b,
-            stride_dy_v=stride_dy_v,
-            stride_h_b=stride_h_b,
-            stride_h_k=stride_h_k,
-            stride_weight_v=stride_weight_v,
-            stride_weight_k=stride_weight_k,
+            stride_dy_b=dy.stride(0),
+            stride_dy_v=dy.stride(1),
+            stride_h_b=h.stride(0),
+            stride_h_k=h.stride(1),
+            stride_weight_v=weight.stride(0),
+            stride_weight_k=weight.stride(1),
             ACC=acc,
             PRECISION=precision,
             BLOCK_B=config.block_b,
@@ -311,26 +284,5 @@ def softmax_readout_backward(
         ),
     )
     if parts:
-        divided = {name: found[name] for name in parts}
-        sum_config = readout_sum_parts_config()
-        _sum_parts(
-            (sum(cdiv(g.numel(), sum_config.block) for g in divided.values()), 1, 1),
-            sum_config,
-            dict(
-                dh_parts_ptr=parts.get("h"),
-                dweight_parts_ptr=parts.get("weight"),
-                dbias_parts_ptr=parts.get("bias"),
-                dh_ptr=divided.get("h"),
-                dweight_ptr=divided.get("weight"),
-                dbias_ptr=divided.get("bias"),
-                size_h=B * H,
-                size_weight=V * H,
-                V=V,
-                parts_b=parts_b,
-                parts_v=parts_v,
-                ACC=acc,
-                BLOCK_P=sum_config.block_parts,
-                BLOCK=sum_config.block,
-            ),
-        )
+        sum_parts(parts, {name: found[name] for name in parts})
     return found

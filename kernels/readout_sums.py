@@ -1,8 +1,13 @@
 """The sums of the readout's backward: one launch before its matrix products and one after them (see readout_backward)."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import cdiv, readout_row_dots_config, readout_sum_parts_config, steps_per_part
+from .device import multiprocessor_count
+from .launch import Launcher, accumulator, accumulator_dtype
 from .tiles import load_tile
 
 
@@ -34,6 +39,35 @@ def _readout_row_dots_kernel(
         y = tl.load(y_ptr + row * V + offs_v, mask=offs_v < V, other=0.0)
         dot += dy.to(ACC) * y.to(ACC)
     tl.store(dots_ptr + row * parts + part, tl.sum(dot, axis=0))
+
+
+_dots = Launcher(_readout_row_dots_kernel)
+
+
+def row_dots(dy: Tensor, y: Tensor) -> Tensor:
+    """sum_v dY * Y of dy [B, V], of any strides, and y [B, V], contiguous: [B, parts], which add up to it."""
+    B, V = dy.shape
+    config = readout_row_dots_config()
+    part_v = config.block_v * steps_per_part(B, cdiv(V, config.block_v), multiprocessor_count(dy.device), 1)
+    dots = torch.empty((B, cdiv(V, part_v)), dtype=accumulator_dtype(y.dtype), device=y.device)
+    if dots.numel():
+        _dots(
+            (dots.numel(), 1, 1),
+            config,
+            dict(
+                dy_ptr=dy,
+                y_ptr=y,
+                dots_ptr=dots,
+                B=B,
+                V=V,
+                part_v=part_v,
+                stride_dy_b=dy.stride(0),
+                stride_dy_v=dy.stride(1),
+                ACC=accumulator(y.dtype),
+                BLOCK_V=config.block_v,
+            ),
+        )
+    return dots
 
 
 @triton.jit
@@ -85,3 +119,36 @@ def _readout_sum_parts_kernel(
     if dbias_ptr is not None:
         if (block >= 0) & (block < tl.cdiv(V, BLOCK)):
             _sum_of_parts(block, dbias_parts_ptr, dbias_ptr, parts_b, V, ACC, BLOCK_P, BLOCK)
+
+
+_sum_parts = Launcher(_readout_sum_parts_kernel)
+
+
+def sum_parts(parts: dict[str, Tensor], out: dict[str, Tensor]) -> None:
+    """out[name] = parts[name] [parts, ...], summed, for the names "h", "weight" and "bias" that there are."""
+    config = readout_sum_parts_config()
+    dtype = next(iter(out.values())).dtype
+
+    def size(name: str) -> int:
+        return out[name].numel() if name in out else 0
+
+    _sum_parts(
+        (sum(cdiv(size(name), config.block) for name in out), 1, 1),
+        config,
+        dict(
+            dh_parts_ptr=parts.get("h"),
+            dweight_parts_ptr=parts.get("weight"),
+            dbias_parts_ptr=parts.get("bias"),
+            dh_ptr=out.get("h"),
+            dweight_ptr=out.get("weight"),
+            dbias_ptr=out.get("bias"),
+            size_h=size("h"),
+            size_weight=size("weight"),
+            V=size("bias"),
+            parts_b=max((len(parts[name]) for name in ("weight", "bias") if name in parts), default=1),
+            parts_v=len(parts["h"]) if "h" in parts else 1,
+            ACC=accumulator(dtype),
+            BLOCK_P=config.block_parts,
+            BLOCK=config.block,
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Tiles of matrices in memory, of any strides: loading one, and multiplying a row of them with a column of them."""
+"""Tiles of matrices in memory, of any strides: loading and storing one, and multiplying a row of them with a column of them."""
 
 import triton
 import triton.language as tl
@@ -9,6 +9,13 @@ def load_tile(ptr, rows, mask_rows, columns, mask_columns, stride_row, stride_co
     """The entries at rows x columns of a matrix, 0 where a mask is False. Offsets are of 64 bits."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(ptr + offsets, mask=mask_rows[:, None] & mask_columns[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, mask_rows, columns, mask_columns, stride_row):
+    """Store at rows x columns of a matrix, whose columns are adjacent, in its dtype. Offsets are of 64 bits."""
+    offsets = rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_columns[None, :])
 
 
 @triton.jit

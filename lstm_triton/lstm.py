@@ -10,43 +10,13 @@ from torch.nn.utils.rnn import PackedSequence
 from . import casting, dispatch, layers, measurements, segments, shapes, torch_ops
 from .kernels.inputs import LayerOptions, split_weights
 from .modes import has_values, is_jit_tracing
-from .modules import check_options, is_proxy, leaf, options_repr, scripted_as
-
-
-def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What TorchScript compiles: torch's own kernels, as for a torch.nn.LSTM, on a padded or an unbatched input."""
-    if input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    batch_dim = 0 if self.batch_first else 1
-    x = input if input.dim() == 3 else input.unsqueeze(batch_dim)
-    if hx is None:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        c = x.new_zeros(rows, x.size(batch_dim), self.hidden_size)
-        hx = (c[:, :, : self.proj_size] if self.proj_size > 0 else c, c)
-    elif input.dim() == 2:
-        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    self.check_forward_args(x, hx, None)
-    y, h_n, c_n = torch._VF.lstm(
-        x,
-        hx,
-        self._flat_weights,
-        self.bias,
-        self.num_layers,
-        self.dropout,
-        self.training,
-        self.bidirectional,
-        self.batch_first,
-    )
-    if input.dim() == 2:
-        return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-    return y, (h_n, c_n)
-
+from .modules import check_options, is_proxy, leaf, options_repr, scripted_as, scripted_lstm
 
 # Taken before `hooks` may replace it.
 _torchs_forward = torch.nn.LSTM.forward
 
 
-@scripted_as(_scripted)
+@scripted_as(scripted_lstm)
 def forward(
     module,
     input: Tensor | PackedSequence,

@@ -34,6 +34,35 @@ def scripted_as(source: Callable) -> Callable:
     return decorate
 
 
+def scripted_lstm(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What TorchScript compiles of `LSTM.forward`: torch's own kernels, on a padded or an unbatched input."""
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    batch_dim = 0 if self.batch_first else 1
+    x = input if input.dim() == 3 else input.unsqueeze(batch_dim)
+    if hx is None:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        c = x.new_zeros(rows, x.size(batch_dim), self.hidden_size)
+        hx = (c[:, :, : self.proj_size] if self.proj_size > 0 else c, c)
+    elif input.dim() == 2:
+        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    self.check_forward_args(x, hx, None)
+    y, h_n, c_n = torch._VF.lstm(
+        x,
+        hx,
+        self._flat_weights,
+        self.bias,
+        self.num_layers,
+        self.dropout,
+        self.training,
+        self.bidirectional,
+        self.batch_first,
+    )
+    if input.dim() == 2:
+        return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+    return y, (h_n, c_n)
+
+
 def is_proxy(input: object) -> bool:
     """Whether torch.fx.symbolic_trace records the call."""
     return isinstance(input, torch.fx.Proxy)
