@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cell_equations import states_of
 from .cells import forward_of
 from .config import cdiv, cell_forward_config
 from .device import matmul_precision, multiprocessor_count
@@ -22,21 +23,21 @@ def _lstm_cell_forward_kernel(
     # pointers
     x_ptr,  # [B, I]
     h_prev_ptr,  # [B, H]
-    c_prev_ptr,  # [B, H]
+    c_prev_ptr,  # [B, STATES * H]
     w_ih_ptr,  # [4H, I]
     w_hh_ptr,  # [4H, H]
     b_ih_ptr,  # [4H] or None
     b_hh_ptr,  # [4H] or None
     h_ptr,  # [B, H] out
-    c_ptr,  # [B, H] out
+    c_ptr,  # [B, STATES * H] out
     gates_ptr,  # [B, H, 4] out, or None when no gradient will be asked for
     # sizes
     B, I, H,
     # strides
     stride_x_b, stride_x_i, stride_h_b, stride_h_h, stride_c_b, stride_c_h,
     stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
-    # meta-parameters
-    FORWARD: tl.constexpr,    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    # meta-parameters; STATES: those of a unit in c (states.py)
+    FORWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
@@ -87,15 +88,17 @@ def _lstm_cell_forward_kernel(
 
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask = mask_b[:, None] & (offs_h < H)[None, :]
+    offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
+    mask_c = mask_b[:, None] & (offs_c < STATES * H)[None, :]
     offs_b = offs_b.to(tl.int64)
-    c_offsets = offs_b[:, None] * stride_c_b + offs_h.to(tl.int64)[None, :] * stride_c_h
-    c_prev = tl.load(c_prev_ptr + c_offsets, mask=mask, other=0.0).to(ACC)
+    c_prev_offsets = offs_b[:, None] * stride_c_b + offs_c.to(tl.int64)[None, :] * stride_c_h
+    c_prev = tl.load(c_prev_ptr + c_prev_offsets, mask=mask_c, other=0.0).to(ACC)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
     i, f, g, o, c, h = FORWARD(z_i, z_f, z_g, z_o, c_prev)
 
-    offsets = offs_b[:, None] * H + offs_h[None, :]
-    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
-    tl.store(c_ptr + offsets, c.to(c_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + offs_b[:, None] * H + offs_h[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+    c_offsets = offs_b[:, None] * (STATES * H) + offs_c[None, :]
+    tl.store(c_ptr + c_offsets, c.to(c_ptr.dtype.element_ty), mask=mask_c)
     if gates_ptr is not None:
         store_gates(gates_ptr, i, f, g, o, offs_b, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
 
@@ -116,7 +119,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
     x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh = inputs
     (B, I), H, dtype, device = x.shape, h_prev.shape[1], x.dtype, x.device
     h = torch.empty((B, H), dtype=dtype, device=device)
-    c = torch.empty((B, H), dtype=dtype, device=device)
+    c = torch.empty(c_prev.shape, dtype=dtype, device=device)
     gates = torch.empty((B, H, 4), dtype=dtype, device=device) if save else None
     if h.numel() == 0:
         return CellOutputs(h, c, gates)
@@ -157,6 +160,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
             stride_b_ih=0 if b_ih is None else b_ih.stride(0),
             stride_b_hh=0 if b_hh is None else b_hh.stride(0),
             FORWARD=forward_of(options.cell),
+            STATES=states_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
             BLOCK_B=config.block_b,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cell_equations import states_of
 from .cells import backward_of
 from .config import cdiv, cell_backward_config
 from .device import matmul_precision, multiprocessor_count
@@ -37,21 +38,25 @@ def _gate_gradients(
     first_row,
     first_unit,
     BACKWARD: tl.constexpr,
+    STATES: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """dz_i, dz_f, dz_g, dz_o and dc_prev, each [BLOCK_B, BLOCK_H]; past B and H all are 0, as is everything loaded there."""
+    """dz_i, dz_f, dz_g, dz_o [BLOCK_B, BLOCK_H] and dc_prev [BLOCK_B, STATES * BLOCK_H]; past B and H all are 0, as is what is
+    loaded there."""
     gates_ptr, c_ptr, c_prev, dh, dc, B, H = step
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_h = first_unit + tl.arange(0, BLOCK_H)
+    offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
     mask_b = offs_b < B
     mask_h = offs_h < H
+    mask_c = offs_c < STATES * H
     i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_B, BLOCK_H)
-    c_prev = _load(c_prev, offs_b, mask_b, offs_h, mask_h, ACC)
-    c = _load((c_ptr, H, 1), offs_b, mask_b, offs_h, mask_h, ACC)
+    c_prev = _load(c_prev, offs_b, mask_b, offs_c, mask_c, ACC)
+    c = _load((c_ptr, STATES * H, 1), offs_b, mask_b, offs_c, mask_c, ACC)
     dh = _load(dh, offs_b, mask_b, offs_h, mask_h, ACC)
-    dc = _load(dc, offs_b, mask_b, offs_h, mask_h, ACC)
+    dc = _load(dc, offs_b, mask_b, offs_c, mask_c, ACC)
     return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
 
 
@@ -64,6 +69,7 @@ def _weight_gradient_tile(
     B,
     H,
     BACKWARD: tl.constexpr,
+    STATES: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -78,7 +84,9 @@ def _weight_gradient_tile(
     mask_n = offs_n < N
     acc = tl.zeros((4 * BLOCK_H, BLOCK_N), ACC)
     for first_row in range(0, B, BLOCK_B):
-        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(
+            step, first_row, first_unit, BACKWARD, STATES, ACC, BLOCK_B, BLOCK_H
+        )
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         offs_b = first_row + tl.arange(0, BLOCK_B)
         # This changes nothing. For sm_100, Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly.
@@ -98,6 +106,7 @@ def _input_gradient_tile(
     B,
     H,
     BACKWARD: tl.constexpr,
+    STATES: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -112,7 +121,9 @@ def _input_gradient_tile(
     mask_n = offs_n < N
     acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
     for first_unit in range(0, H, BLOCK_H):
-        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, _ = _gate_gradients(
+            step, first_row, first_unit, BACKWARD, STATES, ACC, BLOCK_B, BLOCK_H
+        )
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
         w = load_tile(w_ptr, rows, mask_rows, offs_n, mask_n, stride_w_row, stride_w_k)
@@ -131,6 +142,7 @@ def _state_gradient_tile(
     B,
     H,
     BACKWARD: tl.constexpr,
+    STATES: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -138,16 +150,18 @@ def _state_gradient_tile(
     """dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
     first_unit = tile * BLOCK_H
     offs_h = first_unit + tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
+    offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
     db_i = tl.zeros((BLOCK_H,), ACC)
     db_f = tl.zeros((BLOCK_H,), ACC)
     db_g = tl.zeros((BLOCK_H,), ACC)
     db_o = tl.zeros((BLOCK_H,), ACC)
     for first_row in range(0, B, BLOCK_B):
-        dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(step, first_row, first_unit, BACKWARD, ACC, BLOCK_B, BLOCK_H)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(
+            step, first_row, first_unit, BACKWARD, STATES, ACC, BLOCK_B, BLOCK_H
+        )
         if dc_prev_ptr is not None:
             offs_b = first_row + tl.arange(0, BLOCK_B)
-            store_tile(dc_prev_ptr, dc_prev, offs_b, offs_b < B, offs_h, mask_h, H)
+            store_tile(dc_prev_ptr, dc_prev, offs_b, offs_b < B, offs_c, offs_c < STATES * H, STATES * H)
         db_i += tl.sum(dz_i, axis=0)
         db_f += tl.sum(dz_f, axis=0)
         db_g += tl.sum(dz_g, axis=0)
@@ -171,18 +185,18 @@ def _store_bias_gradient(db_ptr, db_i, db_f, db_g, db_o, offs_h, H):
 def _lstm_cell_backward_kernel(
     # pointers: what arrives and what was saved
     dh_ptr,  # [B, H] or None
-    dc_ptr,  # [B, H] or None
+    dc_ptr,  # [B, STATES * H] or None
     gates_ptr,  # [B, H, 4]
     x_ptr,  # [B, I]
     h_prev_ptr,  # [B, H]
-    c_prev_ptr,  # [B, H]
-    c_ptr,  # [B, H], contiguous
+    c_prev_ptr,  # [B, STATES * H]
+    c_ptr,  # [B, STATES * H], contiguous
     w_ih_ptr,  # [4H, I]
     w_hh_ptr,  # [4H, H]
     # pointers: the gradients, each contiguous, or None when not asked for
     dx_ptr,  # [B, I]
     dh_prev_ptr,  # [B, H]
-    dc_prev_ptr,  # [B, H]
+    dc_prev_ptr,  # [B, STATES * H]
     dw_ih_ptr,  # [4H, I]
     dw_hh_ptr,  # [4H, H]
     db_ih_ptr,  # [4H]
@@ -192,8 +206,8 @@ def _lstm_cell_backward_kernel(
     # strides
     stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_b, stride_h_h,
     stride_c_b, stride_c_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
-    # meta-parameters
-    BACKWARD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    # meta-parameters; STATES: those of a unit in c (states.py)
+    BACKWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
@@ -207,29 +221,35 @@ def _lstm_cell_backward_kernel(
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
             _weight_gradient_tile(
-                tile, dw_hh_ptr, h_prev, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+                tile, dw_hh_ptr, h_prev, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
             )
         tile -= tiles
     if dw_ih_ptr is not None:
         tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(tile, dw_ih_ptr, x, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _weight_gradient_tile(
+                tile, dw_ih_ptr, x, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+            )
         tile -= tiles
     if dh_prev_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
             _input_gradient_tile(
-                tile, dh_prev_ptr, w_hh, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+                tile, dh_prev_ptr, w_hh, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
             )
         tile -= tiles
     if dx_ptr is not None:
         tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(I, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(tile, dx_ptr, w_ih, step, B, H, BACKWARD, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N)
+            _input_gradient_tile(
+                tile, dx_ptr, w_ih, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+            )
         tile -= tiles
     if dc_prev_ptr is not None or db_ih_ptr is not None or db_hh_ptr is not None:
         if (tile >= 0) & (tile < tl.cdiv(H, BLOCK_H)):
-            _state_gradient_tile(tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H, BACKWARD, ACC, BLOCK_B, BLOCK_H)
+            _state_gradient_tile(
+                tile, dc_prev_ptr, db_ih_ptr, db_hh_ptr, step, B, H, BACKWARD, STATES, ACC, BLOCK_B, BLOCK_H
+            )
 
 
 _backward = Launcher(_lstm_cell_backward_kernel)
@@ -315,6 +335,7 @@ def lstm_cell_backward(
             stride_w_hh_row=w_hh.stride(0),
             stride_w_hh_k=w_hh.stride(1),
             BACKWARD=backward_of(options.cell),
+            STATES=states_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
             BLOCK_B=config.block_b,

@@ -9,11 +9,13 @@ from torch import Tensor
 class CellEquations(NamedTuple):
     """One step of a cell, twice: in torch, and as the source of two @triton.jit functions, `cells.forward_of` and backward_of.
 
-    step: (z0, z1, z2, z3, state before) -> (h, state), of pre-activations [B, H].
+    step: (z0, z1, z2, z3, state before) -> (h, state), of pre-activations [B, H] and a state [B, states * H] as in `states`.
+    states: of each unit.
     """
 
     step: Callable[..., tuple[Tensor, Tensor]]
     source: str
+    states: int
 
 
 generated: dict[str, CellEquations] = {}
@@ -26,3 +28,8 @@ def step_of(name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     if name not in generated:
         raise RuntimeError(f"the cell {name!r} is not declared in this process: import the module that declares it")
     return generated[name].step
+
+
+def states_of(name: str) -> int:
+    """How many states of a unit the kernels carry."""
+    return 1 if name == "lstm" else generated[name].states

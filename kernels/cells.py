@@ -3,7 +3,10 @@
 forward(z0, z1, z2, z3, before) -> saved0, saved1, saved2, saved3, state, h
 backward(saved0, saved1, saved2, saved3, before, state, dh, d_state) -> dz0, dz1, dz2, dz3, d_before
 
-All tiles [BLOCK_B, BLOCK_H]: four pre-activations of each unit, its state before and after the step.
+From zeros backward gives zeros: kernels mask what they load, and rely on it.
+
+Tiles [BLOCK_B, BLOCK_H] of four pre-activations of each unit; before, state and their gradients hold all states of a unit
+(`states`).
 """
 
 import linecache
@@ -14,6 +17,7 @@ import triton.language as tl
 
 from .cell_equations import generated
 from .equations import expm1, log1p, lstm_backward, lstm_forward, sigmoid, tanh
+from .states import join_states, split_states
 
 _functions: dict[str, tuple[Any, Any]] = {"lstm": (lstm_forward, lstm_backward)}
 
@@ -38,6 +42,7 @@ def _compiled(name: str, source: str) -> tuple[Any, Any]:
     file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "expm1": expm1, "log1p": log1p}
+    names |= {"split_states": split_states, "join_states": join_states}
     namespace: dict[str, Any] = {"__name__": f"{__name__}.{name}", **names}
     exec(compile(source, file, "exec"), namespace)
     return namespace["forward"], namespace["backward"]

@@ -25,7 +25,10 @@ class Records(NamedTuple):
 
 
 class CellInputs(NamedTuple):
-    """x [B, I]; h and c [B, H] before the step; w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None."""
+    """x [B, I]; h [B, H] and c [B, STATES * H] before the step; w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
+
+    STATES, of a unit, is 1 for the LSTM; their order is that of `states`.
+    """
 
     x: Tensor
     h: Tensor
@@ -44,7 +47,7 @@ class CellOptions(NamedTuple):
 
 
 class CellOutputs(NamedTuple):
-    """h and c [B, H] after the step; gates [B, H, 4] (i, f, g, o innermost), or None where no backward follows."""
+    """h and c after the step, as in `CellInputs`; gates [B, H, 4] (i, f, g, o innermost), or None where no backward follows."""
 
     h: Tensor
     c: Tensor
@@ -52,7 +55,7 @@ class CellOutputs(NamedTuple):
 
 
 class CellGradients(NamedTuple):
-    """The gradients of h and c [B, H]; None stands for zero."""
+    """The gradients of h and c; None stands for zero."""
 
     dh: Tensor | None
     dc: Tensor | None
@@ -97,7 +100,8 @@ def split_weights(weights: Sequence[Tensor], layers: int, directions: int) -> li
 class Segments(NamedTuple):
     """Where batch rows start, stop and restart, all on the device of the input.
 
-    resets: [T, B] bool or None; reset_h, reset_c: [T, D, B, H], or None for zeros; lengths: [B] int64 in 0 ... T, or None.
+    resets: [T, B] bool or None; reset_h [T, D, B, H], reset_c [T, D, B, STATES * H], or None for zeros; lengths: [B] int64 in
+    0 ... T, or None.
     """
 
     resets: Tensor | None = None
@@ -112,7 +116,8 @@ class Segments(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """x [T, B, I]; h0, c0 [D, B, H]; the weights of one `Direction` or two; `Segments`; the seed of dropout [1] or None."""
+    """x [T, B, I]; h0 [D, B, H]; c0 [D, B, STATES * H]; the weights of one `Direction` or two; `Segments`; the seed of dropout
+    [1] or None."""
 
     x: Tensor
     h0: Tensor
@@ -173,7 +178,7 @@ class LayerOptions(NamedTuple):
 
 
 class LayerOutputs(NamedTuple):
-    """y [T, B, D * H]; h_n, c_n [D, B, H]; c [T, B, D * H] and gates [T, B, D, H, 4] or None.
+    """y [T, B, D * H]; h_n, c_n, as h0 and c0; c of every step [T, B, D * STATES * H] and gates [T, B, D, H, 4] or None.
 
     h: y before dropout, or None where there was none.
     """

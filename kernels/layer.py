@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cells, device, grid_sync, search, stall
+from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
@@ -34,17 +35,17 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def reset_state(resets: Tensor | None, state: Tensor | None, h0: Tensor) -> Tensor | None:
-    """`state`, reset_h or reset_c, as a kernel takes it; zeros where there are resets without one.
+def reset_state(resets: Tensor | None, state: Tensor | None, initial: Tensor) -> Tensor | None:
+    """`state`, reset_h or reset_c, as a kernel takes it; zeros where there are resets without one. initial: h0 or c0.
 
-    Its rows lie at multiples of H from a 16-byte boundary: as it is, or else a copy, broadcast again.
+    Its rows lie at multiples of their length from a 16-byte boundary: as it is, or else a copy, broadcast again.
     """
     if resets is None:
         return None
-    H = h0.shape[2]
+    row = initial.shape[2]
     if state is None:
-        return h0.new_zeros(H).expand(resets.shape[0], *h0.shape)
-    is_dense = state.stride(3) == 1 and all(n == 1 or s % H == 0 for n, s in zip(state.shape[:3], state.stride()))
+        return initial.new_zeros(row).expand(resets.shape[0], *initial.shape)
+    is_dense = state.stride(3) == 1 and all(n == 1 or s % row == 0 for n, s in zip(state.shape[:3], state.stride()))
     if state.data_ptr() % 16 == 0 and is_dense:
         return state
     once = state[tuple(slice(None if s else 1) for s in state.stride()[:3])]
@@ -178,9 +179,9 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         pre = pre_activations(x, *input_weights(directions), D)
         time_major = is_time_major(pre)
         dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
-        c = new_states(x, time_major, T, B, D * H) if save or options.return_cells else None
+        c = new_states(x, time_major, T, B, D * inputs.c0.shape[2]) if save or options.return_cells else None
         gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
-        is_long = index_type(pre) == tl.int64
+        is_long = index_type(pre, c) == tl.int64
         found = features(resets=segments.resets, lengths=segments.lengths, dropout=inputs.seed, cells=c, gates=gates)
         problem = Problem(
             "forward", B, H, D, dtype, precision, options.stepwise, found, long_offsets=is_long, cell=options.cell
@@ -192,8 +193,8 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
         c_n = torch.empty_like(c0)
         reset_h = reset_state(segments.resets, segments.reset_h, h0)
-        both_zero = segments.reset_h is None and segments.reset_c is None
-        reset_c = reset_h if both_zero else reset_state(segments.resets, segments.reset_c, h0)
+        both_zero = segments.reset_h is None and segments.reset_c is None and c0.shape == h0.shape
+        reset_c = reset_h if both_zero else reset_state(segments.resets, segments.reset_c, c0)
         h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
         p_hi, p_lo = probability(options.dropout)
         arguments = dict(
@@ -217,9 +218,10 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             ROW=row,
             D=D,
             FORWARD=cells.forward_of(options.cell),
+            STATES=states_of(options.cell),
             ACC=accumulator(dtype),
             PRECISION=precision,
-            INDEX=index_type(pre, h),  # h is the longer one where H = 1
+            INDEX=index_type(pre, h, c),  # h is the longer one where H = 1
             **config_arguments(config),
             **recurrent_weights(directions),
             **segment_arguments(segments),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cells, stall
+from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
@@ -112,16 +113,16 @@ def _gate_gradients(
     time_major = is_time_major(h)
     precision = matmul_precision(dtype, options.precision, recurrent=True)
     dz = new_states(x, time_major, T, B, D, H, 4)
-    dc0 = torch.empty((D, B, H), dtype=dtype, device=on)
     h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
+    dc0 = torch.empty_like(c0)
     dy, dh_n, dc_n, dc_states = grads
     dh_n = None if dh_n is None else aligned(dh_n)
     dc_n = None if dc_n is None else aligned(dc_n)
-    if dc_states is not None and (dc_states.stride() != h.stride() or dc_states.data_ptr() % 16 != 0):
-        dc_states = new_states(x, time_major, T, B, D * H).copy_(dc_states)
-    dreset_c = new_states(x, time_major, T, B, D, H).zero_() if needs_resets else None
-    reset_c = reset_state(segments.resets, segments.reset_c, h0)
-    index = index_type(dz, dy)
+    if dc_states is not None and (dc_states.stride() != c.stride() or dc_states.data_ptr() % 16 != 0):
+        dc_states = torch.empty_like(c).copy_(dc_states)
+    dreset_c = torch.zeros_like(c).unflatten(2, (D, -1)) if needs_resets else None
+    reset_c = reset_state(segments.resets, segments.reset_c, c0)
+    index = index_type(dz, dy, c)
     found = features(
         resets=segments.resets,
         lengths=segments.lengths,
@@ -159,6 +160,7 @@ def _gate_gradients(
         H=H,
         D=D,
         FORWARD=cells.forward_of(options.cell),
+        STATES=states_of(options.cell),
         BACKWARD=cells.backward_of(options.cell),
         ACC=accumulator(dtype),
         PRECISION=precision,

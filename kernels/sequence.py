@@ -74,15 +74,15 @@ def _lstm_sequence_forward_kernel(
     w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     h0_ptr,  # [D, B, ROW]
-    c_in_ptr,  # [D, B, H] c before first_step
+    c_in_ptr,  # [D, B, STATES * H] c before first_step
     resets_ptr,  # [T, B] integers, or None
     reset_h_ptr,  # [T, D, B, ROW] broadcast, or None where resets are
-    reset_c_ptr,  # [T, D, B, H] likewise
+    reset_c_ptr,  # [T, D, B, STATES * H] likewise
     lengths_ptr,  # [B] or None
     y_ptr,  # [T, B, D, ROW] out, and the buffer through which programs exchange h
     h_n_ptr,  # [D, B, H] out; rows of length 0 are left as they are
-    c_out_ptr,  # [D, B, H] out: c after last_step
-    c_ptr,  # [T, B, D, H] out, or None
+    c_out_ptr,  # [D, B, STATES * H] out: c after last_step
+    c_ptr,  # [T, B, D, STATES * H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
     seed_ptr,  # [1] of dropout, or None
     dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
@@ -95,10 +95,10 @@ def _lstm_sequence_forward_kernel(
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
-    # INDEX is the integer type of offsets within one timestep
-    FORWARD: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    # STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep
+    FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -111,6 +111,8 @@ def _lstm_sequence_forward_kernel(
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask_b = offs_b < B
     mask = mask_b[:, None] & (offs_h < H)[None, :]
+    offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
+    mask_c = mask_b[:, None] & (offs_c < STATES * H)[None, :]
 
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
@@ -130,13 +132,15 @@ def _lstm_sequence_forward_kernel(
     h_step_size = stride_t.to(tl.int64) * (D * ROW)
     output_rows = rows_b.to(INDEX) * stride_b * D + direction
     output_offsets = output_rows[:, None] * H + offs_h[None, :]
+    c_offsets = output_rows[:, None] * (STATES * H) + offs_c[None, :]
     h_offsets = output_rows[:, None] * ROW + offs_h[None, :]
     state_rows = direction.to(INDEX) * B + rows_b
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
+    c_state_offsets = state_rows[:, None] * (STATES * H) + offs_c[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
     last_arrival = (last_step - first_step) * PROGRAMS - 1
 
-    c = tl.load(c_in_ptr + state_offsets, mask=mask, other=0.0).to(ACC)
+    c = tl.load(c_in_ptr + c_state_offsets, mask=mask_c, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
     x_i, x_f, x_g, x_o = load_gates(
         pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
@@ -163,9 +167,9 @@ def _lstm_sequence_forward_kernel(
             )
             h_rows = tl.where(resets, reset_h_rows, h_rows)
             reset_c_rows = reset_state_rows(
-                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, H
+                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, STATES * H
             )
-            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask & resets[:, None], other=0.0)
+            reset_c = tl.load(reset_c_rows[:, None] + offs_c[None, :], mask=mask_c & resets[:, None], other=0.0)
             c = tl.where(resets[:, None], reset_c.to(ACC), c)
 
         # The next step's input does not depend on h: ask for it before waiting. The last step asks for its own again.
@@ -228,7 +232,7 @@ def _lstm_sequence_forward_kernel(
             tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
 
         if c_ptr is not None:
-            tl.store(c_ptr + t * step_size + output_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask)
+            tl.store(c_ptr + t * step_size * STATES + c_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask_c)
         if gates_ptr is not None:
             gates_t = gates_ptr + t * step_size * 4
             store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
@@ -241,4 +245,4 @@ def _lstm_sequence_forward_kernel(
         elif step == T - 1:
             tl.store(h_n_ptr + state_offsets, h, mask=mask)
 
-    tl.store(c_out_ptr + state_offsets, c.to(c_out_ptr.dtype.element_ty), mask=mask)
+    tl.store(c_out_ptr + c_state_offsets, c.to(c_out_ptr.dtype.element_ty), mask=mask_c)

@@ -52,32 +52,32 @@ def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped
     seed_ptr,  # [1] of dropout, or None
-    dc_states_ptr,  # [T, B, D, H] or None: the gradient of every c_t
+    dc_states_ptr,  # [T, B, D, STATES * H] or None: the gradient of every c_t
     dh_n_ptr,  # [D, B, H] or None
-    dc_in_ptr,  # [D, B, H] or None: the gradient of c after the last step of this launch
+    dc_in_ptr,  # [D, B, STATES * H] or None: the gradient of c after the last step of this launch
     gates_ptr,  # [.., B, D, H, 4] activated gates, or pre-activations to activate, from t = gates_t on
-    c_ptr,  # [T, B, D, H]
-    c0_ptr,  # [D, B, H]
+    c_ptr,  # [T, B, D, STATES * H]
+    c0_ptr,  # [D, B, STATES * H]
     w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     resets_ptr,  # [T, B] integers, or None
-    reset_c_ptr,  # [T, D, B, H] broadcast, or None where resets are
+    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None where resets are
     lengths_ptr,  # [B] or None
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
-    dc_out_ptr,  # [D, B, H] out: the gradient of c before the first step of this launch
-    dreset_c_ptr,  # [T, B, D, H] out, zeros before, or None
+    dc_out_ptr,  # [D, B, STATES * H] out: the gradient of c before the first step of this launch
+    dreset_c_ptr,  # [T, B, D, STATES * H] out, zeros before, or None
     counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step,
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
     gates_t, gates_reverse_t,
-    # strides; those of [T, B, ...] tensors are common to all of them and count rows of D * H units, those of reset states H
+    # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; INDEX is the integer type of offsets within one timestep
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
+    # meta-parameters; STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
@@ -97,7 +97,10 @@ def _lstm_sequence_backward_kernel(
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     mask_h = tl.full((BLOCK_H,), True, tl.int1) if ALL_UNITS else offs_h < H
     mask_loads = tl.broadcast_to(mask_h[None, :], (BLOCK_B, BLOCK_H))
-    mask_stores = mask_b[:, None] & mask_h[None, :]
+    offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
+    mask_c = tl.full((STATES * BLOCK_H,), True, tl.int1) if ALL_UNITS else offs_c < STATES * H
+    mask_c_loads = tl.broadcast_to(mask_c[None, :], (BLOCK_B, STATES * BLOCK_H))
+    mask_c_stores = mask_b[:, None] & mask_c[None, :]
 
     CHUNKS: tl.constexpr = (4 * H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
     weights = ()
@@ -111,20 +114,21 @@ def _lstm_sequence_backward_kernel(
 
     step_size = stride_t.to(tl.int64) * (D * H)
     output_rows = rows_b.to(INDEX) * stride_b * D + direction
-    output_offsets = output_rows[:, None] * H + offs_h[None, :]
+    c_offsets = output_rows[:, None] * (STATES * H) + offs_c[None, :]
     state_rows = direction.to(INDEX) * B + rows_b
     state_offsets = state_rows[:, None] * H + offs_h[None, :]
+    c_state_offsets = state_rows[:, None] * (STATES * H) + offs_c[None, :]
     dy_units = (direction * H + offs_h).to(INDEX)
     dy_offsets = rows_b.to(INDEX)[:, None] * stride_dy_b + dy_units[None, :] * stride_dy_h
     lengths = row_lengths(lengths_ptr, rows_b, T)
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
     last_arrival = (last_step - first_step) * PROGRAMS - 1
 
-    dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    dc = tl.zeros((BLOCK_B, STATES * BLOCK_H), ACC)
     if dc_in_ptr is not None:
-        dc = tl.load(dc_in_ptr + state_offsets, mask=mask_loads, other=0.0).to(ACC)
+        dc = tl.load(dc_in_ptr + c_state_offsets, mask=mask_c_loads, other=0.0).to(ACC)
     t = T - 1 - first_step + direction * (2 * first_step - T + 1)
-    c = tl.load(c_ptr + t * step_size + output_offsets, mask=mask_loads, other=0.0)
+    c = tl.load(c_ptr + t * step_size * STATES + c_offsets, mask=mask_c_loads, other=0.0)
     if resets_ptr is not None:
         resets_next = resets_at(
             t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
@@ -141,21 +145,21 @@ def _lstm_sequence_backward_kernel(
             gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
         )
         begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
-        previous_ptr = c_ptr + t_prev * step_size
+        previous_ptr = c_ptr + t_prev * step_size * STATES
         if lengths_ptr is None:
-            c_rows = tl.where(begins, c0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * H
+            c_rows = tl.where(begins, c0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * (STATES * H)
         else:
             # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
             begins |= (t_prev < 0) | (t_prev >= T)
-            c_rows = tl.where(begins, c0_ptr + state_rows * H, previous_ptr + output_rows * H)
-        c_previous = tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_loads, other=0.0)
+            c_rows = tl.where(begins, c0_ptr + state_rows * (STATES * H), previous_ptr + output_rows * (STATES * H))
+        c_previous = tl.load(c_rows[:, None] + offs_c[None, :], mask=mask_c_loads, other=0.0)
         c_prev = c_previous.to(ACC)
         if resets_ptr is not None:
             resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
             reset_c_rows = reset_state_rows(
-                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, H
+                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, STATES * H
             )
-            reset_c = tl.load(reset_c_rows[:, None] + offs_h[None, :], mask=mask_loads & resets[:, None], other=0.0)
+            reset_c = tl.load(reset_c_rows[:, None] + offs_c[None, :], mask=mask_c_loads & resets[:, None], other=0.0)
             c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
@@ -194,7 +198,7 @@ def _lstm_sequence_backward_kernel(
 
         dc_step = dc
         if dc_states_ptr is not None:
-            dc_states = tl.load(dc_states_ptr + t * step_size + output_offsets, mask=mask_loads, other=0.0)
+            dc_states = tl.load(dc_states_ptr + t * step_size * STATES + c_offsets, mask=mask_c_loads, other=0.0)
             dc_step += dc_states.to(ACC)
         i, f, g, o = i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC)
         if not ACTIVATED:
@@ -216,10 +220,10 @@ def _lstm_sequence_backward_kernel(
 
         if resets_ptr is not None:
             if dreset_c_ptr is not None:
-                dreset_c_t = dreset_c_ptr + t * step_size + output_offsets
-                tl.store(dreset_c_t, dc_prev.to(dreset_c_ptr.dtype.element_ty), mask=mask_stores & resets[:, None])
+                dreset_c_t = dreset_c_ptr + t * step_size * STATES + c_offsets
+                tl.store(dreset_c_t, dc_prev.to(dreset_c_ptr.dtype.element_ty), mask=mask_c_stores & resets[:, None])
             dc_prev = tl.where(resets[:, None], 0.0, dc_prev)
         dc = dc_prev
         c = c_previous
 
-    tl.store(dc_out_ptr + state_offsets, dc.to(dc_out_ptr.dtype.element_ty), mask=mask_stores)
+    tl.store(dc_out_ptr + c_state_offsets, dc.to(dc_out_ptr.dtype.element_ty), mask=mask_c_stores)

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from .cell_equations import states_of
 from .cells import backward_of, forward_of
 from .launch import accumulator
 from .sequence import _lstm_sequence_forward_kernel
@@ -55,6 +56,7 @@ def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[An
         stride_dy_h=0 if "dy_ptr" in absent else 1,
         FORWARD=forward_of(problem.cell),
         BACKWARD=backward_of(problem.cell),
+        STATES=states_of(problem.cell),
         H=problem.H,
         ROW=exchanged_row(problem.H, problem.dtype) if config.persistent else problem.H,
         D=problem.D,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import casting, dispatch, operators, reference
-from .kernels.cell_equations import step_of
+from .kernels.cell_equations import states_of, step_of
 from .kernels.inputs import CellInputs, CellOptions, ReadoutInputs, ReadoutOptions
 from .layers import lstm
 
@@ -70,12 +70,12 @@ def step(inputs: CellInputs, precision: str | None, backend: str, cell: str = "l
     x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch" and cell == "lstm":
-        _check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of what does not fit
+        check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of what does not fit
         return torch.lstm_cell(x, (inputs.h, inputs.c), inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh)
     if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         inputs = CellInputs._make(None if t is None else casting.cast(t, dtype) for t in inputs)
-    _check_cell(inputs)
+    check_cell(inputs, states=states_of(cell))
     if chosen in ("reference", "torch"):
         return reference.lstm_cell(*inputs, step=step_of(cell))
     h, c, _ = operators.lstm_cell(inputs, CellOptions(precision, cell))
@@ -88,13 +88,13 @@ def _require_tensors(function: str, arguments: Iterable[tuple[str, object]]) -> 
             raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(t).__name__}")
 
 
-def _check_cell(inputs: CellInputs, dtypes: bool = True) -> None:
+def check_cell(inputs: CellInputs, dtypes: bool = True, states: int = 1) -> None:
     """One pass over good arguments; the first fault raises with torch's own words."""
     x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
     B, I = x.shape
     H = w_hh.shape[-1]
     dtype, device = x.dtype, x.device
-    if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, H) or w_hh.shape != (4 * H, H):
+    if w_ih.shape != (4 * H, I) or h.shape != (B, H) or c.shape != (B, states * H) or w_hh.shape != (4 * H, H):
         _raise_cell_sizes(inputs)
     for t in inputs:
         if t is not None and ((dtypes and t.dtype != dtype) or t.device != device):

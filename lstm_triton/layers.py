@@ -110,7 +110,7 @@ def run(
     options: LayerOptions,
 ) -> Sequence[Any]:
     """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
-    _, B, H = hx[1].shape
+    B, H = x.shape[1], directions[0].w_ih.shape[0] // 4
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     if chosen == "reference" or B == 0 or H == 0:

@@ -157,8 +157,15 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
 
 def _zero_state(module, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    c = input.new_zeros(rows, batch, module.hidden_size)
-    return (input.new_zeros(rows, batch, module.proj_size) if module.proj_size else c), c
+    h_size, c_size = _state_sizes(module)
+    c = input.new_zeros(rows, batch, c_size)
+    return (c if h_size == c_size else input.new_zeros(rows, batch, h_size)), c
+
+
+def _state_sizes(module) -> tuple[int, int]:
+    """Of h, and of c: for a cell with several states those of a unit together."""
+    cell = cell_of(module)
+    return module.proj_size or module.hidden_size, module.hidden_size * (len(cell.states) or 1 if cell else 1)
 
 
 def _torch_options(module) -> torch_ops.Options:
@@ -197,7 +204,10 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
 
     chosen: the backend, where that does not follow from the other arguments.
     """
-    x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, module._flat_weights)
+    cell = cell_of(module)
+    of_units = () if cell is None else module.unit_parameters()
+    weights = [*module._flat_weights, *of_units]
+    x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, weights)
     if chosen is None:
         features = shapes.features(resets, reset_state, lengths, return_cell_states)
         chosen = _choose(module, x, features, x.shape[0], x.shape[1])
@@ -209,22 +219,24 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
     checked = segments.checked_segments(
         x,
         (x.shape[0], module.num_layers * directions, x.shape[1]),
-        (module.proj_size or module.hidden_size, module.hidden_size),
+        _state_sizes(module),
         resets,
         reset_state,
         lengths,
     )
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    last = []
-    c, cell = None, cell_of(module)
+    weights, of_units = weights[: len(weights) - len(of_units)], weights[len(weights) - len(of_units) :]
+    last, c = [], None
     for k, layer in enumerate(split_weights(weights, module.num_layers, directions)):
         rows = slice(k * directions, (k + 1) * directions)
+        states, within = (hx[0][rows], hx[1][rows]), checked.of_rows(rows)
         if cell is not None:
-            layer = [cell.placed(w) for w in layer]
+            layer, states, within = cell.layer_inputs(layer, of_units, rows, states, within)
         options = layer_options(module, k, chosen, return_cell_states)
-        states = hx[0][rows], hx[1][rows]
-        x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, checked.of_rows(rows), options)
+        x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, within, options)
+        if cell is not None:
+            c_n, c = cell.kept(c_n), c if c is None else cell.kept(c)
         last.append((h_n, c_n))
     h_n, c_n = last[0] if len(last) == 1 else (torch.cat(states) for states in zip(*last))
     return (x, (h_n, c_n), c) if return_cell_states else (x, (h_n, c_n))

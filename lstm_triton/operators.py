@@ -12,7 +12,8 @@ from .kernels.layout import is_time_major, new_states
 
 def _cell_fake(inputs: records.CellInputs, options: records.CellOptions, save: bool) -> records.CellOutputs:
     x, shape = inputs.x, inputs.h.shape
-    return records.CellOutputs(x.new_empty(shape), x.new_empty(shape), x.new_empty((*shape, 4)) if save else None)
+    gates = x.new_empty((*shape, 4)) if save else None
+    return records.CellOutputs(x.new_empty(shape), x.new_empty(inputs.c.shape), gates)
 
 
 def _cell_reference(inputs: records.CellInputs, options: records.CellOptions) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def _layer_fake(inputs: records.LayerInputs, options: records.LayerOptions, save
     x, h0, c0 = inputs[:3]
     D, _, H = h0.shape
     x = x.contiguous() if save and options.recompute else x
-    c = _new_in_order_of(x, D * H) if save or options.return_cells else None
+    c = _new_in_order_of(x, D * c0.shape[2]) if save or options.return_cells else None
     has_gates = save and not options.recompute
     gates = _new_in_order_of(x, D * H * 4).unflatten(2, (D, H, 4)) if has_gates else None
     h = None if inputs.seed is None else _new_in_order_of(x, D * H)
@@ -62,7 +63,7 @@ def _layer_fake_gradients(inputs: records.LayerInputs, saved: records.LayerSaved
     return {
         "x": _new_in_order_of(h, I),
         "reset_h": h.new_empty((T, D, B, H)),
-        "reset_c": _new_in_order_of(h, D * H).unflatten(2, (D, H)).permute(0, 2, 1, 3),
+        "reset_c": _new_in_order_of(h, D * inputs.c0.shape[2]).unflatten(2, (D, -1)).permute(0, 2, 1, 3),
     }
 
 

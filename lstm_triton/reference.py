@@ -123,7 +123,8 @@ def lstm_layer(
                 c_prev = torch.where(flags[:, None], 0.0 if reset_c is None else reset_c[t, d], c_prev)
             x_t = x[t]
             if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
-                x_t, h_prev, c_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev, c_prev))
+                x_t, h_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev))
+                c_prev = torch.where(active, c_prev, 0.5)  # nor anything infinite: a cell may divide by its state
             h_t, c_t = compute(x_t, h_prev, c_prev, *direction[:4])
             if w_hr is not None:
                 h_t = h_t @ w_hr.t()

@@ -99,7 +99,8 @@ def _compilations(archs, everything):
         if kind == "fp16" and not (everything and archs == (90,)):
             continue
         shared = {"ACC": accumulator(dtype), "PRECISION": precision}
-        of_forward, of_backward = {"FORWARD": forward_of("lstm")}, {"BACKWARD": backward_of("lstm")}
+        of_forward = {"FORWARD": forward_of("lstm"), "STATES": 1}
+        of_backward = {"BACKWARD": backward_of("lstm"), "STATES": 1}
         for kernel, configs, block, absent, equations in (
             (forward, all_cell_forward_configs(dtype, precision), "block_k", INFERENCE, of_forward),
             (backward, all_cell_backward_configs(dtype, precision), "block_n", WEIGHTS_OF_H, of_backward),

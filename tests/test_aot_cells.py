@@ -42,8 +42,9 @@ def _compile(arch: int, everything: bool) -> None:
         for name, cell in (*cells, ("generated LSTM", lstm)):
             report = choose(case._replace(cell=cell.key), arch).report
             assert report.local_memory_in_loops() == 0 and report.matrix_instructions() > 0, (name, way)
-            assert report.registers <= 1.15 * written.registers, (name, way, report.registers, written.registers)
-            assert len(report.instructions) <= 1.01 * len(written.instructions), (name, way, len(report.instructions))
+            registers, instructions = (1.15, 1.01) if cell.n_carried == 1 else (1.4, 1.25)
+            assert report.registers <= registers * written.registers, (name, way, report.registers, written.registers)
+            assert len(report.instructions) <= instructions * len(written.instructions), (name, way)
             count += 1
         assert report.registers <= 1.01 * written.registers, (way, report.registers, written.registers)
     print(count, "cells compiled well")

@@ -44,13 +44,19 @@ def _functions(of: Cell) -> tuple:
     )
     namespace = {"tl": tl, "triton": types.SimpleNamespace(jit=lambda f: f)}
     namespace |= {name: getattr(torch, name) for name in ("sigmoid", "tanh", "expm1", "log1p")}
+    namespace["split_states"] = lambda t, n: t.unflatten(-1, (-1, n)).unbind(-1)
+    namespace["join_states"] = lambda states, n: torch.stack(torch.broadcast_tensors(*states), -1).flatten(-2)
     exec(of.triton_source(), namespace)
     return namespace["forward"], namespace["backward"]
 
 
 def _assert_equal_to_autograd(of: Cell) -> None:
-    *z, before = inputs = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(5)]
-    dh, d_state = torch.randn(2, 4, 5, dtype=torch.float64)
+    def normal(width: int = 5) -> Tensor:
+        return torch.randn(4, width, dtype=torch.float64)
+
+    # States that are positive, as a normalizer is.
+    *z, before = inputs = [t.requires_grad_() for t in (*(normal() for _ in range(4)), normal(5 * of.n_carried).exp())]
+    dh, d_state = normal(), normal(5 * of.n_carried)
     expected = of.step(*inputs)
     gradients = torch.autograd.grad(expected, inputs, (dh, d_state), materialize_grads=True, allow_unused=True)
     forward, backward = _functions(of)
@@ -71,16 +77,21 @@ def test_generated_functions_of_random_cells():
     """Pointwise expressions of every kind, nested at random."""
     used = set()
     for seed in range(25):
-        function, gates, states, words = cell_grammar.random_cell(random.Random(seed))
+        *parts, words = cell_grammar.random_cell(random.Random(seed))
         used |= set(re.findall(r"\w+", words))
-        _assert_equal_to_autograd(Cell(function, gates, states))
+        of = Cell(*parts)
+        used |= {f"{of.n_carried} carried"}
+        _assert_equal_to_autograd(of)
     assert {"sigmoid", "tanh", "exp", "where", "maximum", "softplus", "gelu"} <= used
+    assert {f"{n} carried" for n in (1, 2, 4, 8)} <= used
 
 
 def test_what_is_saved():
     assert "return v0, v1, v2, v3" in lstm.triton_source(), "the gates, as the hand-written equations do"
     assert lstm.triton_source().count("tanh(") == 3, "the backward computes tanh(c) again, from c"
-    for name, most in (("cifg", 3), ("gru", 4), ("minimal_gated_unit", 3), ("rnn_tanh", 0)):
+    saved = {"cifg": 3, "gru": 4, "peephole_lstm": 4, "slstm": 4, "minimal_gated_unit": 3, "rnn_tanh": 0, "rnn_relu": 0}
+    assert saved.keys() == CATALOGUE.keys()
+    for name, most in saved.items():
         (returned,) = re.findall(r"return (.*)\n\n", CATALOGUE[name].triton_source())
         assert 4 - returned.count("tl.zeros_like(z0)") == most, name
 
@@ -132,8 +143,12 @@ REFUSED = {
     "no states at all": (lambda z, s: z.f, "f", "", "must return the new h and a dict"),
     "a number as h": (lambda z, s: (1.0, {}), "f", "", "the new h is not a tensor"),
     "an unused gate": (lambda z, s: (z.f, {}), "fg", "", "the gate 'g' is not used"),
-    "two states": (lambda z, s: (z.f + s.a + s.b, {"a": s.a, "b": s.b}), "f", "ab", "one state .* not a and b"),
-    "a state and h": (lambda z, s: (z.f + s.a + s.h, {"a": s.a}), "f", "a", "one state .* not a and h"),
+    "nine states": (
+        lambda z, s: (z.f + s.h, dict.fromkeys("abcdegij", z.f)),
+        "f",
+        "abcdegij",
+        "8 states and parameters .* not 9: a, b, c, d, e, g, i, j, h",
+    ),
     "five gates": (lambda z, s: (z.a + z.b + z.c + z.d + z.e, {}), "abcde", "", "hold 4 pre-activations, not 5"),
     "three gates apart": (
         lambda z, s: (z.input.a * z.recurrent.a + z.input.b * z.recurrent.b + z.input.c * z.recurrent.c, {}),

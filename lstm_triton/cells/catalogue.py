@@ -21,6 +21,27 @@ def cifg(z, s):
     return o * torch.tanh(c), {"c": c}
 
 
+@cell(gates="ifgo", states="c", parameters=["pi", "pf", "po"])
+def peephole_lstm(z, s, p):
+    """The LSTM whose gates see the state: i and f that before the step, o the new one (Gers and Schmidhuber 2000)."""
+    i, f, g = torch.sigmoid(z.i + p.pi * s.c), torch.sigmoid(z.f + p.pf * s.c), torch.tanh(z.g)
+    c = f * s.c + i * g
+    o = torch.sigmoid(z.o + p.po * c)
+    return o * torch.tanh(c), {"c": c}
+
+
+@cell(gates="ifzo", states="cnm")
+def slstm(z, s):
+    """The sLSTM of the xLSTM (Beck et al. 2024, arXiv:2405.04517), with an exponential input gate, a sigmoid forget gate, the
+    normalizer n and the stabilizer m. Its recurrence is dense, where the paper's has one block for each head."""
+    log_f = torch.nn.functional.logsigmoid(z.f)
+    m = torch.maximum(log_f + s.m, z.i)
+    i, f = torch.exp(z.i - m), torch.exp(log_f + s.m - m)
+    c = f * s.c + i * torch.tanh(z.z)
+    n = f * s.n + i
+    return torch.sigmoid(z.o) * c / n, {"c": c, "n": n, "m": m}
+
+
 @cell(gates="fn")
 def minimal_gated_unit(z, s):
     """The minimal gated unit (Zhou et al. 2016, arXiv:1603.09420), with the forget gate applied to U h + b, as a GRU's is."""

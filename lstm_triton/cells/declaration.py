@@ -1,60 +1,28 @@
 """`cell`: a recurrent cell as a plain torch function, and what follows from it.
 
-The kernels know four pre-activations z = x W_ih^T + h W_hh^T + b of a unit and one state of it that they carry unrounded from
-step to step. A cell with fewer gates leaves rows of the weights zero; where it asks for the input's and the recurrent part of a
-gate apart, each is a pre-activation of its own.
+The kernels know four pre-activations z = x W_ih^T + h W_hh^T + b of a unit and its states, 1, 2, 4 or 8, that they carry
+unrounded from step to step. A cell with fewer gates leaves rows of the weights zero; where it asks for the input's and the
+recurrent part of a gate apart, each is a pre-activation of its own. A parameter of each unit is a state that does not change,
+and its gradient is that of the initial state, summed over the batch.
 """
 
 import functools
 import hashlib
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.cell_equations import CellEquations, generated
-from ..kernels.inputs import Direction
-from . import derive, operations
+from ..kernels.inputs import Direction, Segments
+from . import derive
+from .recording import CellError, Named, PointwiseOnly, PreActivations, Recorded
 
-PRE_ACTIVATIONS = 4
+PRE_ACTIVATIONS, CARRIED = 4, 8
 _PARTS = ("input", "recurrent")
-
-
-class CellError(TypeError):
-    """A function that cannot be a cell; says what in it, and in which line."""
-
-
-class Named:
-    """Tensors as attributes; one that does not exist is an error that says which do."""
-
-    def __init__(self, kind: str, tensors: Mapping[str, Any]) -> None:
-        self._kind, self._tensors = kind, tensors
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._tensors:
-            raise AttributeError(f"{self._kind} are {', '.join(self._tensors) or 'none'}, not {name!r}")
-        return self._tensors[name]
-
-
-class _Recorded(Mapping):
-    """A mapping that remembers the keys that were asked for."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self.tensors, self.used = tensors, dict[str, None]()
-
-    def __getitem__(self, name: str) -> Any:
-        self.used[name] = None
-        return self.tensors[name]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+_RESERVED = {"h", "ih", "hh", *_PARTS}
 
 
 class PreActivation(NamedTuple):
@@ -65,38 +33,44 @@ class PreActivation(NamedTuple):
 
 
 class Cell:
-    """A recurrent cell: gates, states, and the function that gives the new ones. Made by `cell`.
+    """A recurrent cell: gates, states, parameters, and the function that gives the new states. Made by `cell`.
 
     Args:
-        function: of (z, s): z.f is the pre-activation x W_ih^T + b_ih + h W_hh^T + b_hh of a gate f, [B, H]; z.input.f and
-            z.recurrent.f are its two parts; s.c is the state c before the step, s.h the output of the step before. Returns
-            the new h and a dict of the new states. Made of pointwise operations of torch.
-        gates, states: their names, of one letter each in a string, or in a sequence of strings.
+        function: of (z, s), or (z, s, p) with parameters: z.f is the pre-activation x W_ih^T + b_ih + h W_hh^T + b_hh of a gate
+            f, [B, H]; z.input.f and z.recurrent.f are its two parts; s.c is the state c before the step, s.h the output of the
+            step before; p.a is the parameter a. Returns the new h and a dict of the new states. Made of pointwise operations.
+        gates, states, parameters: their names, of one letter each in a string, or in a sequence of strings. A parameter has a
+            number for each unit, [H].
 
     Raises:
         CellError: an operation that is not pointwise or not known, a branch that depends on values, a state that is missing or
-            one too many, more pre-activations than the kernels hold; with the operation and the line.
+            one too many, more pre-activations or states than the kernels hold; with the operation and the line.
     """
 
-    def __init__(self, function: Callable, gates: Sequence[str], states: Sequence[str] = ()) -> None:
+    def __init__(
+        self, function: Callable, gates: Sequence[str], states: Sequence[str] = (), parameters: Sequence[str] = ()
+    ) -> None:
         functools.update_wrapper(self, function)
-        self.function, self.gates, self.states = function, tuple(gates), tuple(states)
-        self.name = getattr(function, "__name__", "cell")
-        names = (*self.gates, *self.states)
-        if len(set(names)) < len(names) or not all(n.isidentifier() for n in names) or {"h", *_PARTS} & set(names):
-            raise CellError(f"{self.name}: gates and states need names of their own, other than h, input, recurrent")
+        self.function, self.name = function, getattr(function, "__name__", "cell")
+        self.gates, self.states, self.parameters = tuple(gates), tuple(states), tuple(parameters)
+        names = (*self.gates, *self.states, *self.parameters)
+        if len(set(names)) < len(names) or not all(n.isidentifier() for n in names) or _RESERVED & set(names):
+            raise CellError(
+                f"{self.name}: gates, states and parameters need names of their own, other than {', '.join(sorted(_RESERVED))}"
+            )
         self._record()
         self._derive()
 
-    def __call__(self, z: Any, s: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.function(z, s)
+    def __call__(self, z: Any, s: Any, *p: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.function(z, s, *p)
 
     def __reduce__(self) -> str:
         """Pickled by name, as functions are, so that modules with a cell can be copied and saved."""
         return self.__dict__["__qualname__"]
 
     def __repr__(self) -> str:
-        return f"cell {self.name}(gates={self.gates}, states={self.states})"
+        parameters = f", parameters={self.parameters}" if self.parameters else ""
+        return f"cell {self.name}(gates={self.gates}, states={self.states}{parameters})"
 
     def _fail(self, what: str) -> CellError:
         return CellError(f"{self.name}: {what}")
@@ -105,12 +79,14 @@ class Cell:
         """Call the function once on tensors without memory: which parts of z and s it reads, and whether it may."""
         with FakeTensorMode() as mode:
             example = mode.from_tensor(torch.zeros(2, 3))
-            gates = _Recorded(dict.fromkeys(self.gates, example))
-            parts = {part: _Recorded(gates.tensors) for part in _PARTS}
-            tensors = _Z(gates, Named("gates", parts["input"]), Named("gates", parts["recurrent"]))
-            states = _Recorded(dict.fromkeys((*self.states, "h"), example))
-            with _PointwiseOnly(self):
-                found = self.function(tensors, Named("states", states))
+            gates = Recorded(dict.fromkeys(self.gates, example))
+            parts = {part: Recorded(gates.tensors) for part in _PARTS}
+            tensors = PreActivations(gates, Named("gates", parts["input"]), Named("gates", parts["recurrent"]))
+            states = Recorded(dict.fromkeys((*self.states, "h"), example))
+            parameters = Recorded(dict.fromkeys(self.parameters, example))
+            given = [Named("parameters", parameters)] if self.parameters else []
+            with PointwiseOnly(self._fail):
+                found = self.function(tensors, Named("states", states), *given)
         self._check_results(found)
         self.pre_activations: list[PreActivation] = []
         for gate in self.gates:
@@ -122,11 +98,17 @@ class Cell:
                 raise self._fail(f"the gate {gate!r} is not used")
         if len(self.pre_activations) > PRE_ACTIVATIONS:
             raise self._fail(f"the kernels hold {PRE_ACTIVATIONS} pre-activations, not {len(self.pre_activations)}")
-        carried = [*self.states, *(["h"] if "h" in states.used else [])]
-        if len(carried) > 1:
-            raise self._fail(f"the kernels carry one state from step to step, not {' and '.join(carried)}")
-        # Where nothing else is carried, h is: nobody reads it.
-        self.carried = carried[0] if carried else "h"
+        if unused := [name for name in self.parameters if name not in parameters.used]:
+            raise self._fail(f"the parameter {unused[0]!r} is not used")
+        # h comes first where there is no other state: then it is what the kernels carry besides, read or not.
+        own = [*self.states, *(["h"] if "h" in states.used or not self.states else [])]
+        self.carried = (*own, *self.parameters)
+        if len(self.carried) > CARRIED:
+            raise self._fail(
+                f"the kernels carry {CARRIED} states and parameters of a unit in registers, not {len(self.carried)}:"
+                f" {', '.join(self.carried)}"
+            )
+        self.n_carried = 1 << (len(self.carried) - 1).bit_length()
 
     def _check_results(self, found: Any) -> None:
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
@@ -141,16 +123,73 @@ class Cell:
                 raise self._fail(f"the new {name} is not a tensor of the size of a gate")
 
     def step(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, the new carried state) from the pre-activations that a kernel has, zeros behind them, and the carried state."""
-        *pre, state = tensors
+        """(h, the new carried states) from the pre-activations that a kernel has, zeros behind them, and the carried states."""
+        *pre, carried = tensors
+        h, *states = self._step(*pre, *_split(carried, self.n_carried))
+        return h, _join(states)
+
+    def _step(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`step` with every state apart."""
+        pre, carried = tensors[:PRE_ACTIVATIONS], tensors[PRE_ACTIVATIONS:]
         by_part: dict[str, dict[str, Tensor]] = {"sum": {}, "input": {}, "recurrent": {}}
         for (gate, part), t in zip(self.pre_activations, pre):
             by_part[part][gate] = t
         for gate, t in by_part["input"].items():
             by_part["sum"][gate] = t + by_part["recurrent"][gate]
-        z = _Z(by_part["sum"], *(Named("gates", by_part[part]) for part in _PARTS))
-        h, states = self.function(z, Named("states", {self.carried: state}))
-        return h, states.get(self.carried, h)
+        z = PreActivations(by_part["sum"], *(Named("gates", by_part[part]) for part in _PARTS))
+        before = dict(zip(self.carried, carried))
+        parameters = {name: before.pop(name) for name in self.parameters}
+        given = [Named("parameters", parameters)] if parameters else []
+        h, states = self.function(z, Named("states", before), *given)
+        new = {**parameters, **states, "h": h}
+        padding = carried[len(self.carried) :]
+        return h, *(new[name] for name in self.carried), *padding
+
+    def carry(self, h: Tensor, state: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """What the kernels carry, [..., H * n_carried], from h, the user's states as `stacked` and the parameters."""
+        if self.carried == (self.states or ("h",)) and self.n_carried == len(self.carried):
+            return state
+        named = {"h": h, **dict(zip(self.states, _split(state, len(self.states) or 1)))}
+        named |= {name: p.expand_as(h) for name, p in zip(self.parameters, parameters)}
+        padding = [torch.zeros_like(h)] * (self.n_carried - len(self.carried))
+        return _join([*(named[name] for name in self.carried), *padding])
+
+    def layer_inputs(
+        self, directions: Sequence[Direction], parameters: Sequence[Tensor], rows: slice, hx: Any, segments: Segments
+    ) -> tuple[list[Direction], tuple[Tensor, Tensor], Segments]:
+        """Weights, (h0, c0) and segments of a layer as the kernels take them.
+
+        parameters: those of all layers and directions, of which this layer has `rows`.
+        """
+        placed, (h0, state), n = [self.placed(w) for w in directions], hx, len(self.parameters)
+        of_both = [torch.stack(list(parameters[k::n][rows]))[:, None] for k in range(n)]
+        c0 = self.carry(h0, state, of_both)
+        if segments.resets is not None and c0 is not state:
+            T, (D, B, H) = len(segments.resets), h0.shape
+            zeros, reset_h, reset_c = h0.new_zeros(1, D, 1, H), segments.reset_h, segments.reset_c
+            h = zeros if reset_h is None else reset_h
+            own = (
+                _split(reset_c, len(self.states) or 1)
+                if reset_c is not None
+                else [zeros.expand_as(h)] * (len(self.states) or 1)
+            )
+            reset_c = self.carry(h.expand_as(own[0]), _join(own), of_both).expand(T, D, B, -1)
+            segments = segments._replace(reset_c=reset_c)
+        return placed, (h0, c0), segments
+
+    def kept(self, carried: Tensor) -> Tensor:
+        """The user's states, as `stacked`, of what `carry` gave."""
+        n = len(self.states) or 1
+        return carried if n == self.n_carried else _join(_split(carried, self.n_carried)[:n])
+
+    def stacked(self, states: Sequence[Tensor]) -> Tensor:
+        """The user's states [..., H] as one, [..., H * n] with those of a unit together."""
+        return _join(states)
+
+    def separate(self, stacked: Tensor) -> list[Tensor]:
+        """The inverse of `stacked`."""
+        n = len(self.states) or 1
+        return [stacked] if n == 1 else [t.contiguous() for t in _split(stacked, n)]
 
     def placed(self, weights: Direction) -> Direction:
         """Weights with a block of H rows for each gate -> with one for each pre-activation of the kernels, zeros among them."""
@@ -169,81 +208,62 @@ class Cell:
         return Direction(place(w_ih, "recurrent"), place(w_hh, "input"), place(b_ih, "recurrent"), place(b_hh, "input"))
 
     def _derive(self) -> None:
-        pre = [f"z{k}" for k in range(PRE_ACTIVATIONS)]
+        pre, n = [f"z{k}" for k in range(PRE_ACTIVATIONS)], self.n_carried
+        before, after, d_after = ([f"{name}{k}" for k in range(n)] for name in ("before", "state", "d_state"))
         try:
-            (h, state), gradients = derive.joint_graph(self.step, [*pre, "before"], ["dh", "d_state"])
+            (h, *states), gradients = derive.joint_graph(self._step, [*pre, *before], ["dh", *d_after])
         except NotImplementedError as error:
             raise self._fail(f"its derivative needs {error}, which the kernels do not have") from None
-        inputs = {v.name: v for v in derive.ancestors([h, state, *gradients]) if v.operation is None}
-        at_hand = [inputs.get("before"), state]
-        saved = derive.to_save(gradients, ("dh", "d_state"), at_hand)
+        inputs = {v.name: v for v in derive.ancestors([h, *states, *gradients]) if v.operation is None}
+        saved = derive.to_save(gradients, ("dh", *d_after), [*(inputs.get(name) for name in before), *states])
         # No more than there are pre-activations, which would do.
         padded = [*saved, *[None] * (PRE_ACTIVATIONS - len(saved))]
-        forward = {name: inputs.get(name) for name in (*pre, "before")}
+
+        def of_inputs(names: Sequence[str]) -> list[derive.Value | None]:
+            return [inputs.get(name) for name in names]
+
+        forward = {**dict(zip(pre, of_inputs(pre))), "before": of_inputs(before)}
         backward = {
             **{f"saved{k}": value for k, value in enumerate(padded)},
-            "before": inputs.get("before"),
-            "state": state if isinstance(state, derive.Value) else None,
+            "before": of_inputs(before),
+            "state": [state if isinstance(state, derive.Value) else None for state in states],
             "dh": inputs.get("dh"),
-            "d_state": inputs.get("d_state"),
+            "d_state": of_inputs(d_after),
         }
+        d_pre, d_before = gradients[:PRE_ACTIVATIONS], gradients[PRE_ACTIVATIONS:]
+        cotangents = [value for value in of_inputs(["dh", *d_after]) if value is not None]
+        held = [v for v in (*saved, *of_inputs(before), *states) if isinstance(v, derive.Value)]
+        d_pre = derive.zero_where_nothing_comes_back(d_pre, cotangents, held)
         self.source = (
-            derive.source("forward", "The values to save, the new state and h.", forward, [*padded, state, h])
+            derive.source("forward", "The values to save, the new states and h.", forward, [*padded, states, h])
             + "\n\n"
             + derive.source(
-                "backward", "The gradients of the pre-activations and of the state before.", backward, gradients
+                "backward",
+                "The gradients of the pre-activations and of the states before.",
+                backward,
+                [*d_pre, d_before],
             )
         )
         self.key = f"{self.name}_{hashlib.blake2b(self.source.encode(), digest_size=8).hexdigest()}"
-        generated[self.key] = CellEquations(self.step, self.source)
+        generated[self.key] = CellEquations(self.step, self.source, n)
 
     def triton_source(self) -> str:
         """The two device functions that the kernels run: of one step, forward and backward."""
         return self.source
 
 
-class _Z(Named):
-    """All gates' pre-activations: their sums, and the two parts."""
-
-    def __init__(self, sums: Mapping[str, Tensor], input: Named, recurrent: Named) -> None:
-        super().__init__("gates", sums)
-        self.input, self.recurrent = input, recurrent
+def _split(carried: Tensor, n: int) -> Sequence[Tensor]:
+    """[..., H * n] -> n tensors [..., H]: the order of `kernels.states`."""
+    return [carried] if n == 1 else carried.unflatten(-1, (-1, n)).unbind(-1)
 
 
-class _PointwiseOnly(TorchDispatchMode):
-    """Inside, an operation that a kernel could not compute raises CellError with its name and its line."""
-
-    def __init__(self, of: Cell) -> None:
-        super().__init__()
-        self._cell = of
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "prim":  # asks for a device or a size
-            return func(*args, **(kwargs or {}))
-        where = _line()
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            raise self._cell._fail(f"{where}: a branch, or a number, that depends on values")
-        if func not in operations.ALLOWED:
-            raise self._cell._fail(f"{where}: {func} is not a pointwise operation that the kernels have")
-        found = func(*args, **(kwargs or {}))
-        shapes = {tuple(t.shape) for t in (found if isinstance(found, tuple) else (found,))}
-        if not shapes <= {(2, 3), (), (0,)}:
-            raise self._cell._fail(f"{where}: {func} gives a tensor of another size than a gate's")
-        return found
+def _join(states: Sequence[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.stack(tuple(states), -1).flatten(-2)
 
 
-def _line() -> str:
-    """Where the innermost call outside torch and this package stands."""
-    frame: Any = sys._getframe(2)
-    ours = (__name__.rpartition(".")[0], "torch")
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
-        frame = frame.f_back
-    if frame is None:
-        return "somewhere"
-    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
-
-
-def cell(*, gates: Sequence[str], states: Sequence[str] = ()) -> Callable[[Callable], Cell]:
+def cell(
+    *, gates: Sequence[str], states: Sequence[str] = (), parameters: Sequence[str] = ()
+) -> Callable[[Callable], Cell]:
     """Make a plain torch function a recurrent cell, for `Recurrent` and `RecurrentCell`; see `Cell`.
 
     @lstm_triton.cell(gates="fgo", states="c")
@@ -252,4 +272,4 @@ def cell(*, gates: Sequence[str], states: Sequence[str] = ()) -> Callable[[Calla
         c = f * s.c + (1 - f) * g
         return o * c.tanh(), {"c": c}
     """
-    return lambda function: Cell(function, gates, states)
+    return lambda function: Cell(function, gates, states, parameters)

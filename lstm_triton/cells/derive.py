@@ -26,6 +26,12 @@ class Value:
         return [a for a in self.args if isinstance(a, Value)]
 
 
+def _number(operation: Any, args: Sequence[Any]) -> torch.Tensor:
+    """An operation on single numbers, in float64."""
+    first, *others = (a if isinstance(a, torch.Tensor) else torch.tensor(a, dtype=torch.float64) for a in args)
+    return operation(first, *(t.item() if operation._overloadname == "Scalar" else t for t in others))
+
+
 class _Graph:
     """Interns values, so that what is computed twice is one value."""
 
@@ -36,9 +42,7 @@ class _Graph:
         if operation is aten.where.self and not isinstance(args[0], Value):
             return args[1] if args[0] else args[2]
         if not any(isinstance(a, Value) for a in args):  # of numbers, which Triton's functions do not take
-            first, *others = (torch.tensor(a, dtype=torch.float64) for a in args)
-            of_scalar = operation._overloadname == "Scalar"
-            return operation(first, *(t.item() if of_scalar else t for t in others)).item()
+            return _number(operation, args).item()
         key = (operation, *args)
         if key not in self._values:
             self._values[key] = Value(f"t{len(self._values)}", operation, args, is_float)
@@ -130,6 +134,24 @@ def ancestors(values: Iterable[Any], stop: frozenset[Value] = frozenset()) -> li
     return list(order)
 
 
+def zero_where_nothing_comes_back(
+    gradients: Sequence[Any], cotangents: Sequence[Value], others: Sequence[Value]
+) -> list[Any]:
+    """The gradients, 0 where all cotangents are: so it is by the chain rule, but from zeros for all that they follow from, the
+    cotangents and the others, a division makes NaN."""
+    given = frozenset([*cotangents, *others])
+    at_zero = dict.fromkeys(given, torch.zeros((), dtype=torch.float64))
+    for value in ancestors(gradients, given):
+        if value not in given:
+            at_zero[value] = _number(value.operation, [at_zero[a] if isinstance(a, Value) else a for a in value.args])
+    if all(at_zero[g].isfinite() for g in gradients if isinstance(g, Value)):
+        return list(gradients)
+    none, *rest = (Value("none", aten.eq.Scalar, (d, 0.0)) for d in cotangents)
+    for other in rest:
+        none = Value("none", aten.bitwise_and.Tensor, (none, other))
+    return [Value("gradient", aten.where.self, (none, 0.0, g)) if isinstance(g, Value) else g for g in gradients]
+
+
 def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequence[Any]) -> list[Value]:
     """The fewest values from which, with the cotangents and what is at hand, the gradients follow."""
     import networkx  # type: ignore[import-untyped]  # a dependency of torch
@@ -161,10 +183,22 @@ def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequen
     return [value for value in needed if (value, "in") in before and (value, "out") in after]
 
 
-def source(name: str, doc: str, parameters: dict[str, Value | None], outputs: Sequence[Any]) -> str:
-    """A @triton.jit function of these parameters, all tiles of one shape; a number among the outputs is a tile of it."""
-    lines, names = [], {value: parameter for parameter, value in parameters.items() if value is not None}
+def source(name: str, doc: str, parameters: dict[str, Any], outputs: Sequence[Any]) -> str:
+    """A @triton.jit function of these parameters, tiles of one shape; a number among the outputs is a tile of it.
+
+    A list stands for the states of a unit in one tile, as in `kernels.states`.
+    """
+    lines, names = [], dict[Value, str]()
     counter, like = itertools.count(), next(iter(parameters))
+    for parameter, value in parameters.items():
+        if not isinstance(value, list):
+            names |= {} if value is None else {value: parameter}
+        elif len(value) == 1:
+            names |= {} if value[0] is None else {value[0]: parameter}
+        elif any(v is not None for v in value):
+            parts = [f"{parameter}{k}" for k in range(len(value))]
+            lines.append(f"{', '.join(parts)} = split_states({parameter}, {len(parts)})")
+            names |= {v: part for v, part in zip(value, parts) if v is not None}
 
     def written(argument: Any, operation: Any) -> str:
         if isinstance(argument, Value):
@@ -176,16 +210,21 @@ def source(name: str, doc: str, parameters: dict[str, Value | None], outputs: Se
             return repr(number)
         return f"tl.full({like}.shape, {number!r}, {like}.dtype)"
 
-    for value in ancestors(outputs, frozenset(names)):
+    flat = [value for output in outputs for value in (output if isinstance(output, list) else [output])]
+    for value in ancestors(flat, frozenset(names)):
         if value not in names:
             arguments = [written(a, value.operation) for a in value.args]
             names[value] = f"v{next(counter)}"
             lines.append(f"{names[value]} = {EXPRESSIONS[value.operation].format(*arguments)}")
-    returned = []
-    for output in outputs:
+
+    def returned_as(output: Any) -> str:
+        if isinstance(output, list):
+            tiles = ", ".join(map(returned_as, output))
+            return tiles if len(output) == 1 else f"join_states(({tiles}), {len(output)})"
         if isinstance(output, Value):
-            returned.append(names[output])
-        else:
-            returned.append(f"tl.zeros_like({like})" + (f" + {float(output)}" if output else ""))
+            return names[output]
+        return f"tl.zeros_like({like})" + (f" + {float(output)}" if output else "")
+
+    returned = map(returned_as, outputs)
     body = [f'"""{doc}"""', *lines, f"return {', '.join(returned)}"]
     return "\n".join(["@triton.jit", f"def {name}({', '.join(parameters)}):", *(f"    {line}" for line in body), ""])

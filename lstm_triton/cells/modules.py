@@ -1,18 +1,19 @@
 """`Recurrent` and `RecurrentCell`: modules for any `Cell`."""
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional, lstm
+from .. import casting, functional, lstm
 from ..dispatch import Call, Choice, choose_cell, choose_layer, environment
 from ..kernels.inputs import Direction
 from ..modules import check_options, is_proxy, leaf, options_repr
 from .declaration import Cell
 
-States = Tensor | tuple[Tensor, Tensor]
+States = Tensor | tuple[Tensor, ...]
 
 
 def _refuse_torchscript(module: torch.nn.Module) -> torch.nn.Module:
@@ -31,15 +32,17 @@ class Recurrent(torch.nn.RNNBase):
     Args:
         cell: a `Cell`, with G gates.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.LSTM.
-            Parameters have its names, a block of H rows for each gate in the cell's order, and its initial values.
+            Parameters have its names, a block of H rows for each gate in the cell's order, and its initial values; the cell's
+            parameter a is `weight_a_l0` [H] of layer 0, `weight_a_l0_reverse` of the reverse direction.
         precision, backend, recompute: as in `LSTM`.
 
     Inputs:
         input, resets, lengths: as `LSTM` takes them.
-        hx, reset_state: (h, c) for a cell with a state c; h for one without.
+        hx, reset_state: (h, c) for a cell with a state c, (h, c, n) for one with c and n; h for one without.
         return_states: also return every state of the last layer, of h where the cell has no other.
 
-    Outputs: output, hx after the last step, and with return_states [T, B, D * H], shaped like output.
+    Outputs: output, hx after the last step, and with return_states [T, B, D * H], shaped like output, or a tuple of these
+    for a cell with several states.
 
     Raises as `LSTM` does; TypeError for what is not a `Cell`.
     """
@@ -76,11 +79,25 @@ class Recurrent(torch.nn.RNNBase):
         for name, p in list(self.named_parameters()):
             shape = (p.shape[0] // 4 * len(cell.gates), *p.shape[1:])
             setattr(self, name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        for name in self._names_of_units():
+            setattr(self, name, torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)))
         self._init_flat_weights()
         self.reset_parameters()
 
+    def _names_of_units(self) -> list[str]:
+        """Of the parameters [H], in the order of layers, directions and the cell's parameters."""
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        places = itertools.product(range(self.num_layers), suffixes, self.cell.parameters)
+        return [f"weight_{name}_l{layer}{suffix}" for layer, suffix, name in places]
+
+    def unit_parameters(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._names_of_units()]
+
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        _base(hidden).check_forward_args(self, input, hidden, batch_sizes)
+        if isinstance(hidden, Tensor):
+            return torch.nn.RNNBase.check_forward_args(self, input, hidden, batch_sizes)
+        for state in self.cell.separate(hidden[1]):
+            torch.nn.LSTM.check_forward_args(self, input, (hidden[0], state), batch_sizes)  # type: ignore[arg-type]
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         return _base(hx).permute_hidden(self, hx, permutation)
@@ -110,11 +127,13 @@ class Recurrent(torch.nn.RNNBase):
             input,
             _both(self.cell, hx),
             resets=resets,
-            reset_state=_both(self.cell, reset_state),
+            reset_state=_both(self.cell, reset_state, self.hidden_size),
             lengths=lengths,
             return_cell_states=return_states,
         )
-        return output, tuple(hidden) if self.cell.states else hidden[0], *states
+        h, last = hidden
+        every = [_separate(self.cell, t) for t in states]
+        return output, (h, *self.cell.separate(last)) if self.cell.states else h, *every
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
         """What serves a call on such tensors, and why; plain: without resets, lengths and states."""
@@ -133,6 +152,7 @@ class RecurrentCell(torch.nn.RNNCellBase):
         precision, backend: as in `LSTMCell`.
 
     Inputs: input [B, I] or [I]; hx: (h, c), or h for a cell without another state, each [B, H] or [H]; zeros when None.
+    The cell's parameter a is `weight_a` [H].
     Outputs: hx after the step, shaped alike. Twice differentiable.
 
     Raises as `LSTMCell` does; TypeError for what is not a `Cell`.
@@ -156,6 +176,10 @@ class RecurrentCell(torch.nn.RNNCellBase):
         check_options(precision, backend)
         super().__init__(input_size, hidden_size, bias, len(cell.gates), device, dtype)
         self.cell, self.precision, self.backend = cell, precision, backend
+        for name in cell.parameters:
+            setattr(self, f"weight_{name}", torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)))
+        if cell.parameters:
+            self.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"{self.cell.name}, {super().extra_repr()}" + options_repr(self)
@@ -168,13 +192,22 @@ class RecurrentCell(torch.nn.RNNCellBase):
         for name, t in {"input": input, **states}.items():
             if t.dim() not in (1, 2):
                 raise ValueError(f"{type(self).__name__}: Expected {name} to be 1D or 2D, got {t.dim()}D instead")
-        pair = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2 if given is None else given
+        pair = self._zeros(input) if given is None else given
         weights = self.cell.placed(Direction(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
         batched = functional.cell_inputs(input, pair, *weights[:4])
-        h, state = functional.step(batched, self.precision, self.backend, self.cell.key)
+        for state in self.cell.separate(batched.c):
+            functional.check_cell(batched._replace(c=state), dtypes=False)
+        of_units = [getattr(self, f"weight_{name}") for name in self.cell.parameters]
+        batched = batched._replace(c=self.cell.carry(batched.h, batched.c, of_units))
+        h, carried = functional.step(batched, self.precision, self.backend, self.cell.key)
+        after = [h, *self.cell.separate(self.cell.kept(carried))]
         if input.dim() == 1:
-            h, state = h.squeeze(0), state.squeeze(0)
-        return (h, state) if self.cell.states else h
+            after = [state.squeeze(0) for state in after]
+        return tuple(after) if self.cell.states else after[0]
+
+    def _zeros(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        h = input.new_zeros(*input.shape[:-1], self.hidden_size)
+        return h, self.cell.stacked([h] * max(len(self.cell.states), 1))
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
         """As `Recurrent.choice`."""
@@ -195,21 +228,48 @@ def _check_cell(cell: object) -> None:
         raise TypeError(f"cell must be a function declared by lstm_triton.cell, got {type(cell).__name__}")
 
 
+def _separate(cell: Cell, states: Any) -> Any:
+    """Those of every step: one, or a tuple of several."""
+    found: tuple
+    if isinstance(states, PackedSequence):
+        found = tuple(states._replace(data=t) for t in cell.separate(states.data))
+    else:
+        found = tuple(cell.separate(states))
+    return found[0] if len(found) == 1 else found
+
+
 def _base(hx: Any) -> Any:
     """torch's class whose checks are those of this state: of h alone, or of h and another."""
     return torch.nn.RNNBase if isinstance(hx, Tensor) else torch.nn.LSTM
 
 
-def _both(cell: Cell, hx: Any) -> Any:
-    """h and the state that the kernels carry; where the cell has none besides h, that is h."""
+def _both(cell: Cell, hx: Any, hidden_size: int | None = None) -> Any:
+    """h and the other states, as `Cell.stacked`; where the cell has none besides h, that is h.
+
+    hidden_size: of states that are to be broadcast.
+    """
     if hx is None:
         return None
     if cell.states:
-        if isinstance(hx, Tensor) or len(hx) != 2 or not all(isinstance(t, Tensor) for t in hx):
-            raise TypeError(
-                f"{cell.name} has a state {cell.carried}: hx must be a tuple of two Tensors (h, {cell.carried})"
-            )
-        return hx
+        n, names = len(cell.states), ", ".join(cell.states)
+        if isinstance(hx, Tensor) or len(hx) != n + 1 or not all(isinstance(t, Tensor) for t in hx):
+            number = {1: "two", 2: "three", 3: "four"}.get(n, str(n + 1))
+            of = f"a state {names}" if n == 1 else f"states {names}"
+            raise TypeError(f"{cell.name} has {of}: hx must be a tuple of {number} Tensors (h, {names})")
+        h, *states = hx
+        if n == 1:
+            return hx
+        if hidden_size is not None:
+            states = [t.expand(*t.shape[:-1], hidden_size) if t.dim() else t.expand(hidden_size) for t in states]
+            states = list(torch.broadcast_tensors(*states))
+        for name, t in zip(cell.states[1:], states[1:]):
+            if t.shape != states[0].shape:
+                raise RuntimeError(
+                    f"the states {cell.states[0]} and {name} must have the same size, got {list(states[0].shape)}"
+                    f" and {list(t.shape)}"
+                )
+            casting.check_alike(cell.states[0], states[0], [(name, t)])
+        return h, cell.stacked(states)
     if not isinstance(hx, Tensor):
         raise TypeError(f"{cell.name} has no state besides h: it must be a Tensor, not {type(hx).__name__}")
     return hx, hx

@@ -42,13 +42,14 @@ _BINARY: dict[str, Callable] = {
 }
 
 
-def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str]:
-    """(function, gates, states, what it computes in words): at most four pre-activations, at most one state."""
+def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str, str]:
+    """(function, gates, states, parameters, what it computes in words): at most four pre-activations and eight states and
+    parameters."""
     unary, binary = ([f for f in of if not (smooth and f in _SPECIAL)] for of in (_UNARY, _BINARY))
     gates = "abde"[: rng.randint(1, 4)]
-    states = rng.choice(["", "c"])
+    states, parameters = rng.choice(["", "c", "c", "cn", "cmn"]), rng.choice(["", "", "p", "pqr"])
     has_parts = len(gates) < 4 and rng.random() < 0.5
-    uses_h = not states and rng.random() < 0.7
+    uses_h = rng.random() < 0.5
 
     def expression(leaves: list[str], depth: int) -> tuple:
         if depth == 0 or rng.random() < 0.1:
@@ -57,23 +58,25 @@ def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str
             return rng.choice(unary), expression(leaves, depth - 1)
         return rng.choice(binary), expression(leaves, depth - 1), expression(leaves, depth - 1)
 
-    leaves = [f"z.{gate}" for gate in gates] + ["s.c"] * len(states) + ["s.h"] * uses_h
+    leaves = [f"z.{gate}" for gate in gates] + [f"s.{state}" for state in states] + ["s.h"] * uses_h
+    leaves += [f"p.{name}" for name in parameters]
     leaves += ["z.input." + gates[0], "z.recurrent." + gates[0]] if has_parts else []
     trees = {name: expression(leaves, 3) for name in ("h", *states)}
 
-    def evaluate(tree: tuple, z, s):
+    def evaluate(tree: tuple, z, s, p):
         name, *operands = tree
-        values = [evaluate(operand, z, s) for operand in operands]
+        values = [evaluate(operand, z, s, p) for operand in operands]
         if values:
             return (_UNARY if len(values) == 1 else _BINARY)[name](*values)
-        value = {"z": z, "s": s}[name[0]]
+        value = {"z": z, "s": s, "p": p}[name[0]]
         for part in name.split(".")[1:]:
             value = getattr(value, part)
         return value
 
-    def function(z, s):
-        # Each gate takes part, whatever the trees have drawn.
-        h = torch.tanh(evaluate(trees["h"], z, s) + 0.1 * sum(getattr(z, gate) for gate in gates))
-        return h, {name: torch.tanh(evaluate(trees[name], z, s) + 0.5 * s.c) for name in states}
+    def function(z, s, p=None):
+        # Each gate and parameter takes part, whatever the trees have drawn.
+        parts = [getattr(z, gate) for gate in gates] + [getattr(p, name) for name in parameters]
+        h = torch.tanh(evaluate(trees["h"], z, s, p) + 0.1 * sum(parts))
+        return h, {name: torch.tanh(evaluate(trees[name], z, s, p) + 0.5 * getattr(s, name)) for name in states}
 
-    return function, gates, states, str(trees)
+    return function, gates, states, parameters, str(trees)

@@ -29,7 +29,7 @@ class Problem:
 
     def run(self, backend: str, recompute: bool = False) -> list[Tensor]:
         """y, hx, and the gradients of all but the cotangents."""
-        n = 2 if self.cell.states else 1
+        n = 1 + len(self.cell.states)
         I, H, layers, bidirectional = self.sizes
         dtype, device = self.tensors[0].dtype, self.tensors[0].device
         module = Recurrent(
@@ -78,14 +78,16 @@ def draw(
 ) -> Problem:
     """A random problem of a cell, or of the random cell of this number."""
     if isinstance(cell, int):
-        cell = Cell(*cell_grammar.random_cell(random.Random(cell), smooth=True)[:3])
+        cell = Cell(*cell_grammar.random_cell(random.Random(cell), smooth=True)[:4])
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     D = 2 if bidirectional else 1
-    states = [normal(layers * D, B, H) for _ in range(2 if cell.states else 1)]
+    states = [normal(layers * D, B, H) for _ in ("h", *cell.states)]
+    if "n" in cell.states:  # a normalizer is positive
+        states[1 + cell.states.index("n")].exp_()
     parameters = Recurrent(cell, I, H, layers, bidirectional=bidirectional, device="meta").parameters()
     weights = [normal(*p.shape) / H**0.5 for p in parameters]
     tensors = [normal(T, B, I), *states, *weights, normal(T, B, D * H), *(normal(*s.shape) for s in states)]

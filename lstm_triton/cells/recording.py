@@ -1,0 +1,85 @@
+"""One call of a cell's function: what it reads by name, and whether a kernel could compute it."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import operations
+
+
+class CellError(TypeError):
+    """A function that cannot be a cell; says what in it, and in which line."""
+
+
+class Named:
+    """Tensors as attributes; one that does not exist is an error that says which do."""
+
+    def __init__(self, kind: str, tensors: Mapping[str, Any]) -> None:
+        self._kind, self._tensors = kind, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._tensors:
+            raise AttributeError(f"{self._kind} are {', '.join(self._tensors) or 'none'}, not {name!r}")
+        return self._tensors[name]
+
+
+class Recorded(Mapping):
+    """A mapping that remembers the keys that were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors, self.used = tensors, dict[str, None]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used[name] = None
+        return self.tensors[name]
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+class PreActivations(Named):
+    """All gates' pre-activations: their sums, and the two parts."""
+
+    def __init__(self, sums: Mapping[str, Tensor], input: Named, recurrent: Named) -> None:
+        super().__init__("gates", sums)
+        self.input, self.recurrent = input, recurrent
+
+
+class PointwiseOnly(TorchDispatchMode):
+    """Inside, an operation that a kernel could not compute raises CellError with its name and its line."""
+
+    def __init__(self, fail: Callable[[str], Exception]) -> None:
+        super().__init__()
+        self._fail = fail
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prim":  # asks for a device or a size
+            return func(*args, **(kwargs or {}))
+        where = _line()
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise self._fail(f"{where}: a branch, or a number, that depends on values")
+        if func not in operations.ALLOWED:
+            raise self._fail(f"{where}: {func} is not a pointwise operation that the kernels have")
+        found = func(*args, **(kwargs or {}))
+        shapes = {tuple(t.shape) for t in (found if isinstance(found, tuple) else (found,))}
+        if not shapes <= {(2, 3), (), (0,)}:
+            raise self._fail(f"{where}: {func} gives a tensor of another size than a gate's")
+        return found
+
+
+def _line() -> str:
+    """Where the innermost call outside torch and this package stands."""
+    frame: Any = sys._getframe(2)
+    ours = (__name__.rpartition(".")[0], "torch")
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
+        frame = frame.f_back
+    if frame is None:
+        return "somewhere"
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
