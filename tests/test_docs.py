@@ -120,14 +120,6 @@ def test_the_derivation_has_every_line_of_the_equations(function):
             assert line in text, f"docs/derivation.md lacks `{line}`"
 
 
-@pytest.mark.parametrize("function", ["sigmoid", "tanh", "_tanh_near_zero"])
-def test_the_derivation_quotes_the_activations_whole(function):
-    page = (ROOT / "docs/derivation.md").read_text(encoding="utf-8")
-    code = "\n".join(f"    {line}" for line in _functions_of_the_equations()[function])
-    quoted = re.search(rf"^    def {function}\(.*\):\n((?:     .*\n)+)", page, re.MULTILINE)
-    assert quoted and quoted[1].rstrip("\n") == code, f"docs/derivation.md should quote\n{code}"
-
-
 def test_the_table_of_clients_is_the_scripts():
     """Its outcomes are what `make clients` printed; its lines are those of the script."""
     page = (ROOT / "docs/exporting.md").read_text(encoding="utf-8")
