@@ -82,7 +82,7 @@ def test_the_full_product_compiles_well(arch):
 
 
 def _cases(arch, everything):
-    """What is compiled: CASES forward for one generation and backward for another, or everything both ways for all of them."""
+    """What is compiled: each of CASES for one generation, one way, or everything both ways for all of them."""
     from support.aot_sequence import Case
 
     ways = ("forward", "backward")
@@ -99,9 +99,9 @@ def _cases(arch, everything):
         yield from (case_of(way, *case) for way in ways for case in (*CASES, *FURTHER[arch]))
         yield from further
     else:
-        turns = [divmod(ARCHITECTURES.index(arch) + position, 2) for position in range(len(CASES) + len(further))]
-        yield from (case_of(ways[way % 2], *case) for case, (way, left_out) in zip(CASES, turns) if not left_out)
-        yield from (case for case, (_, left_out) in zip(further, turns[len(CASES) :]) if not left_out)
+        n, turn = len(ARCHITECTURES), ARCHITECTURES.index(arch)
+        yield from (case_of(ways[k // n % 2], *case) for k, case in enumerate(CASES) if k % n == turn)
+        yield from further[turn : turn + 1]
     yield from (case_of("forward", *case) for case in SHARING.get(arch, []))
 
 

@@ -18,9 +18,9 @@ pytestmark = [
 ]
 
 FEATURES = {
-    "kind": [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee")],
-    # T, B, I, H: rows of h that begin at 16 bytes and rows that do not, one block of rows and two, one chunk and several.
-    "shape": [(3, 18, 5, 150), (4, 3, 5, 145), (3, 20, 16, 144)],
+    "kind": [(torch.bfloat16, "ieee"), (torch.float32, "tf32")],
+    # T, B, I, H: rows of h that begin at 16 bytes and rows that do not, two blocks of rows and one.
+    "shape": [(3, 18, 16, 144), (4, 3, 5, 145)],
     "D": [1, 2],
     "resets": [None, "zero", "stored", "shared"],
     "lengths": [False, True],

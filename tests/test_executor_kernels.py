@@ -70,7 +70,7 @@ def test_layers_whose_programs_wait_for_each_other(target, shape, options):
 
 
 def test_a_launch_for_each_step():
-    problem = layers.draw(3, 3, 5, 19, 2, **BF16, **EVERY)
+    problem = layers.draw(3, 3, 5, 19, **BF16, **EVERY)
     with executor.executing("sm_100") as device:
         results = layers.by_kernels(problem, "triton-stepwise")
     assert len(_recurrences(device)) == 6

@@ -15,7 +15,7 @@ I, H = 2, 3
 
 FEATURES = {
     "resets": [None, "zero", "stored", "shared"],
-    "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "dtype": [torch.float64, torch.float32, torch.bfloat16],
     "rows": ["full", "lengths", "packed"],
     "bidirectional": [False, True],
     "num_layers": [1, 2],

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from support.process import ForkedProcess
 
 from lstm_triton import LSTM, cli, dispatch, lstm, measurements, tune, tuning
 from lstm_triton.kernels import search
@@ -35,6 +36,7 @@ def file(tmp_path, monkeypatch):
 def made_up(monkeypatch):
     """made_up(cudnn=..., triton=...): what happens to contenders whose names begin so: see support/made_up_trial.py."""
     monkeypatch.setattr(tuning, "SERVE", "support.made_up_trial:main")
+    monkeypatch.setattr(tuning, "Process", ForkedProcess)
     monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dispatch._remembered.cache_clear()
@@ -99,7 +101,7 @@ def test_what_traps_is_wrong_or_is_slower_than_cudnn_is_not_taken(fate, made_up,
 
 @pytest.mark.long
 def test_what_hangs_costs_its_time_and_no_more(made_up, monkeypatch):
-    monkeypatch.setattr(tuning, "_SILENCE_S", 15.0)
+    monkeypatch.setattr(tuning, "_SILENCE_S", 5.0)
     monkeypatch.setattr(tuning, "_CANDIDATES", 0)
     made_up(cudnn=90.0, triton_stepwise="hang", triton=40.0)
     with torch.no_grad():

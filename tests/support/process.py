@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -16,10 +18,13 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lstm_triton.process import Process
 
 
 def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600) -> str:
@@ -141,6 +146,34 @@ def _as_main(command: list[str], cwd: str | Path, out: str, err: str) -> None:
         runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.stdout.flush()
+
+
+class ForkedProcess(Process):
+    """A fork of this process instead of a new Python: for what depends on its being another, but not on its start."""
+
+    def __init__(self, function: str, argument: Any, environment: Mapping[str, str | None]) -> None:
+        self._connection, its = multiprocessing.Pipe()
+        self._process: Any = _Fork(function, its, environment)
+        self._process.start()
+        its.close()
+        self.send(argument)
+
+
+class _Fork(multiprocessing.get_context("fork").Process):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(target=_call, args=arguments)
+
+    def wait(self) -> int | None:
+        self.join()
+        return self.exitcode
+
+
+def _call(function: str, connection: Connection, environment: Mapping[str, str | None]) -> None:
+    faulthandler.disable()  # pytest's, which would print where a process on purpose aborts
+    for name, value in environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(connection, connection.recv())
 
 
 @functools.cache
