@@ -3,7 +3,6 @@
 What runs without the interpreter runs in processes of its own: one per architecture, and one for the JIT's behaviour.
 """
 
-import itertools
 import re
 import sys
 
@@ -102,13 +101,13 @@ def _cases(archs, everything):
         if dtype == torch.float16 and not (everything and archs == (90,)):
             continue
         tensor_cores = configs.uses_tensor_cores(dtype, precision)
-        # Under autocast y and dy are float32.
-        results = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
-        launches = [(launch, results, tensor_cores) for launch in _products(dtype, precision)]
+        launches = [(launch, tensor_cores) for launch in _products(dtype, precision)]
         if precision == "ieee":
-            launches += [(launch, (dtype,), False) for launch in _others(dtype)]
-        for position, (launch, results, on_tensor_cores) in enumerate(launches):
-            variants = list(itertools.product(results, (True, False)))
+            launches += [(launch, False) for launch in _others(dtype)]
+        for position, (launch, on_tensor_cores) in enumerate(launches):
+            # Under autocast y and dy of the products are float32.
+            under_autocast = dtype.itemsize == 2 and on_tensor_cores
+            variants = [(dtype, True), (torch.float32 if under_autocast else dtype, False)]
             if not everything:
                 chosen, its_generation = divmod(turn + position, len(GENERATIONS))
                 variants = [variants[chosen % len(variants)]] if generation == its_generation else []

@@ -95,6 +95,7 @@ def run_suite(tmp_path):
 
     def run(mishap: str, *arguments: str) -> tuple[int, dict[str, int], str]:
         environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MISHAP": mishap}
+        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins take a second to import
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
         counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
@@ -124,7 +125,7 @@ def test_a_lost_gpu_ends_the_run(run_suite):
 
 def test_a_lost_gpu_ends_one_process_of_several(run_suite):
     pytest.importorskip("xdist")
-    status, counts, told = run_suite("lost", "-n", "1")
+    status, counts, told = run_suite("lost", "-p", "xdist", "-n", "1")
     assert status == 1 and counts["passed"] == 2 and "replacing crashed worker" in told
     assert "test_some.py::test_between lost the GPU: misaligned address" in told
     assert run_suite("")[:2] == (0, {"passed": 1, "deselected": 3})

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import layers
 
-from lstm_triton import functional
 from lstm_triton.kernels import layer_backward
 from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, split_weights
 
@@ -21,7 +20,12 @@ SEGMENTS = {
     "resets and lengths": dict(resets=True, lengths=True),
     "everything": dict(resets=True, reset_state="stored", lengths=True, cells=True),
 }
-KINDS = {"fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
+KINDS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
 segments = pytest.mark.parametrize("segments", SEGMENTS)
 directions = pytest.mark.parametrize("D", [1, 2])
 
@@ -30,16 +34,17 @@ def _check(problem, **options):
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, **options), problem)
 
 
-@segments
-@pytest.mark.parametrize("kind, D", [("fp32", 2), ("tf32", 1), ("bf16", 2)])
-def test_against_every_segment_by_itself(kind, D, segments, device):
+@pytest.mark.parametrize(
+    "segments, kind, D",
+    [
+        *(("everything", kind, 2) for kind in KINDS),
+        *((name, kind, 1) for name, kind in zip(SEGMENTS, [*KINDS, "fp32"]) if name != "everything"),
+    ],
+)
+def test_against_every_segment_by_itself(segments, kind, D, device):
+    """Compiled code has every pair of these features with every other, in test_lstm_segments and test_compiled_waiting."""
     dtype, precision = KINDS[kind]
     _check(layers.draw(6, 5, 3, 7, D, dtype, precision=precision, device=device, **SEGMENTS[segments]))
-
-
-@segments
-def test_float64(segments, device):
-    _check(layers.draw(6, 5, 3, 7, 2, torch.float64, device=device, **SEGMENTS[segments]))
 
 
 @pytest.mark.slow
@@ -59,28 +64,6 @@ def test_gates_rebuilt_for_the_backward(T, device, monkeypatch):
     """7 steps are rebuilt in two pieces."""
     monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(0, T)] if T < 4 else [(0, 4), (4, T)])
     _check(layers.draw(T, 4, 3, 5, 2, device=device, **SEGMENTS["everything"]), recompute=True)
-
-
-@directions
-@pytest.mark.parametrize("with_state", [False, True])
-def test_equals_calls_of_the_layer_on_the_segments(with_state, D, device):
-    """The same through the public function, one call for each segment of each row."""
-    options = dict(resets=True, reset_state="stored" if with_state else None)
-    problem = layers.draw(7, 3, 3, 5, D, torch.float64, device=device, **options)
-    y, (h_n, c_n) = functional.lstm(
-        problem.x, problem.hx, problem.weights, resets=problem.resets, reset_state=problem.reset_state, backend="triton"
-    )
-    n = len(problem.weights) // D
-    for d in range(D):
-        weights = problem.weights[d * n : (d + 1) * n]
-        for rows, steps, (source, t), is_last in layers.runs(problem, d):
-            reset_state = [s.expand(7, D, 3, 5)[t] for s in problem.reset_state or ()]
-            state = problem.hx if source == "hx" else reset_state
-            state = [s[d : d + 1, rows].contiguous() for s in state] or None
-            part, (h, c) = functional.lstm(problem.x[steps, rows], state, weights, backend="triton")
-            torch.testing.assert_close(y[steps, rows, d * 5 : (d + 1) * 5], part)
-            if is_last:
-                torch.testing.assert_close((h_n[d, rows], c_n[d, rows]), (h[0], c[0]))
 
 
 @directions
