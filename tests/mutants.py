@@ -28,16 +28,21 @@ from support.executor.ptx import Kernel, Statement, parse
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BF16, TF32 = {"dtype": torch.bfloat16}, {"dtype": torch.float32, "precision": "tf32"}
+
+
+def _layer() -> None:
+    with layers.products_of_warpgroups():
+        layers.by_kernels(layers.draw(3, 18, 5, 136, **BF16), "triton-persistent")
+
+
 # Kernel, and what launches it: small, with several chunks and, in sequences, programs that wait for each other.
 PROBLEMS = {
     "_lstm_cell_forward_kernel": lambda: cells.by_kernels(cells.draw(17, 150, 136, **BF16)),
     "_lstm_cell_backward_kernel": lambda: cells.by_kernels(cells.draw(40, 48, 64, **TF32)),
     "_readout_forward_kernel": lambda: readouts.by_kernels(readouts.draw(17, 150, 300, **BF16)),
     "_readout_backward_kernel": lambda: readouts.by_kernels(readouts.draw(17, 150, 300, **BF16)),
-    "_lstm_sequence_forward_kernel": lambda: layers.by_kernels(layers.draw(3, 18, 5, 136, **BF16), "triton-persistent"),
-    "_lstm_sequence_backward_kernel": lambda: layers.by_kernels(
-        layers.draw(3, 18, 5, 136, **BF16), "triton-persistent"
-    ),
+    "_lstm_sequence_forward_kernel": _layer,
+    "_lstm_sequence_backward_kernel": _layer,
 }
 # What is looked for in a line, what stands there instead, and what it is called.
 CHANGES = [

@@ -1,5 +1,6 @@
 """Programs of one launch that wait for each other, as compiled code: accurate with every pair of features, and no race."""
 
+import contextlib
 import math
 
 import pytest
@@ -28,6 +29,7 @@ FEATURES = {
     "recompute": [False, True],
     "batch_major": [False, True],
     "bias": [True, False],
+    "warpgroups": [True, False],
 }
 
 
@@ -35,6 +37,7 @@ FEATURES = {
 def test_every_pair_of_features(row, device, count_launches):
     dtype, precision = row.pop("kind")
     resets, recompute = row.pop("resets"), row.pop("recompute")
+    tiles = layers.products_of_warpgroups() if row.pop("warpgroups") else contextlib.nullcontext()
     problem = layers.draw(
         *row.pop("shape"),
         row.pop("D"),
@@ -45,7 +48,8 @@ def test_every_pair_of_features(row, device, count_launches):
         reset_state=resets if resets in ("stored", "shared") else None,
         **row,
     )
-    results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
+    with tiles:
+        results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
     layers.assert_as_accurate_as_torch(results, problem)
 

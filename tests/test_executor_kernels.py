@@ -62,7 +62,7 @@ def test_readouts(target):
 )
 def test_layers_whose_programs_wait_for_each_other(target, shape, options):
     problem = layers.draw(*shape, **options)
-    with executor.executing(target, seed=2) as device:
+    with executor.executing(target, seed=2) as device, layers.products_of_warpgroups():
         results = layers.by_kernels(problem, "triton-persistent")
     forward, backward = _recurrences(device)
     assert forward.grid[0] >= 5 and backward.grid[0] >= 5

@@ -6,12 +6,15 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lstm_triton import functional, reference
+from lstm_triton.kernels import search
 from lstm_triton.kernels.inputs import Segments
 
 from . import tolerance
@@ -178,6 +181,19 @@ def _full_precision() -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@contextlib.contextmanager
+def products_of_warpgroups() -> Iterator[None]:
+    """Within, forward tiles multiply with wgmma or tcgen05 where the target has them, as those of large layers do."""
+    candidates = search.candidates
+
+    def of_warpgroups(problem: search.Problem, *device: Any) -> list[search.SequenceConfig]:
+        wide = problem.way == "forward"
+        return [c for c in candidates(problem, *device) if not wide or (c.split_k == 1 and 4 * c.block_h >= 64)]
+
+    with mock.patch.object(search, "candidates", of_warpgroups), mock.patch.dict(search.remembered, clear=True):
+        yield
 
 
 def with_gradients(layer, problem: Problem) -> list[Tensor]:
