@@ -1,6 +1,7 @@
 """What the sequence kernels compile, and what they do not compile again: the real JIT on a driver that launches nothing."""
 
 import contextlib
+import itertools
 import types
 
 import pytest
@@ -102,8 +103,8 @@ def test_a_launch_that_is_refused_says_what_to_do(recorded, monkeypatch):
         return refuse
 
     for message, told in (
-        ("[CUDA]: too many blocks in cooperative launch", "16 programs .* LSTM_TRITON_FREE_MULTIPROCESSORS"),
-        ("[CUDA]: operation not supported", "16 programs .* launch none so: .* backend='triton-stepwise'"),
+        ("[CUDA]: too many blocks in cooperative launch", r"\d+ programs .* LSTM_TRITON_FREE_MULTIPROCESSORS"),
+        ("[CUDA]: operation not supported", r"\d+ programs .* launch none so: .* backend='triton-stepwise'"),
         ("[CUDA]: out of memory", "out of memory"),
     ):
         monkeypatch.setattr(type(recorded[0]), "__call__", refusing(message))
@@ -265,13 +266,10 @@ def check_sizes_and_layouts_do_not_recompile():
             assert compiled() == (1, case.get("training", True)), "those launched are those that the search asked about"
             _run(1, 2, **case)  # nothing waits in a launch of one step, which is another kernel
             first = compiled()
-            for T in (1, 7):
-                for B in (
-                    (1, 2, 15, 16) if T == 1 else (1, 2, 15, 16, 17)
-                ):  # more rows may take another tile, in single steps
-                    for batch_major, k in ((False, 1), (not case.get("recompute"), 0)):
-                        _run(T, B, **case, batch_major=batch_major, layer_of_two=k)
-                        assert compiled() == first, (name, T, B, batch_major, k)
+            for T, B in itertools.product((1, 7), (1, 2, 15, 16)):  # more rows may take another tile
+                for batch_major, k in ((False, 1), (not case.get("recompute"), 0)):
+                    _run(T, B, **case, batch_major=batch_major, layer_of_two=k)
+                    assert compiled() == first, (name, T, B, batch_major, k)
 
 
 def check_what_is_compiled_ahead_is_what_is_launched():
