@@ -23,6 +23,7 @@ class Case:
     resets: the share of (batch row, step) pairs at which a new segment starts.
     carried: the length is 1, and each call leaves its final state in place of its initial one, as a stream's next call needs.
     scale: standard deviation of the input (4 saturates the gates).
+    cell: "gru": torch.nn.GRU and lstm_triton.GRU in the place of their LSTMs.
     precision: of float32 products, on every side; by default that of torch's own module: "tf32" for a layer, "ieee" for
         cells. Empty for other dtypes.
     """
@@ -43,6 +44,7 @@ class Case:
     carried: bool = False
     scale: float = 1.0
     precision: Literal["", "ieee", "tf32", "tf32x3"] = ""
+    cell: Literal["lstm", "gru"] = "lstm"
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class Case:
             f"no dtype is {self.dtype!r}": self.dtype in DTYPES,
             "resets are a share, from 0 to 1": 0 <= self.resets <= 1,
             "a cell is one step of one layer in one direction": not is_cell or (self.length == 1 and self.is_simple),
+            "a GRU is a layer, padded, without resets and projection": self.cell == "lstm"
+            or (self.form, self.rows, self.resets, self.proj_size) == ("layer", "padded", 0, 0),
             "a carried state is of forward calls, one step, padded": not self.carried
             or steps == (1, "forward", "padded"),
         }
@@ -92,6 +96,7 @@ class Case:
             f"I{self.input_size}" * (self.input_size != self.hidden_size),
             f"B{self.batch}",
             "cell" if self.form == "cell" else f"T{self.length}",
+            "GRU" * (self.cell == "gru"),
             f"{self.layers} layers" * (self.layers > 1),
             "bidirectional" * self.bidirectional,
             f"proj {self.proj_size}" * (self.proj_size > 0),
@@ -107,7 +112,8 @@ class Case:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
         H, R, P, D = self.hidden_size, self.output_size, self.proj_size, self.directions
         inputs = [self.input_size, *[R * D] * (self.layers - 1)]
-        per_step = sum(8.0 * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
+        rows = 6.0 * H if self.cell == "gru" else 8.0 * H
+        per_step = sum(rows * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
         return per_step * self.length * (3 if self.mode == "train" else 1)
 
 

@@ -12,7 +12,7 @@ from lstm_triton.tolerance import Errors
 
 from . import problem as problems
 from .cases import Case
-from .problem import Problem, Provider
+from .problem import Problem, Provider, unused
 from .rows import Error
 
 # Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
@@ -53,7 +53,8 @@ class Built:
         """The forward, and in train mode the gradients of the input and every weight."""
         outputs = self.forward()
         if self.training:
-            return *outputs, *torch.autograd.grad(outputs[0], list(self.leaves.values()), self.dy)
+            leaves, options = list(self.leaves.values()), unused(self.problem.case)
+            return *outputs, *torch.autograd.grad(outputs[0], leaves, self.dy, **options)
         if self.problem.case.carried:
             for state, new in zip(self.inputs[1:], outputs[-2:]):
                 state.copy_(new)

@@ -20,7 +20,7 @@ PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrn
 def _module(name: str, problem: Problem, resets: bool = False) -> Any:
     """A peer's module; Unavailable where it is not installed, needs a GPU, or has no such LSTM."""
     top, case = name.partition(".")[0], problem.case
-    if case.form == "loop" or not case.is_simple:
+    if case.form == "loop" or not case.is_simple or case.cell == "gru":
         raise Unavailable(f"{top}: whole padded sequences, one layer, one direction, no projection")
     if case.resets and not resets:
         raise Unavailable(f"{top} has no resets")

@@ -68,10 +68,28 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     return Problem(case, device, x, h0, c0, weights, lengths, resets, dy)
 
 
-def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM:
-    """A torch.nn.LSTM of the case's shape, weights as torch draws them."""
-    options = dict(bidirectional=case.bidirectional, proj_size=case.proj_size, device=device, dtype=dtype)
-    return nn.LSTM(case.input_size, case.hidden_size, case.layers, **options)
+def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM | nn.GRU:
+    """A torch.nn.LSTM of the case's shape, or a GRU that takes its arguments, weights as torch draws them."""
+    options: dict[str, Any] = dict(bidirectional=case.bidirectional, device=device, dtype=dtype)
+    options |= {} if case.cell == "gru" else dict(proj_size=case.proj_size)
+    module: Any = with_pair(nn.GRU) if case.cell == "gru" else nn.LSTM
+    return module(case.input_size, case.hidden_size, case.layers, **options)
+
+
+def with_pair(gru: Any) -> Any:
+    """A class of GRUs that takes and returns (h, c), as an LSTM does; c goes through."""
+
+    class Pair(gru):
+        def forward(self, x: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
+            y, h = super().forward(x, state[0], **options)
+            return y, (h, state[1])
+
+    return Pair
+
+
+def unused(case: Case) -> dict[str, bool]:
+    """Options of torch.autograd.grad: no output of a GRU depends on c."""
+    return dict.fromkeys(("allow_unused", "materialize_grads"), True) if case.cell == "gru" else {}
 
 
 def truth(problem: Problem) -> dict[str, Tensor]:
@@ -102,7 +120,8 @@ def truth(problem: Problem) -> dict[str, Tensor]:
         found = dict(zip(("y", "h_n", "c_n"), (y, *states)))
         if training:
             kept = {name: t for name, t in leaves.items() if not name.startswith("bias_hh")}
-            gradients = torch.autograd.grad(y, list(kept.values()), problem.dy.to(device, torch.float64))
+            dy = problem.dy.to(device, torch.float64)
+            gradients = torch.autograd.grad(y, list(kept.values()), dy, **unused(case))
             found |= {f"d{name}": g for name, g in zip(kept, gradients)}
     return {name: t.detach().to(problem.device) for name, t in found.items()}
 

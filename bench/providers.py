@@ -18,7 +18,7 @@ from lstm_triton import reference
 
 from . import peers, roofs
 from .cases import Case, Task
-from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm
+from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm, with_pair
 
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
 KERNELS = "lstm_triton triton"
@@ -27,8 +27,8 @@ KERNELS = "lstm_triton triton"
 def _cells(problem: Problem, what: str, cell: Callable[[Tensor, State], State], most: int) -> Run:
     """The case by a cell, called once or for every step."""
     resets = problem.resets
-    if not problem.case.is_simple:
-        raise Unavailable(f"{what} in a loop: one layer, one direction, padded batch rows")
+    if not problem.case.is_simple or problem.case.cell == "gru":
+        raise Unavailable(f"{what} in a loop: one layer of an LSTM, one direction, padded batch rows")
     if problem.case.length > most:
         raise Unavailable(f"{what} in a loop is run up to {most} steps")
 
@@ -68,10 +68,14 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         module = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
         run = _cells(problem, "lstm_triton.LSTMCell", module, 2**31)
     else:
-        options |= dict(bidirectional=case.bidirectional, proj_size=case.proj_size, recompute=recompute)
-        module = lstm_triton.LSTM(case.input_size, case.hidden_size, case.layers, **options)
+        options |= dict(bidirectional=case.bidirectional, recompute=recompute)
+        kind: Any = functools.partial(lstm_triton.LSTM, proj_size=case.proj_size)
+        if case.cell == "gru":  # whose cuDNN has no precision but torch's setting, which is that of the case
+            kind, options["precision"] = with_pair(lstm_triton.GRU), None
+        module = kind(case.input_size, case.hidden_size, case.layers, **options)
         lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
-        run = functools.partial(module, resets=problem.resets, lengths=lengths)
+        segments = dict(resets=problem.resets, lengths=lengths)
+        run = functools.partial(module, **{name: t for name, t in segments.items() if t is not None})
         run = _packed(module, problem) if case.rows == "packed" else run
     segmented = problem.resets is not None or case.rows == "lengths"
     try:
@@ -135,6 +139,7 @@ def torchs_lstm(problem: Problem) -> Model:
 
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
     remarks = ["torch does not flatten bfloat16 weights for cuDNN: each call copies them"] * copies
+    remarks += ["torch.nn.GRU"] * (case.cell == "gru")
     remarks += ["no lengths in torch.nn.LSTM: packed and padded again"] * (case.rows == "lengths")
     remarks += ["no resets in torch.nn.LSTM: one call per step, the states masked between them"] * (resets is not None)
     serve = run if resets is None else loop
@@ -192,8 +197,9 @@ def chosen_for(task: Task, device_type: str) -> list[str]:
     # Not "lstm_triton triton", which takes one of the first two.
     forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] * gpu
     forced += ["lstm_triton cudnn"] * (gpu and not case.resets and case.rows != "lengths")
-    loop = [TORCH_CELL] * (case.is_simple and bool(case.resets or case.length <= 64))
-    others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and case.is_simple)
+    by_lstms = case.is_simple and case.cell == "lstm"
+    loop = [TORCH_CELL] * (by_lstms and bool(case.resets or case.length <= 64))
+    others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and by_lstms)
     # One that is not installed is named at the first hidden size of the headline, not in every case.
     others = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name])]
     return [OURS, *forced, CUDNN, *loop, *plain, *others]

@@ -94,10 +94,11 @@ def _shrink(case: Case, most: float) -> Case:
 
 
 def features(s: Any) -> Ordered:
-    """The cost of features: packed and lengths against padded, resets against none, deep and bidirectional stacks."""
+    """The cost of features: packed and lengths against padded, resets against none, stacks, both directions; and a GRU."""
     (H, B, T), more = s.features, dict[str, dict[str, Any]]()
     more |= {"padded": {}, "packed": {"rows": "packed"}, "lengths": {"rows": "lengths"}, "resets": {"resets": 0.02}}
     more |= {"two layers": {"layers": 2}, "bidirectional": {"bidirectional": True}, "projection": {"proj_size": H // 2}}
+    more |= {"GRU": {"cell": "gru"}}
     for (rank, (name, options)), mode in product(enumerate(more.items()), MODES[::-1]):
         yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 

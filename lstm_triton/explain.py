@@ -57,10 +57,14 @@ def explain_call(module: Any, *args: Any, **kwargs: Any) -> Explanation:
         )
     given: Any = args[0] if args else kwargs["input"]
     x = given.data if isinstance(given, PackedSequence) else given
-    segments = any(kwargs.get(name) is not None for name in ("resets", "lengths", "return_cell_states"))
+    segments = any(kwargs.get(name) is not None for name in ("resets", "lengths", "return_states"))
     text = explain(module, device=x.device, dtype=casting.dtype_of(x), segments=segments)
     subject, backend, reason = text.removesuffix(".").split(": ", 2)
-    return Explanation(subject, Choice(backend, reason), [], {}, "")
+    measured = None
+    if (cell := hooks.cell_of(module)) is not None:
+        shape, T, on = shapes.of_call(module, *args, **kwargs)
+        measured = measurements.for_call(module.backend, lambda: shape._replace(cell=cell.key), T, on)
+    return Explanation(subject, Choice(*measured) if measured else Choice(backend, reason), [], {}, "")
 
 
 def _explain_lstm(

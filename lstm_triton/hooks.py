@@ -134,6 +134,14 @@ def kind(module: torch.nn.Module) -> type | None:
     return next((kind for kind in known if isinstance(module, kind)), None)
 
 
+def cell_of(module: torch.nn.Module) -> Any:
+    """Return the `cells.Cell` that runs a `Recurrent` or a converted torch.nn.GRU, or None for other modules."""
+    found: Any = kind(module)
+    if not getattr(found, "_has_cell", False):
+        return None
+    return module.cell if isinstance(module, found) else found.cell
+
+
 def is_torchs(module: torch.nn.Module) -> bool:
     """Whether it is a torch.nn.LSTM, GRU, a cell of these, or of a class derived from them, and has not been converted."""
     return isinstance(module, THEIRS) and kind(module) is None

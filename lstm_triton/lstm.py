@@ -11,6 +11,7 @@ from . import casting, dispatch, layers, measurements, segments, shapes, torch_o
 from .kernels.inputs import LayerOptions, split_weights
 from .modes import has_values, is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as, scripted_lstm
+from .shapes import cell_of
 
 # Taken before `hooks` may replace it.
 _torchs_forward = torch.nn.LSTM.forward
@@ -179,9 +180,8 @@ def _torch_options(module) -> torch_ops.Options:
 
 
 def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
-    is_lstm, measured = cell_of(module) is None, None
-    if is_lstm:
-        measured = measurements.for_call(module.backend, lambda: shapes.of_module(module, x, features, B), T, x.device)
+    is_lstm = cell_of(module) is None
+    measured = measurements.for_call(module.backend, lambda: shapes.of_module(module, x, features, B), T, x.device)
     return dispatch.layer_backend(
         module.backend,
         x.device,
@@ -192,11 +192,6 @@ def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
         module.proj_size > 0,
         measured,
     )
-
-
-def cell_of(module) -> Any:
-    """The `cells.Cell` of a `Recurrent`; None for an LSTM."""
-    return module.cell if getattr(type(module), "_has_cell", False) else None
 
 
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen=None):

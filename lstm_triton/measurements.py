@@ -103,7 +103,8 @@ def problem_of(shape: Shape, way: str) -> Any:
     from .kernels.sequence_config import Problem
 
     dtype = getattr(torch, shape.dtype)
-    return Problem(way, shape.batch, shape.hidden_size, shape.directions, dtype, shape.precision)
+    sizes = shape.batch, shape.hidden_size, shape.directions
+    return Problem(way, *sizes, dtype, shape.precision, cell=shape.cell)
 
 
 @functools.cache
@@ -170,15 +171,14 @@ def best(shape: Shape, steps: int, device: torch.device) -> Measured | None:
 
 def _plain(problem: Any) -> Any:
     """The problem, but for what only changes the code."""
-    return type(problem)(*(getattr(problem, name) for name in ("way", "B", "H", "D", "dtype", "precision")))
+    names = ("way", "B", "H", "D", "dtype", "precision", "cell")
+    return type(problem)(**{name: getattr(problem, name) for name in names})
 
 
 def configuration(problem: Any, on: torch.device) -> Any:
     """That of a kernel's launch: `kernels.search.measured`."""
     from .kernels.sequence_config import SequenceConfig
 
-    if problem.cell != "lstm":
-        return None
     training = problem.way == "backward" or "gates" in problem.features
     same = [row for _, row in rows(on) if problem_of(row.shape, problem.way) == _plain(problem)]
     found = [row for row in same if getattr(row, problem.way) is not None]

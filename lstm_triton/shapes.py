@@ -1,4 +1,5 @@
-"""What decides how fast a call of an `LSTM` is: its sizes, dtype and features. By these measurements are kept."""
+"""What decides how fast a call of an `LSTM`, or another cell's layers, is: its sizes, dtype and features. By these measurements
+are kept."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from .kernels.device import matmul_precision
 
 
 class Shape(NamedTuple):
-    """A call of an `LSTM`, but for its number of steps. precision: of recurrent products. features: "resets", "lengths",
-    "cells" (states) and "packed", with commas."""
+    """A call of an `LSTM` or a `Recurrent`, but for its number of steps. precision: of recurrent products. features: "resets",
+    "lengths", "cells" (states) and "packed", with commas. cell: the name of its equations in the kernels."""
 
     input_size: int
     hidden_size: int
@@ -26,6 +27,7 @@ class Shape(NamedTuple):
     precision: str = "ieee"
     train: bool = False
     recompute: bool = False
+    cell: str = "lstm"
 
     def __str__(self) -> str:
         also = [
@@ -36,7 +38,8 @@ class Shape(NamedTuple):
         kind = ["both directions" * (self.directions == 2), self.dtype, self.precision * (self.dtype == "float32")]
         parts = [f"B = {self.batch}", *kind, "training" if self.train else "inference", *also]
         layers = f", {self.num_layers} layers" if self.num_layers > 1 else ""
-        return f"LSTM({self.input_size}, {self.hidden_size}{layers}) " + ", ".join(part for part in parts if part)
+        name = "LSTM" if self.cell == "lstm" else self.cell.rpartition("_")[0]
+        return f"{name}({self.input_size}, {self.hidden_size}{layers}) " + ", ".join(part for part in parts if part)
 
 
 def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: str | None, recompute: bool) -> Shape:
@@ -48,12 +51,17 @@ def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: 
     return sizes._replace(dtype=name, precision=in_precision, train=train, recompute=recompute)
 
 
-def features(resets=None, reset_state=None, lengths=None, return_cell_states=False) -> str:
-    """`Shape.features` of a call with these arguments of `LSTM.forward`."""
+def cell_of(module) -> Any:
+    """The `cells.Cell` of a `Recurrent`; None for an LSTM."""
+    return module.cell if getattr(type(module), "_has_cell", False) else None
+
+
+def features(resets=None, reset_state=None, lengths=None, return_cell_states=False, return_states=False) -> str:
+    """`Shape.features` of a call with these arguments of `LSTM.forward` or `Recurrent.forward`."""
     given = (
         ("resets", resets is not None or reset_state is not None),
         ("lengths", lengths is not None),
-        ("cells", return_cell_states),
+        ("cells", return_cell_states or return_states),
     )
     return ",".join(name for name, is_given in given if is_given)
 
@@ -61,7 +69,8 @@ def features(resets=None, reset_state=None, lengths=None, return_cell_states=Fal
 def of_module(module, x: Tensor, features: str, B: int) -> Shape:
     """That of a call of this `LSTM`."""
     sizes = module.input_size, module.hidden_size, module.num_layers, 2 if module.bidirectional else 1, module.proj_size
-    shape = Shape(*sizes, B, features)
+    cell = cell_of(module)
+    shape = Shape(*sizes, B, features, cell="lstm" if cell is None else cell.key)
     return with_numbers(shape, x, module._flat_weights, module.precision, module.recompute)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from . import tolerance
+from . import lstm, tolerance
+from .kernels.device import matmul_precision
 from .shapes import Shape
 from .timing import Clock, Samples, interleaved
 
@@ -30,18 +31,22 @@ class Contender(NamedTuple):
 
 
 class Work:
-    """A call of the given shape on random numbers, without dropout."""
+    """A call of the given shape on random numbers, without dropout. cell: the `cells.Cell`; None for an LSTM."""
 
-    def __init__(self, shape: Shape, steps: int, device: torch.device) -> None:
-        from .lstm import LSTM
-
+    def __init__(self, shape: Shape, steps: int, device: torch.device, cell: Any = None) -> None:
         torch.manual_seed(0)
         dtype, H, D = getattr(torch, shape.dtype), shape.hidden_size, shape.directions
-        options: dict[str, Any] = dict(bidirectional=D == 2, proj_size=shape.proj_size, recompute=shape.recompute)
-        options |= dict(precision=shape.precision if dtype == torch.float32 else None)
-        self.module = LSTM(shape.input_size, H, shape.num_layers, device=device, dtype=dtype, **options)
-        widths = shape.proj_size or H, H
-        states = (torch.randn(shape.num_layers * D, shape.batch, n, device=device, dtype=dtype) for n in widths)
+        # As torch is set where that is this precision: cuDNN's GRU has no other.
+        usual = dtype != torch.float32 or shape.precision == matmul_precision(dtype, None, recurrent=True)
+        options: dict[str, Any] = dict(bidirectional=D == 2, recompute=shape.recompute, device=device, dtype=dtype)
+        options |= dict(precision=None if usual else shape.precision)
+        self.module = _module(cell, (shape.input_size, H, shape.num_layers), shape.proj_size, options)
+        rows = shape.num_layers * D, shape.batch
+        states = [torch.randn(*rows, shape.proj_size or H, device=device, dtype=dtype)]
+        if cell is None:
+            states.append(torch.randn(*rows, H, device=device, dtype=dtype))
+        else:  # whose states may have to be positive: zeros all cells take
+            states += [torch.zeros(*rows, H, device=device, dtype=dtype) for _ in cell.states]
         x = torch.randn(steps, shape.batch, shape.input_size, device=device, dtype=dtype)
         self.inputs, self.shape = (x, *states), shape
         features, self._features = shape.features.split(","), dict[str, Any]()
@@ -51,17 +56,18 @@ class Work:
         if "lengths" in features:
             self._features["lengths"] = torch.randint(1, steps + 1, (shape.batch,), device=device)
         if "cells" in features:
-            self._features["return_cell_states"] = True
+            self._features["return_cell_states" if cell is None else "return_states"] = True
         self._cotangents: list[Tensor] = []
         self._truth: list[Tensor] = []
 
     def run(self, module: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs, and where it trains the gradients of inputs and parameters."""
         with torch.set_grad_enabled(self.shape.train):
-            x, h, c = leaves = [t.detach().requires_grad_(self.shape.train) for t in inputs]
+            x, *given = leaves = [t.detach().requires_grad_(self.shape.train) for t in inputs]
             packed = x if self._lengths is None else pack_padded_sequence(x, self._lengths, enforce_sorted=False)
-            y, states, *cells = module(packed, (h, c), **self._features)
-            found = [t.data if isinstance(t, PackedSequence) else t for t in (y, *states, *cells)]
+            y, last, *every = module(packed, tuple(given) if len(given) > 1 else given[0], **self._features)
+            results = [y, *_each(last), *(t for states in every for t in _each(states))]
+            found = [t.data if isinstance(t, PackedSequence) else t for t in results]
             if not self.shape.train:
                 return found
             self._cotangents = self._cotangents or [torch.randn_like(t) for t in found]
@@ -103,6 +109,19 @@ class Work:
         return [text for texts in missed for text in texts]
 
 
+def _module(cell: Any, sizes: tuple[int, int, int], proj_size: int, options: dict[str, Any]) -> Any:
+    if cell is None:
+        return lstm.LSTM(*sizes, proj_size=proj_size, **options)
+    from .cells import GRU, Recurrent
+
+    return GRU(*sizes, **options) if cell is GRU.cell else Recurrent(cell, *sizes, **options)
+
+
+def _each(states: Any) -> Sequence[Any]:
+    """All of one tensor or packed sequence, or of several."""
+    return [states] if isinstance(states, (Tensor, PackedSequence)) else states
+
+
 def _error(result: Tensor, truth: Tensor) -> tolerance.Errors:
     return tolerance.Errors.of(result.detach().double() - truth.detach(), truth.detach())
 
@@ -114,7 +133,7 @@ def serve(connection: Any, request: dict[str, Any]) -> None:
         connection.send(answer)
 
     device = torch.device(request["device"])
-    work, clock = Work(request["shape"], request["steps"], device), Clock(device)
+    work, clock = Work(request["shape"], request["steps"], device, request["cell"]), Clock(device)
     calls: dict[str, Callable[[], Any]] = {}
     for name, contender in request["contenders"].items():
         tell(doing=name)

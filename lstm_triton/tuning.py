@@ -1,4 +1,4 @@
-"""`lstm-triton tune` and `tune`: find what runs a call of an `LSTM` fastest on this device, and keep it.
+"""`lstm-triton tune` and `tune`: find what runs a call of an `LSTM` or a `Recurrent` fastest on this device, and keep it.
 
 cuDNN, one launch per step and the kernels in a few configurations take turns in a process of their own (`trial`).
 """
@@ -30,30 +30,34 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "fl
 def tune(
     module: torch.nn.Module, *inputs: Any, budget_s: float = 60.0, quiet: bool = False, **kwargs: Any
 ) -> list[str]:
-    """Measure what runs each `LSTM` in `module(*inputs, **kwargs)` fastest, so that backend="auto" takes it from now on.
+    """Measure what runs each `LSTM`, `GRU` and `Recurrent` in `module(*inputs, **kwargs)` fastest, so that backend="auto" takes
+    it from now on.
 
-    The module is called once, to see the calls of its LSTMs; what is measured are calls of these sizes on random numbers. With
+    The module is called once, to see the calls of these; what is measured are calls of these sizes on random numbers. With
     gradients enabled and parameters that need them forward and backward are measured, else the forward. What is found is kept
     in a file (`lstm-triton info` says where) for this device and these versions.
 
     Args:
-        budget_s: seconds for each LSTM. An interrupt (Ctrl-C) ends it early, and keeps what is measured.
+        budget_s: seconds for each of them. An interrupt (Ctrl-C) ends it early, and keeps what is measured.
         quiet: report no progress on standard error.
 
     Returns:
         A line for each: the fastest backend, microseconds of a call, and its speed beside cuDNN's.
 
     Raises:
-        RuntimeError: no GPU that runs the kernels; nothing could be measured. TypeError: a module without an `LSTM`.
+        RuntimeError: no GPU that runs the kernels; nothing could be measured; a cell that another process cannot import.
+        TypeError: a module without one of these.
     """
     found: dict[tuple[Shape, int, torch.device], None] = {}
 
     def note(part: Any, args: tuple, kwargs: dict) -> None:
-        found[shapes.of_call(part, *args, **kwargs)] = None
+        shape, steps, device = shapes.of_call(part, *args, **kwargs)
+        cell = hooks.cell_of(part)
+        found[shape if cell is None else shape._replace(cell=cell.key), steps, device] = None
 
-    parts = [part for part in module.modules() if hooks.kind(part) is lstm.LSTM]
+    parts = [part for part in module.modules() if hooks.kind(part) is lstm.LSTM or hooks.cell_of(part)]
     if not parts:
-        raise TypeError(f"tune() measures LSTM, and models with it, got {type(module).__name__}")
+        raise TypeError(f"tune() measures LSTM, GRU and Recurrent, and models with these, got {type(module).__name__}")
     handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
     try:
         module(*inputs, **kwargs)
@@ -73,7 +77,12 @@ def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float =
         if not quiet:
             print(f"{time.monotonic() - begin:4.0f} of {budget_s:.0f} s  {text}", file=sys.stderr, flush=True)
 
-    request, ways = dict(shape=shape, steps=steps, device=str(device)), WAYS if shape.train else WAYS[:1]
+    cell = _cell(shape)
+    if cell is not None and cell.__module__ == "__main__":
+        raise RuntimeError(
+            f"measured is in a process of its own: move the cell {cell.name} to a module that can be imported"
+        )
+    request, ways = dict(shape=shape, steps=steps, device=str(device), cell=cell), WAYS if shape.train else WAYS[:1]
     try:
         for part, way in enumerate(ways, 1):
             trials.append(Trial())
@@ -96,6 +105,21 @@ def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float =
     return row
 
 
+def _cell(shape: Shape) -> Any:
+    """The `cells.Cell`; None for an LSTM."""
+    if shape.cell == "lstm":
+        return None
+    from .cells.declaration import declared
+
+    return declared[shape.cell]
+
+
+def _is_gru(cell: Any) -> bool:
+    from .cells import GRU
+
+    return cell is GRU.cell
+
+
 def _tune_first_call(shape: Shape, steps: int, device: torch.device) -> None:
     """`tune_shape`, once for a call of this shape and length, and not where a CUDA graph is captured."""
     if device.type == "cuda" and (shape, steps) not in _tried and not torch.cuda.is_current_stream_capturing():
@@ -114,7 +138,9 @@ def contenders(shape: Shape, device: torch.device, way: str, forward: dict | Non
     from .kernels.device import device_figures
     from .kernels.search import candidates
 
-    found = {"cudnn": Contender("cudnn")} if shape.features in ("", "packed") and not shape.recompute else {}
+    cell, is_plain = _cell(shape), shape.features in ("", "packed") and not shape.recompute
+    has_cudnn = is_plain and (cell is None or _is_gru(cell))
+    found = {"cudnn": Contender("cudnn")} if has_cudnn else {}
     found |= {"triton-stepwise": Contender("triton-stepwise"), "triton": Contender("triton", forward)}
     tiles: dict[tuple[int, int, int], dict] = {}
     for c in candidates(measurements.problem_of(shape, way), device_figures(device)):

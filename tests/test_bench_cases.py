@@ -179,6 +179,8 @@ def test_what_makes_no_case():
         Case("a", 8, 1, 1, dtype="float8")
     with pytest.raises(ValueError, match="a cell is one step"):
         Case("a", 8, 1, 2, form="cell")
+    with pytest.raises(ValueError, match="a GRU is a layer"):
+        Case("a", 8, 1, 2, rows="packed", cell="gru")
     with pytest.raises(ValueError, match="a carried state"):
         Case("a", 8, 1, 2, carried=True)
 
@@ -198,6 +200,8 @@ def test_what_users_ask_for_is_there():
     assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
         (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
     }
+    grus = {(t.case.mode, t.suite) for t in tasks if t.case.cell == "gru"}
+    assert grus == {("forward", "features"), ("train", "features")}
     assert sum(w.domain == "RL" and w.case is not None for w in suites.workloads()) == 18
 
 

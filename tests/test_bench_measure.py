@@ -24,6 +24,7 @@ from lstm_triton.kernels.inputs import Segments
         {"resets": 0.3},
         {"rows": "lengths"},
         {"rows": "packed"},
+        {"cell": "gru", "layers": 2, "bidirectional": True},
     ],
     ids=str,
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.process import ForkedProcess
 
-from lstm_triton import LSTM, cli, dispatch, lstm, measurements, tune, tuning
+from lstm_triton import GRU, LSTM, Cell, Recurrent, cli, convert, dispatch, explain, lstm, measurements, tune, tuning
+from lstm_triton.cells import catalogue
 from lstm_triton.kernels import search
 from lstm_triton.kernels.device import device_figures
 from lstm_triton.measurements import Row
@@ -279,3 +280,31 @@ def test_info_lists_them(file, capsys):
     text = capsys.readouterr().out.split("Measurements\n")[1]
     assert "LSTM(3, 20) B = 2, bfloat16, training, T = 4: triton, 10.0 us, 2.00 times as fast as cuDNN" in text
     assert "1 for other devices or versions" in text and str(file) in text
+
+
+# ---- other cells -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_cells_of_ones_own_are_measured(made_up, monkeypatch):
+    """With cuDNN for a GRU, converted ones too; without it for others."""
+    monkeypatch.setattr(tuning, "_CANDIDATES", 0)
+    made_up(cudnn=90.0, triton_stepwise=95.0, triton=60.0)
+    gru, slstm = GRU(I, H, dtype=torch.bfloat16), Recurrent(catalogue.slstm, I, H, dtype=torch.bfloat16)
+    converted = convert(torch.nn.GRU(I, H, dtype=torch.bfloat16))
+    with torch.no_grad():
+        for module in (gru, converted):
+            expected = "gru(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us, 1.50 times as fast as cuDNN"
+            assert tune(module, X, budget_s=120.0) == [expected]
+        assert tune(slstm, X, budget_s=120.0) == ["slstm(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us"]
+        assert lstm._choose(slstm, X, "", T, B) == "triton"
+        assert lstm._choose(Recurrent(catalogue.cifg, I, H, dtype=torch.bfloat16), X, "", T, B) != "triton"
+        assert not gru._is_torchs(X, X), "what was measured holds for a plain call too"
+        assert "triton: measured here" in explain(gru, X) and "triton: measured here" in explain(converted, X)
+
+
+def test_a_cell_that_no_other_process_can_import(made_up):
+    own = Cell(lambda z, s: (z.a.sigmoid(), {}), "a")
+    own.__module__ = "__main__"
+    with pytest.raises(RuntimeError, match="move the cell <lambda> to a module"):
+        tune(Recurrent(own, I, H, dtype=torch.bfloat16), X, quiet=True)

@@ -246,10 +246,14 @@ class Cell:
         )
         self.key = f"{self.name}_{hashlib.blake2b(self.source.encode(), digest_size=8).hexdigest()}"
         generated[self.key] = CellEquations(self.step, self.source, n)
+        declared[self.key] = self
 
     def triton_source(self) -> str:
         """The two device functions that the kernels run: of one step, forward and backward."""
         return self.source
+
+
+declared: dict[str, Cell] = {}  # by their names in the kernels
 
 
 def _split(carried: Tensor, n: int) -> Sequence[Tensor]:

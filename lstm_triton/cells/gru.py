@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import dispatch
+from .. import dispatch, measurements, shapes
 from ..modules import check_options, is_proxy, leaf
 from .catalogue import gru
 from .modules import Recurrent, RecurrentCell
@@ -53,7 +53,7 @@ class GRU(Recurrent):
         if is_proxy(input):
             return leaf(self, input, hx, **options)
         x = input.data if isinstance(input, PackedSequence) else input
-        if not options and isinstance(x, Tensor) and self._is_torchs(x):
+        if not options and isinstance(x, Tensor) and self._is_torchs(input, x):
             return _torchs_gru(self, input, hx)
         return super().forward(input, hx, **options)
 
@@ -65,11 +65,12 @@ class GRU(Recurrent):
         )
         return found if found.backend in ("torch", "cudnn") else Recurrent.choice(self, device, dtype, plain)
 
-    def _is_torchs(self, x: Tensor) -> bool:
+    def _is_torchs(self, input: Tensor | PackedSequence, x: Tensor) -> bool:
         plain = not (x.is_cuda and (self.recompute or self.precision is not None))
-        chosen = dispatch.layer_backend(
-            self.backend, x.device, x.dtype, plain, dispatch.is_long(len(x), x.device), None
-        )
+        T = len(input.batch_sizes) if input is not x else x.shape[int(self.batch_first and x.dim() == 3)]  # type: ignore[union-attr]
+        measured = measurements.for_call(self.backend, lambda: shapes.of_call(self, input)[0], T, x.device)
+        long = dispatch.is_long(T, x.device)
+        chosen = dispatch.layer_backend(self.backend, x.device, x.dtype, plain, long, None, measured=measured)
         return chosen in ("torch", "cudnn")
 
 
