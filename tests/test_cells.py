@@ -1,5 +1,6 @@
 """`cell`: what may be declared, what is derived from it, and that it is right: against autograd in float64."""
 
+import math
 import random
 import re
 import types
@@ -86,6 +87,15 @@ def test_generated_functions_of_random_cells():
     assert {f"{n} carried" for n in (1, 2, 4, 8)} <= used
 
 
+def test_powers_and_constants():
+    @cell(gates="ab", states="c")
+    def powers(z, s):
+        a, b = torch.sigmoid(z.a), z.b**3
+        return a**-1.5 + b * torch.tensor(0.5) + s.c**0.5, {"c": a**2.5 - z.b**4 + a**-2}
+
+    _assert_equal_to_autograd(powers)
+
+
 def test_what_is_saved():
     assert "return v0, v1, v2, v3" in lstm.triton_source(), "the gates, as the hand-written equations do"
     assert lstm.triton_source().count("tanh(") == 3, "the backward computes tanh(c) again, from c"
@@ -129,15 +139,21 @@ def _reads_a_number(z, s):
     return z.f * z.f[0, 0].item(), {}
 
 
+_OUTSIDE = torch.ones(3)
 REFUSED = {
     "a sum over units": (lambda z, s: (z.f.softmax(-1), {}), "f", "", "softmax.* not a pointwise operation"),
     "layer norm": (lambda z, s: (torch.layer_norm(z.f, (3,)), {}), "f", "", "native_layer_norm"),
     "an unknown function": (lambda z, s: (torch.special.bessel_j0(z.f), {}), "f", "", "special_bessel_j0"),
     "random numbers": (lambda z, s: (torch.rand_like(z.f) * z.f, {}), "f", "", "rand_like"),
     "a matrix product": (lambda z, s: (z.f @ z.f.t(), {}), "f", "", "aten.t.default"),
-    "a power": (lambda z, s: (z.f**1.7, {}), "f", "", r"exponent 1\.7"),
+    "a power": (lambda z, s: (z.f**1.7, {}), "f", "", r"line \d+: .*exponent 1\.7"),
+    "a tensor from outside": (lambda z, s: (z.f * _OUTSIDE, {}), "f", "", r"line \d+: aten\.mul.* may be a parameter"),
+    "a number of the interpreter": (lambda z, s: (math.tanh(z.f), {}), "f", "", r"line \d+: .*converted to Python"),
+    "dropout": (lambda z, s: (torch.dropout(z.f, 0.5, True), {}), "f", "", r"line \d+: aten\.bernoulli"),
+    "a change in place": (lambda z, s: (z.f.mul_(2), {}), "f", "", r"line \d+: aten\.mul_\.Tensor"),
     "a branch": (_branches, "f", "", "line \\d+"),
     "a number": (_reads_a_number, "f", "", "line \\d+"),
+    "two arguments of three": (lambda z, s, p: (z.f, {}), "f", "", r"line \d+: .*missing 1 required .*'p'"),
     "a missing state": (lambda z, s: (z.f, {}), "f", "c", "the new state 'c' is missing"),
     "an unknown state": (lambda z, s: (z.f, {"c": z.f}), "f", "", "a state 'c', which it does not have"),
     "no states at all": (lambda z, s: z.f, "f", "", "must return the new h and a dict"),

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from ..kernels.cell_equations import CellEquations, generated
 from ..kernels.inputs import Direction, Segments
 from . import derive
-from .recording import CellError, Named, PointwiseOnly, PreActivations, Recorded
+from .recording import CellError, Named, PointwiseOnly, PreActivations, Recorded, line_of
 
 PRE_ACTIVATIONS, CARRIED = 4, 8
 _PARTS = ("input", "recurrent")
@@ -85,8 +85,12 @@ class Cell:
             states = Recorded(dict.fromkeys((*self.states, "h"), example))
             parameters = Recorded(dict.fromkeys(self.parameters, example))
             given = [Named("parameters", parameters)] if self.parameters else []
-            with PointwiseOnly(self._fail):
-                found = self.function(tensors, Named("states", states), *given)
+            try:
+                with PointwiseOnly(self._fail) as watch:
+                    found = self.function(tensors, Named("states", states), *given)
+            except (RuntimeError, TypeError, ValueError) as error:
+                # torch's operators make another TypeError of one.
+                raise watch.refusal or self._fail(f"{line_of(error, self.function)}: {error}") from error
         self._check_results(found)
         self.pre_activations: list[PreActivation] = []
         for gate in self.gates:

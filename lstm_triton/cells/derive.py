@@ -68,13 +68,13 @@ class _Graph:
         return self.apply(operation, *args, is_float=node.meta["val"].dtype.is_floating_point)
 
     def _power(self, base: Value, exponent: float) -> Any:
-        if exponent == 0.5:
-            return self.apply(aten.sqrt.default, base)
-        if exponent not in (-2, -1, 1, 2, 3, 4):
-            raise NotImplementedError(f"{POWER} with the exponent {exponent}")
-        power = base
-        for _ in range(abs(int(exponent)) - 1):
-            power = self.apply(aten.mul.Tensor, power, base)
+        """A product of the base, or of its square root."""
+        factor, times = (
+            (base, abs(exponent)) if exponent % 1 == 0 else (self.apply(aten.sqrt.default, base), abs(2 * exponent))
+        )
+        power = factor
+        for _ in range(int(times) - 1):
+            power = self.apply(aten.mul.Tensor, power, factor)
         return power if exponent > 0 else self.apply(aten.reciprocal.default, power)
 
     def _clamp(self, operation: Any, args: Sequence[Any], kwargs: dict) -> Any:
@@ -109,6 +109,8 @@ def joint_graph(function: Callable, names: Sequence[str], cotangents: Sequence[s
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             values[node] = Value(next(inputs))
+        elif node.op == "get_attr":  # torch.tensor(2.0)
+            values[node] = getattr(traced, node.target).item()
         elif node.op == "call_function":
             arguments = [values[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
             values[node] = graph.of_node(node, arguments)

@@ -124,6 +124,7 @@ DECOMPOSITIONS = {
 
 # Written out by `derive`, as they have no one form; clamp may lack one of its bounds.
 CLAMP, POWER = aten.clamp.default, aten.pow.Tensor_Scalar
+EXPONENTS = frozenset(sign * half / 2 for half in range(1, 9) for sign in (1, -1))
 
 ALLOWED = frozenset(
     {*EXPRESSIONS, *SAME, *CONSTANTS, *_COMPOSED, CLAMP, POWER, aten.clamp_min.default, aten.clamp_max.default}
