@@ -167,11 +167,13 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
         return Choice("cudnn", unmeasured)
     if no_cudnn is None and obstacle is not None:
         return Choice("cudnn", obstacle)
-    if not call.plain:
+    if not call.plain and device_type != "cpu":
         return Choice("reference", "torch's own kernels have no resets, lengths, cell states or recomputation")
     if device_type == "cuda":
         return Choice("reference", f"{no_cudnn}, and {obstacle}")
-    return Choice("torch", obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter")
+    reason = obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter"
+    loops = "; but cells of one's own, cell states and reset states run step by step in plain PyTorch"
+    return Choice("torch", reason if call.plain else reason + loops)
 
 
 def _why_no_cudnn(device_type: str, call: Call) -> str | None:

@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, measurements, operators, projection, reference, reference_ops, shapes, torch_ops
+from . import (
+    casting,
+    dispatch,
+    filler_steps,
+    measurements,
+    operators,
+    projection,
+    reference,
+    reference_ops,
+    shapes,
+    torch_ops,
+)
 from .kernels.cell_equations import step_of
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
@@ -91,7 +102,7 @@ def lstm(  # noqa: PLR0913
     measured = measurements.for_call(backend, shape, T, x.device)
     is_long = dispatch.is_long(T, x.device)
     chosen = dispatch.layer_backend(backend, x.device, x.dtype, plain, is_long, precision, False, measured)
-    if chosen in ("torch", "cudnn"):
+    if chosen == "cudnn" or (chosen == "torch" and plain):
         # In evaluation mode cuDNN cannot run backward. Without dropout the mode changes nothing else.
         bias, train = by_direction[0].b_ih is not None, torch.is_grad_enabled()
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, torch_ops.Options(bias, 1, 0.0, train, directions == 2, precision))
@@ -113,7 +124,13 @@ def run(
     B, H = x.shape[1], directions[0].w_ih.shape[0] // 4
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
-    if chosen == "reference" or B == 0 or H == 0:
+    if chosen == "torch" and options.cell == "lstm" and B and H:
+        if filler_steps.can_serve(x, segments):
+            y, *states = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
+            # Between segments zero times what is not finite would not be zero.
+            if segments.resets is None or bool(y.isfinite().all()):
+                return _dropped(y, options.dropout), *states
+    if chosen in ("reference", "torch") or B == 0 or H == 0:
         if reference_ops.is_recorded():
             y, *states = reference_ops.lstm_layer(x, *hx, directions, segments, options.cell)
         else:

@@ -127,7 +127,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     chosen = _choose(module, data, features, T, B)
     if chosen == "torch" and torch._C._are_functorch_transforms_active():
         chosen = "reference"
-    if chosen in ("torch", "cudnn"):
+    if chosen == "cudnn" or (chosen == "torch" and features == "packed" and cell_of(module) is None):
         data, hx, _, weights = layers.autocast(data, hx, None, module._flat_weights)
         with casting.without_autocast(data.device.type):
             y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, _torch_options(module))
@@ -203,10 +203,10 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
     of_units = () if cell is None else module.unit_parameters()
     weights = [*module._flat_weights, *of_units]
     x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, weights)
+    features = shapes.features(resets, reset_state, lengths, return_cell_states)
     if chosen is None:
-        features = shapes.features(resets, reset_state, lengths, return_cell_states)
         chosen = _choose(module, x, features, x.shape[0], x.shape[1])
-    if chosen in ("torch", "cudnn"):
+    if chosen == "cudnn" or (chosen == "torch" and not features and cell is None):
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
         return y, (h_n, c_n)
     directions = 2 if module.bidirectional else 1

@@ -27,10 +27,17 @@ def pre_activations(
     return z.chunk(4, dim=1)
 
 
-def gate_activations(*tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """i, f, g, o, each [B, H], from what `pre_activations` takes."""
-    z_i, z_f, z_g, z_o = pre_activations(*tensors)
+def gate_activations(z_i: Tensor, z_f: Tensor, z_g: Tensor, z_o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """i, f, g, o from the pre-activations."""
     return torch.sigmoid(z_i), torch.sigmoid(z_f), torch.tanh(z_g), torch.sigmoid(z_o)
+
+
+def lstm_step(z_i: Tensor, z_f: Tensor, z_g: Tensor, z_o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The next (h, c) from the pre-activations and the c before, each [B, H]."""
+    i, f, g, o = gate_activations(z_i, z_f, z_g, z_o)
+    c = f * c + i * g
+    h = o * torch.tanh(c)
+    return h, c
 
 
 def lstm_cell(
@@ -47,12 +54,8 @@ def lstm_cell(
 
     step: the equations of another cell, as in `kernels.cell_equations`.
     """
-    if step is not None:
-        return step(*pre_activations(x, h, w_ih, w_hh, b_ih, b_hh), c)
-    i, f, g, o = gate_activations(x, h, w_ih, w_hh, b_ih, b_hh)
-    c = f * c + i * g
-    h = o * torch.tanh(c)
-    return h, c
+    compute: Callable[..., tuple[Tensor, Tensor]] = lstm_step if step is None else step
+    return compute(*pre_activations(x, h, w_ih, w_hh, b_ih, b_hh), c)
 
 
 def lstm_cell_backward(
@@ -70,7 +73,7 @@ def lstm_cell_backward(
     Returns dx [B, I], dh_prev [B, H], dc_prev [B, H], dW_ih [4H, I], dW_hh [4H, H] and db [4H] (of either bias).
     """
     dh, dc = grads
-    i, f, g, o = gate_activations(x, h_prev, w_ih, w_hh, b_ih, b_hh)
+    i, f, g, o = gate_activations(*pre_activations(x, h_prev, w_ih, w_hh, b_ih, b_hh))
     tanh_c = torch.tanh(f * c_prev + i * g)
     do = dh * tanh_c
     dc = dc + dh * o * (1 - tanh_c * tanh_c)

@@ -148,11 +148,17 @@ UNMEASURED = "the persistent kernels are not yet measured on this GPU"
 
 CHOICES = [
     ("cpu", CPU, PLAIN, "torch", "on a CPU the kernels run only in Triton's interpreter"),
-    ("cpu", CPU, SEGMENTS, "reference", "torch's own kernels have no resets"),
+    (
+        "cpu",
+        CPU,
+        SEGMENTS,
+        "torch",
+        "only in Triton's interpreter .*; but .*cell states and reset states run step by step",
+    ),
     ("cpu", CPU, LONG, "torch", "interpreter"),
     ("cpu", CPU, TF32X3, "torch", "interpreter"),
     ("cpu", INTERPRETER, PLAIN, "torch", "on a CPU torch's own kernels are faster than Triton's interpreter"),
-    ("cpu", INTERPRETER, SEGMENTS, "reference", "torch's own kernels have no resets"),
+    ("cpu", INTERPRETER, SEGMENTS, "torch", "faster than Triton's interpreter; but .*cell states"),
     ("cpu", BARE, PLAIN, "torch", "triton is not installed"),
     ("mps", CPU, PLAIN, "torch", "the kernels run on NVIDIA GPUs, not on 'mps'"),
     ("mps", CPU, SEGMENTS, "reference", "torch's own kernels have no resets"),
@@ -225,7 +231,7 @@ def test_explain(monkeypatch):
     assert "cuDNN takes no more than 65535 steps" in explain(lstm, device="cuda", steps=65536)
     assert NO_CUDNN in explain(lstm, device="cuda", dtype=torch.bfloat16, segments=True)
     assert explain(LSTM(2, 3, recompute=True)) == explain(LSTM(2, 3)) and ": torch: " in explain(LSTM(2, 3))
-    assert "reference: torch's own kernels have no resets" in explain(LSTM(2, 3), segments=True)
+    assert explain(LSTM(2, 3), segments=True).endswith("reset states run step by step in plain PyTorch.")
     assert explain(convert(torch.nn.LSTM(2, 3))).startswith("LSTM(2, 3) on cpu")
     assert "LSTMCell(2, 3) on cuda, torch.float32: triton: " in explain(LSTMCell(2, 3), device="cuda")
     assert "SoftmaxReadout(2, 3)" in explain(SoftmaxReadout(2, 3))

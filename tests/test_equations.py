@@ -163,7 +163,7 @@ def test_forward_is_the_reference(dtype, device):
 def _reference_forward(z, c_prev):
     """i, f, g, o, c, h of one unit whose pre-activations are its biases."""
     none = z.new_zeros(1, 1)
-    gates = reference.gate_activations(none, none, z.new_zeros(4, 1), z.new_zeros(4, 1), z, None)
+    gates = reference.gate_activations(*z)
     h, c = reference.lstm_cell(none, none, c_prev[None], z.new_zeros(4, 1), z.new_zeros(4, 1), z, None)
     return torch.stack([t.squeeze() for t in (*gates, c, h)])
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lstm_triton import LSTM
 
-both = pytest.mark.parametrize("backend", ["triton", "reference"])
+every = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 I, H = 2, 3
 
 # ---- every feature with every other --------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_features_together(device):
 # ---- what resets and lengths mean ----------------------------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize("reset_state", [False, True], ids=["to zero", "to a state"])
 def test_segments_run_separately(reset_state, backend, device):
     """One call with resets equals torch's own LSTM run on every segment of every row, in both directions."""
@@ -103,7 +103,7 @@ def test_segments_run_separately(reset_state, backend, device):
     assert_close(found, [*(t.detach() for t in expected), *gradients(expected, [*leaves, *theirs.parameters()])])
 
 
-@both
+@every
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
 def test_lengths_are_torchs_packed_run(batch_first, backend, device):
     T, lengths = 5, torch.tensor([2, 5, 1])
@@ -116,7 +116,7 @@ def test_lengths_are_torchs_packed_run(batch_first, backend, device):
     assert_close(found, [*(t.detach() for t in expected), *gradients(expected, [x, *hx, *theirs.parameters()])])
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "batch_first, proj_size", [(False, 2), (True, 0)], ids=["time first, projection", "batch first"]
 )
@@ -138,7 +138,7 @@ def test_padding_that_is_not_finite_changes_no_gradient(proj_size, batch_first, 
         assert_close(found[value], found[0.0])
 
 
-@both
+@every
 def test_packed_segments_are_those_of_the_padded_call(backend, device):
     """Resets, reset states and hx of a PackedSequence are in the caller's order of rows."""
     T, lengths = 4, torch.tensor([2, 4, 1, 3])
@@ -157,7 +157,7 @@ def test_packed_segments_are_those_of_the_padded_call(backend, device):
     )
 
 
-@both
+@every
 def test_unbatched_segments_are_those_of_a_batch_of_one(backend, device):
     _, lstm = pair(I, H, bidirectional=True, batch_first=True, backend=backend, device=device)
     x = torch.randn(4, I, dtype=torch.float64, device=device)
@@ -167,7 +167,7 @@ def test_unbatched_segments_are_those_of_a_batch_of_one(backend, device):
     assert_close([y[None], h[:, None], c[:, None], cells[None]], flat(batch))
 
 
-@both
+@every
 def test_rows_without_steps_keep_their_state(backend, device):
     _, lstm = pair(I, H, bidirectional=True, backend=backend, device=device)
     x, hx = torch.randn(3, 2, I, dtype=torch.float64, device=device), states(lstm, 2, requires_grad=True)
@@ -179,7 +179,7 @@ def test_rows_without_steps_keep_their_state(backend, device):
         assert torch.equal(gradient[:, 0], torch.ones_like(gradient[:, 0])) and not gradient[:, 1].any()
 
 
-@both
+@every
 def test_cell_states_are_those_of_the_last_layer(backend, device):
     _, lstm = pair(I, H, 2, backend=backend, device=device)
     x = torch.randn(3, 2, I, dtype=torch.float64, device=device)
@@ -192,7 +192,7 @@ def test_cell_states_are_those_of_the_last_layer(backend, device):
 # ---- states carried, learned, cut ----------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_chunks_with_carried_state_are_the_whole(backend, device):
     _, lstm = pair(I, H, 2, backend=backend, device=device)
     x = torch.randn(7, 2, I, dtype=torch.float64, device=device, requires_grad=True)
@@ -207,7 +207,7 @@ def test_chunks_with_carried_state_are_the_whole(backend, device):
     assert_close([*(t.detach() for t in chunks), *gradients(chunks, [x, *hx, *lstm.parameters()])], whole)
 
 
-@both
+@every
 def test_no_gradient_passes_a_reset(backend, device):
     _, lstm = pair(I, H, bidirectional=True, backend=backend, device=device)
     x = torch.randn(5, 1, I, dtype=torch.float64, device=device, requires_grad=True)
@@ -219,7 +219,7 @@ def test_no_gradient_passes_a_reset(backend, device):
     assert gradient[2:].all() and not gradient[:2].any()
 
 
-@both
+@every
 def test_initial_and_reset_states_can_be_learned(backend, device):
     """One vector each, expanded to the batch: the gradient is that of all the places where they are used."""
     _, lstm = pair(I, H, backend=backend, device=device)
@@ -278,7 +278,7 @@ MISTAKES = {
 }
 
 
-@both
+@every
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_errors(mistake, backend, device):
     changes, kind, text = MISTAKES[mistake]
@@ -289,7 +289,7 @@ def test_errors(mistake, backend, device):
         lstm(x, **_of(x, **changes))
 
 
-@both
+@every
 def test_errors_of_values_and_of_packed_lengths(backend, device):
     lstm = LSTM(I, H, device=device, backend=backend)
     x = torch.zeros(4, 3, I, device=device)

@@ -124,11 +124,11 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     )
 
 
-def judge(case: Case, device: torch.device) -> None:
-    """The kernels are as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`."""
+def judge(case: Case, device: torch.device, backend: str = "triton") -> None:
+    """The backend is as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`."""
     drawn = draw(case, device)
     tensors = [*drawn.inputs, *drawn.cotangents]
-    found = results(case, drawn, tensors, "triton")
+    found = results(case, drawn, tensors, backend)
     assert all(t.dtype == case.dtype for t in found)
 
     def truth(tensors):

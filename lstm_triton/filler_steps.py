@@ -1,0 +1,134 @@
+"""Resets and lengths through torch's own LSTM kernels, which know neither, by filler steps of two kinds.
+
+A clearing step between two segments of a row makes c zero, and h with it: the pre-activations of i and f are so far
+below zero that both gates are zero. A holding step past the end of a row keeps c, because there f is 1 and i is 0. x gets
+one more feature for each kind, which is 1 in such steps and 0 elsewhere. A layer and direction is then one call of torch's
+kernel, with as many steps as the longest row and its fillers; where cell states are wanted, which that kernel does not return,
+one product for the inputs of all steps and a loop. These gates being exactly 0 or 1, the fillers change neither
+results nor gradients: but 0 * inf is NaN.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, torch_ops
+from .kernels.inputs import Direction, Segments
+from .modes import has_values
+
+
+def can_serve(x: Tensor, segments: Segments) -> bool:
+    """Whether the host may read where segments begin and end, and all of them start from zeros."""
+    resets, reset_h, reset_c, lengths = segments
+    return reset_h is None and reset_c is None and all(t is None or has_values(t) for t in (x, resets, lengths))
+
+
+def lstm_layer(
+    x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], segments: Segments, return_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `reference.lstm_layer`, but a segment that is not finite makes the next one of its row NaN."""
+    ys, h_n, c_n, cs = zip(
+        *(
+            _one_direction(x, (h0[d], c0[d]), direction, _steps(x, segments, d), return_cells)
+            for d, direction in enumerate(directions)
+        )
+    )
+
+    def together(outputs):
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    return together(ys), torch.stack(h_n), torch.stack(c_n), together(cs) if return_cells else None
+
+
+class _Steps(NamedTuple):
+    """Where the steps of x are among the fillers.
+
+    places: of each step of x, [T, B]; any number past the end of a row. ends: of the last step of each row, [B]; -1 where
+    there is none. past: which steps of x are past the end of their row, [T, B], or None. moved: whether places differ from x.
+    """
+
+    places: Tensor
+    ends: Tensor
+    past: Tensor | None
+    moved: bool
+
+
+def _steps(x: Tensor, segments: Segments, d: int) -> _Steps:
+    (T, B, _), (resets, _, _, lengths) = x.shape, segments
+    t = torch.arange(T, device=x.device)[:, None]
+    past = None if lengths is None else t >= lengths
+    places = t.expand(T, B) if resets is None else t + resets.cumsum(0)
+    if d == 1:  # runs forward over reversed rows
+        places = (places[-1:] if lengths is None else places.gather(0, (lengths - 1).clamp(min=0)[None])) - places
+    ends = (places if past is None else places.masked_fill(past, -1)).amax(0)
+    return _Steps(places, ends, past, resets is not None or d == 1)
+
+
+def _one_direction(
+    x: Tensor, states: tuple[Tensor, Tensor], direction: Direction, steps: _Steps, return_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y [T, B, R], h_n [B, R], c_n [B, H] and, where wanted, c [T, B, H]."""
+    (T, B, _), (h0, c0) = x.shape, states
+    longer = _spread(x, steps) if steps.moved else _held(x, steps)
+    direction = direction._replace(w_ih=_with_fillers(direction.w_ih))
+    b = torch.arange(B, device=x.device)
+
+    def in_place(y: Tensor) -> Tensor:
+        if steps.moved:
+            at = (steps.places.clamp(0, len(y) - 1) * B + b).flatten()
+            y = y.flatten(0, 1).index_select(0, at).view(T, B, -1)
+        return y if steps.past is None else torch.where(steps.past[..., None], 0.0, y)
+
+    if return_cells:
+        y, c = _loop(longer, h0, c0, direction)
+        c_n = torch.where((steps.ends < 0)[:, None], c0, c[steps.ends.clamp(min=0), b])
+    else:
+        options = torch_ops.Options(direction.b_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+        weights = [w for w in direction if w is not None]
+        y, _, c_n = torch_ops.lstm(longer, (h0[None], c0[None]), weights, options)
+        c, c_n = None, c_n[0]
+    h_n = torch.where((steps.ends < 0)[:, None], h0, y[steps.ends.clamp(min=0), b])
+    return in_place(y), h_n, c_n, None if c is None else in_place(c)
+
+
+def _loop(x: Tensor, h: Tensor, c: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+    """h and c of every step."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = direction
+    # The factor 1 gives b_hh a gradient of its own: that of a sum is one tensor for both.
+    b = None if b_ih is None or b_hh is None else b_ih + 1 * b_hh
+    ys, cs, w_hh = [], [], w_hh.t()
+    for z in torch.nn.functional.linear(x, w_ih, b).unbind(0):
+        z_i, z_f, z_g, z_o = torch.addmm(z, h, w_hh).chunk(4, dim=1)
+        h, c = reference.lstm_step(z_i, z_f, z_g, z_o, c)
+        h = h if w_hr is None else h @ w_hr.t()
+        ys.append(h)
+        cs.append(c)
+    return torch.stack(ys), torch.stack(cs)
+
+
+def _held(x: Tensor, steps: _Steps) -> Tensor:
+    """x [T, B, I] with the features of fillers, [T, B, I + 2], where all fillers are past the ends of rows."""
+    holds = (torch.arange(len(x), device=x.device)[:, None] > steps.ends).to(x.dtype)[..., None]
+    x = x if steps.past is None else torch.where(steps.past[..., None], 0.0, x)
+    return torch.cat([x, holds, torch.zeros_like(holds)], dim=2)
+
+
+def _spread(x: Tensor, steps: _Steps) -> Tensor:
+    """[n, B, I + 2]: the steps of x at their places among n, and clearing and holding steps at all others."""
+    (_, B, I), n = x.shape, max(int(steps.ends.max()) + 1, 1)
+    holds = (torch.arange(n, device=x.device)[:, None] > steps.ends).to(x.dtype).view(n * B, 1)
+    fillers = torch.cat([x.new_zeros(n * B, I), holds, 1 - holds], dim=1)
+    places, rows = (steps.places * B + torch.arange(B, device=x.device)).flatten(), x.flatten(0, 1)
+    if steps.past is not None:
+        kept = steps.past.flatten().logical_not().nonzero()[:, 0]
+        places, rows = places[kept], rows.index_select(0, kept)
+    return fillers.index_copy_(0, places, torch.nn.functional.pad(rows, (0, 2))).view(n, B, I + 2)
+
+
+def _with_fillers(w_ih: Tensor) -> Tensor:
+    """w_ih [4H, I] with the columns of holding and of clearing steps, [4H, I + 2]."""
+    far = torch.finfo(w_ih.dtype).max / 4
+    columns = w_ih.new_tensor([(-far, -far), (far, -far), (0, 0), (0, 0)])  # of i, f, g, o
+    return torch.cat([w_ih, columns.repeat_interleave(w_ih.shape[0] // 4, dim=0)], dim=1)
