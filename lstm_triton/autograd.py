@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import pkgutil
-import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,42 +19,8 @@ from torch import Tensor
 from . import reference
 from .kernels.device import matmul_precision, torch_products
 from .kernels.inputs import Records
+from .library import define, schema
 from .modes import is_jit_tracing, sees_operators, takes_reference
-
-library = torch.library.Library("lstm_triton", "DEF")
-
-_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", float: "float", str: "str", torch.dtype: "ScalarType"}
-
-
-def _schema(record: Any, prefix: str = "") -> list[str]:
-    """The fields of a NamedTuple as arguments of an operator."""
-    arguments = []
-    for name, annotation in typing.get_type_hints(record).items():
-        (kind,) = (t for t in (*typing.get_args(annotation), annotation) if t in _SCHEMA_TYPES)
-        optional = "?" if type(None) in typing.get_args(annotation) else ""
-        arguments.append(f"{_SCHEMA_TYPES[kind]}{optional} {prefix}{name}")
-    return arguments
-
-
-def _defined(name, arguments, n_outputs, run, fake, backward, setup):
-    """A new operator: its schema, what it does on real and on fake tensors, its autograd."""
-    qualified, returned = f"lstm_triton::{name}", ", ".join(["Tensor"] * n_outputs)
-    library.define(f"{name}({', '.join(arguments)}) -> ({returned})")
-    implements(name)(run)
-    torch.library.register_fake(qualified, fake, lib=library)
-    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
-    return getattr(torch.ops.lstm_triton, name).default
-
-
-def implements(name: str):
-    """Register for the devices where kernels run: NVIDIA GPUs, and the CPU for Triton's interpreter."""
-
-    def register(function):
-        for key in ("CUDA", "CPU"):
-            library.impl(name, function, key)
-        return function
-
-    return register
 
 
 @dataclass(eq=False)
@@ -92,16 +57,16 @@ class Operator:
     def __post_init__(self) -> None:
         inputs, _, outputs, gradients, saved = self.records
         self.names, self._n_gradients, self._n_inputs = inputs._fields, len(gradients._fields), len(inputs._fields)
-        tensors, options = _schema(inputs), _schema(self.records.options)
+        tensors, options = schema(inputs), schema(self.records.options)
         fake = functools.partial(self._run, launch=self.fake)
         both = self._operator_backward, self._setup
-        self.operator = _defined(
+        self.operator = define(
             self.name, [*tensors, *options, "bool save"], len(outputs._fields), self._run, fake, *both
         )
-        tensors = [*_schema(gradients), *tensors, *_schema(saved, "saved_")]
+        tensors = [*schema(gradients), *tensors, *schema(saved, "saved_")]
         both = self._operator_second, self._setup_second
         given = f"{self.name}_backward", [*tensors, "bool[] needs", *options], self._n_inputs
-        self.backward_operator = _defined(*given, self._run_backward, self._run_backward_fake, *both)
+        self.backward_operator = define(*given, self._run_backward, self._run_backward_fake, *both)
         # Subclasses only for their names, which torch shows as grad_fn.
         class_name = "".join(part.title() for part in self.name.split("_")).replace("Lstm", "LSTM")
         self._first: Any = type(class_name, (_First,), {})

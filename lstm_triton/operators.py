@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Operator, implements, library
+from .autograd import Operator
 from .kernels import inputs as records
 from .kernels.cell_equations import step_of
 from .kernels.layout import is_time_major, new_states
+from .library import implements, library
 
 
 def _cell_fake(inputs: records.CellInputs, options: records.CellOptions, save: bool) -> records.CellOutputs:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import casting
-from .autograd import implements, library
 from .kernels.device import cudnn_precision
+from .library import implements, library
 from .modes import is_jit_tracing
 
 # tensors: x, h0, c0, then the weights.

@@ -61,6 +61,14 @@ def test_kernels_know_nothing_of_what_calls_them():
             assert all(name.startswith("lstm_triton.kernels") for name in imported), module
 
 
+def test_the_library_knows_nothing_of_its_clients():
+    """The command line and the demo alone import the benchmark."""
+    clients = "lstm_triton.bench", "lstm_triton.demo"
+    for module, imported in structure.imports(*OURS).items():
+        if not module.startswith((*clients, "lstm_triton.cli")):
+            assert not any(name.startswith(clients) for name in imported), module
+
+
 def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": set()}
     assert structure.circles(graph) == [{"b", "c"}, {"d"}]

@@ -15,6 +15,7 @@ FOLDERS = {
     "lstm_triton.cells": ROOT / "lstm_triton" / "cells",
     "lstm_triton.kernels": ROOT / "kernels",
     "lstm_triton.bench": ROOT / "bench",
+    "lstm_triton.demo": ROOT / "lstm_triton" / "demo",
 }
 
 # ---- the path of a call ----------------------------------------------------------------------------------------------
