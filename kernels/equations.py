@@ -45,9 +45,9 @@ def _reciprocal(x):
     if x.dtype == tl.float64:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        # A step of Newton's method leaves the error of a rounding. Without the minimum inf * 0 would be NaN.
+        return tl.fma(tl.fma(-tl.minimum(x, 3e38), r, 1.0), r, r)
 
 
 @triton.jit

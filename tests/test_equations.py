@@ -3,13 +3,15 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support import cells, layers
 
 from lstm_triton import reference
-from lstm_triton.kernels import equations
+from lstm_triton.kernels import equations, interpreter
 
 
 @triton.jit
@@ -183,3 +185,56 @@ def test_backward_is_the_derivative_of_forward(dtype, device):
     _backward_kernel[(1,)](values, outputs, 256)
     largest = values[4:].double().abs().amax(0).clamp(min=1) * values[6:].double().abs().amax(0).clamp(min=1)
     assert ((outputs.double() - expected).abs() <= 8 * torch.finfo(dtype).eps * largest).all()
+
+
+# ---- errors of a device's instructions -------------------------------------------------------------------------------
+
+# By PTX's manual a result of ex2.approx is within 2 ulp, one of rcp.approx within 1 ulp.
+SIGNS = {
+    "anywhere": lambda n: np.random.uniform(-1, 1, n),
+    "at the bounds": lambda n: np.random.choice([-1.0, 1.0], n),
+}
+UP, DOWN = np.ones, lambda n: -np.ones(n)
+
+
+def _off_by(function, ulps, signs):
+    """The function of float32 numbers, with an error of sign times ulps."""
+
+    def wrong(x):
+        with np.errstate(all="ignore"):
+            right = function(x.astype(np.float64))
+            moved = right + signs(x.shape) * ulps * np.spacing(np.abs(right).astype(np.float32))
+        return np.where(np.isfinite(moved), moved, right).astype(np.float32)
+
+    return wrong
+
+
+def _judge_layer(scale):
+    problem = layers.draw(7, 3, 5, 19, 2, torch.float32, precision="ieee", scale=scale)
+    layers.assert_as_accurate_as_torch(layers.by_kernels(problem), problem)
+
+
+def _judge_cell(scale):
+    problem = cells.draw(17, 20, 21, torch.float32, precision="ieee", scale=scale)
+    cells.assert_as_accurate_as_torch(cells.by_kernels(problem), problem)
+
+
+@pytest.mark.skipif(not interpreter.is_interpreting(), reason="changes the interpreter's functions")
+@pytest.mark.parametrize("judge", [_judge_layer, _judge_cell])
+@pytest.mark.parametrize("signs_of_reciprocals", [*SIGNS.values(), UP, DOWN], ids=[*SIGNS, "up", "down"])
+@pytest.mark.parametrize("signs_of_exponentials", SIGNS.values(), ids=SIGNS)
+def test_the_largest_errors_of_a_device_pass_the_rule(signs_of_exponentials, signs_of_reciprocals, judge, monkeypatch):
+    np.random.seed(0)
+    monkeypatch.setitem(interpreter.INLINE_ASM, "ex2.approx.f32", _off_by(np.exp2, 2, signs_of_exponentials))
+    monkeypatch.setitem(interpreter.INLINE_ASM, "rcp.approx.f32", _off_by(np.reciprocal, 1, signs_of_reciprocals))
+    for scale in (1.0, 4.0):
+        judge(scale)
+
+
+@pytest.mark.skipif(not interpreter.is_interpreting(), reason="changes the interpreter's functions")
+@pytest.mark.parametrize("judge", [_judge_layer, _judge_cell])
+def test_larger_errors_would_not_pass(judge, monkeypatch):
+    np.random.seed(0)
+    monkeypatch.setitem(interpreter.INLINE_ASM, "ex2.approx.f32", _off_by(np.exp2, 16, SIGNS["anywhere"]))
+    with pytest.raises(AssertionError, match="RMS error"):
+        judge(1.0)
