@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lstm_triton.kernels import device as device_module
 from lstm_triton.kernels import interpreter, search
 from lstm_triton.kernels.device import device_figures
 from lstm_triton.kernels.sequence_config import Problem, registers
@@ -105,6 +106,16 @@ def test_a_choice_is_remembered(compiler, monkeypatch):
     ):
         search.choose(problem, figures, CPU)
         assert len(asked) == n
+
+
+def test_what_was_measured_fixes_the_choice(compiler, monkeypatch):
+    """Whatever the compiler would say, so that all processes with one file choose alike."""
+    monkeypatch.setattr(search, "remembered", {})
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
+    asked = compiler(60)
+    measured = search.candidates(PROBLEM, H100)[7]
+    monkeypatch.setattr(device_module, "measured", lambda problem, on: measured)
+    assert search.choose(PROBLEM, H100, CPU) == measured and not asked
 
 
 def test_the_interpreter_is_not_asked(monkeypatch):
