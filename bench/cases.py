@@ -20,7 +20,7 @@ class Case:
     mode: "forward": eval mode without gradients; "train": forward and backward, gradients of the input and all weights.
     rows: "padded": all batch rows have `length` steps; "packed": batch rows of different lengths in a PackedSequence;
         "lengths": the same batch rows, padded, with their lengths as an argument.
-    resets: the share of (batch row, step) pairs at which a new segment starts.
+    resets: the share of (batch row, step) pairs at which a new segment starts. cell_states: c of every step is returned too.
     carried: the length is 1, and each call leaves its final state in place of its initial one, as a stream's next call needs.
     scale: standard deviation of the input (4 saturates the gates).
     cell: "gru": torch.nn.GRU and lstm_triton.GRU in the place of their LSTMs.
@@ -41,6 +41,7 @@ class Case:
     mode: Mode = "forward"
     rows: Literal["padded", "packed", "lengths"] = "padded"
     resets: float = 0.0
+    cell_states: bool = False
     carried: bool = False
     scale: float = 1.0
     precision: Literal["", "ieee", "tf32", "tf32x3"] = ""
@@ -102,6 +103,7 @@ class Case:
             f"proj {self.proj_size}" * (self.proj_size > 0),
             self.rows * (self.rows != "padded"),
             f"resets {self.resets:g}" * (self.resets > 0),
+            "cell states" * self.cell_states,
             "step by step" * (self.form == "loop"),
             "state carried" * self.carried,
             f"x{self.scale:g}" * (self.scale != 1),

@@ -151,6 +151,11 @@ def _measure(o: argparse.Namespace, arguments: list[str], started: float) -> int
     with run.runner(options, Progress(len(tasks), options.budget)) as runner:
         runner.run(tasks)
     print(runner.describe())
+    if "segments" in (o.suite or ()) and not missing("pandas", "jinja2"):
+        from . import tables
+
+        for rows in tables.newest(row for row in read_all([o.output])[0] if row.suite == "segments").values():
+            print(f"\n{tables.plain(tables.beside_torch(rows, tables.comparisons(rows)))}")
     if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):
         from . import report
 

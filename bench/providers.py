@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import lstm_triton
 from lstm_triton import reference
 
-from . import peers, roofs
+from . import by_hand, peers, roofs
 from .cases import Case, Task
 from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm, with_pair
 
@@ -54,6 +54,10 @@ def _packed(lstm: nn.Module, problem: Problem) -> Run:
     return run
 
 
+def _without_cell_states(lstm: Callable[[Tensor, State], Any]) -> Run:
+    return lambda x, state: lstm(x, state)[:2]
+
+
 def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
     """This package, its backend left to choose or forced."""
     case, in_cells = problem.case, problem.case.form != "layer"
@@ -74,10 +78,11 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
             kind, options["precision"] = with_pair(lstm_triton.GRU), None
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
         lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
-        segments = dict(resets=problem.resets, lengths=lengths)
+        segments = dict(resets=problem.resets, lengths=lengths, return_cell_states=case.cell_states or None)
         run = functools.partial(module, **{name: t for name, t in segments.items() if t is not None})
+        run = _without_cell_states(run) if case.cell_states else run
         run = _packed(module, problem) if case.rows == "packed" else run
-    segmented = problem.resets is not None or case.rows == "lengths"
+    segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
     except RuntimeError as error:  # a forced backend that cannot serve
@@ -121,6 +126,8 @@ def torchs_lstm(problem: Problem) -> Model:
     case, resets = problem.case, problem.resets
     if case.form == "loop":
         raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
+    if case.cell_states:
+        raise Unavailable("torch.nn.LSTM returns no cell states")
     if case.precision == "tf32x3":
         raise Unavailable("cuDNN has no tf32x3")
     if resets is not None and (case.bidirectional or case.rows != "padded"):
@@ -173,6 +180,7 @@ PROVIDERS: dict[str, Provider] = {
     CUDNN: torchs_lstm,
     TORCH_CELL: torchs_cell,
     "torch.compile": functools.partial(torchs_cell, compiled=True),
+    **by_hand.PROVIDERS,
     **peers.PEERS,
 }
 

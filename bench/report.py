@@ -159,6 +159,7 @@ VIEWS = (
     View("real", "LSTMs that people run", tables.timings, None, _BOTH),
     View("real", "Sources of their shapes", tables.sources, wraps=True),
     View("features", "What features cost", _FROM_PADDED, None, _FEATURES),
+    View("segments", "Beside what torch alone can do", tables.beside_torch),
     View("memory", "Memory of a training step", tables.readings),
     View("accuracy", "Accuracy against float64, over all shapes", tables.accuracy, None, _ERRORS),
     View("accuracy", "Accuracy against float64, by hidden size and length", _BY_SHAPE),

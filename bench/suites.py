@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from . import by_hand
 from .cases import DTYPES, MODES, Case, Form, Task
 
 HERE = Path(__file__).parent
@@ -103,6 +104,15 @@ def features(s: Any) -> Ordered:
         yield 2.2 + 0.1 * rank, Case(name, H, B, T, dtype="float32", mode=mode, **options), {}
 
 
+def segments(s: Any) -> Ordered:
+    """Lengths, resets and cell states beside the best that users can write with torch alone."""
+    more: dict[str, dict[str, Any]] = {"lengths": {"rows": "lengths"}, "cell states": {"cell_states": True}}
+    more |= {f"resets {share:g}": {"resets": share} for share in (0.002, 0.02, 0.1, 0.3)}
+    for (rank, (H, B, T)), (name, options), mode in product(enumerate(s.segments), more.items(), MODES):
+        case = Case(name, H, B, T, dtype="float32", input_size=64, mode=mode, **options)
+        yield 3.4 + 0.1 * rank, case, {"providers": ("lstm_triton auto", "torch.nn.LSTM", *by_hand.PROVIDERS)}
+
+
 def memory(s: Any) -> Ordered:
     """Bytes held for the backward and at the peak, with and without recomputation, of one layer and of four."""
     for (rank, (H, B, T)), layers, dtype in product(enumerate(s.memory), (1, 4), s.dtypes):
@@ -143,7 +153,21 @@ def roofs(s: Any) -> Ordered:
     yield 0.5, Case("roofs", 1, 1, 1, dtype=s.dtypes[0]), {"kind": "roof"}
 
 
-_ALL = (hidden_sizes, batch, length, cell, step, real, features, memory, accuracy, overhead, cold_start, roofs)
+_ALL = (
+    hidden_sizes,
+    batch,
+    length,
+    cell,
+    step,
+    real,
+    features,
+    segments,
+    memory,
+    accuracy,
+    overhead,
+    cold_start,
+    roofs,
+)
 SUITES: dict[str, Callable[[Any], Ordered]] = {make.__name__.replace("_", "-"): make for make in _ALL}
 
 

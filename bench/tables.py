@@ -138,6 +138,23 @@ def timings(rows: Sequence[Row], found: Sequence[Comparison], base: str | None =
     )
 
 
+def beside_torch(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
+    """What auto takes beside the fastest that torch alone can do; ours / torch is a ratio of medians."""
+    lines = []
+    for c in sorted(found, key=lambda c: (c.case.hidden_size, c.case.mode)):
+        others = [row for name, row in c.rows.items() if not name.startswith("lstm_triton")]
+        if c.auto and others:
+            best = min(others, key=_us)
+            line = {
+                "case": str(c),
+                "ours, us": number(_us(c.auto)),
+                "torch, us": number(_us(best)),
+                "by": best.provider,
+            }
+            lines.append(line | {"ours / torch": f"{_us(c.auto) / _us(best):.2f}"})
+    return frame(lines)
+
+
 def count_lost(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
     counts = {way: (sum(c.lost(way) for c in found), sum(c.ratio(way) is not None for c in found)) for way in WAYS}

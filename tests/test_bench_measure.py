@@ -8,6 +8,7 @@ from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
 from lstm_triton.bench import checks, peers, problem, providers
+from lstm_triton.bench.by_hand import PROVIDERS as BY_HAND
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.checks import Built
 from lstm_triton.bench.problem import precision as torchs_precision
@@ -16,33 +17,37 @@ from lstm_triton.kernels.inputs import Segments
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, by_hand",
     [
-        {},
-        {"layers": 2, "bidirectional": True},
-        {"proj_size": 3},
-        {"resets": 0.3},
-        {"rows": "lengths"},
-        {"rows": "packed"},
-        {"cell": "gru", "layers": 2, "bidirectional": True},
+        ({}, "loop"),
+        ({"layers": 2, "bidirectional": True}, ""),
+        ({"proj_size": 3}, ""),
+        ({"resets": 0.3}, "split packed loop"),
+        ({"rows": "lengths"}, "split loop"),
+        ({"rows": "packed"}, ""),
+        ({"cell_states": True}, "loop"),
+        ({"cell": "gru", "layers": 2, "bidirectional": True}, ""),
     ],
     ids=str,
 )
-def test_providers_agree_with_the_truth(options):
+def test_providers_agree_with_the_truth(options, by_hand):
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision="ieee", mode="train", **options)
     given = problem.make(case, CPU)
     truth = problem.truth(given)
     assert all(t.dtype == torch.float64 for t in truth.values())
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(truth)
-    for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell"):
+    unable = set()
+    for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell", *BY_HAND):
         try:
             built = Built(providers.PROVIDERS[name], given, states=True)
         except problem.Unavailable:
-            assert name == "torch.nn.LSTMCell"
+            unable.add(name)
             continue
         found = {name: checks.error(t, truth[name]) for name, t in built.results().items()}
         assert set(found) >= set(truth) - {"dh0", "dc0"}
         assert max(e.max for e in found.values()) < 1e-5, (name, found)
+    assert {name.split()[-1] for name in BY_HAND.keys() - unable} == set(by_hand.split())
+    assert unable - BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
 
 
 def test_the_truth_of_plain_cases_is_the_specification():

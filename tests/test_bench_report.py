@@ -56,6 +56,8 @@ def sample_rows():
         for name in ("padded", "packed"):
             case = Case(name, 64, 8, 16, dtype="float32", mode=mode, rows=name)
             add(case, {OURS: 10.0, PERSISTENT: 9.0, STEPWISE: 40.0, CUDNN: 50.0}, "features")
+        case = Case("resets 0.1", 64, 16, 64, dtype="float32", mode=mode, resets=0.1)
+        add(case, {OURS: 11.0, CUDNN: 50.0, "torch by hand: split": 10.0, "torch by hand: loop": 12.0}, "segments")
     add(Case("rl_puffer_train", 128, 256, 64, dtype="float32", mode="train"), {OURS: 10.0, CUDNN: 20.0}, "real")
     add(Case("nlp_awd", 1150, 80, 70, dtype="float32", mode="train", layers=3), {OURS: 30.0, CUDNN: 20.0}, "real")
     for form, torchs in (("layer", CUDNN), ("cell", TORCH_CELL)):
@@ -134,6 +136,7 @@ def test_the_page_has_every_section_and_fetches_nothing():
         "LSTMs that people run",
         "Sources of their shapes",
         "What features cost",
+        "Beside what torch alone can do",
         "Memory of a training step",
         "Accuracy against float64, over all shapes",
         "Host time of a call",
@@ -145,6 +148,7 @@ def test_the_page_has_every_section_and_fetches_nothing():
     ):
         assert f"<h3>{title}</h3>" in text, title
     assert "No rows of this yet" not in text
+    assert "<td>torch by hand: split</td>" in text and "<td>1.10</td>" in text
     assert "SYNTHETIC" in text and "lstm-triton bench --suite hidden-sizes" in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert "moved by 8.0%" in text

@@ -1,0 +1,119 @@
+"""What users write with torch alone for resets, lengths and cell states: one layer in one direction, with its final states."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm
+
+
+def _provider(make: Callable[[Any, Problem], Run]) -> Provider:
+    def provider(problem: Problem) -> Model:
+        case = problem.case
+        is_simple = case.form == "layer" and case.rows != "packed" and case.cell == "lstm"
+        if not is_simple or case.layers > 1 or case.bidirectional or case.proj_size:
+            raise Unavailable("written for one layer of an LSTM in one direction, over padded batch rows")
+        lstm: Any = torch_lstm(case, problem.device, problem.x.dtype)
+        weights = load(lstm, problem)
+        return Model(make(lstm, problem), weights)
+
+    return provider
+
+
+def _split(lstm: Any, problem: Problem) -> Run:
+    """One call of torch.nn.LSTM from each step at which a batch row starts anew or ends to the next."""
+    resets, lengths = problem.resets, problem.lengths
+    if resets is None and lengths is None:
+        raise Unavailable("there is nothing to split at")
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        T, cuts, (h, c) = len(x), {0, len(x)}, state
+        if resets is not None:
+            cuts |= set(resets.any(1).nonzero()[:, 0].tolist())
+        if lengths is not None:
+            cuts |= set(lengths.tolist())
+        steps, ys, ended = sorted(cuts), [], []
+        for start, stop in zip(steps, steps[1:]):
+            if lengths is not None:  # longest first
+                n = int((lengths > start).sum())
+                ended.append((h[:, n:], c[:, n:]))
+                h, c = h[:, :n].contiguous(), c[:, :n].contiguous()
+            if resets is not None:
+                keep = ~resets[start, : h.shape[1], None]
+                h, c = h * keep, c * keep
+            y, (h, c) = lstm(x[start:stop, : h.shape[1]], (h, c))
+            ys.append(nn.functional.pad(y, (0, 0, 0, x.shape[1] - y.shape[1])))
+        h, c = (
+            torch.cat([last, *reversed(before)], 1) for last, before in zip((h, c), zip(*ended) if ended else ((), ()))
+        )
+        y = torch.cat(ys)
+        return nn.functional.pad(y, (0, 0, 0, 0, 0, T - len(y))), (h, c)
+
+    return run
+
+
+def _packed(lstm: Any, problem: Problem) -> Run:
+    """Every segment a row of one packed call."""
+    resets = problem.resets
+    if resets is None or problem.lengths is not None:
+        raise Unavailable("segments as packed rows: written for resets over full batch rows")
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        T, B, I = x.shape
+        starts = resets.clone()
+        starts[0] = True
+        row, start = starts.t().nonzero().unbind(1)
+        stop = torch.where(row.roll(-1) == row, start.roll(-1), T)
+        stop[-1] = T
+        length, order = (stop - start).sort(descending=True)
+        row, start, stop = row[order], start[order], stop[order]
+        step = torch.arange(int(length[0]))[:, None]
+        active = step < length
+        at = ((start + step) * B + row)[active]
+        first = (start == 0) & ~resets[0, row]
+        h, c = (s[:, row] * first[:, None] for s in state)
+        packed = nn.utils.rnn.PackedSequence(x.reshape(T * B, I)[at], active.sum(1))
+        y, last = lstm(packed, (h, c))
+        ends = (stop == T).nonzero()[:, 0]
+        ends = ends[row[ends].argsort()]
+        h, c = (s[:, ends] for s in last)
+        return y.data.new_zeros(T * B, y.data.shape[1]).index_copy(0, at, y.data).view(T, B, -1), (h, c)
+
+    return run
+
+
+def _loop(lstm: Any, problem: Problem) -> Run:
+    """One product for the inputs of all steps, and a loop that keeps h and c of each."""
+    resets, lengths, cells = problem.resets, problem.lengths, problem.case.cell_states
+    w_ih, w_hh, b_ih, b_hh = lstm._flat_weights
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = (s[0] for s in state)
+        z = nn.functional.linear(x, w_ih, b_ih + b_hh)
+        ys, cs = [], []
+        for t, z_t in enumerate(z.unbind(0)):
+            if resets is not None:
+                keep = ~resets[t, :, None]
+                h, c = h * keep, c * keep
+            i, f, g, o = torch.addmm(z_t, h, w_hh.t()).chunk(4, 1)
+            c_next = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
+            h_next = y = torch.sigmoid(o) * torch.tanh(c_next)
+            if lengths is not None:
+                active = (t < lengths)[:, None]
+                h_next, c_next, y = torch.where(active, y, h), torch.where(active, c_next, c), y * active
+            h, c = h_next, c_next
+            ys.append(y)
+            cs.append(c)
+        if cells:
+            torch.stack(cs)
+        return torch.stack(ys), (h[None], c[None])
+
+    return run
+
+
+PROVIDERS = {
+    f"torch by hand: {name}": _provider(make)
+    for name, make in (("split", _split), ("packed", _packed), ("loop", _loop))
+}
