@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lstm_triton
+from lstm_triton import measurements
 
 pytestmark = pytest.mark.long
 
@@ -31,6 +32,7 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    (source / "lstm_triton" / measurements.SHIPPED.name).write_text("[]")  # as if there were shipped measurements
     target = tmp_path_factory.mktemp("wheel")
     _pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", target, source)
     (built,) = target.glob("lstm_triton-*-py3-none-any.whl")
@@ -54,6 +56,7 @@ def _modules(folder):
 
 def test_every_module_is_in_the_wheel_once_and_in_its_place(wheel):
     names = zipfile.ZipFile(wheel).namelist()
+    assert f"lstm_triton/{measurements.SHIPPED.name}" in names
     code = [name for name in names if name.endswith(".py")]
     expected = [f"lstm_triton/{name}" for name in _modules(ROOT / "lstm_triton")]
     expected += [f"lstm_triton/kernels/{name}" for name in _modules(ROOT / "kernels")]
