@@ -15,28 +15,44 @@ def _sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
-def peephole_lstm(x, h, states, W, R, b, peepholes):
+def cifg(x, h, states, W, R, biases, _):
+    """Greff et al. 2017, section III: the LSTM with i = 1 - f; gates in the order f, z, o."""
+    (c,) = states
+    f, z, o = (x @ W.T + h @ R.T + sum(biases)).split(H, dim=1)
+    c = torch.tanh(z) * (1 - _sigmoid(f)) + c * _sigmoid(f)
+    return torch.tanh(c) * _sigmoid(o), [c]
+
+
+def minimal_gated_unit(x, h, _, W, R, biases, __):
+    """Zhou et al. 2016, table 1, but for the place of f: h U + b times f, as in torch's GRU; gates in the order f, n."""
+    (f_x, n_x), (f_h, n_h) = ((t @ m.T + b).split(H, dim=1) for t, m, b in ((x, W, biases[0]), (h, R, biases[1])))
+    f = _sigmoid(f_x + f_h)
+    return (1 - f) * h + f * torch.tanh(n_x + f * n_h), []
+
+
+def peephole_lstm(x, h, states, W, R, biases, peepholes):
     """Greff et al. 2017, section II.B, with block input z; gates in the order i, f, z, o."""
     (c,), (p_i, p_f, p_o) = states, peepholes
-    i, f, z, o = (x @ W.T + h @ R.T + b).split(H, dim=1)
+    i, f, z, o = (x @ W.T + h @ R.T + sum(biases)).split(H, dim=1)
     i, f = _sigmoid(i + p_i * c), _sigmoid(f + p_f * c)
     c = torch.tanh(z) * i + c * f
     return torch.tanh(c) * _sigmoid(o + p_o * c), [c]
 
 
-def slstm(x, h, states, W, R, b, _):
+def slstm(x, h, states, W, R, biases, _):
     """Beck et al. 2024, equations 8 to 17, f a sigmoid, without the stabilizer: in float64 the exponentials stay in range.
 
     The third state of ours only scales the other two: c and n here are c exp(m) and n exp(m) there.
     """
     c, n, m = states
-    i, f, z, o = (x @ W.T + h @ R.T + b).split(H, dim=1)
+    i, f, z, o = (x @ W.T + h @ R.T + sum(biases)).split(H, dim=1)
     c = _sigmoid(f) * c + torch.exp(i) * torch.tanh(z)
     n = _sigmoid(f) * n + torch.exp(i)
     return _sigmoid(o) * c / n, [c, n, m]
 
 
-EQUATIONS = {"peephole_lstm": peephole_lstm, "slstm": slstm}
+EQUATIONS = {of.__name__: of for of in (cifg, minimal_gated_unit, peephole_lstm, slstm)}
+SEVERAL = pytest.mark.parametrize("name", ["peephole_lstm", "slstm"])
 
 
 def _problem(name: str, device, backend: str, **options):
@@ -65,7 +81,7 @@ def _loop(name: str, module, x: Tensor, hx, lengths, starts: Tensor):
             for t in range(lengths[b]) if d == 0 else reversed(range(lengths[b])):
                 if t + d < lengths[b] and starts[t + d, b]:
                     h, states = torch.zeros_like(h), [torch.zeros_like(s) for s in states]
-                h, states = EQUATIONS[name](x[t, b : b + 1], h, states, W, R, b_ih + b_hh, own)
+                h, states = EQUATIONS[name](x[t, b : b + 1], h, states, W, R, (b_ih, b_hh), own)
                 ys[t] = h
             rows.append(torch.cat([ys.get(t, torch.zeros_like(h)) for t in range(T)]))
             last.append(h)
@@ -83,7 +99,8 @@ def test_papers_equations(name, segmented, backend, device):
         starts[2, 0] = starts[4, 0] = starts[1, 1] = True
         lengths = [T, 3, 0]
         options = dict(resets=starts.to(device), lengths=torch.tensor(lengths, device=device))
-    y, (h, *_) = module(x, hx, **options)
+    y, last = module(x, hx if module.cell.states else hx[0], **options)
+    h = last[0] if module.cell.states else last
     found, expected = (y, h), _loop(name, module, x, hx, lengths, starts)
     leaves = [x, *hx[:3], *module.parameters()]  # without m, which is not among the equations
     cotangents = [torch.randn_like(t) for t in found]
@@ -92,7 +109,7 @@ def test_papers_equations(name, segmented, backend, device):
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", EQUATIONS)
+@SEVERAL
 def test_one_step_is_that_of_the_layer(name, backend, device):
     module, x, hx = _problem(name, device, "reference")
     cell = RecurrentCell(
@@ -147,7 +164,7 @@ def test_a_reset_state_broadcasts(backend, device):
     torch.testing.assert_close(y[2:], module(x[2:], again)[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+@SEVERAL
 def test_second_derivatives_and_transforms(name, device):
     module, x, hx = _problem(name, device, "triton")
     other, _, _ = _problem(name, device, "reference")
@@ -162,7 +179,7 @@ def test_second_derivatives_and_transforms(name, device):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", EQUATIONS)
+@SEVERAL
 def test_compiled_and_exported(name, device):
     module, x, hx = _problem(name, device, "triton")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -24,6 +24,16 @@ def lstm(z, s):
     return o * c.tanh(), {"c": c}
 
 
+@cell(gates="ifgo", states="cnm", parameters="abd")
+def eight(z, s, p):
+    """As many states as the kernels carry: the sLSTM with peepholes that sees h."""
+    log_f, z_i = torch.nn.functional.logsigmoid(z.f + p.b * s.c), z.i + p.a * s.c
+    m = torch.maximum(log_f + s.m, z_i)
+    i, f = torch.exp(z_i - m), torch.exp(log_f + s.m - m)
+    c, n = f * s.c + i * torch.tanh(z.g), f * s.n + i
+    return 0.1 * s.h + torch.sigmoid(z.o + p.d * c) * c / n, {"c": c, "n": n, "m": m}
+
+
 # ---- what is derived -------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from support import recurrents
-from test_cells import CATALOGUE, lstm
+from test_cells import CATALOGUE, eight, lstm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, dispatch, explain, patch, to_torch
@@ -321,8 +321,8 @@ def test_as_accurate_as_torch(name, dtype, device):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", [*CATALOGUE, "eight"])
 def test_programs_that_wait_for_each_other(name, device):
     """All steps in one launch, of several programs."""
-    problem = recurrents.draw(CATALOGUE[name], 3, 3, 5, 150, torch.bfloat16, device=device)
+    problem = recurrents.draw((CATALOGUE | {"eight": eight})[name], 3, 3, 5, 150, torch.bfloat16, device=device)
     recurrents.assert_as_accurate_as_torch(problem.run("triton", recompute=name == "cifg"), problem)
