@@ -2,7 +2,7 @@
 
 Draws kernels, shapes, dtypes, features, targets and orders of execution until the seconds are over. Each launch is executed and
 checked (support.executor), every result judged against float64. What fails is printed with all that is needed to draw it again;
-the status is then 1. The first quarter of the seconds is for random cells in the interpreter (fuzz_cells.py).
+the status is then 1. The first third of the seconds is for random cells in the interpreter (fuzz_cells.py).
 """
 
 import os
@@ -83,7 +83,7 @@ def own_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
 
 def once(rng: random.Random) -> tuple[str, str | None, int]:
     """One problem: what it is, what is wrong with it, how many programs were executed."""
-    kind = rng.choice([cell, readout, own_cell, own_cell, layer, layer, layer])
+    kind = rng.choice([cell, readout, own_cell, own_cell, own_cell, layer, layer, layer])
     shape, options, by_kernels, module = kind(rng)
     dtype, precision = rng.choice(KINDS)
     target, seed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6)
@@ -109,9 +109,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     budget, seed = float(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.randrange(10**6)
     torch.set_num_threads(1)
-    interpreted = [sys.executable, str(Path(__file__).with_name("fuzz_cells.py")), str(budget / 4), str(seed)]
+    interpreted = [sys.executable, str(Path(__file__).with_name("fuzz_cells.py")), str(budget / 3), str(seed)]
     wrong_cells = subprocess.run(interpreted).returncode != 0
-    rng, end = random.Random(seed), time.monotonic() + 3 * budget / 4
+    rng, end = random.Random(seed), time.monotonic() + 2 * budget / 3
     drawn, programs, failed = Counter[str](), 0, 0
     print(f"seed {seed}", flush=True)
     while time.monotonic() < end:
