@@ -21,12 +21,14 @@ class DeviceFigures(NamedTuple):
     wide_end: int = 100  # from the last sum of one chunk to the first of the next
     # Between SMs.
     barrier: int = 1500  # an arrival, and seeing it
+    store: int = 500  # until others can load what was stored
     l2_latency: int = 500
     l2_share: int = 24  # bytes, where every SM reads
     l2_most: int = 64  # bytes, where few do
     # Within an SM.
     shared_bytes: int = 128
     special_functions: int = 16  # exponentials, reciprocals
+    scattered: int = 300  # loads and stores of tiles smaller than a program, which go through shared memory
 
 
 # By compute capability, or by its first number alone: mma_rate, wide_rate, tensor_memory.

@@ -42,7 +42,7 @@ COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 # A wait this long means that a program is missing, or that another kernel keeps its place: communication may wait long for
 # another process (`launch.FREE_MULTIPROCESSORS` leaves room for it). A poll should take about a microsecond, not measured yet,
 # and all of them some fifteen seconds.
-_MAX_POLLS = tl.constexpr(1 << 24)
+MAX_POLLS = tl.constexpr(1 << 24)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def wait(counter_ptr, target, stall_ptr):
     while arrived < target:
         arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
         polls += 1
-        if polls == _MAX_POLLS:
+        if polls == MAX_POLLS:
             # Not tl.device_assert: the function call in it, never made, still serializes every wgmma of the kernel.
             tl.inline_asm_elementwise(
                 "st.volatile.u32 [$2], $1; membar.sys; trap; mov.u32 $0, $1;",

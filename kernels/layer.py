@@ -68,7 +68,7 @@ def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
     figures = device.device_figures(on)
     figures = figures._replace(sms=max(figures.sms - device.FREE_MULTIPROCESSORS, 1))
     config = search.choose(problem._replace(single_step=T == 1), figures, on)
-    if config.waits and T * config.programs > _MAX_ARRIVALS:
+    if config.waits and not config.in_band and T * config.programs > _MAX_ARRIVALS:
         return search.choose(problem._replace(stepwise=True), figures, on)
     return config
 
@@ -88,7 +88,8 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
     counters = stalled = None
     if waits:
         stalled = stall.word(launcher.kernel.__name__, on.type == "cuda")
-        counters = grid_sync.counters(config.groups, on)
+        if not config.in_band:
+            counters = grid_sync.counters(config.groups, on)
     programs = config.programs * config.groups
     try:
         # A grid that cannot all be resident is refused, not hung.
@@ -108,6 +109,12 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
             " multiprocessors, or launch none so: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
             " backend='triton-stepwise'"
         ) from error
+
+
+def mark_as_absent(exchanged: Tensor, config: SequenceConfig) -> None:
+    """Set all bits of what programs are going to exchange, where these say whether it is there: see `exchange`."""
+    if config.in_band and exchanged.shape[0] > 1:
+        exchanged.view({2: torch.int16, 4: torch.int32}[exchanged.itemsize]).fill_(-1)
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:
@@ -138,6 +145,7 @@ def config_arguments(config: SequenceConfig) -> dict[str, Any]:
         "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k,
         "IN_FLIGHT": config.in_flight,
+        "IN_BAND": config.in_band,
     }
 
 
@@ -189,6 +197,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         config = plan(problem, T, on)
         row = exchanged_row(H, dtype) if config.persistent else H
         h = new_states(x, time_major, T, B, D * row)
+        mark_as_absent(h, config)
         h0, c0 = aligned(inputs.h0), aligned(inputs.c0)
         h_n = torch.empty_like(h0) if segments.lengths is None else h0.clone()
         c_n = torch.empty_like(c0)

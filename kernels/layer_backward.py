@@ -23,6 +23,7 @@ from .layer import (
     index_type,
     launch,
     launches,
+    mark_as_absent,
     plan,
     pre_activations,
     recurrent_weights,
@@ -136,6 +137,7 @@ def _gate_gradients(
     problem = Problem("backward", B, H, D, dtype, precision, options.stepwise, found, gates is None, index == tl.int64)
     problem = problem._replace(cell=options.cell)
     config = plan(problem, T, on)
+    mark_as_absent(dz, config)
     p_hi, p_lo = probability(options.dropout)
     stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()
     arguments = dict(

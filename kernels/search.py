@@ -18,7 +18,7 @@ from . import interpreter
 from .config import MAX_REGISTERS, cdiv
 from .device import refuse_capture
 from .figures import DeviceFigures
-from .sequence_config import Problem, SequenceConfig, cost, registers, shared_memory, tensor_memory
+from .sequence_config import CHUNK_BYTES, Problem, SequenceConfig, cost, registers, shared_memory, tensor_memory
 from .specialization import KERNELS, compile_for
 
 # Compilations of one choice, in all and of kernels that run every step: about two seconds each.
@@ -28,9 +28,11 @@ MOST_COMPILATIONS, _MOST_PERSISTENT = 6, 4
 _FEW_WORDS, _SOME_WORDS = 8, 32
 _MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
-_TILES = tuple(itertools.product((16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
+_TILES = tuple(itertools.product((8, 16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
 # Of the exchanged state, for each thread to load at once: a quarter as many registers.
 _BYTES_IN_FLIGHT = (256, 192, 128)
+_IN_BAND = (True, False)  # how programs exchange their state: without a barrier, and with one
+_IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # straight into the registers of the product
 # More chunks are more code than is worth compiling; more round trips to the L2 cache take longer than a launch for each step.
 _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
 
@@ -41,7 +43,8 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     # On CUDA cores W_hh would have to be in registers; tf32x3 has three copies of it.
     if problem.on_tensor_cores and problem.precision != "tf32x3" and not problem.stepwise:
         for tile in _TILES:
-            found.update(c for c in _persistent(problem, device, *tile) if _fits(problem, c, device))
+            forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
+            found.update(c for c in forms if _fits(problem, c, device))
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
@@ -61,15 +64,27 @@ def _persistent(
         return
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
     split = (1, num_warps) if problem.way == "forward" else (num_warps,)
+    in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
     depths = (16, 32, 64, 128, 256, 512, 1024)
-    for split_k, block_k, bytes_each in itertools.product(split, depths, _BYTES_IN_FLIGHT):
+    for split_k, block_k, (in_band, bytes_each) in itertools.product(split, depths, in_flight):
         chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
-        free = device.shared_memory - chunks * chunk * problem.columns * block_h
+        free = device.shared_memory - (0 if in_band else chunks * chunk * problem.columns * block_h)
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
         if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once):
-            in_flight = cdiv(chunks, cdiv(chunks, at_once))
-            tile = (block_b, block_h, split_k, block_k, in_flight, programs, groups)
-            yield SequenceConfig(num_warps, 1, *tile, True, max_registers=MAX_REGISTERS)
+            tile = (block_b, block_h, split_k, block_k, cdiv(chunks, cdiv(chunks, at_once)), programs, groups)
+            yield SequenceConfig(num_warps, 1, *tile, True, in_band, max_registers=MAX_REGISTERS)
+
+
+def _has_form(problem: Problem, config: SequenceConfig) -> bool:
+    """Whether the kernels have code for it: in band by loads of 16 bytes (`exchange`), otherwise for 16 rows or more."""
+    if not config.in_band:
+        return config.block_b >= 16
+    itemsize = problem.dtype.itemsize
+    aligned = problem.H % (16 // itemsize) == 0 if problem.way == "forward" else 4 * problem.H * itemsize % 16 == 0
+    fragments = (
+        config.split_k > 1 and config.block_k * itemsize == CHUNK_BYTES and problem.columns * config.block_h >= 16
+    )
+    return config.waits and not problem.single_step and aligned and fragments
 
 
 def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
+from .exchange import fragment_rows, load_weight_fragments, rows_of_block, store_state
 from .gates import gate_rows, load_gates, split_gates, split_units, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
-from .splits import chunk_offsets, product_of_rows
+from .splits import chunk_offsets, product_of_arriving_rows, product_of_rows
 
 
 @triton.jit
@@ -33,6 +34,33 @@ def _load_split_weight_chunk(
     k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * H + k[:, :, None]
     return tl.load(w_ptr + offsets, mask=(k < H)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
+
+
+@triton.jit
+def _rows_before(
+    rows_b, t, lengths, resets, direction, T, B, y_ptr, h0_ptr, reset_h_ptr, HAS_LENGTHS: tl.constexpr,
+    stride_b, h_step_size, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b,
+    ROW: tl.constexpr, D: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the h before step t of batch rows rows_b, and whether it comes from outside of y."""
+    t_prev = t - 1 + 2 * direction
+    previous_ptr = y_ptr + t_prev * h_step_size
+    output_rows = rows_b.to(INDEX) * stride_b * D + direction
+    state_rows = direction.to(INDEX) * B + rows_b
+    begins = begins_at(t, lengths, T, direction, HAS_LENGTHS)
+    if not HAS_LENGTHS:
+        h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * ROW
+    else:
+        # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
+        begins |= (t_prev < 0) | (t_prev >= T)
+        h_rows = tl.where(begins, h0_ptr + state_rows * ROW, previous_ptr + output_rows * ROW)
+    if resets is not None:
+        reset_h_rows = reset_state_rows(
+            reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW
+        )
+        h_rows = tl.where(resets, reset_h_rows, h_rows)
+        begins = begins | resets
+    return h_rows, begins
 
 
 @triton.jit
@@ -86,8 +114,8 @@ def _lstm_sequence_forward_kernel(
     gates_ptr,  # [T, B, D, H, 4] out, or None
     seed_ptr,  # [1] of dropout, or None
     dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
-    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another
-    stall_ptr,  # [1] the word of `stall.word`, or None likewise
+    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another, or IN_BAND
+    stall_ptr,  # [1] the word of `stall.word`, or None when no program waits for another
     # sizes
     T, B, first_step, last_step,
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
@@ -95,10 +123,11 @@ def _lstm_sequence_forward_kernel(
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
-    # STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep
+    # STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep; IN_BAND: h is
+    # exchanged without a barrier (exchange.py), and all bits of y are set before
     FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr, IN_BAND: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -118,7 +147,14 @@ def _lstm_sequence_forward_kernel(
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
     weights = ()
-    if RESIDENT:
+    if IN_BAND:
+        gate_blocks = ()
+        for block in tl.static_range(BLOCK_H // 2):
+            n = fragment_rows(4 * first_unit + 8 * block, SPLIT_K)
+            n = tl.minimum((n % 4) * H + n // 4, 4 * H - 1)
+            gate_blocks = gate_blocks + (w_ptr + n.to(tl.int64) * H,)  # type: ignore[assignment]
+        weights = load_weight_fragments(gate_blocks, H, SPLIT_K, BLOCK_K, CHUNKS)
+    elif RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
                 _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, BLOCK_K)
@@ -139,6 +175,14 @@ def _lstm_sequence_forward_kernel(
     c_state_offsets = state_rows[:, None] * (STATES * H) + offs_c[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
     last_arrival = (last_step - first_step) * PROGRAMS - 1
+    # Of h this thread loads its rows of each eight, or the program all of them.
+    gathered, row_ends = (rows_b,), (lengths,)
+    if IN_BAND:
+        gathered, row_ends = (), ()
+        for block in tl.static_range(BLOCK_B // 8):
+            block_rows = tl.minimum(fragment_rows((group // D) * BLOCK_B + 8 * block, SPLIT_K), B - 1)
+            gathered = gathered + (block_rows,)  # type: ignore[assignment]
+            row_ends = row_ends + (row_lengths(lengths_ptr, block_rows, T),)  # type: ignore[assignment]
 
     c = tl.load(c_in_ptr + c_state_offsets, mask=mask_c, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
@@ -152,20 +196,18 @@ def _lstm_sequence_forward_kernel(
     # of W_hh in shared memory would take a register.
     for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = step + direction * (T - 1 - 2 * step)
-        t_prev = t - 1 + 2 * direction
-        begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
-        previous_ptr = y_ptr + t_prev * h_step_size
-        if lengths_ptr is None:
-            h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * ROW
-        else:
-            # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
-            begins |= (t_prev < 0) | (t_prev >= T)
-            h_rows = tl.where(begins, h0_ptr + state_rows * ROW, previous_ptr + output_rows * ROW)
+        h_rows, awaits = (), ()
+        for k in tl.static_range(len(gathered)):
+            cleared = None
+            if resets_ptr is not None:
+                cleared = rows_of_block(resets, k, SPLIT_K) if IN_BAND else resets
+            pointers, from_outside = _rows_before(
+                gathered[k], t, row_ends[k], cleared, direction, T, B, y_ptr, h0_ptr, reset_h_ptr, lengths_ptr is not None,
+                stride_b, h_step_size, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW, D, INDEX,
+            )  # fmt: skip
+            h_rows = h_rows + (pointers,)  # type: ignore[assignment]
+            awaits = awaits + (tl.broadcast_to(tl.where(from_outside, 0, -1), pointers.shape),)  # type: ignore[assignment]
         if resets_ptr is not None:
-            reset_h_rows = reset_state_rows(
-                reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW
-            )
-            h_rows = tl.where(resets, reset_h_rows, h_rows)
             reset_c_rows = reset_state_rows(
                 reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, STATES * H
             )
@@ -188,8 +230,11 @@ def _lstm_sequence_forward_kernel(
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
-        if SPLIT_K > 1:
-            z = product_of_rows(h_rows, None, weights, ROW, IN_FLIGHT, PRECISION, ACC)
+        if IN_BAND:
+            z = product_of_arriving_rows(h_rows, awaits, stall_ptr, weights, ROW, IN_FLIGHT, PRECISION, ACC)
+            z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
+        elif SPLIT_K > 1:
+            z = product_of_rows(h_rows[0], None, weights, ROW, IN_FLIGHT, PRECISION, ACC)
             z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
         else:
             z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
@@ -200,7 +245,7 @@ def _lstm_sequence_forward_kernel(
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
                             state = state + (  # type: ignore[assignment]
-                                _load_state_chunk(h_rows, (first + k) * BLOCK_K, ROW, BLOCK_K),
+                                _load_state_chunk(h_rows[0], (first + k) * BLOCK_K, ROW, BLOCK_K),
                             )
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
@@ -208,7 +253,7 @@ def _lstm_sequence_forward_kernel(
             else:
                 for k in range(0, H, BLOCK_K):
                     w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
-                    h_prev = _load_state_chunk(h_rows, k, ROW, BLOCK_K)
+                    h_prev = _load_state_chunk(h_rows[0], k, ROW, BLOCK_K)
                     z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
             z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
@@ -225,10 +270,14 @@ def _lstm_sequence_forward_kernel(
         h = h.to(y_ptr.dtype.element_ty)
         if ROW != H:
             h = tl.where((offs_h < H)[None, :], h, 0.0)  # not so by itself: an infinite state times W's zeros is NaN
-        tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_b[:, None] & (offs_h < ROW)[None, :])
+        mask_h = mask_b[:, None] & (offs_h < ROW)[None, :]
+        if IN_BAND:
+            store_state(y_ptr + t * h_step_size, h, output_rows * ROW, offs_h, mask_h)
+        else:
+            tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_h)
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)  # first let the others go on, then save
-        else:
+        elif not IN_BAND:
             tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
 
         if c_ptr is not None:

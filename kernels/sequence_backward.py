@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
+from .exchange import fragment_rows, load_weight_fragments, store_gates_of_units
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
-from .splits import chunk_offsets, load_rows_chunk, product_of_rows, sum_of_splits
+from .splits import chunk_offsets, load_rows_chunk, product_of_arriving_rows, product_of_rows, sum_of_splits
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def _lstm_sequence_backward_kernel(
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    IN_BAND: tl.constexpr,
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
@@ -106,7 +108,16 @@ def _lstm_sequence_backward_kernel(
     weights = ()
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
-    if RESIDENT:
+    if IN_BAND:
+        unit_blocks, blocks = (), ()
+        for block in tl.static_range(BLOCK_H // 8):
+            units = w_ptr + fragment_rows(first_unit + 8 * block, SPLIT_K)
+            unit_blocks = unit_blocks + (units,)  # type: ignore[assignment]
+        for block in tl.static_range(BLOCK_B // 8):
+            block_rows = tl.minimum(fragment_rows((group // D) * BLOCK_B + 8 * block, SPLIT_K), B - 1)
+            blocks = blocks + ((block_rows.to(INDEX) * stride_b * D + direction) * (4 * H),)  # type: ignore[assignment]
+        weights = load_weight_fragments(unit_blocks, 4 * H, SPLIT_K, BLOCK_K, CHUNKS, H, H * H)
+    elif RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
                 _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H, SPLIT_K, BLOCK_K),
@@ -181,7 +192,19 @@ def _lstm_sequence_backward_kernel(
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
 
         next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
-        if RESIDENT:
+        if IN_BAND:
+            # In the first step there is nothing to gather, and what is loaded is not used.
+            source = dz_ptr + tl.where(step > 0, t_next, t) * step_size * 4
+            next_blocks, awaits = (), ()
+            for block in tl.static_range(BLOCK_B // 8):
+                next_blocks = next_blocks + (source + blocks[block],)  # type: ignore[assignment]
+                waits = tl.where(step > 0, -1, 0)
+                awaits = awaits + (tl.broadcast_to(waits, blocks[block].shape),)  # type: ignore[assignment]
+            dh_next = product_of_arriving_rows(
+                next_blocks, awaits, stall_ptr, weights, 4 * H, IN_FLIGHT, PRECISION, ACC
+            )
+            dh_next = tl.where(step > 0, dh_next, 0.0)
+        elif RESIDENT:
             dh_next = product_of_rows(next_rows, step > 0, weights, 4 * H, IN_FLIGHT, PRECISION, ACC)
         else:
             parts = tl.zeros((SPLIT_K, BLOCK_B, BLOCK_H), ACC)
@@ -212,10 +235,14 @@ def _lstm_sequence_backward_kernel(
             dz_o = tl.where(active, dz_o, 0.0)
             dc_prev = tl.where(active, dc_prev, dc)
         dz_t = dz_ptr + t * step_size * 4
-        store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS)
+        if IN_BAND:
+            dz_units = dz_t + (output_rows[:, None] * (4 * H) + 4 * offs_h[None, :])
+            store_gates_of_units(dz_units, dz_i, dz_f, dz_g, dz_o, mask_b[:, None] & mask_h[None, :])
+        else:
+            store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS)
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)
-        else:
+        elif not IN_BAND:
             tl.debug_barrier()  # a program that is alone with its rows reads its own dz in the next step
 
         if resets_ptr is not None:

@@ -11,6 +11,9 @@ import torch
 from .config import LaunchConfig, cdiv, uses_tensor_cores
 from .figures import DeviceFigures
 
+# Of the inner dimension, for each warp and chunk, where state is exchanged without a barrier: 16 for each of four threads.
+CHUNK_BYTES = 64
+
 
 class Problem(NamedTuple):
     """What a configuration depends on, besides the device: B batch rows, H units and D directions, "forward" or "backward".
@@ -53,7 +56,7 @@ class SequenceConfig(LaunchConfig):
     A program owns block_b rows x block_h units; the recurrent product takes chunks of split_k x block_k of its inner dimension
     (H forward, 4H backward). persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups (row
     blocks times directions) of `programs` programs exchange their state, and load in_flight chunks of it at once; otherwise
-    one launch computes one step.
+    one launch computes one step. in_band: they exchange it without a barrier (exchange.py), and W_hh stays in registers.
     """
 
     block_b: int
@@ -64,6 +67,7 @@ class SequenceConfig(LaunchConfig):
     programs: int
     groups: int
     persistent: bool
+    in_band: bool = False
 
     @property
     def waits(self) -> bool:  # for one another, in a launch of several steps
@@ -86,6 +90,8 @@ def shared_memory(problem: Problem, config: SequenceConfig) -> int:
     """Bytes of a program: W_hh, and in one place the chunks in flight or the sums on their way between threads."""
     chunk, columns = config.split_k * config.block_k * problem.dtype.itemsize, problem.columns * config.block_h
     state, sums = config.in_flight * config.block_b * chunk, 4 * config.split_k * config.block_b * columns
+    if config.in_band:
+        return sums
     return config.chunks(problem.inner) * chunk * columns + max(state, sums)
 
 
@@ -104,11 +110,12 @@ def tensor_memory(problem: Problem, config: SequenceConfig, device: DeviceFigure
 
 def registers(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
     """Those of a thread that grow with tile and chunks, to compare candidates by: the chunks in flight, the sums, c, the gates
-    of this step and the next, and for mma.sync a chunk of W_hh."""
+    of this step and the next, and for mma.sync a chunk of W_hh, or all of it."""
     itemsize, columns = problem.dtype.itemsize, problem.columns * config.block_h
     depth, tile = config.split_k * config.block_k, config.block_b * config.block_h
     state, sums = config.in_flight * config.block_b * depth * itemsize / 4, config.split_k * config.block_b * columns
     weights = 0 if is_wide(problem, config, device) else depth * columns * itemsize / 4
+    weights *= config.chunks(problem.inner) if config.in_band else 1
     return (state + sums + (2 * itemsize + 1) * tile + weights) / (32 * config.num_warps)
 
 
@@ -120,10 +127,10 @@ def readers_of_weights(problem: Problem, config: SequenceConfig, device: DeviceF
 
 
 def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
-    """Cycles of a step of a launch of all steps, by a model: the barrier between programs; the latency of the L2 cache for each
-    round of loads, and its throughput; the slowest of shared memory, from which tensor cores take W_hh, the cores themselves,
-    and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends before the next begins; the way of the
-    sums through shared memory; the gates."""
+    """Cycles of a step of a launch of all steps, by a model: the barrier between programs, or the way of what they store to the
+    L2 cache; the cache's latency for each round of loads, and its throughput; the slowest of shared memory, from which tensor
+    cores take W_hh, the cores themselves, and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends
+    before the next begins; the way of the sums through shared memory; the gates."""
     chunks, columns = config.chunks(problem.inner), problem.columns * config.block_h
     row_bytes = chunks * config.split_k * config.block_k * problem.dtype.itemsize
     launched = config.programs * config.groups
@@ -133,10 +140,14 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
     products, chain = config.block_b * columns * row_bytes / 2 / rate, row_bytes / config.split_k / 32 * latency
     chain += chunks * device.wide_end if wide else 0
     state = config.block_b * row_bytes / min(device.l2_share * share, device.l2_most)
-    # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's.
-    gates = 10 * max(config.block_b * config.block_h, 32 * config.num_warps) / device.special_functions
-    latencies = (device.barrier if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
-    weights = readers_of_weights(problem, config, device) * columns * row_bytes / device.shared_bytes
+    # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's, and
+    # what it loads and stores goes through shared memory.
+    tile, threads = config.block_b * config.block_h, 32 * config.num_warps
+    gates = 10 * max(tile, threads) / device.special_functions + (device.scattered if tile < threads else 0)
+    exchange = device.store if config.in_band else device.barrier
+    latencies = (exchange if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
+    readers = 0 if config.in_band else readers_of_weights(problem, config, device)
+    weights = readers * columns * row_bytes / device.shared_bytes
     sums = 8 * config.split_k * config.block_b * columns / device.shared_bytes
     step = latencies + state + max(weights, products, chain) + sums + gates
     return step * cdiv(launched, device.sms)  # programs that are alone with their rows may queue

@@ -51,7 +51,8 @@ def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[An
     pointers = POINTERS[problem.way].items()
     absent = {name for feature, names in pointers if feature not in problem.features for name in names}
     absent |= set() if problem.D == 2 else {"w_reverse_ptr"}
-    absent |= set() if waits else {"counters_ptr", "stall_ptr"}
+    absent |= set() if waits else {"stall_ptr"}
+    absent |= set() if waits and not config.in_band else {"counters_ptr"}
     values = dict(
         stride_dy_h=0 if "dy_ptr" in absent else 1,
         FORWARD=forward_of(problem.cell),
@@ -70,6 +71,7 @@ def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[An
         SPLIT_K=config.split_k,
         BLOCK_K=config.block_k,
         IN_FLIGHT=config.in_flight,
+        IN_BAND=config.in_band,
         **dict.fromkeys(absent),
     )
 

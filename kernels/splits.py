@@ -7,6 +7,8 @@ all warps then meet. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension, a par
 import triton
 import triton.language as tl
 
+from .exchange import load_fragments
+
 
 @triton.constexpr_function
 def _bits(number):
@@ -36,7 +38,7 @@ def load_rows_chunk(rows, exists, chunk, N: tl.constexpr, SPLIT_K: tl.constexpr,
 @triton.jit
 def product_of_rows(
     rows, exists, weights, N: tl.constexpr, IN_FLIGHT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+):
     """[rows, columns]: rows of N elements in memory, as `load_rows_chunk` takes them, times weights, a tuple of chunks
     [SPLIT_K, BLOCK_K, columns]."""
     CHUNKS: tl.constexpr = len(weights)
@@ -55,6 +57,40 @@ def product_of_rows(
             if first + k < CHUNKS:
                 parts = tl.dot(state[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)
     return sum_of_splits(parts, SPLIT_K, BLOCK_B, COLUMNS)
+
+
+@triton.jit
+def product_of_arriving_rows(
+    rows,
+    waits,
+    stall_ptr,
+    weights,
+    N: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`product_of_rows` of rows that other programs store meanwhile, as `load_fragments` takes them; weights in registers."""
+    CHUNKS: tl.constexpr = len(weights)
+    SPLIT_K: tl.constexpr = weights[0].shape[0]
+    BLOCK_K: tl.constexpr = weights[0].shape[2]
+    BLOCK_B: tl.constexpr = 8 * len(rows)
+    COLUMNS: tl.constexpr = weights[0].shape[1]
+    parts = tl.zeros((SPLIT_K, COLUMNS, BLOCK_B), ACC)
+    for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
+        state = load_fragments(
+            rows,
+            waits,
+            first,
+            stall_ptr,
+            weights[0].dtype,
+            N,
+            BLOCK_K,
+            IN_FLIGHT if first + IN_FLIGHT <= CHUNKS else CHUNKS - first,
+        )
+        for k in tl.static_range(len(state)):
+            parts = tl.dot(weights[first + k], state[k], parts, input_precision=PRECISION, out_dtype=ACC)
+    return tl.trans(sum_of_splits(parts, SPLIT_K, COLUMNS, BLOCK_B))
 
 
 @triton.jit

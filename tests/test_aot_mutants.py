@@ -27,6 +27,9 @@ def _find_mutants():
     from support.aot_sequence import Case, choose, faults, loads_of_a_step
     from support.barrier_lint import lint_grid_barrier, loads_behind_grid_barrier
 
+    from lstm_triton.kernels import search
+
+    search._IN_BAND = (False,)
     for way in ("forward", "backward"):
         case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
         assert lint_grid_barrier(choose(case, 90).report) == []
@@ -60,9 +63,9 @@ def _waiting_after_the_loads(way, source):
 
 
 def _loading_weights_in_every_step(source):
-    load = re.search(r"    if RESIDENT:\n        for chunk in [\s\S]*?\n            \)\n", source)[0]
-    product = re.search(r"        if (SPLIT_K > 1|RESIDENT):\n            \w+ = product_of_rows", source)[0]
-    again = "        weights = ()\n" + re.sub(r"^", "    ", load, flags=re.MULTILINE).rstrip(" ")
+    load = re.search(r"    el(if RESIDENT:\n        for chunk in [\s\S]*?\n            \)\n)", source)[1]
+    product = re.search(r"        if IN_BAND:\n            (z = |# In the first step)", source)[0]
+    again = "        weights = ()\n" + re.sub(r"^(?=.)", "    ", "    " + load, flags=re.MULTILINE)
     return source.replace(product, again + product)
 
 
@@ -78,8 +81,8 @@ def _computing_another_exponential(source):
 
 def _loading_resets_on_the_way_to_the_product(source):
     load = re.search(r"    resets = resets_at\(t, .*\n", source)[0]
-    use = "            reset_h_rows = reset_state_rows("
-    return source.replace(use, 12 * " " + load.lstrip() + use)
+    use = "        h_rows, awaits = (), ()\n"
+    return source.replace(use, 8 * " " + load.lstrip() + use)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": T
 def few_units_per_program(monkeypatch):
     """Small layers are shared by several programs, as large ones are: 8 units each, and 16 rows a group."""
     monkeypatch.setattr(search, "_TILES", [(16, 8, 8)])
+    monkeypatch.setattr(search, "_IN_BAND", (False,))
     monkeypatch.setattr(search, "remembered", {})
 
 

@@ -99,7 +99,9 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
         if report.arch == 90 and wide and not report.counts["HGMMA"]:
             yield "no wgmma"
     # The compiler lays operands out for the narrowest type loaded on the way to them: anything else costs a move per element.
-    if other := set(re.findall(r"kWidth = (\d+)", report.ttgir)) - {str(max(4 // case.dtype.itemsize, 1))}:
+    # Where state is exchanged in band, for two words.
+    width = max(4 // case.dtype.itemsize, 1) * (2 if config.in_band else 1)
+    if other := set(re.findall(r"kWidth = (\d+)", report.ttgir)) - {str(width)}:
         yield f"operands laid out for elements of another width: kWidth {other}"
     if not config.persistent:
         return
@@ -114,6 +116,17 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
         yield f"{report.tensor_memory} columns of tensor memory, of which {report.blocks_per_sm()} blocks may share an SM's 512"
     exchanged, own = loads_of_a_step(case, config)
     exact = case.features == ("training",) and case.H % 16 == 0
+    loads = [i.text for i in report.in_loops if i.opcode in ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")]
+    if config.in_band:
+        # What is exchanged is loaded by strong loads, once; where there are features, resets and lengths are loaded as well.
+        strong = [text for text in loads if ".128.STRONG.GPU" in text]
+        if not exchanged[0] <= len(strong) <= exchanged[-1]:
+            yield f"{len(strong)} loads of the exchanged state, not {' to '.join(map(str, exchanged))}"
+        if report.counts["MEMBAR"] > 1 or any("RED" in i.opcode or "ATOM" in i.opcode for i in report.in_loops):
+            yield "a barrier between programs beside an exchange that needs none"
+        if exact and len(loads) - len(strong) != own:
+            yield f"{len(loads) - len(strong)} loads in the time loop, not {own}: is W_hh among them?"
+        return
     if waits:
         yield from lint_grid_barrier(report)
         # Features and odd rows make more loads of it, never fewer.
@@ -124,7 +137,6 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
         rounds = config.rounds(case.problem.inner)
         if case.features == ("training",) and (len(loaded) > 2 * rounds - 1 or loaded[0] < exchanged[0] // rounds):
             yield f"{loaded} loads at once, in more than {rounds} rounds"
-    loads = [i.text for i in report.in_loops if i.opcode in ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")]
     data = [text for text in loads if ".STRONG.GPU" not in text]
     polls = len(loads) - len(data)
     if polls > (2 if waits else 0):

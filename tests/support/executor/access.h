@@ -2,7 +2,8 @@
 //
 // Two accesses to a byte, of which one writes, are a race unless one happens before the other. Inside a program a CTA barrier
 // orders all threads and a warp barrier those of its warp; between programs a release orders what its thread and, behind a
-// barrier, its program have done before everything behind the acquire that reads it. Two strong accesses are no race.
+// barrier, its program have done before everything behind the acquire that reads it. Two strong accesses of one size are no race:
+// they are atomic, and aligned, so of one address. They order nothing, but a value may say itself that it has been written.
 
 // ---- order between programs: vector clocks, each entry the epochs of a program of which everything has been seen ----
 
@@ -40,6 +41,7 @@ static int ordered(const Warp *w, int lane, const Access *a) {
     if (thread / 1024 != me / 1024) return a->epoch < seen_epoch(w, lane, thread / 1024);
     return a->epoch < w->program->epoch || (thread / 32 == me / 32 && a->sync < w->sync);
 }
+// strong: the bytes of an element where the access is, or 0.
 static Access access_now(const Warp *w, int lane, int strong) {
     return (Access){number_of(w, lane), w->program->epoch, w->sync, strong, 0};
 }
@@ -70,7 +72,7 @@ static void global_read(Warp *w, int lane, const Instruction *i, u64 address, u3
     const Access now = access_now(w, lane, strong);
     for (u64 k = address - t->start; k < address - t->start + size; k++) {
         GlobalByte *b = &t->bytes[k];
-        if (b->write.thread && !(strong && b->write.strong) && !ordered(w, lane, &b->write)) {
+        if (b->write.thread && !(strong && strong == b->write.strong) && !ordered(w, lane, &b->write)) {
             global_race(w, lane, i, t, k, "reads what is written", &b->write);
             b->write.thread = 0;
         }
@@ -89,9 +91,9 @@ static void global_write(Warp *w, int lane, const Instruction *i, u64 address, u
         GlobalByte *b = &t->bytes[k];
         const Access *bad = 0;
         const char *what = "writes what is read";
-        if (b->read.thread && !(strong && b->read.strong) && (!ordered(w, lane, &b->read) || (b->read.several && b->read.epoch == w->program->epoch && (b->read.thread - 1) / 1024 == w->program->number))) bad = &b->read;
-        if (b->other.thread && !(strong && b->other.strong) && !ordered(w, lane, &b->other)) bad = &b->other;
-        if (b->write.thread && !(strong && b->write.strong) && !ordered(w, lane, &b->write)) bad = &b->write, what = "writes what is written";
+        if (b->read.thread && !(strong && strong == b->read.strong) && (!ordered(w, lane, &b->read) || (b->read.several && b->read.epoch == w->program->epoch && (b->read.thread - 1) / 1024 == w->program->number))) bad = &b->read;
+        if (b->other.thread && !(strong && strong == b->other.strong) && !ordered(w, lane, &b->other)) bad = &b->other;
+        if (b->write.thread && !(strong && strong == b->write.strong) && !ordered(w, lane, &b->write)) bad = &b->write, what = "writes what is written";
         if (bad && b->write.thread && ((u8 *)address)[n] == value[n]) { // changes nothing, and is as if it had not been
             M.launch->benign++;
             continue;

@@ -44,8 +44,8 @@ class Program:
 
     @property
     def waits(self) -> bool:
-        """Whether its programs may wait for each other: whether it acquires."""
-        return any(".acq" in s.opcode for s in self.kernel.statements)
+        """Whether its programs may wait for each other: whether it acquires, or loads what may change meanwhile."""
+        return any(".acq" in s.opcode or s.opcode.startswith("ld.relaxed") for s in self.kernel.statements)
 
     @property
     def uses_tensor_memory(self) -> bool:

@@ -104,7 +104,7 @@ def _load_or_store(e: Encoder, s: Statement, found: re.Match) -> None:
         SIZES[type_],
         count,
         int(type_[0] == "s"),
-        int(strong),
+        SIZES[type_] if strong else 0,
         int(releases or acquires),
         (bytes_ == 4) << position | size << 16,
     )

@@ -1,6 +1,6 @@
 // Instructions that access memory.
 
-// value: offset, space (0 global, 1 shared, 2 generic), bytes of an element, elements, signed, strong, acquires
+// value: offset, space (0 global, 1 shared, 2 generic), bytes of an element, elements, signed, strong (those bytes, or 0), acquires
 static int shared_address(const Instruction *i, u64 address) { return i->value[1] == 1 || (i->value[1] == 2 && address < 1ull << 32); }
 static u64 address_of(Warp *w, const Instruction *i, int k, int lane) {
     const Operand *o = operand(i, k);
@@ -92,10 +92,10 @@ static int atomic_add(Warp *w, const Instruction *i, u32 mask) {
     EACH(l, mask) {
         const u64 address = address_of(w, i, result, l) + (i64)i->value[0], term = get_lane(w, operand(i, result + 1), l, bytes);
         u64 old = 0, sum;
-        global_read(w, l, i, address, bytes, 1);
+        global_read(w, l, i, address, bytes, bytes);
         memcpy(&old, (u8 *)address, bytes);
         sum = i->value[4] == 2 ? (old >= term ? 0 : old + 1) : i->value[4] ? bits_f32(as_f32(old) + as_f32(term)) : old + term;
-        global_write(w, l, i, address, bytes, (u8 *)&sum, 1);
+        global_write(w, l, i, address, bytes, (u8 *)&sum, bytes);
         if (i->value[5]) publish(w, l, address);
         memcpy((u8 *)address, &sum, bytes);
         if (i->value[6]) acquire(w, l, address);

@@ -1,0 +1,193 @@
+"""Programs that exchange their state without a barrier, as compiled code, and mutants of what they do, which have to show."""
+
+import math
+import re
+
+import pytest
+import torch
+from support import executor, layers
+
+from lstm_triton import functional
+from lstm_triton.kernels import interpreter, search, stall
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.long,
+    pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
+]
+
+FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
+FP16 = {"dtype": torch.float16}
+BF16 = {"dtype": torch.bfloat16}
+TF32 = {"dtype": torch.float32, "precision": "tf32"}
+SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
+
+
+@pytest.fixture(autouse=True)
+def in_band(monkeypatch):
+    """Small layers are shared by several programs, as large ones are: 16 units each, and 8 rows a group."""
+    monkeypatch.setattr(search, "_TILES", [(8, 16, 4)])
+    monkeypatch.setattr(search, "_IN_BAND", (True,))
+    monkeypatch.setattr(search, "remembered", {})
+
+
+def _results(problem, recompute=False):
+    results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
+    assert all(config.in_band for config in search.remembered.values())
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(T=3, B=10, I=3, H=36, D=2, **TF32),  # a last chunk that is cut off, a last program of four units
+        dict(T=4, B=3, I=4, H=72, **BF16),
+        dict(T=2, B=9, I=3, H=24, D=2, **FP16),
+        dict(T=5, B=9, I=3, H=40, D=2, **SEGMENTS, **BF16),
+        dict(T=4, B=4, I=3, H=40, **SEGMENTS, **TF32),
+    ],
+    ids=["tf32", "bf16", "two steps", "segments, bf16", "segments, tf32"],
+)
+def test_programs_compute_what_the_reference_does(options, device, count_launches):
+    problem = layers.draw(**options, device=device)
+    results = _results(problem)
+    launches = count_launches()
+    assert launches[FORWARD] == launches[BACKWARD] == 1
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+@pytest.mark.parametrize("tile", [(16, 8, 4), (16, 16, 8), (32, 16, 4)], ids=str)
+def test_other_tiles(tile, monkeypatch, device):
+    monkeypatch.setattr(search, "_TILES", [tile])
+    monkeypatch.setattr(search, "_IN_BAND", (True, False))  # eight units are too few backward
+    problem = layers.draw(T=3, B=18, I=3, H=48, **BF16, device=device)
+    results = layers.by_kernels(problem, "triton-persistent")
+    assert any(config.in_band for config in search.remembered.values())
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+def test_the_state_is_loaded_in_rounds(monkeypatch, device):
+    """Whatever is asked for at once, the products are summed in one order."""
+    problem = layers.draw(T=3, B=3, I=3, H=320, **FP16, device=device)
+    results = []
+    for most in ((384,), (48,)):
+        monkeypatch.setattr(search, "remembered", {})
+        monkeypatch.setattr(search, "_IN_FLIGHT_IN_BAND", most)
+        results.append(_results(problem))
+        rounds = [config.rounds(320 if key[0].way == "forward" else 1280) for key, config in search.remembered.items()]
+        assert max(rounds) == (1 if most == (384,) else 4)
+    for name, one, many in zip(problem.names, *results):
+        assert torch.equal(one, many), name
+    layers.assert_as_accurate_as_torch(results[0], problem)
+
+
+def test_a_single_step_waits_for_nothing(device):
+    problem = layers.draw(T=1, B=3, I=3, H=32, D=2, **BF16, device=device)
+    layers.assert_as_accurate_as_torch(layers.by_kernels(problem, "triton-persistent"), problem)
+
+
+def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launches):
+    from lstm_triton.kernels import layer_backward
+
+    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(0, 3), (3, 6), (6, 7)])
+    problem = layers.draw(T=7, B=3, I=3, H=32, D=2, **SEGMENTS, **TF32, device=device)
+    results = _results(problem, recompute=True)
+    assert count_launches()[BACKWARD] == 3
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+@pytest.mark.parametrize("kind", [BF16, FP16, TF32], ids=["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("bits", ["all set", "NaN", "infinite"])
+def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, bits, device):
+    """Bits all set are those of what is not there yet. They are NaN, and what follows from them is, in the same places."""
+    T, B, H, dtype = 4, 9, 32, kind["dtype"]
+    x, h0, c0 = torch.randn(T, B, 3), torch.rand(1, B, H), torch.rand(1, B, H)
+    weights = [torch.randn(4 * H, n).to(dtype) / math.sqrt(H) for n in (3, H)]
+    x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
+    words = h0.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    for row in (1, 8):
+        if bits == "all set":
+            words[0, row, 2:9] = -1
+        else:
+            h0[0, row, 5] = x[2, row - 1, 1] = math.nan if bits == "NaN" else -math.inf
+    tensors = [t.to(device).requires_grad_() for t in (x, h0, c0, *weights)]
+    found = []
+    for backend in ("triton-persistent", "triton-stepwise"):
+        y, states = functional.lstm(
+            tensors[0], tuple(tensors[1:3]), tensors[3:], backend=backend, precision=kind.get("precision")
+        )
+        gradients = torch.autograd.grad((y, *states), tensors, [torch.ones_like(t) for t in (y, *states)])
+        found.append([y.detach(), *(t.detach() for t in states), *gradients])
+    assert all(config.in_band for key, config in search.remembered.items() if not key[0].stepwise)
+    for one, many in zip(*found):
+        assert torch.equal(one.isnan(), many.isnan())
+        torch.testing.assert_close(one, many, rtol=0.05, atol=0.02, equal_nan=True)
+    assert found[0][0][:, 2:7].isfinite().all() and found[0][0].isnan().any() == (bits != "infinite")
+
+
+# ---- mutants ---------------------------------------------------------------------------------------------------------
+
+STORE = r"@stores st\.relaxed\.gpu\.global(\S*)\.b32"
+SOME_PROGRAMS = (
+    r".reg .b32 program; .reg .pred here; mov.u32 program, %ctaid.x; setp.ne.u32 here, program, 1;"
+    r" and.pred stores, stores, here; \g<0>"
+)
+RACES = {
+    "weak stores": (STORE, r"@stores st.global\1.b32"),
+    "weak loads": (r"ld\.relaxed\.gpu\.global\.v4", "ld.global.v4"),
+    "stores for the program alone": (STORE, r"@stores st.relaxed.cta.global\1.b32"),
+}
+
+
+@pytest.fixture
+def run(executed):
+    """run(kernel, pattern, replacement): the results of a layer, one of whose kernels is so changed, and the problem."""
+    if executed is None:
+        pytest.skip("the executor reports mutants; a GPU would wait, or compute anything")
+    problem = layers.draw(T=4, B=3, I=4, H=64, **BF16)
+
+    def run_changed(kernel, pattern, replacement):
+        def change(name, ptx):
+            if name == kernel:
+                ptx, found = re.subn(pattern, replacement, ptx)
+                assert found, pattern
+            return ptx
+
+        executed.change = change
+        return _results(problem), problem
+
+    return run_changed
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("mutant", RACES)
+def test_accesses_that_are_not_morally_strong_are_races(kernel, mutant, run):
+    with pytest.raises(executor.KernelFault) as error:
+        run(kernel, *RACES[mutant])
+    assert {report.kind for report in error.value.reports} == {"race in global memory"}
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+def test_without_waiting_results_are_wrong(kernel, run):
+    results, problem = run(kernel, r"@there bra done", "bra done")
+    with pytest.raises(AssertionError):
+        layers.assert_as_accurate_as_torch(results, problem)
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+def test_a_wait_without_end_is_reported_with_its_line(kernel, run):
+    with pytest.raises(executor.KernelFault) as error:
+        run(kernel, STORE, SOME_PROGRAMS)
+    assert {report.kind for report in error.value.reports} == {"deadlock"}
+    assert any("splits.py" in report.statement.source for report in error.value.reports)
+
+
+def test_a_wait_without_end_traps_on_a_gpu(run, executed):
+    """The polls are counted, and the last one allowed stores the word that names the kernel, then traps."""
+    try:
+        with pytest.raises(RuntimeError) as error:
+            run(FORWARD, rf"{STORE}|\b16777216\b", lambda m: "19" if m[0] == "16777216" else m.expand(SOME_PROGRAMS))
+        assert str(error.value).startswith(f"lstm_triton: {FORWARD} timed out")
+        assert {report.kind for report in error.value.__cause__.reports} == {"trap"}
+    finally:
+        stall.word(FORWARD, False).zero_()
