@@ -1,8 +1,8 @@
-"""Names the kernel that timed out at the grid barrier.
+"""Names the kernel that timed out while it waited.
 
-A kernel that waits too long (`grid_sync.wait`) stops the device with a trap. CUDA then reports only an "unspecified launch
-failure", from whichever call comes next. Before the trap the kernel therefore writes to a word of pinned host memory, which
-outlives the CUDA context. The next layer names the kernel, or else the end of the process does.
+A kernel that waits too long (`grid_sync.wait`, `exchange.load_fragments`) stops the device with a trap. CUDA then reports only
+an "unspecified launch failure", from whichever call comes next. Before the trap the kernel therefore writes to a word of pinned
+host memory, which outlives the CUDA context. The next layer names the kernel, or else the end of the process does.
 """
 
 import atexit
@@ -36,7 +36,7 @@ def message() -> str | None:
     if not kernels:
         return None
     return (
-        f"lstm_triton: {kernels} timed out at the grid barrier, waiting for a program of the same launch, and stopped with a"
+        f"lstm_triton: {kernels} timed out, waiting for a program of the same launch, and stopped with a"
         " trap. The CUDA context of this process is lost. backend='triton-stepwise' computes the same without waiting."
     )
 

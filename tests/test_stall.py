@@ -1,4 +1,4 @@
-"""A kernel that timed out at the grid barrier is named: by its layer, by the next one, and at the end of the process."""
+"""A kernel that timed out while it waited is named: by its layer, by the next one, and at the end of the process."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ def test_there_is_no_message_for_kernels_that_ended():
     stall.check()
 
 
-NAMED = "lstm_triton: _some_kernel timed out at the grid barrier"
+NAMED = "lstm_triton: _some_kernel timed out, waiting for"
 
 
 def test_the_next_layer_names_the_kernel(stalled):
@@ -85,7 +85,7 @@ def test_no_word_is_pinned_while_a_graph_is_captured(monkeypatch):
 def test_the_end_of_the_process_names_the_kernel():
     script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr.startswith("lstm_triton: _some_kernel timed out at the grid barrier")
+    assert done.stderr.startswith("lstm_triton: _some_kernel timed out, waiting for")
 
 
 WITHOUT_END = """
@@ -124,7 +124,7 @@ def test_a_wait_without_end_stops_the_kernel_and_names_it(without_end):
     assert without_end.returncode != 0, without_end.stdout
     assert without_end.stdout.startswith("stopped: CUDA error"), without_end.stdout + without_end.stderr
     assert (
-        "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out at the grid barrier" in without_end.stderr
+        "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out, waiting for" in without_end.stderr
     )
 
 
