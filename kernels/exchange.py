@@ -26,6 +26,7 @@ order in which they are multiplied, is
 
     k = 8 * LO * hi + 2 * LO * (lane % 4) + LO * register + lo    hi, register: 0, 1; LO elements to a word, two of 16 bits
 
+up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`ADJACENT_WORDS`).
 The inner dimension may be run through in any order that both operands agree on. So a thread loads 16 adjacent bytes of each
 row, which are numbered so that they are the ones it holds, and W_hh likewise, which stays in registers: no data moves between
 threads.
@@ -35,6 +36,10 @@ import triton
 import triton.language as tl
 
 from .grid_sync import MAX_POLLS
+
+# Of the words that a thread holds of a row of an operand, those whose columns are adjacent. Triton decides on it, for operands
+# that were joined from parts, and says so only in what it has compiled; any other order costs a move for each element.
+ADJACENT_WORDS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1)
 
 
 @triton.constexpr_function
@@ -141,7 +146,7 @@ def load_fragments(
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
         tile = _tile(words, 4 * ROWS * chunk, ROWS, dtype)
-        tile = tl.permute(tile, (0, 5, 2, 4, 6, 3, 1))
+        tile = tl.permute(tile, (0, 5, 2, 4, 6, 3, 1) if ADJACENT_WORDS == 2 else (0, 4, 5, 2, 6, 3, 1))
         chunks = chunks + (tl.reshape(tile, (SPLIT_K, BLOCK_K, 8 * ROWS)),)  # type: ignore[assignment]
     return chunks
 
@@ -200,7 +205,8 @@ def load_weight_fragments(
                 is_pure=True,
                 pack=1,
             )
-        tile = tl.permute(_tile(words, 0, len(rows), dtype), (0, 3, 1, 5, 2, 4, 6))
+        tile = _tile(words, 0, len(rows), dtype)
+        tile = tl.permute(tile, (0, 3, 1, 5, 2, 4, 6) if ADJACENT_WORDS == 2 else (0, 3, 1, 4, 5, 2, 6))
         chunks = chunks + (tl.reshape(tile, (SPLIT_K, 8 * len(rows), BLOCK_K)),)  # type: ignore[assignment]
     return chunks
 

@@ -123,9 +123,7 @@ def without_end(tmp_path):
 def test_a_wait_without_end_stops_the_kernel_and_names_it(without_end):
     assert without_end.returncode != 0, without_end.stdout
     assert without_end.stdout.startswith("stopped: CUDA error"), without_end.stdout + without_end.stderr
-    assert (
-        "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out, waiting for" in without_end.stderr
-    )
+    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out, waiting for" in without_end.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
