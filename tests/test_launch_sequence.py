@@ -51,13 +51,14 @@ def test_one_step_waits_for_nothing(T, recorded):
         ((grid, config, arguments),) = launcher.launches
         assert config.persistent and grid[0] > 1
         waits = T > 1
-        assert (arguments["counters_ptr"] is not None) == (arguments["stall_ptr"] is not None) == waits
+        assert (arguments["stall_ptr"] is not None) == waits
+        assert (arguments["counters_ptr"] is not None) == (waits and not config.in_band)
         assert arguments["launch_cooperative_grid"] == waits
 
 
 @pytest.mark.parametrize("D", [1, 2])
 def test_launches_beside_the_recurrence(D, monkeypatch, poisoned_outputs):
-    """Forward one launch for W_ih and all biases and one GEMM, and none that sets counters to zero."""
+    """Forward one launch for W_ih and all biases and one GEMM, and what says of h that it is not there yet."""
     from lstm_triton.kernels import interpreter, launch
     from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
     from lstm_triton.kernels.layer import lstm_layer_forward
@@ -83,13 +84,13 @@ def test_launches_beside_the_recurrence(D, monkeypatch, poisoned_outputs):
     noted.clear()
     with Noting():
         lstm_layer_forward(inputs, LayerOptions("tf32"))
-    assert noted == ["_lstm_input_weights_kernel", "addmm", "_lstm_sequence_forward_kernel"]
+    assert noted == ["_lstm_input_weights_kernel", "addmm", "fill_", "_lstm_sequence_forward_kernel"]
 
 
 def test_a_last_range_of_one_step_waits_for_nothing(recorded):
     _run(33, 2, 256, recompute=True)
     _, backward = recorded
-    steps = [(a["first_step"], a["last_step"], a["counters_ptr"] is not None) for *_, a in backward.launches]
+    steps = [(a["first_step"], a["last_step"], a["stall_ptr"] is not None) for *_, a in backward.launches]
     assert steps == [(0, 32, True), (32, 33, False)]
 
 
