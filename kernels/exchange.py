@@ -216,7 +216,7 @@ def _tile(words, first: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
     """[SPLIT_K, 8, 4, ROWS, register of two, hi, lo] elements, of four words for each eight rows."""
     parts = ()
     for k in tl.static_range(4 * ROWS):
-        parts = parts + _elements(words[first + k], dtype)  # type: ignore[assignment]
+        parts = parts + _elements(words[first + k], dtype)
     return tl.reshape(_joined(parts), (words[0].shape[0], 8, 4, ROWS, 2, 2, 32 // dtype.primitive_bitwidth))
 
 

@@ -178,7 +178,7 @@ def _lstm_sequence_forward_kernel(
     # Of h this thread loads its rows of each eight, or the program all of them.
     gathered, row_ends = (rows_b,), (lengths,)
     if IN_BAND:
-        gathered, row_ends = (), ()
+        gathered, row_ends = (), ()  # type: ignore[assignment]
         for block in tl.static_range(BLOCK_B // 8):
             block_rows = tl.minimum(fragment_rows((group // D) * BLOCK_B + 8 * block, SPLIT_K), B - 1)
             gathered = gathered + (block_rows,)  # type: ignore[assignment]
@@ -234,7 +234,7 @@ def _lstm_sequence_forward_kernel(
             z = product_of_arriving_rows(h_rows, awaits, stall_ptr, weights, ROW, IN_FLIGHT, PRECISION, ACC)
             z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
         elif SPLIT_K > 1:
-            z = product_of_rows(h_rows[0], None, weights, ROW, IN_FLIGHT, PRECISION, ACC)
+            z = product_of_rows(h_rows[0], None, weights, ROW, IN_FLIGHT, PRECISION, ACC)  # type: ignore[misc]
             z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
         else:
             z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
@@ -245,7 +245,7 @@ def _lstm_sequence_forward_kernel(
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
                             state = state + (  # type: ignore[assignment]
-                                _load_state_chunk(h_rows[0], (first + k) * BLOCK_K, ROW, BLOCK_K),
+                                _load_state_chunk(h_rows[0], (first + k) * BLOCK_K, ROW, BLOCK_K),  # type: ignore[misc]
                             )
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
@@ -253,7 +253,7 @@ def _lstm_sequence_forward_kernel(
             else:
                 for k in range(0, H, BLOCK_K):
                     w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
-                    h_prev = _load_state_chunk(h_rows[0], k, ROW, BLOCK_K)
+                    h_prev = _load_state_chunk(h_rows[0], k, ROW, BLOCK_K)  # type: ignore[misc]
                     z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
             z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
