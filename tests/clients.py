@@ -205,6 +205,7 @@ def torch_compile(make: Make) -> list[torch.Tensor]:
     torch._dynamo.reset()
     model = make(Tagger)
     results = [torch.compile(model, backend="aot_eager")(X)]
+    torch._dynamo.reset()  # torch does not try again a frame that it once left alone, whatever its modules are now
     to_torch(model)
     results.append(torch.compile(convert(model, compilable=True), backend="aot_eager", fullgraph=True)(X))
     torch._dynamo.reset()
