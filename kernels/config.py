@@ -59,9 +59,9 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 def cell_forward_config(
     B: int, I: int, H: int, dtype: torch.dtype, precision: str, multiprocessors: int
 ) -> CellForwardConfig:
-    """The tile for x [B, I], h [B, H]: as many units as leave at least one program for each multiprocessor.
+    """The tile for x [B, I], h [B, H]: as many units as leave at least one program for each SM.
 
-    Few units per program read h more often (from L2) but are what gives every multiprocessor a share of the weights, and at
+    Few units per program read h more often (from L2) but are what gives every SM a share of the weights, and at
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
     rows, large = _largest_cell_forward_tile(dtype, precision)
@@ -169,7 +169,7 @@ class ReadoutSumPartsConfig(LaunchConfig):
 def readout_forward_config(
     B: int, V: int, dtype: torch.dtype, precision: str, multiprocessors: int
 ) -> ReadoutForwardConfig:
-    """The tile of logits [B, V]: the largest that gives every multiprocessor a program, else one that holds a row, else
+    """The tile of logits [B, V]: the largest that gives every SM a program, else one that holds a row, else
     the smallest.
 
     At small batch the kernel is a stream of the weight, and the number of programs decides: at B = 1, V = 128 K tiles
@@ -234,7 +234,7 @@ def readout_sum_parts_config() -> ReadoutSumPartsConfig:
 
 
 def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4) -> int:
-    """How many of the `steps` of a sum one program takes, so that `tiles` sums make up to 4 programs a multiprocessor.
+    """How many of the `steps` of a sum one program takes, so that `tiles` sums make up to 4 programs an SM.
 
     A part has at least `least` steps, as each costs a store and a load of its sum.
     """

@@ -36,11 +36,11 @@ def _free_multiprocessors() -> int:
     name = "LSTM_TRITON_FREE_MULTIPROCESSORS"
     value = os.environ.get(name, "0")
     if not value.isdecimal():
-        raise ValueError(f"{name} must be a number of multiprocessors, got {value!r}")
+        raise ValueError(f"{name} must be a number of SMs, got {value!r}")
     return int(value)
 
 
-# Multiprocessors that programs which wait for one another leave to kernels that run at the same time, such as communication.
+# SMs that programs which wait for one another leave to kernels that run at the same time, such as communication.
 FREE_MULTIPROCESSORS = _free_multiprocessors()
 
 

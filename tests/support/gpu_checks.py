@@ -134,7 +134,7 @@ def two_streams(device, backend, T, sizes, rounds, priorities=(0, 0)):
 
 
 def beside_a_kernel_that_stays(device, backend, T, seconds):
-    """A layer that needs multiprocessors which another kernel holds, as communication may, waits for it to end."""
+    """A layer that needs SMs which another kernel holds, as communication may, waits for it to end."""
     B, H = both_do_not_fit(device)
     _require_waiting(T, B, H, BF16, device)
     step = _Training(device, backend, T, B, H)
@@ -152,7 +152,7 @@ def beside_a_kernel_that_stays(device, backend, T, seconds):
 
 @triton.jit
 def _stay_kernel(started_ptr, nanoseconds):
-    """Each program, of 1024 threads, leaves too few registers of its multiprocessor for another of 256 times 255."""
+    """Each program, of 1024 threads, leaves too few registers of its SM for another of 256 times 255."""
     tl.store(started_ptr, 1)
     began = globaltimer()
     now = began
@@ -161,14 +161,14 @@ def _stay_kernel(started_ptr, nanoseconds):
 
 
 def both_fit(device):
-    """Half of the multiprocessors hold either layer."""
+    """Half of the SMs hold either layer."""
     if device.type == "cpu":
         return 2, 5
     return 16, 256
 
 
 def both_do_not_fit(device):
-    """The layer with the most rows and units that one launch takes, if two of them are more programs than multiprocessors."""
+    """The layer with the most rows and units that one launch takes, if two of them are more programs than SMs."""
     if device.type == "cpu":
         return 2, 5
     multiprocessors = multiprocessor_count(device)

@@ -1,8 +1,8 @@
 """How long one time step of a sequence kernel takes, by a model of its compiled code: `make step-model`.
 
 The loop over time is read from the disassembly, with the stall counts and scoreboards by which the assembler schedules it, and
-issued in order: the warps of one program that share a quarter of a multiprocessor, beside the pipes for which they compete
-(tensor cores, special functions, shared memory, and the multiprocessor's port to the L2 cache). Programs have no skew, and the
+issued in order: the warps of one program that share a quarter of an SM, beside the pipes for which they compete
+(tensor cores, special functions, shared memory, and the SM's port to the L2 cache). Programs have no skew, and the
 first poll succeeds: a loop that waits for a counter takes no time, one that waits by loading the data itself loads it once.
 
 Latencies are assumed ranges, (fewest, most) cycles, for GPUs of compute capability 8 and 9; no kernel of this project has been
@@ -40,7 +40,7 @@ _LATENCIES = {
     "LDGSTS": (263, 500),
 }
 _FROM_DRAM = (263, 800)  # what other launches have written may still lie in the L2 cache, or not
-_L2_PORT = (64, 40)  # bytes a cycle: where few multiprocessors read, and where all do
+_L2_PORT = (64, 40)  # bytes a cycle: where few SMs read, and where all do
 _SOURCES_READ = (8, 15)
 _BARRIER_OF_THREADS = (18, 30)
 _FENCE_OF_THREADS = (10, 35)
