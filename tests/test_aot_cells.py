@@ -42,11 +42,12 @@ def _compile(arch: int, everything: bool) -> None:
         for name, cell in (*cells, ("eight states", eight), ("generated LSTM", lstm)):
             report = choose(case._replace(cell=cell.key), arch).report
             assert report.local_memory_in_loops() == 0 and report.matrix_instructions() > 0, (name, way)
-            registers, instructions = {1: (1.15, 1.01), 4: (1.4, 1.25), 8: (1.4, 1.5)}[cell.n_carried]
+            # The LSTM's own equations compile to the same code, others to about as much for as many states.
+            others = {1: (1.15, 1.05), 4: (1.4, 1.25), 8: (1.4, 1.5)}[cell.n_carried]
+            registers, instructions = (1.01, 1.01) if cell is lstm else others
             assert report.registers <= registers * written.registers, (name, way, report.registers, written.registers)
             assert len(report.instructions) <= instructions * len(written.instructions), (name, way)
             count += 1
-        assert report.registers <= 1.01 * written.registers, (way, report.registers, written.registers)
     print(count, "cells compiled well")
 
 
