@@ -192,7 +192,12 @@ shr.u32 %r8, %r0, 5;
 shl.b32 %r8, %r8, 21;
 add.s32 %r7, %r5, %r8;
 tcgen05.ld.sync.aligned.32x32b.x4.b32 {%r20,%r21,%r22,%r23}, [%r7 + 0];
+setp.lt.s32 %p5, %r0, 5; // lanes of the warp may be apart while their registers are loaded
+@%p5 bra APART;
+APART: mov.b64 %rd5, {%r20,%r21};
+mov.b64 %rd6, {%r22,%r23};
 tcgen05.wait::ld.sync.aligned; // needed
+mov.b64 {%r20,%r21}, %rd5;
 mul.wide.s32 %rd3, %r0, 4;
 add.s64 %rd3, %rd3, %rd0;
 st.global.b32 [%rd3], %r20;

@@ -188,8 +188,9 @@ static void *used(Warp *w, const Instruction *i, int k, u32 mask, const char *as
     return lanes(w, o);
 }
 static void define(Warp *w, const Instruction *i, const Operand *o, u32 mask, u32 ok) {
-    if (w->busy_count && (w->busy[o->id] & ~GROUP) == OPERAND) M.launch->serialized++;
-    else if (w->busy_count && w->busy[o->id]) report(w, 0, i, WGMMA, "writes a register that an asynchronous instruction still writes");
+    const u32 why = w->busy_count ? w->busy[o->id] & ~GROUP : 0;
+    if (why == OPERAND) M.launch->serialized++;
+    else if (why) report(w, 0, i, why == TENSOR_LOAD ? IN_FLIGHT : WGMMA, "writes a register that an asynchronous instruction still writes");
     w->defined[o->id] = (w->defined[o->id] & ~mask) | (mask & ok);
     w->written[o->id] = M.time;
 }

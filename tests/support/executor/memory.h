@@ -192,6 +192,7 @@ static int pack(Warp *w, const Instruction *i, u32 mask) {
         for (int k = 0; k < i->inputs; k++) value |= get_lane(w, operand(i, 1 + k), l, part) << 8 * part * k;
         set_lane(w, operand(i, 0), l, value, whole);
     }
+    if (loading && w->busy[operand(i, 0)->id] == TENSOR_LOAD) return 0; // other lanes of the warp have been here
     define_parts(w, i, operand(i, 0), mask, i->inputs, ok);
     if (loading) make_busy(w, operand(i, 0), TENSOR_LOAD);
     return 0;
