@@ -86,6 +86,12 @@ def operations() -> dict[str, Operation]:
     return named
 
 
+@functools.cache
+def sources() -> str:
+    """Changes with what reads PTX and with what executes it."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.*")))).hexdigest()
+
+
 def _compiled() -> Path:
     compiler = _compiler()
     assert compiler is not None, why_not()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import math
+import pickle
 import struct
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from triton.runtime.cache import get_cache_manager
 from ..aot_sequence import DEVICES
 from ..fake_driver import NullDriver, active
 from . import encode_matrix, encode_memory  # noqa: F401  declare their families
-from .build import CACHE, KernelStruct, LaunchStruct, machine, operations
+from .build import CACHE, KernelStruct, LaunchStruct, machine, operations, sources
 from .encode import Program, encode
 from .ptx import SIZES, Statement, parse
 
@@ -80,12 +83,12 @@ class Executed:
 class _Encoded:
     """A program, and the arrays that the machine reads."""
 
-    def __init__(self, program: Program):
-        self.program = program
-        self._arrays = [array("i", part) for part in (program.code, program.operands, program.specials)]
-        self._arrays += [array("B", program.image), array("i", program.constants)]
+    def __init__(self, ptx: str, program: Program):
+        self.ptx, self.program = ptx, program
+        self._image = array("B", program.image)
+        arrays = (program.code, program.operands, program.specials, self._image, program.constants)
         self.struct = KernelStruct(
-            *(a.buffer_info()[0] for a in self._arrays),
+            *(a.buffer_info()[0] for a in arrays),
             len(program.origin),
             program.registers,
             len(program.image),
@@ -95,10 +98,22 @@ class _Encoded:
             program.uses_tensor_memory,
         )
 
+    @functools.cached_property
+    def statements(self) -> list[Statement]:
+        return parse(self.ptx).statements
+
+    @property
+    def parameter_bytes(self) -> int:
+        return max((p.offset + SIZES[p.type] for p in self.program.parameters), default=0)
+
 
 @functools.lru_cache(maxsize=256)
 def _encoded(ptx: str) -> _Encoded:
-    return _Encoded(encode(ptx, operations().get))
+    """Kept on disk by its content, beside the compiled kernels."""
+    kept = get_cache_manager(hashlib.sha256(f"{sources()} {ptx}".encode()).hexdigest())
+    if (file := kept.get_file("encoded")) is None:
+        file = kept.put(zlib.compress(pickle.dumps(encode(ptx, operations().get)), 1), "encoded")
+    return _Encoded(ptx, pickle.loads(zlib.decompress(Path(file).read_bytes())))
 
 
 class ExecutingDriver(NullDriver):
@@ -140,7 +155,7 @@ class ExecutingDriver(NullDriver):
         return executed
 
     def _execute(self, encoded: _Encoded, launch: Launch) -> Executed:
-        kernel, parameters = encoded.program.kernel, _parameters(encoded, launch.arguments)
+        parameters = _parameters(encoded, launch.arguments)
         storages: dict[tuple[int, int], list[str]] = {}
         for argument, _, value in launch.arguments:
             if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes():
@@ -149,7 +164,7 @@ class ExecutingDriver(NullDriver):
         n, message = len(storages), ctypes.create_string_buffer(_REPORT_BYTES)
         c_launch = LaunchStruct(
             grid=launch.grid,
-            threads=kernel.threads,
+            threads=encoded.program.threads,
             shared=launch.shared,
             tensors=n,
             concurrent=min(math.prod(launch.grid), launch.at_once),
@@ -162,27 +177,27 @@ class ExecutingDriver(NullDriver):
             names=(ctypes.c_char_p * n)(*("/".join(names).encode() for names in storages.values())),
             message=ctypes.cast(message, ctypes.c_void_p),
             message_size=_REPORT_BYTES,
-            parameter_bytes=kernel.parameter_bytes,
+            parameter_bytes=encoded.parameter_bytes,
         )
         machine().execute(encoded.struct, c_launch)
-        reports = [_report(launch.kernel, encoded.program, line) for line in message.value.decode().splitlines()]
+        reports = [_report(launch.kernel, encoded, line) for line in message.value.decode().splitlines()]
         counts = c_launch.steps, c_launch.benign, c_launch.unfenced, c_launch.serialized
         return Executed(launch.kernel, launch.grid, *counts, tuple(reports))
 
 
-def _report(kernel: str, encoded: Program, line: str) -> Report:
+def _report(kernel: str, encoded: _Encoded, line: str) -> Report:
     kind, program, thread, instruction, message = line.split("\t")
     at = int(instruction)
-    statement = encoded.kernel.statements[encoded.origin[at]] if at >= 0 else None
+    statement = encoded.statements[encoded.program.origin[at]] if at >= 0 else None
     return Report(kind, kernel, int(program), int(thread), message, statement)
 
 
 def _parameters(encoded: _Encoded, arguments: list[tuple[str, str, Any]]) -> ctypes.Array:
-    kernel = encoded.program.kernel
+    parameters = encoded.program.parameters
     values = [value for _, type_, value in arguments if type_ != "constexpr"]
-    values += [0] * (len(kernel.parameters) - len(values))  # pointers to Triton's own scratch memory
-    packed = bytearray(kernel.parameter_bytes)
-    for parameter, value in zip(kernel.parameters, values, strict=True):
+    values += [0] * (len(parameters) - len(values))  # pointers to Triton's own scratch memory
+    packed = bytearray(encoded.parameter_bytes)
+    for parameter, value in zip(parameters, values, strict=True):
         size = SIZES[parameter.type]
         if hasattr(value, "data_ptr"):
             value = value.data_ptr()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import re
 import struct
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .ptx import Kernel, Register, Statement, Unsupported, parse
+from .ptx import Kernel, Parameter, Register, Statement, Unsupported, parse
 
 SHARED_BASE = 1024  # the address of the first byte of shared memory, as in machine.h
 
@@ -31,25 +32,25 @@ class Operation(NamedTuple):
 
 @dataclass
 class Program:
-    """A kernel, encoded."""
+    """A kernel, encoded: all that the machine needs of it, which is kept on disk."""
 
-    kernel: Kernel
-    code: list[int]  # 16 integers for each statement: struct Instruction
-    operands: list[int]  # pairs: byte offset in the register file, number of the register
-    specials: list[int]  # triples: which, byte offset, number
-    constants: list[int]
-    image: bytearray  # the register file at the start
-    registers: int
-    origin: list[int]  # of each instruction: the position of its statement
+    parameters: list[Parameter]
+    threads: int
+    waits: bool  # whether its programs may wait for each other: whether it acquires, or loads what may change meanwhile
+    uses_tensor_memory: bool
+    code: array = field(default_factory=lambda: array("i"))  # 16 integers for each statement: struct Instruction
+    operands: array = field(default_factory=lambda: array("i"))  # pairs: byte offset in the register file, its number
+    specials: array = field(default_factory=lambda: array("i"))  # triples: which, byte offset, number
+    constants: array = field(default_factory=lambda: array("i"))
+    image: bytearray = field(default_factory=bytearray)  # the register file at the start
+    registers: int = 0
+    origin: array = field(default_factory=lambda: array("i"))  # of each instruction: the position of its statement
 
-    @property
-    def waits(self) -> bool:
-        """Whether its programs may wait for each other: whether it acquires, or loads what may change meanwhile."""
-        return any(".acq" in s.opcode or s.opcode.startswith("ld.relaxed") for s in self.kernel.statements)
-
-    @property
-    def uses_tensor_memory(self) -> bool:
-        return any(s.opcode.startswith("tcgen05") for s in self.kernel.statements)
+    @classmethod
+    def of(cls, kernel: Kernel) -> Program:
+        opcodes = {s.opcode for s in kernel.statements}
+        waits = any(".acq" in o or o.startswith("ld.relaxed") for o in opcodes)
+        return cls(kernel.parameters, kernel.threads, waits, any(o.startswith("tcgen05") for o in opcodes))
 
 
 def encode(ptx: str, operation: Callable[[str], Operation | None]) -> Program:
@@ -59,15 +60,16 @@ def encode(ptx: str, operation: Callable[[str], Operation | None]) -> Program:
 
 class Encoder:
     def __init__(self, kernel: Kernel, operation: Callable[[str], Operation | None]):
-        self.operation = operation
-        self.out = Program(kernel, [], [], [], [], bytearray(), 0, [])
+        self.kernel, self.operation = kernel, operation
+        self.out = Program.of(kernel)
+        self.found: dict[tuple, tuple[int, int]] = {}
         self.places: dict[tuple, tuple[int, int]] = {}
         self.parameters = {p.name: p.offset for p in kernel.parameters}
 
     def run(self) -> Program:
         faults = []
         starts = []
-        for position, statement in enumerate(self.out.kernel.statements):
+        for position, statement in enumerate(self.kernel.statements):
             self.position = position
             starts.append(len(self.out.origin))
             try:
@@ -76,7 +78,7 @@ class Encoder:
                 faults.append(str(fault))
         if faults:
             more = f"\nand {len(faults) - 20} more" if len(faults) > 20 else ""
-            raise Unsupported(f"{self.out.kernel.name}: " + "\n".join(faults[:20]) + more)
+            raise Unsupported(f"{self.kernel.name}: " + "\n".join(faults[:20]) + more)
         for target in range(
             4, len(self.out.code), 16
         ):  # of branches: from the position of a statement to its instruction
@@ -123,10 +125,11 @@ class Encoder:
         at, guard = self.place_of_register(s.guard) if s.guard else (0, -1)
         first = len(self.out.operands) // 2
         for place in places:
-            self.out.operands += place
+            self.out.operands.extend(place)
         values = (*values, *(0,) * (8 - len(values)))
         self.out.origin.append(self.position)
-        self.out.code += [operation.index, guard, at, s.negated, target, first, results, len(places) - results, *values]
+        counts = results, len(places) - results
+        self.out.code.extend((operation.index, guard, at, s.negated, target, first, *counts, *values))
 
     # ---- operands ----
 
@@ -138,6 +141,12 @@ class Encoder:
 
     def place(self, s: Statement, text: str, size: int) -> tuple[int, int]:
         """A register of this size, or a constant or special register where there is none."""
+        key = (s.label_scope, text, size)
+        if key not in self.found:
+            self.found[key] = self._find(s, text, size)
+        return self.found[key]
+
+    def _find(self, s: Statement, text: str, size: int) -> tuple[int, int]:
         if register := self.register(s, text):
             if register.size != size:
                 raise s.unsupported(f"{text} has {8 * register.size} bits, not {8 * size}")
@@ -166,7 +175,7 @@ class Encoder:
             if value is not None:
                 out.constants.append(place[1])
             if special is not None:
-                out.specials += [special, *place]
+                out.specials.extend((special, *place))
         return self.places[key]
 
     def vector(self, s: Statement, text: str) -> list[str]:

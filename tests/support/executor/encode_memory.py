@@ -12,7 +12,7 @@ from .ptx import SIZES, Statement
 
 @family(r"bra(\.uni)?")
 def _branch(e: Encoder, s: Statement, found: re.Match) -> None:
-    e.emit(s, "bra", [], 0, target=e.out.kernel.target(s))
+    e.emit(s, "bra", [], 0, target=e.kernel.target(s))
 
 
 @family(
@@ -30,7 +30,7 @@ def _barrier(e: Encoder, s: Statement, found: re.Match) -> None:
     of_warp = s.opcode == "bar.warp.sync"
     if s.operands not in ([("-1",), ("0xffffffff",)] if of_warp else [("0",)]):
         raise s.unsupported("operands")
-    alone = e.out.kernel.threads == 32  # then the barrier of the warp is the program's
+    alone = e.kernel.threads == 32  # then the barrier of the warp is the program's
     e.emit(s, "bar.warp.sync" if of_warp and not alone else "bar.sync", [], 0)
 
 

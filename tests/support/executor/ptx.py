@@ -73,10 +73,6 @@ class Kernel:
             scope = scope.rpartition("/")[0]
         return found
 
-    @property
-    def parameter_bytes(self) -> int:
-        return max((p.offset + SIZES[p.type] for p in self.parameters), default=0)
-
 
 def parse(ptx: str) -> Kernel:
     head = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", ptx)
