@@ -1,7 +1,187 @@
-"""`python -m lstm_triton.bench`."""
+"""`lstm-triton bench`: measure, and show what was measured."""
 
+import argparse
+import re
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 
-from .cli import main
+import torch
 
-sys.exit(main())
+from lstm_triton import process
+
+from . import device as devices
+from . import run, suites
+from .cases import DTYPES, MODES, Task, require
+from .device import UsageError
+from .progress import Progress, missing
+from .providers import PROVIDERS
+from .rows import CPU_LABEL, StoreError, read_all
+
+EPILOG = """suites:
+{suites}
+
+providers:
+  {providers}
+
+examples:
+  lstm-triton bench --budget 8m                      the most telling cases first; the same command continues
+  lstm-triton bench --suite hidden-sizes --dtype bfloat16 --hidden 512..1024
+  lstm-triton bench --device cpu                     {CPU_LABEL}
+  lstm-triton bench --report                         only render what is there
+  lstm-triton bench --compare A.jsonl B.jsonl        two GPUs or two commits, side by side
+"""
+NO_LIBRARY = 3  # exit code where a library of the extra [bench] is missing for what was asked
+_LONGEST_START_S = 60.0  # a process older than this when a run begins was not started for it
+_END_S, _END_S_PER_BYTE = 6.0, 5e-7  # what the report takes at the end
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a
+    library that the output needs, 130 after Ctrl-C.
+    """
+    age = process.age_s()
+    # A budget counts from the user's Enter, not from here, where torch is imported.
+    started = time.monotonic() - (age if age < _LONGEST_START_S else 0.0)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = make_parser().parse_args(arguments)
+    options.command = command_line(arguments)
+    try:
+        shows = options.validate or options.compare or options.report or options.readme
+        return _show(options) if shows else _measure(options, started)
+    except (StoreError, UsageError, RuntimeError) as error:
+        print(f"lstm-triton bench: {error}", file=sys.stderr)
+        return 2 if isinstance(error, StoreError | UsageError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured is kept, and the same command continues", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    about = "\n".join(f"  {name:<12}  {(make.__doc__ or '').splitlines()[0]}" for name, make in suites.SUITES.items())
+    epilog = EPILOG.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
+    text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
+    what("--dtype", action="append", choices=DTYPES)
+    what("--mode", action="append", choices=MODES)
+    for name in ("hidden", "batch", "length"):
+        what(f"--{name}", type=numbers, default=bool, metavar="N|A..B,...", help=f"only these {name} sizes")
+    what("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
+    what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
+    how = parser.add_argument_group("how").add_argument
+    for option in (f for f in fields(run.Options) if f.metadata):
+        how(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    show = parser.add_argument_group("what is shown").add_argument
+    page = "only render rows as one HTML page (default: report.html beside them)"
+    show("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE", help=page)
+    show("--no-report", action="store_true", help="do not render the page after measuring")
+    show("--readme", type=Path, metavar="FILE", help="only rewrite the tables between the markers of this file")
+    show("--rows", action="append", type=Path, metavar="PATH", help="files or folders to render; default: --output")
+    show("--validate", nargs="+", type=Path, metavar="PATH", help="only check files of rows")
+    show("--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two files or folders of rows")
+    return parser
+
+
+def numbers(text: str) -> Callable[[int], bool]:
+    """A test for "128", "64,128" or "128..1024"."""
+    if not re.fullmatch(r"\d+(\.\.\d+)?(,\s*\d+(\.\.\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither numbers nor a range such as 128..1024")
+    ranges = [[int(n) for n in part.split("..")] for part in text.split(",")]
+    return lambda n: any(ends[0] <= n <= ends[-1] for ends in ranges)
+
+
+def select_tasks(options: argparse.Namespace) -> list[Task]:
+    """The tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
+    unknown = sorted(set(options.provider or ()) - set(PROVIDERS))
+    require({f"--provider {', '.join(unknown)}: known are {', '.join(PROVIDERS)}": not unknown}, UsageError)
+    chosen = list(suites.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
+
+    def passes(task: Task) -> bool:
+        c = task.case
+        words = c.dtype in (options.dtype or DTYPES) and c.mode in (options.mode or MODES)
+        sizes = options.hidden(c.hidden_size) and options.batch(c.batch) and options.length(c.length)
+        return task.kind == "roof" or (words and sizes)
+
+    scale, kind = ("cpu", "cpu") if options.device == "cpu" else ("gpu", "cuda")
+    found = list(filter(passes, suites.tasks(chosen, options.scale or scale, kind)))
+    some = chosen == ["roofs"] or any(task.kind != "roof" for task in found)
+    require({"no case passes these filters; --list shows what there is": some}, UsageError)
+    if kind == "cuda" and "roofs" not in chosen:
+        return [*suites.tasks(["roofs"], "gpu", "cuda"), *found]  # for the floors; measured once
+    return found
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command line as typed, for rows, without paths of folders, which are nobody else's business."""
+    typed = " ".join(["lstm-triton bench", *(argument.replace(" ", "\0") for argument in arguments)])
+    return re.sub(r"(--(?:output|rows))([ =])\S+", r"\1\2...", typed).replace("\0", " ")
+
+
+def _measure(o: argparse.Namespace, started: float) -> int:
+    o.device = devices.pick(o.device)
+    tasks = select_tasks(o)
+    if o.list:
+        for t in tasks:
+            print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
+        return 0
+    o.seconds = o.seconds or (0.5 if o.device == "cpu" else 1.0)
+    o.output = o.output or devices.results_folder() / devices.folder_name(devices.describe(torch.device(o.device)).name)
+    if o.budget is not None:
+        # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
+        at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in o.output.rglob("*.jsonl"))
+        o.budget = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
+    options = run.Options(**{f.name: getattr(o, f.name) for f in fields(run.Options) if hasattr(o, f.name)})
+    if o.device == "cpu":
+        print(f"{CPU_LABEL}.", flush=True)
+    if absent := missing():
+        print(f"Rows are written all the same, with {absent}", flush=True)
+    with run.runner(options, Progress(len(tasks))) as runner:
+        runner.run(tasks)
+    print(runner.describe())
+    if "segments" in (o.suite or ()) and not missing("pandas", "jinja2"):
+        from . import tables
+
+        for rows in tables.newest(row for row in read_all([o.output])[0] if row.suite == "segments").values():
+            print(f"\n{tables.plain(tables.beside_torch(rows, tables.comparisons(rows)))}")
+    if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):
+        from . import report
+
+        report.write(o.output / "report.html", *read_all([o.output]))
+        print(f"Report: {o.output / 'report.html'}")
+    return 0
+
+
+def _show(o: argparse.Namespace) -> int:
+    """Do what needs rows alone: check them, compare them, write the report or the tables of a Markdown page."""
+    paths = o.validate or o.compare or o.rows or [o.output or devices.results_folder()]
+    sides = [read_all([path]) for path in paths]
+    rows, problems = [row for side in sides for row in side[0]], [problem for side in sides for problem in side[1]]
+    for problem in problems:
+        print(f"not a row, left out: {problem}", file=sys.stderr)
+    if o.validate:
+        print(f"{len(rows)} good rows, {len(problems)} lines that are none")
+        return 1 if problems else 0
+    if absent := missing("pandas", "matplotlib", "jinja2"):
+        print(f"lstm-triton bench: {absent}", file=sys.stderr)
+        return NO_LIBRARY
+    from . import report
+
+    require({f"no rows in {', '.join(map(str, paths))}: measure first": rows}, UsageError)
+    if o.report == Path("report.html"):
+        o.report = (paths[0] if paths[0].is_dir() else paths[0].parent) / o.report
+    if o.compare:
+        print(report.compare([(path, side[0]) for path, side in zip(paths, sides)], o.report))
+    elif o.report:
+        report.write(o.report, rows, problems)
+    if o.readme:
+        report.update_markdown(o.readme, rows)
+    print("\n".join(f"Written: {path}" for path in (o.report, o.readme) if path))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,32 +1,32 @@
 """What users write with torch alone for resets, lengths and cell states: one layer in one direction, with its final states."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lstm_triton.reference import lstm_step
+
+from .cases import require
 from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm
 
 
-def _provider(make: Callable[[Any, Problem], Run]) -> Provider:
-    def provider(problem: Problem) -> Model:
-        case = problem.case
-        is_simple = case.form == "layer" and case.rows != "packed" and case.cell == "lstm"
-        if not is_simple or case.layers > 1 or case.bidirectional or case.proj_size:
-            raise Unavailable("written for one layer of an LSTM in one direction, over padded batch rows")
-        lstm: Any = torch_lstm(case, problem.device, problem.x.dtype)
-        weights = load(lstm, problem)
-        return Model(make(lstm, problem), weights)
-
-    return provider
+def _model(problem: Problem, make: Callable[[Any, Problem], Run]) -> Model:
+    case = problem.case
+    kind = case.form, case.cell, case.layers, case.directions, case.proj_size
+    rule = "written for one layer of an LSTM in one direction, over padded batch rows"
+    require({rule: kind == ("layer", "lstm", 1, 1, 0) and case.rows != "packed"}, Unavailable)
+    lstm: Any = torch_lstm(case, problem.device, problem.x.dtype)
+    weights = load(lstm, problem)
+    return Model(make(lstm, problem), weights)
 
 
 def _split(lstm: Any, problem: Problem) -> Run:
     """One call of torch.nn.LSTM from each step at which a batch row starts anew or ends to the next."""
     resets, lengths = problem.resets, problem.lengths
-    if resets is None and lengths is None:
-        raise Unavailable("there is nothing to split at")
+    require({"there is nothing to split at": resets is not None or lengths is not None}, Unavailable)
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         T, cuts, (h, c) = len(x), {0, len(x)}, state
@@ -45,9 +45,7 @@ def _split(lstm: Any, problem: Problem) -> Run:
                 h, c = h * keep, c * keep
             y, (h, c) = lstm(x[start:stop, : h.shape[1]], (h, c))
             ys.append(nn.functional.pad(y, (0, 0, 0, x.shape[1] - y.shape[1])))
-        h, c = (
-            torch.cat([last, *reversed(before)], 1) for last, before in zip((h, c), zip(*ended) if ended else ((), ()))
-        )
+        h, c = (torch.cat(states[::-1], 1) for states in zip(*ended, (h, c)))
         y = torch.cat(ys)
         return nn.functional.pad(y, (0, 0, 0, 0, 0, T - len(y))), (h, c)
 
@@ -56,9 +54,9 @@ def _split(lstm: Any, problem: Problem) -> Run:
 
 def _packed(lstm: Any, problem: Problem) -> Run:
     """Every segment a row of one packed call."""
-    resets = problem.resets
-    if resets is None or problem.lengths is not None:
-        raise Unavailable("segments as packed rows: written for resets over full batch rows")
+    resets: Any = problem.resets
+    of_full_rows = resets is not None and problem.lengths is None
+    require({"segments as packed rows: written for resets over full batch rows": of_full_rows}, Unavailable)
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         T, B, I = x.shape
@@ -97,9 +95,9 @@ def _loop(lstm: Any, problem: Problem) -> Run:
             if resets is not None:
                 keep = ~resets[t, :, None]
                 h, c = h * keep, c * keep
-            i, f, g, o = torch.addmm(z_t, h, w_hh.t()).chunk(4, 1)
-            c_next = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
-            h_next = y = torch.sigmoid(o) * torch.tanh(c_next)
+            z_i, z_f, z_g, z_o = torch.addmm(z_t, h, w_hh.t()).chunk(4, 1)
+            h_next, c_next = lstm_step(z_i, z_f, z_g, z_o, c)
+            y = h_next
             if lengths is not None:
                 active = (t < lengths)[:, None]
                 h_next, c_next, y = torch.where(active, y, h), torch.where(active, c_next, c), y * active
@@ -113,7 +111,7 @@ def _loop(lstm: Any, problem: Problem) -> Run:
     return run
 
 
-PROVIDERS = {
-    f"torch by hand: {name}": _provider(make)
-    for name, make in (("split", _split), ("packed", _packed), ("loop", _loop))
+_WAYS: dict[str, Callable[[Any, Problem], Run]] = {"split": _split, "packed": _packed, "loop": _loop}
+PROVIDERS: dict[str, Provider] = {
+    f"torch by hand: {name}": functools.partial(_model, make=make) for name, make in _WAYS.items()
 }

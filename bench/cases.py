@@ -1,6 +1,7 @@
 """Cases: the problems that are timed, each with every parameter that decides it."""
 
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -8,7 +9,15 @@ Form = Literal["layer", "cell", "loop"]
 Mode = Literal["forward", "train"]
 Kind = Literal["timing", "accuracy", "memory", "overhead", "cold-start", "roof", "anchor"]
 Execution = Literal["eager", "graph"]
+Pair = tuple[str, Execution]  # of a provider and how it is run
 DTYPES, MODES = get_args(Dtype), get_args(Mode)
+
+
+def require(rules: Mapping[str, object], kind: type[Exception] = ValueError) -> None:
+    """Raise `kind` with the first of the sentences that does not hold."""
+    for rule, holds in rules.items():
+        if not holds:
+            raise kind(rule)
 
 
 @dataclass(frozen=True)
@@ -46,26 +55,26 @@ class Case:
     scale: float = 1.0
     precision: Literal["", "ieee", "tf32", "tf32x3"] = ""
     cell: Literal["lstm", "gru"] = "lstm"
-    note: str = ""
+    note: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_size", self.input_size or self.hidden_size)
         usual = self.precision or ("tf32" if self.form == "layer" else "ieee")
         object.__setattr__(self, "precision", usual if self.dtype == "float32" else "")
-        is_cell, steps = self.form == "cell", (self.length, self.mode, self.rows)
         sizes = self.hidden_size, self.batch, self.length, self.layers, self.scale
+        of_gru = self.form, self.rows, self.resets, self.proj_size
         rules = {
             "sizes and the scale are above 0": min(sizes) > 0,
             f"no dtype is {self.dtype!r}": self.dtype in DTYPES,
             "resets are a share, from 0 to 1": 0 <= self.resets <= 1,
-            "a cell is one step of one layer in one direction": not is_cell or (self.length == 1 and self.is_simple),
+            "a cell is one step of one layer in one direction": self.form != "cell"
+            or (self.length == 1 and self.is_simple),
             "a GRU is a layer, padded, without resets and projection": self.cell == "lstm"
-            or (self.form, self.rows, self.resets, self.proj_size) == ("layer", "padded", 0, 0),
+            or of_gru == ("layer", "padded", 0, 0),
             "a carried state is of forward calls, one step, padded": not self.carried
-            or steps == (1, "forward", "padded"),
+            or (self.length, self.mode, self.rows) == (1, "forward", "padded"),
         }
-        for rule in (rule for rule, holds in rules.items() if not holds):
-            raise ValueError(f"case: {rule}")
+        require({f"case: {rule}": holds for rule, holds in rules.items()})
 
     @property
     def directions(self) -> int:
@@ -86,29 +95,25 @@ class Case:
         """Whether this is one layer in one direction over padded batch rows, without projection."""
         return self.layers == 1 and not self.bidirectional and not self.proj_size and self.rows == "padded"
 
-    @property
-    def key(self) -> tuple:
-        """Equal for two cases that are the same problem; names and notes play no part."""
-        return astuple(replace(self, name="-", note=""))
-
     def describe(self) -> str:
-        parts = [
-            f"H{self.hidden_size}",
-            f"I{self.input_size}" * (self.input_size != self.hidden_size),
-            f"B{self.batch}",
-            "cell" if self.form == "cell" else f"T{self.length}",
-            "GRU" * (self.cell == "gru"),
-            f"{self.layers} layers" * (self.layers > 1),
-            "bidirectional" * self.bidirectional,
-            f"proj {self.proj_size}" * (self.proj_size > 0),
-            self.rows * (self.rows != "padded"),
-            f"resets {self.resets:g}" * (self.resets > 0),
-            "cell states" * self.cell_states,
-            "step by step" * (self.form == "loop"),
-            "state carried" * self.carried,
-            f"x{self.scale:g}" * (self.scale != 1),
-        ]
-        return " ".join(part for part in [*parts, self.dtype_name, self.mode] if part)
+        parts = {
+            f"H{self.hidden_size}": True,
+            f"I{self.input_size}": self.input_size != self.hidden_size,
+            f"B{self.batch}": True,
+            "cell" if self.form == "cell" else f"T{self.length}": True,
+            "GRU": self.cell == "gru",
+            f"{self.layers} layers": self.layers > 1,
+            "bidirectional": self.bidirectional,
+            f"proj {self.proj_size}": self.proj_size,
+            self.rows: self.rows != "padded",
+            f"resets {self.resets:g}": self.resets,
+            "cell states": self.cell_states,
+            "step by step": self.form == "loop",
+            "state carried": self.carried,
+            f"x{self.scale:g}": self.scale != 1,
+            f"{self.dtype_name} {self.mode}": True,
+        }
+        return " ".join(text for text, is_said in parts.items() if is_said)
 
     def flops(self) -> float:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
@@ -128,14 +133,8 @@ class Task:
     kind: Kind = "timing"
     executions: tuple[Execution, ...] = ("eager",)
     providers: tuple[str, ...] | None = None  # None: those chosen for the run
-    interpreter: bool = False  # run the kernels in Triton's interpreter: for errors only
 
     @property
     def key(self) -> tuple:
-        """The part of `rows.Row.key` that all rows of a task share."""
-        return measurement_key(self.kind, self.suite, self.case)
-
-
-def measurement_key(kind: Kind, suite: str, case: Case) -> tuple:
-    """Identify what is measured, whoever does it; where the case says less than its name, the name is part of it."""
-    return kind, suite, case.name if kind in ("roof", "overhead", "cold-start", "anchor") else "", case.key
+        """What is measured, whoever does it."""
+        return self.kind, self.suite, self.case

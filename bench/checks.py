@@ -10,9 +10,9 @@ from torch import Tensor
 from lstm_triton.process import raise_if_lost
 from lstm_triton.tolerance import Errors
 
-from . import problem as problems
 from .cases import Case
-from .problem import Problem, Provider, unused
+from .problem import Problem, Provider
+from .providers import MOST_CUDNN_STEPS, PROVIDERS, REFERENCE, torchs
 from .rows import Error
 
 # Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
@@ -25,61 +25,46 @@ ROUNDINGS_ALONE = 64.0  # where torch itself cannot compute it
 
 
 class Built:
-    """A provider's model of a problem. `call` is what a user would write and what is timed; `named` gives its results names.
+    """A provider's model of a problem. `call` is what a user would write and what is timed.
 
     states: the gradients of h0 and c0 are computed too. Raises Unavailable where the provider cannot serve.
     """
 
     def __init__(self, provider: Provider, problem: Problem, states: bool = False) -> None:
-        self.model = model = provider(problem)
-        self.problem = p = problem if model.takes_initial_state else problem.from_zeros()
-        self.training = p.case.mode == "train"
-        self.in_step = p.case.form == "cell" and model.step is not None
-        x, h0, c0, self.dy = (t[0].clone() if self.in_step else t.clone() for t in (p.x, p.h0, p.c0, p.dy))
-        leaves = {"x": x.requires_grad_(self.training)} | {n: w for n, w in model.weights.items() if w.requires_grad}
-        if states and self.training and model.takes_initial_state:
-            leaves |= {"h0": h0.requires_grad_(), "c0": c0.requires_grad_()}
-        self.inputs, self.leaves = (x, h0, c0), leaves
+        self.problem, self.model = problem, provider(problem)
+        x, h0, c0, self.dy = (t.clone() for t in (problem.x, problem.h0, problem.c0, problem.dy))
+        self.inputs, self.leaves = (x, h0, c0), dict[str, Tensor]()
+        if problem.training:
+            given = {"x": x, "h0": h0, "c0": c0} if states else {"x": x}
+            self.leaves = {**{name: t.requires_grad_() for name, t in given.items()}, **self.model.weights}
 
     def forward(self) -> tuple[Tensor, ...]:
-        """y, h_n, c_n; of a cell h and c."""
-        x, *state = self.inputs
-        if self.in_step:
-            return self.model.step(x, tuple(state))  # type: ignore
-        y, state = self.model.run(x, tuple(state))  # type: ignore
+        """y, h_n, c_n."""
+        x, h0, c0 = self.inputs
+        y, state = self.model.run(x, (h0, c0))
         return y, *state
 
     def call(self) -> tuple[Tensor, ...]:
-        """The forward, and in train mode the gradients of the input and every weight."""
+        """The forward, and in train mode the gradients of the input and every weight: zeros where y does not depend on one, as
+        that of a GRU does not on c."""
         outputs = self.forward()
-        if self.training:
-            leaves, options = list(self.leaves.values()), unused(self.problem.case)
-            return *outputs, *torch.autograd.grad(outputs[0], leaves, self.dy, **options)
+        if self.leaves:
+            leaves, absent = list(self.leaves.values()), dict(allow_unused=True, materialize_grads=True)
+            return *outputs, *torch.autograd.grad(outputs[0], leaves, self.dy, **absent)
         if self.problem.case.carried:
-            for state, new in zip(self.inputs[1:], outputs[-2:]):
+            for state, new in zip(self.inputs[1:], outputs[1:]):
                 state.copy_(new)
         return outputs
 
-    def named(self, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Name what `call` returned, shaped as in Problem; of the two biases' equal gradients only that of bias_ih is kept."""
-        if self.in_step:  # a cell's h_n is its y
-            returned = returned[0][None], *returned
-        p, convert = self.problem, self.model.to_torch_gradient
-        found = {"y": returned[0], "h_n": returned[1].reshape(p.h0.shape), "c_n": returned[2].reshape(p.c0.shape)}
-        shapes = {"x": p.x.shape, "h0": p.h0.shape, "c0": p.c0.shape}
-        for name, gradient in zip(self.leaves, returned[3:]):
-            if not name.startswith("bias_hh"):
-                gradient = gradient.reshape(shapes.get(name, gradient.shape))
-                found[f"d{name}"] = convert[name](gradient) if name in convert else gradient
-        return {name: t.detach() for name, t in found.items()}
-
     def results(self, call: Callable[[], Any] | None = None) -> dict[str, Tensor]:
-        """The results of `call` by name, from the problem's own state: what calls with a carried state did is undone."""
+        """What `call` returns by name, from the problem's own state: what calls with a carried state did is undone. Of the two
+        biases' equal gradients only that of bias_ih is kept."""
         if self.problem.case.carried:
             for state, first in zip(self.inputs[1:], (self.problem.h0, self.problem.c0)):
-                state.copy_(first.view_as(state))
-        with torch.set_grad_enabled(self.training):
-            return self.named((call or self.call)())
+                state.copy_(first)
+        with torch.set_grad_enabled(self.problem.training):
+            found = zip(("y", "h_n", "c_n", *(f"d{name}" for name in self.leaves)), (call or self.call)())
+        return {name: t.detach() for name, t in found if not name.startswith("dbias_hh")}
 
 
 @torch.no_grad()
@@ -105,25 +90,30 @@ def why_wrong(case: Case, found: Mapping[str, Error], torchs: Mapping[str, Error
     return reason
 
 
-class Judge:
-    """Compares results with the truth, and knows torch's own errors on the problem. torchs: the provider of those."""
+def truth(problem: Problem) -> dict[str, Tensor]:
+    """y, h_n, c_n and in train mode all gradients ("dx", "dh0", "dc0", "dweight_ih_l0", ...) in float64.
 
-    def __init__(self, problem: Problem, torchs: Provider) -> None:
-        self.problem, self._torchs = problem, torchs
-        self.truth: dict[bool, Mapping[str, Tensor]] = {True: problems.truth(problem)}
-        self.torchs: dict[str, Error] | None = None
+    By torch's own module, or where that cannot compute the case by this package's plain-PyTorch specification.
+    """
+    case = problem.case
+    is_torchs = not case.resets and case.rows == "padded" and case.length <= MOST_CUDNN_STEPS
+    return Built(PROVIDERS[torchs(case) if is_torchs else REFERENCE], problem.double(), states=True).results()
+
+
+class Judge:
+    """Compares results with the truth, and knows torch's own errors on the problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.truth, self.torchs = problem, truth(problem), dict[str, Error]()
 
     def ask_torch(self) -> None:
         try:
-            self.torchs = self.errors(Built(self._torchs, self.problem, states=True))
+            self.torchs = self.errors(Built(PROVIDERS[torchs(self.problem.case)], self.problem, states=True))
         except Exception as failure:  # it gets a row of its own where it was asked for
             raise_if_lost(failure)
 
     def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Error]:
-        with_state = built.model.takes_initial_state
-        if with_state not in self.truth:
-            self.truth[with_state] = problems.truth(built.problem)
-        return {name: error(result, self.truth[with_state][name]) for name, result in built.results(call).items()}
+        return {name: error(result, self.truth[name]) for name, result in built.results(call).items()}
 
     def why_wrong(self, found: Mapping[str, Error]) -> str | None:
         return why_wrong(self.problem.case, found, self.torchs)

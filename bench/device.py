@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import functools
-import hashlib
 import os
 import platform
 import re
@@ -17,20 +16,20 @@ import torch
 import lstm_triton
 from lstm_triton import versions as installed
 
-from .cases import Task
+from .cases import Task, require
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
-TOOLS = ("process.py", "storage.py", "timing.py", "versions.py")  # of lstm_triton, with which the benchmark measures
-COMMIT_VARIABLE = "LSTM_TRITON_BENCH_COMMIT"
-_READERS: dict[str, Any] = {  # of NVML and its handle of a GPU
-    "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-    "max_sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
-    "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-    "power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
-    "power_limit_w": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
-    "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
-    "utilization_percent": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+# What NVML tells of a GPU by these functions, and the divisor of each figure.
+_READERS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "sm_clock_mhz": ("ClockInfo", ("NVML_CLOCK_SM",), 1),
+    "max_sm_clock_mhz": ("MaxClockInfo", ("NVML_CLOCK_SM",), 1),
+    "memory_clock_mhz": ("ClockInfo", ("NVML_CLOCK_MEM",), 1),
+    "power_w": ("PowerUsage", (), 1e3),
+    "power_limit_w": ("EnforcedPowerLimit", (), 1e3),
+    "temperature_c": ("Temperature", ("NVML_TEMPERATURE_GPU",), 1),
+    "utilization_percent": ("UtilizationRates", (), 1),
 }
+_LEFT_OUT = {"cli.py", "check.py", "_version.py", "process.py", "storage.py", "timing.py", "versions.py"}
 
 
 class UsageError(ValueError):
@@ -41,10 +40,10 @@ def pick(name: str) -> str:
     """The device to measure on; raises UsageError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if (known := re.fullmatch(r"(cuda|cpu)(?::(\d+))?", name)) is None:
-        raise UsageError(f"--device {name}: only NVIDIA GPUs and the CPU are measured")
-    if known[1] == "cuda" and int(known[2] or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: no such NVIDIA GPU here")
+    known = re.fullmatch(r"(cuda|cpu)(?::(\d+))?", name)
+    require({f"--device {name}: only NVIDIA GPUs and the CPU are measured": known}, UsageError)
+    is_there = name.startswith("cpu") or int((known and known[2]) or 0) < torch.cuda.device_count()
+    require({f"--device {name}: no such NVIDIA GPU here": is_there}, UsageError)
     return name
 
 
@@ -64,18 +63,19 @@ def state(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"load_1min": os.getloadavg()[0]}
     try:
-        import pynvml
+        import pynvml as nvml
 
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        nvml.nvmlInit()
+        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except ImportError:
         return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
     except Exception as error:  # NVMLError, or a torch without UUIDs
         return {"unread": f"NVML: {error}"}
-    found = dict.fromkeys(_READERS)
-    for name, reader in _READERS.items():
-        with contextlib.suppress(pynvml.NVMLError):  # as on a slice of a GPU
-            found[name] = reader(pynvml, gpu)
+    found: dict[str, Any] = dict.fromkeys(_READERS)
+    for name, (function, arguments, divisor) in _READERS.items():
+        with contextlib.suppress(nvml.NVMLError):  # as on a slice of a GPU
+            value = getattr(nvml, f"nvmlDeviceGet{function}")(gpu, *(getattr(nvml, a) for a in arguments))
+            found[name] = getattr(value, "gpu", value) / divisor
     return found
 
 
@@ -88,39 +88,25 @@ def versions() -> Versions:
 
 @functools.cache
 def source() -> Source:
-    """Identify this version of the package: its commit if it is a checkout, and a digest of the code that computes."""
-    computes = digest(Path(lstm_triton.__file__).resolve().parent)
-    if COMMIT_VARIABLE in os.environ:  # an export of that commit
-        return Source(os.environ[COMMIT_VARIABLE], False, computes)
+    """Identify this version of the package: its commit if it is a checkout, and a digest of the kernels and their callers."""
+    package = Path(lstm_triton.__file__).resolve().parent
+    files = [path for path in package.glob("*.py") if path.name not in _LEFT_OUT]
+    digest = installed.digest([*files, *(package / "kernels").glob("*.py")])[:12]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
     try:
-        return Source(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")), computes)
-    except UsageError:
-        return Source(None, None, computes)
+        return Source(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")), digest)
+    except (OSError, subprocess.SubprocessError):  # installed, or no git
+        return Source(None, None, digest)
 
 
 def checkout() -> Path | None:
     """The folder of the checkout that this package is imported from, or None where it was installed."""
     folder = Path(__file__).resolve().parent.parent
     return folder if (folder / "pyproject.toml").is_file() and (folder / "kernels").is_dir() else None
-
-
-def git(*arguments: str) -> str:
-    """What git says in the checkout; raises UsageError where there is none, or git refuses."""
-    try:
-        command = ["git", "-C", str(checkout()), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(f"git {' '.join(arguments)}: {getattr(error, 'stderr', None) or error}") from None
-
-
-def digest(package: Path) -> str:
-    """Twelve hexadecimal digits over the sources of the kernels and their callers; not of command line or benchmark."""
-    left_out = {"cli.py", "check.py", "_version.py", *TOOLS}
-    files = [p for p in package.glob("*.py") if p.name not in left_out] + list((package / "kernels").glob("*.py"))
-    total = hashlib.sha256()
-    for path in sorted(files, key=lambda p: (p.parent.name, p.name)):
-        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()[:12]
 
 
 def results_folder() -> Path:
@@ -151,21 +137,23 @@ class RowMaker:
     def make(
         self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
     ) -> Row:
-        """A row; `measured` has what there is of model (a providers.Model), state and Row's fields of figures."""
+        """A row; `measured` has what there is of model (a problem.Model), state and Row's fields of figures."""
         if model := measured.pop("model", None):
-            said = "; ".join(text for text in (model.backend_reason, *model.remarks) if text)
-            measured |= dict(backend=model.backend, backend_reason=said or None, algorithm=model.algorithm)
-        labels = [CPU_LABEL if self.device.type == "cpu" else None, task.case.note]
-        labels += ["kernels in Triton's interpreter, errors only"] if task.interpreter else []
+            said = "; ".join(model.remarks) or None
+            measured |= dict(backend=model.backend, backend_reason=said, algorithm=model.algorithm)
         backends: Any = torch.backends
         precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        labels = [CPU_LABEL if self.device.type == "cpu" else "", task.case.note]
         measured.setdefault("state", self.state() if status == "ok" else {})
         measured |= dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution)
-        measured |= dict(
-            status=status, reason=reason, label="; ".join(text for text in labels if text) or None, date=now
-        )
         measured |= dict(device=self.device, versions=self.versions, source=self.source) | self.always
-        # Failures name the state of the cache too: with another one they are tried again.
-        measured["l2"] = self.l2 if task.kind in ("timing", "anchor") else None
-        return Row(precision=precision | {"lstm_triton": task.case.precision or "as the dtype"}, **measured)
+        return Row(
+            status=status,
+            reason=reason,
+            precision=precision | {"lstm_triton": task.case.precision or "as the dtype"},
+            # Failures name the state of the cache too: with another one they are tried again.
+            l2=self.l2 if task.kind in ("timing", "anchor") else None,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            label="; ".join(filter(None, labels)) or None,
+            **measured,
+        )

@@ -1,52 +1,27 @@
-"""Costs of a call besides device time: host microseconds and their parts, the first call of a process, memory."""
+"""Costs of a call besides device time: host microseconds, the first call of a process, memory."""
 
-import functools
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from lstm_triton import dispatch, process, timing
-from lstm_triton.kernels.launch import Launcher
+from lstm_triton import process, timing
 
 from . import problem, providers
 from .cases import Case
 from .checks import Built
 
-BATCHES, CALLS = 25, 100  # and a tenth of the calls where the run asks for haste
+BATCHES, CALLS = 25, 100
 _TIMEOUT_S = 300
 
 
-def overhead(built: Built, provider: str, calls: int) -> dict[str, float]:
-    """total_us of a call, and for this package of it launch_us (each kernel launch timed again by itself), dispatch_us (the
-    choice of a backend) and checks_us (the rest: module, checks, autograd, allocation); launches.
-    """
-    device, launches, original = built.problem.device, list[Callable[[], Any]](), Launcher.__call__
-
-    def host_us(call: Callable[[], Any]) -> float:
-        return timing.median_us(call, timing.Clock(device, host=True), BATCHES, calls)
-
-    def recording(self: Any, *arguments: Any, **options: Any) -> Any:
-        launches.append(functools.partial(self, *arguments, **options))
-        return original(self, *arguments, **options)
-
-    with torch.set_grad_enabled(built.training):
-        found = {"total_us": host_us(built.call)}
-        if not provider.startswith("lstm_triton"):
-            return found
-        with mock.patch.object(Launcher, "__call__", recording):
-            built.call()
-        found["launch_us"] = sum(map(host_us, launches))
-    chosen = functools.partial(dispatch.layer_backend, plain=True, long=False, precision=None)
-    if built.problem.case.form == "cell":
-        chosen = dispatch.cell_backend
-    found["dispatch_us"] = host_us(functools.partial(chosen, provider.split()[1], device, built.inputs[0].dtype))
-    found["checks_us"] = max(found["total_us"] - found["launch_us"] - found["dispatch_us"], 0.0)
-    return found | {"launches": float(len(launches))}
+def overhead(built: Built) -> dict[str, float]:
+    """Host microseconds of a call, whatever the device still has to do."""
+    clock = timing.Clock(built.problem.device, host=True)
+    with torch.set_grad_enabled(built.problem.training):
+        return {"total_us": timing.median_us(built.call, clock, BATCHES, CALLS)}
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
@@ -56,8 +31,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
-            found = _new_process(case, provider, device, cache)
-            values |= {f"{kind}_{name}": seconds for name, seconds in found.items()}
+            values |= {f"{kind}_{name}": s for name, s in _new_process(case, provider, device, cache).items()}
     return values
 
 
@@ -77,7 +51,7 @@ def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     built = Built(providers.PROVIDERS[provider], problem.make(case, torch.device(device_type)))
     synchronize()  # CUDA itself starts before the clock does
     times = [time.perf_counter()]
-    with torch.set_grad_enabled(built.training):
+    with torch.set_grad_enabled(built.problem.training):
         for _ in range(2):
             built.call()
             synchronize()
@@ -92,37 +66,37 @@ def held(built: Built) -> dict[str, int]:
     saved: in tensors that autograd keeps for backward, each storage once, without inputs and weights. On a GPU also, above what
     there was before: after_forward, and peak over forward and backward, which take in what no tensor shows.
     """
-    given, saved = {_storage(t) for t in (*built.inputs, *built.model.weights.values())}, dict[int, int]()
-
-    def pack(t: Tensor) -> Tensor:
-        if _storage(t) not in given:
-            saved[_storage(t)] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.set_grad_enabled(built.training), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = built.forward()
-    # saved tensors stay alive with the outputs, so that no address is counted for two of them
-    outside = {_storage(t): t.untyped_storage().nbytes() for t in outputs if _storage(t) not in saved}
-    found = {"saved": sum(saved.values()), "outputs": sum(outside.values())}
-    del outputs
-    return found | (_held_on_gpu(built) if built.problem.device.type == "cuda" else {})
-
-
-def _held_on_gpu(built: Built) -> dict[str, int]:
     device = built.problem.device
-    with torch.set_grad_enabled(built.training):
-        built.call()  # compiled, workspaces allocated
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        outputs = built.forward()
-        after_forward = torch.cuda.memory_allocated(device) - before
-        if built.training:
-            torch.autograd.grad(outputs[0], list(built.leaves.values()), built.dy)
-    torch.cuda.synchronize(device)
-    return {"after_forward": after_forward, "peak": torch.cuda.max_memory_allocated(device) - before}
+    with torch.set_grad_enabled(built.problem.training):
+        given, saved = _storages((*built.inputs, *built.model.weights.values())), dict[int, int]()
+
+        def pack(t: Tensor) -> Tensor:
+            saved.update(_storages([t]).items() - given.items())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = built.forward()
+        # saved tensors stay alive with the outputs, so that no address is counted for two of them
+        found = {
+            "saved": sum(saved.values()),
+            "outputs": sum(dict(_storages(outputs).items() - saved.items()).values()),
+        }
+        del outputs
+        if device.type == "cuda":
+            built.call()  # compiled, workspaces allocated
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            outputs = built.forward()
+            found["after_forward"] = torch.cuda.memory_allocated(device) - before
+            if built.leaves:
+                torch.autograd.grad(outputs[0], list(built.leaves.values()), built.dy)
+            torch.cuda.synchronize(device)
+            found["peak"] = torch.cuda.max_memory_allocated(device) - before
+    return found
 
 
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+def _storages(tensors: Any) -> dict[int, int]:
+    """Bytes by address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -13,13 +13,11 @@ from lstm_triton.process import Fatal, raise_if_lost
 
 from . import host, providers, roofs
 from . import problem as problems
-from .cases import Task
+from .cases import Pair, Task
 from .checks import Built, Judge
 from .device import RowMaker
 from .problem import Unavailable
 from .rows import Error, Row, Timing
-
-Pair = tuple[str, str]  # of provider and execution
 
 
 @dataclass
@@ -44,10 +42,9 @@ def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Col
     Raises Fatal, after its row, when the device is lost.
     """
     names = providers.names_of(task, context.maker.on.type, context.names)
-    wanted: list[Pair] = [(n, e) for n in names for e in task.executions if (n, e) not in skip]
-    if wanted:
+    if pairs := [(n, e) for n in names for e in task.executions if (n, e) not in skip]:
         with problems.precision(task.case):
-            _Measurement(task, context, emit).run(wanted)
+            _Measurement(task, context, emit).run(pairs)
 
 
 class _Measurement:
@@ -57,19 +54,19 @@ class _Measurement:
         self.task, self.context, self._emit = task, context, emit
         self.ready: dict[Pair, tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
 
-    def run(self, wanted: list[Pair]) -> None:
-        judge, torchs = None, providers.torchs(self.task.case)
+    def run(self, pairs: list[Pair]) -> None:
+        judge = None
         if self.task.kind in ("timing", "anchor", "accuracy", "memory"):
             try:
                 self.context.stage("float64", "eager", "truth")
-                judge = Judge(problems.make(self.task.case, self.context.maker.on), providers.PROVIDERS[torchs])
-                self.context.stage(torchs, "eager", "check")
+                judge = Judge(problems.make(self.task.case, self.context.maker.on))
+                self.context.stage(providers.torchs(self.task.case), "eager", "check")
                 judge.ask_torch()
             except Exception as error:
                 raise_if_lost(error)
-                return self.tell(wanted, "failed", f"no float64 truth to compare with: {brief(error)}")
-        for name in dict.fromkeys(n for n, _ in wanted):
-            mine = [(n, e) for n, e in wanted if n == name]
+                return self.tell(pairs, "failed", f"no float64 truth to compare with: {brief(error)}")
+        for name in dict.fromkeys(n for n, _ in pairs):
+            mine = [pair for pair in pairs if pair[0] == name]
             try:
                 self._alone(mine) if judge is None else self._check(mine, judge)
             except Fatal:
@@ -86,68 +83,67 @@ class _Measurement:
         while self.ready:
             self._time()
 
-    def tell(self, which: list[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
-        for name, execution in which:
-            self._emit(self.context.maker.make(self.task, name, execution, status, reason, **measured))
+    def tell(self, pairs: list[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
+        for pair in pairs:
+            self._emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
 
-    def _alone(self, which: list[Pair]) -> None:
+    def _alone(self, pairs: list[Pair]) -> None:
         """Roofs, host times and first calls, which are compared with no truth."""
-        name, context, case, on = which[0][0], self.context, self.task.case, self.context.maker.on
-        context.stage(name, "eager", self.task.kind)
-        if self.task.kind == "roof":
-            self.tell(which, "ok", values=roofs.PARTS[name](on))
-        elif self.task.kind == "cold-start":
-            self.tell(which, "ok", values=host.cold_start(case, name, on))
+        name, kind, case, on = pairs[0][0], self.task.kind, self.task.case, self.context.maker.on
+        self.context.stage(*pairs[0], kind)
+        if kind == "roof":
+            self.tell(pairs, "ok", values=roofs.PARTS[name](on))
+        elif kind == "cold-start":
+            self.tell(pairs, "ok", values=host.cold_start(case, name, on))
         else:
             built = Built(providers.PROVIDERS[name], problems.make(case, on))
-            calls = host.CALLS if context.seconds >= 0.3 else host.CALLS // 10
-            self.tell(which, "ok", model=built.model, values=host.overhead(built, name, calls))
+            self.tell(pairs, "ok", model=built.model, values=host.overhead(built))
 
-    def _check(self, which: list[Pair], judge: Judge) -> None:
-        name, stage, kind = which[0][0], self.context.stage, self.task.kind
-        stage(*which[0], "build")
+    def _check(self, pairs: list[Pair], judge: Judge) -> None:
+        name, stage, kind = pairs[0][0], self.context.stage, self.task.kind
+        stage(*pairs[0], "build")
         built = Built(providers.PROVIDERS[name], judge.problem, states=kind == "accuracy")
-        stage(*which[0], "check")
+        stage(*pairs[0], "check")
         found = judge.errors(built)
         if reason := judge.why_wrong(found):
-            self.tell(which, "wrong", reason, model=built.model, errors=found)
+            self.tell(pairs, "wrong", reason, model=built.model, errors=found)
         elif kind in ("accuracy", "memory"):
-            stage(*which[0], kind)
+            stage(*pairs[0], kind)
             held = host.held(built) if kind == "memory" else None
-            self.tell(which, "ok", model=built.model, errors=found, bytes=held)
+            self.tell(pairs, "ok", model=built.model, errors=found, bytes=held)
         else:
-            for key in which:
+            for pair in pairs:
                 try:
-                    stage(*key, "build")
-                    self.ready[key] = built, found, _graph(built, judge) if key[1] == "graph" else built.call
+                    stage(*pair, "build")
+                    self.ready[pair] = built, found, _graph(built, judge) if pair[1] == "graph" else built.call
                 except Exception as error:
-                    self.tell([key], "failed", f"CUDA graph: {brief(error)}", model=built.model)
+                    self.tell([pair], "failed", f"CUDA graph: {brief(error)}", model=built.model)
                     raise_if_lost(error)
 
     def _time(self) -> None:
         """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
         context, case = self.context, self.task.case
-        calls = {key: call for key, (_, _, call) in self.ready.items()}
+        calls = {pair: call for pair, (_, _, call) in self.ready.items()}
         try:
             with torch.set_grad_enabled(case.mode == "train"):
-                turn = lambda key: context.stage(*key, "timing")  # noqa: E731
+                turn = lambda pair: context.stage(*pair, "timing")  # noqa: E731
                 samples = timing.interleaved(calls, context.clock, context.seconds, turn)
         except timing.Failed as failure:
             cause = failure.__cause__ or failure
             self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
             return raise_if_lost(cause)
         floor, state = roofs.floor(case, context.roofs), context.maker.state()
-        for key, sample in samples.items():
-            built, found, _ = self.ready.pop(key)
+        for pair, sample in samples.items():
+            built, found, _ = self.ready.pop(pair)
             took = Timing.of(sample, case.length, context.clock.name)
-            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor)
-            measured["distance"] = took.us_per_step / floor.us_per_step if floor else None
-            self.tell([key], "ok", model=built.model, **measured)
+            distance = took.us_per_step / floor.us_per_step if floor else None
+            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
+            self.tell([pair], "ok", model=built.model, **measured)
 
 
 def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
     """The replay of a CUDA graph of what eager rows time, its results checked."""
-    with torch.set_grad_enabled(built.training):
+    with torch.set_grad_enabled(built.problem.training):
         replay, returned = graphed(built.call)
 
     def replayed() -> Any:

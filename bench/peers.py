@@ -6,24 +6,23 @@ float64 before anything is timed, as everyone's are.
 
 import importlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .problem import Model, Problem, State, Unavailable, load, set_precision
+from .cases import require
+from .problem import Model, Problem, Provider, State, Unavailable, load, set_precision
 
+DEVICE_TYPES = ("cuda",)  # on which they run
 PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn", "fastlstm": "fastlstm"}
 
 
-def _module(name: str, problem: Problem, resets: bool = False) -> Any:
+def _module(name: str, problem: Problem, *dtypes: str, resets: bool = False) -> Any:
     """A peer's module; Unavailable where it is not installed, needs a GPU, or has no such LSTM."""
     top, case = name.partition(".")[0], problem.case
-    if case.form == "loop" or not case.is_simple or case.cell == "gru":
-        raise Unavailable(f"{top}: whole padded sequences, one layer, one direction, no projection")
-    if case.resets and not resets:
-        raise Unavailable(f"{top} has no resets")
+    is_simple = case.form == "layer" and case.is_simple and case.cell == "lstm"
+    require({f"{top}: whole padded sequences, one layer, one direction, no projection": is_simple}, Unavailable)
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -31,31 +30,28 @@ def _module(name: str, problem: Problem, resets: bool = False) -> Any:
         raise Unavailable(f"{top} is not installed" if missing else f"{top} cannot be imported: {error}") from None
     finally:
         set_precision(case)  # fastlstm sets torch's precision when it is imported
-    if problem.device.type != "cuda":
-        raise Unavailable(f"{top} runs on GPUs only")
+    rules = {
+        f"{top} has no resets": resets or not case.resets,
+        f"{top} computes in {' or '.join(dtypes)}": not dtypes or case.dtype_name.startswith(dtypes),
+        f"{top} runs on GPUs only": problem.device.type in DEVICE_TYPES,
+    }
+    require(rules, Unavailable)
     return module
 
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:
-    training = problem.case.mode == "train"
-    return {name: w.detach().clone().requires_grad_(training) for name, w in problem.weights.items()}
+    return {name: w.detach().clone().requires_grad_(problem.training) for name, w in problem.weights.items()}
 
 
 def torchrl(problem: Problem) -> Model:
     """torchrl's Triton LSTM: batch-major, a state to reset to stored for every step."""
-    module = _module("torchrl.modules.tensordict_module._rnn_triton", problem, resets=True)
-    if not getattr(module, "_has_triton", False):
-        raise Unavailable("this torchrl found no Triton")
-    if problem.case.dtype == "float16":
-        raise Unavailable("torchrl computes in float32 or bfloat16")
+    module = _module("torchrl.modules.tensordict_module._rnn_triton", problem, "float32", "bfloat16", resets=True)
+    require({"this torchrl found no Triton": getattr(module, "_has_triton", False)}, Unavailable)
     weights = _leaves(problem)
     resets = torch.zeros_like(problem.x[..., 0], dtype=torch.bool) if problem.resets is None else problem.resets
-    is_init = resets.t().contiguous()
-    options, remarks = {}, []
-    if "input_precision" in inspect.signature(module.lstm_triton).parameters:
-        options["input_precision"] = problem.case.precision or "ieee"
-    else:  # older ones leave it to Triton
-        remarks.append("this torchrl lets no one choose the precision of its recurrent products")
+    is_init, options = resets.t().contiguous(), {"input_precision": problem.case.precision or "ieee"}
+    chooses = "input_precision" in inspect.signature(module.lstm_triton).parameters  # older ones leave it to Triton
+    remarks = [] if chooses else ["this torchrl lets no one choose the precision of its recurrent products"]
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         states = []
@@ -63,38 +59,24 @@ def torchrl(problem: Problem) -> Model:
             at_steps = s.new_zeros(x.shape[1], x.shape[0], s.shape[-1])
             start = torch.where(is_init[:, :1], 0.0, s)
             states.append(torch.cat((start[:, None], at_steps[:, 1:]), dim=1))
-        x = x.transpose(0, 1).contiguous()
-        h, _, h_n, c_n = module.lstm_triton(x, *states, *weights.values(), is_init, x.dtype, **options)
+        x, given = x.transpose(0, 1).contiguous(), options if chooses else {}
+        h, _, h_n, c_n = module.lstm_triton(x, *states, *weights.values(), is_init, x.dtype, **given)
         return h.transpose(0, 1), (h_n[None], c_n[None])
 
     return Model(run, weights, remarks=remarks)
 
 
 def haste(problem: Problem) -> Model:
-    """haste_pytorch.LSTM: no initial state, gates in the order i, g, f, o, float32."""
-    module = _module("haste_pytorch", problem)
-    case, given, training = problem.case, problem.weights, problem.case.mode == "train"
-    if case.dtype != "float32":
-        raise Unavailable("haste's module computes in float32")
-    lstm = module.LSTM(case.input_size, case.hidden_size).to(problem.device)
-    lstm.train(training).requires_grad_(training)
+    """haste_pytorch.LSTM 0.4.0: transposed weights and one bias, gates in the order i, g, f, o."""
+    lstm = _module("haste_pytorch", problem, "float32").LSTM(problem.case.input_size, problem.case.hidden_size)
+    lstm, weights = lstm.to(problem.device).train(problem.training), _leaves(problem)
 
-    def to_haste(w: Tensor) -> Tensor:
-        i, f, g, o = w.chunk(4)
-        return torch.cat((i, g, f, o))
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        w_ih, w_hh, b_ih, b_hh = (torch.cat([w.chunk(4)[k] for k in (0, 2, 1, 3)]) for w in weights.values())
+        parameters = dict(kernel=w_ih.t(), recurrent_kernel=w_hh.t(), bias=b_ih + b_hh)
+        return torch.func.functional_call(lstm, parameters, (x, state))
 
-    def from_haste(w: Tensor) -> Tensor:  # exchanging two gates twice
-        return to_haste(w.t() if w.dim() == 2 else w)
-
-    weights = {"weight_ih_l0": lstm.kernel, "weight_hh_l0": lstm.recurrent_kernel, "bias_ih_l0": lstm.bias}
-    with torch.no_grad():
-        lstm.bias.copy_(to_haste(given["bias_ih_l0"] + given["bias_hh_l0"]))
-        for name in ("weight_ih_l0", "weight_hh_l0"):
-            weights[name].copy_(to_haste(given[name]).t())
-
-    return Model(
-        lambda x, _: lstm(x), weights, takes_initial_state=False, to_torch_gradient=dict.fromkeys(weights, from_haste)
-    )
+    return Model(run, weights, remarks=["weights brought into its order in each call; adapter untested"])
 
 
 def flashrnn(problem: Problem, backend: str = "cuda_fused") -> Model:
@@ -116,17 +98,15 @@ def flashrnn(problem: Problem, backend: str = "cuda_fused") -> Model:
         (h, c), _ = module.flashrnn(wx, r, b, **options)  # [B, T, 1, H] each
         return h[:, :, 0].transpose(0, 1), (h[None, :, -1, 0], c[None, :, -1, 0])
 
-    return Model(run, weights, backend, "one head: the same dense recurrence")
+    return Model(run, weights, backend, remarks=["one head: the same dense recurrence"])
 
 
 def fastlstm(problem: Problem) -> Model:
     """fastlstm.lstm.FastLSTM by its public signature; it could not be installed here, so this adapter is untested."""
-    module = _module("fastlstm.lstm", problem)
+    module = _module("fastlstm.lstm", problem, "float16", "bfloat16", "float32 tf32")
     case = problem.case
-    if case.precision == "ieee" or case.dtype == "float64":
-        raise Unavailable("fastlstm computes in float16, bfloat16 or TF32")
     lstm = module.FastLSTM(case.input_size, case.hidden_size, 1, device=problem.device, dtype=problem.x.dtype)
-    return Model(lstm, load(lstm, problem), "fast", "adapter by the public signature, untested")
+    return Model(lstm, load(lstm, problem), "fast", remarks=["adapter by the public signature, untested"])
 
 
-PEERS: dict[str, Callable[[Problem], Model]] = dict(torchrl=torchrl, haste=haste, flashrnn=flashrnn, fastlstm=fastlstm)
+PEERS: dict[str, Provider] = dict(torchrl=torchrl, haste=haste, flashrnn=flashrnn, fastlstm=fastlstm)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import time
 
 # What serves output alone, and what is not shown without it.
 EXTRAS = dict(pandas="tables", matplotlib="figures", jinja2="report", rich="progress line", pynvml="GPU clocks")
@@ -15,47 +14,31 @@ def missing(*names: str) -> str | None:
     return f"{without}: pip install 'lstm-triton[bench]'" if absent else None
 
 
-def duration(seconds: float) -> str:
-    """ "45 s", "3 min 10 s", "1 h 5 min"."""
-    minutes, s = divmod(max(round(seconds), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = (hours, "h"), (minutes, "min"), (0 if hours else s, "s")
-    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "0 s"
-
-
 class Progress:
-    """Counts up to `total`; knows how long that took, and so about how long the rest will."""
+    """Counts what is `done` of `total`, on a line of the terminal with the time that is left at this pace."""
 
-    def __init__(self, total: float, budget_s: float | None = None) -> None:
-        self.total, self.done = total, 0.0
-        self._begin, self._budget_s, self._status = time.monotonic(), budget_s, None
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self._bar = total, 0.0, None
         if sys.stderr.isatty() and missing("rich") is None:
-            from rich.console import Console
+            from rich import console, progress
 
-            self._status = Console(file=sys.stderr).status("", refresh_per_second=2)
-            self._status.start()
-
-    def left(self) -> float | None:
-        """Seconds until all is done or the budget is used; None before there is anything to judge by."""
-        spent = time.monotonic() - self._begin
-        bounds = [] if self._budget_s is None else [self._budget_s - spent]
-        bounds += [spent / self.done * (self.total - self.done)] if self.done else []
-        return min(bounds, default=None)
+            columns = "{task.percentage:3.0f} %", progress.TimeRemainingColumn(), "left · {task.description}"
+            self._bar = progress.Progress(*columns, console=console.Console(file=sys.stderr), transient=True)
+            self._line = self._bar.add_task("", total=total)
+            self._bar.start()
 
     def show(self, what: str) -> None:
         """`what` is under way."""
-        if self._status is not None:
-            left = self.left()
-            text = what if left is None else f"{duration(left)} left · {what}"
-            self._status.update(f"{self.done / max(self.total, 1e-9):4.0%} · {text}")
+        if self._bar is not None:
+            self._bar.update(self._line, completed=self.done, total=self.total, description=what)
 
     def say(self, text: str) -> None:
         """A line that stays, on standard output."""
         self.close()
         print(text, flush=True)
-        if self._status is not None:
-            self._status.start()
+        if self._bar is not None:
+            self._bar.start()
 
     def close(self) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._bar is not None:
+            self._bar.stop()

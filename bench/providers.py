@@ -17,22 +17,27 @@ import lstm_triton
 from lstm_triton import reference
 
 from . import by_hand, peers, roofs
-from .cases import Case, Task
+from .cases import Case, Task, require
 from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm, with_pair
 
+MOST_CUDNN_STEPS = 65535
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
-KERNELS = "lstm_triton triton"
+KERNELS, REFERENCE = "lstm_triton triton", "lstm_triton reference"
 
 
-def _cells(problem: Problem, what: str, cell: Callable[[Tensor, State], State], most: int) -> Run:
+def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
     """The case by a cell, called once or for every step."""
-    resets = problem.resets
-    if not problem.case.is_simple or problem.case.cell == "gru":
-        raise Unavailable(f"{what} in a loop: one layer of an LSTM, one direction, padded batch rows")
-    if problem.case.length > most:
-        raise Unavailable(f"{what} in a loop is run up to {most} steps")
+    case, resets = problem.case, problem.resets
+    simple = {
+        "by cells: one layer of an LSTM, one direction, padded batch rows": case.is_simple and case.cell == "lstm"
+    }
+    require(simple, Unavailable)
 
-    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = cell(x, state)
+        return h, (h, c)
+
+    def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
         (h, c), outputs = (s[0] for s in state), []
         for t, x_t in enumerate(x.unbind(0)):
             if resets is not None:
@@ -41,7 +46,7 @@ def _cells(problem: Problem, what: str, cell: Callable[[Tensor, State], State], 
             outputs.append(h)
         return torch.stack(outputs), (h[None], c[None])
 
-    return run
+    return step if case.form == "cell" else loop
 
 
 def _packed(lstm: nn.Module, problem: Problem) -> Run:
@@ -54,36 +59,24 @@ def _packed(lstm: nn.Module, problem: Problem) -> Run:
     return run
 
 
-def _without_cell_states(lstm: Callable[[Tensor, State], Any]) -> Run:
-    return lambda x, state: lstm(x, state)[:2]
-
-
 def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
     """This package, its backend left to choose or forced."""
-    case, in_cells = problem.case, problem.case.form != "layer"
-    if in_cells and (recompute or backend in ("triton-persistent", "triton-stepwise", "cudnn")):
-        raise Unavailable("a cell has one way in Triton: lstm_triton auto, triton or reference")
-    if not in_cells and backend == "reference" and case.length > 256:
-        raise Unavailable("plain PyTorch step by step: run up to 256 steps")
+    case, run = problem.case, None
     options: dict[str, Any] = dict(device=problem.device, dtype=problem.x.dtype, backend=backend)
     options["precision"] = case.precision or None
-    module: Any
-    if in_cells:
-        module = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
-        run = _cells(problem, "lstm_triton.LSTMCell", module, 2**31)
+    if case.form != "layer":
+        one_way = not recompute and backend in ("auto", "triton", "reference")
+        require({"a cell has one way in Triton: lstm_triton auto, triton or reference": one_way}, Unavailable)
+        module: Any = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
+        run = _cells(problem, module)
     else:
-        options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         kind: Any = functools.partial(lstm_triton.LSTM, proj_size=case.proj_size)
-        if case.cell == "gru" and case.precision == "tf32x3":
-            raise Unavailable("a GRU of the benchmark has torch's precisions")
         if case.cell == "gru":  # whose cuDNN has no precision but torch's setting, which is that of the case
+            require({"a GRU of the benchmark has torch's precisions": case.precision != "tf32x3"}, Unavailable)
             kind, options["precision"] = with_pair(lstm_triton.GRU), None
+        options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
-        lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
-        segments = dict(resets=problem.resets, lengths=lengths, return_cell_states=case.cell_states or None)
-        run = functools.partial(module, **{name: t for name, t in segments.items() if t is not None})
-        run = _without_cell_states(run) if case.cell_states else run
-        run = _packed(module, problem) if case.rows == "packed" else run
+        run = _packed(module, problem) if case.rows == "packed" else _segmented(module, problem)
     segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -91,8 +84,14 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         raise Unavailable(str(error)) from None
     _, chosen, reason = said.split(": ", 2)
     algorithm = cudnn_algorithm(problem) if chosen == "cudnn" else None
-    step = module if in_cells else None
-    return Model(run, load(module, problem), chosen, reason.rstrip("."), algorithm, step=step)
+    return Model(run, load(module, problem), chosen, algorithm, [reason.rstrip(".")])
+
+
+def _segmented(module: Callable[..., Any], problem: Problem) -> Run:
+    lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
+    given = dict(resets=problem.resets, lengths=lengths, return_cell_states=problem.case.cell_states or None)
+    given = {name: value for name, value in given.items() if value is not None}
+    return lambda x, state: module(x, state, **given)[:2]
 
 
 def cudnn_algorithm(problem: Problem) -> str | None:
@@ -126,51 +125,51 @@ def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
 def torchs_lstm(problem: Problem) -> Model:
     """torch.nn.LSTM: cuDNN on a GPU, torch's CPU kernels elsewhere. With resets or lengths, as its users work around it."""
     case, resets = problem.case, problem.resets
-    if case.form == "loop":
-        raise Unavailable("torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell")
-    if case.cell_states:
-        raise Unavailable("torch.nn.LSTM returns no cell states")
-    if case.precision == "tf32x3":
-        raise Unavailable("cuDNN has no tf32x3")
-    if resets is not None and (case.bidirectional or case.rows != "padded"):
-        raise Unavailable("a loop over steps runs in one direction, over padded batch rows")
+    one_way = not case.bidirectional and case.rows == "padded"
+    rules = {
+        "torch.nn.LSTM takes whole sequences; step by step it is torch.nn.LSTMCell": case.form == "layer",
+        "torch.nn.LSTM returns no cell states": not case.cell_states,
+        "cuDNN has no tf32x3": case.precision != "tf32x3",
+        "a loop over steps runs in one direction, over padded batch rows": resets is None or one_way,
+    }
+    require(rules, Unavailable)
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-    run: Run = lstm if case.rows == "padded" else _packed(lstm, problem)
 
     def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
         outputs = []
         for x_t, reset in zip(x.split(1), resets if resets is not None else ()):
-            y, state = run(x_t, (state[0] * ~reset[:, None], state[1] * ~reset[:, None]))
+            y, state = lstm(x_t, (state[0] * ~reset[:, None], state[1] * ~reset[:, None]))
             outputs.append(y)
         return torch.cat(outputs), state
 
+    run: Run = _packed(lstm, problem) if case.rows != "padded" else lstm if resets is None else loop
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
-    remarks = ["torch does not flatten bfloat16 weights for cuDNN: each call copies them"] * copies
-    remarks += ["torch.nn.GRU"] * (case.cell == "gru")
-    remarks += ["no lengths in torch.nn.LSTM: packed and padded again"] * (case.rows == "lengths")
-    remarks += ["no resets in torch.nn.LSTM: one call per step, the states masked between them"] * (resets is not None)
-    serve = run if resets is None else loop
-    return Model(serve, weights, algorithm=cudnn_algorithm(problem), remarks=remarks)
+    remarks = {
+        "torch does not flatten bfloat16 weights for cuDNN: each call copies them": copies,
+        "torch.nn.GRU": case.cell == "gru",
+        "no lengths in torch.nn.LSTM: packed and padded again": case.rows == "lengths",
+        "no resets in torch.nn.LSTM: one call per step, the states masked between them": resets is not None,
+    }
+    said = [remark for remark, holds in remarks.items() if holds]
+    return Model(run, weights, algorithm=cudnn_algorithm(problem), remarks=said)
 
 
 def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
     """torch.nn.LSTMCell, or torch.compile of the plain-PyTorch cell, once or called for every step."""
     case = problem.case
-    if case.precision == "tf32x3":
-        raise Unavailable("torch has no tf32x3")
+    require({"torch has no tf32x3": case.precision != "tf32x3"}, Unavailable)
     cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
     if not compiled:
-        return Model(_cells(problem, TORCH_CELL, cell, 2048), load(cell, problem), step=cell)
+        return Model(_cells(problem, cell), load(cell, problem))
     torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
     function = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
 
     def step(x: Tensor, hx: State) -> State:
         return function(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 
-    run = _cells(problem, "the compiled cell", step, 256)
-    return Model(run, load(cell, problem), "inductor", "fullgraph, static shapes", step=step)
+    return Model(_cells(problem, step), load(cell, problem), "inductor", None, ["fullgraph, static shapes"])
 
 
 _BACKENDS = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
@@ -192,33 +191,30 @@ def torchs(case: Case) -> str:
     return CUDNN if case.form == "layer" else TORCH_CELL
 
 
-def chosen_for(task: Task, device_type: str) -> list[str]:
-    """The providers of a task by default: those worth comparing. Which of them can serve, they say themselves."""
-    case, kind, gpu, in_cells = task.case, task.kind, device_type == "cuda", task.case.form != "layer"
+def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
+    """The providers of a task, in order: those asked for (`names`), by default those worth comparing. Which of them can serve,
+    they say themselves. Roofs and the anchor know no choice.
+    """
+    case, kind, gpu, of_layers = task.case, task.kind, device_type == "cuda", task.case.form == "layer"
+    if kind == "roof":
+        return [name for name in roofs.PARTS if name != "barriers" or gpu]
+    if names is not None and kind != "anchor":
+        return list(names)
+    if task.providers is not None:
+        return list(task.providers)
     if kind in ("overhead", "cold-start"):
         return [KERNELS if gpu else OURS, torchs(case)]
-    if task.interpreter:
-        return ["lstm_triton triton-stepwise"] * (not in_cells) + [KERNELS, torchs(case)]
     if kind == "memory":
         return [OURS, *[KERNELS, f"{KERNELS} recompute"] * gpu, f"{OURS} recompute", CUDNN]
-    plain = ["lstm_triton reference"] if kind == "accuracy" or (not gpu and case.length <= 64) else []
-    if in_cells:
+    by_lstms, plain = case.is_simple and case.cell == "lstm", [REFERENCE]
+    plain *= case.length <= (256 if kind == "accuracy" else 0 if gpu else 64)
+    if not of_layers:
         return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
     # Not "lstm_triton triton", which takes one of the first two.
     forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] * gpu
     forced += ["lstm_triton cudnn"] * (gpu and not case.resets and case.rows != "lengths")
-    by_lstms = case.is_simple and case.cell == "lstm"
     loop = [TORCH_CELL] * (by_lstms and bool(case.resets or case.length <= 64))
     others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and by_lstms)
     # One that is not installed is named at the first hidden size of the headline, not in every case.
     others = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name])]
     return [OURS, *forced, CUDNN, *loop, *plain, *others]
-
-
-def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
-    """The providers of a task, in order: those asked for, by default its own. Roofs and the anchor know no choice."""
-    if task.kind == "roof":
-        return [name for name in roofs.PARTS if name != "barriers" or device_type == "cuda"]
-    if names is not None and task.kind != "anchor":
-        return list(names)
-    return chosen_for(task, device_type) if task.providers is None else list(task.providers)

@@ -12,6 +12,7 @@ from pandas import DataFrame
 from lstm_triton.storage import unfinished
 
 from . import figures, tables
+from .cases import require
 from .providers import CUDNN
 from .rows import CPU_LABEL, Row, StoreError
 from .tables import Comparison
@@ -37,19 +38,25 @@ class Section(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Sections that belong together: those of one device."""
+    """Sections that belong together: those of one device. note: a caution; about: what they were measured with."""
 
     sections: Sequence[Section]
     title: str = ""
     note: str = ""
+    about: str = ""
+
+
+def _render(template: str, is_html: bool, **given: Any) -> str:
+    environment = jinja2.Environment(autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["markdown"] = tables.markdown
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(given)
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> None:
     """One HTML file, complete in itself, for light and dark, wide and narrow."""
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     with unfinished(path) as file:
-        file.write_text(page.render(title=title, lead=lead, parts=parts), encoding="utf-8")
+        file.write_text(_render("page.html", True, title=title, lead=lead, parts=parts), encoding="utf-8")
 
 
 def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None:
@@ -62,22 +69,27 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
     if problems:
         lead.append(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}")
     lead += [] if rows else ["There are no rows yet."]
-    write_page(path, "lstm_triton beside cuDNN and others", lead, [_part(*of) for of in tables.newest(rows).items()])
+    parts = [_part(machine, of, VIEWS) for machine, of in tables.newest(rows).items()]
+    write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
 
 
-def _part(machine: str, rows: list[Row]) -> Part:
-    device, found = rows[0].device, tables.comparisons(rows)
-    notes = [f"{CPU_LABEL}."] * (device.type == "cpu")
-    notes += ["SYNTHETIC rows, made up to test this page: not results."] * any(row.synthetic for row in rows)
-    options = f" --device cpu --threads {device.threads}" if device.type == "cpu" else ""
+def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str = "") -> Part:
+    """One machine's. dtype: the only one that the headline is to show."""
+    last, found = max(rows, key=lambda row: row.date), tables.comparisons(rows)
+    found = [c for c in found if not dtype or c.suite != "hidden-sizes" or c.case.dtype == dtype]
+    notes = [CPU_LABEL] * (last.device.type == "cpu")
+    notes += ["SYNTHETIC rows, made up to test this page: not results"] * any(row.synthetic for row in rows)
+    options = f" --device cpu --threads {last.device.threads}" if last.device.type == "cpu" else ""
     options += " --flush-l2" * any(row.l2 == "flushed" for row in rows)
+    commit = (last.source.commit or "installed")[:12] + " with changes" * bool(last.source.dirty)
+    about = f"torch {last.versions.torch}, triton {last.versions.triton}, {last.date[:10]}, commit {commit}"
     sections = []
-    for view in VIEWS:
-        table, compared = view.table(view.of(rows), view.of(found)), view.of(found)
+    for view in views:
+        compared = view.of(found)
         command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
-        drawn = list(view.draw(compared)) if view.draw else []
+        drawn, table = list(view.draw(compared)) if view.draw else [], view.table(view.of(rows), compared)
         sections.append(Section(view.title, (), drawn, table, view.wraps, view.note, command))
-    return Part(sections, machine, " ".join(notes))
+    return Part(sections, machine, "; ".join(notes), about)
 
 
 def _groups(found: Iterable[Comparison], key: Callable[[Comparison], Any]) -> dict[Any, list[Comparison]]:
@@ -116,10 +128,9 @@ def _heat(found: Sequence[Comparison]) -> Iterator[Figure]:
         for dtype, group in _groups(known, lambda c: c.case.dtype_name).items():
             pictures = []
             for (mode, execution), part in _groups(group, lambda c: (c.case.mode, c.execution)).items():
-                cells = DataFrame(
-                    [(c.case.hidden_size, c.case.batch, c.ratio(way)) for c in part], columns=["H \\ B", "B", "x"]
-                )
-                pictures.append((f"{MODES[mode]}: {execution}", cells.pivot(index="H \\ B", columns="B", values="x")))
+                cells = [{"H \\ B": c.case.hidden_size, "B": c.case.batch, "x": c.ratio(way)} for c in part]
+                table = DataFrame(cells).pivot(index="H \\ B", columns="B", values="x")
+                pictures.append((f"{MODES[mode]}: {execution}", table))
             steps = group[0].case.length
             caption = f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {MEANINGS[way]}."
             yield caption, pictures
@@ -140,8 +151,7 @@ class View(NamedTuple):
 
 
 _BOTH = ". ".join(MEANINGS.values()) + "."
-_FEATURES = "In brackets the multiple of the padded time, ▼ where it is more than this package promises: at most "
-_FEATURES += " and ".join(f"{name}, {limit:g} times the padded time" for name, limit in tables.PROMISES.items()) + "."
+_FEATURES = "In brackets the multiple of the same provider's padded time."
 _ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
 _KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
@@ -180,12 +190,13 @@ def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> s
         commits = sorted({(row.source.commit or row.source.digest)[:10] for row in rows})
         devices = ", ".join(sorted({row.device.name for row in rows}))
         lead.append(f"{side}: {path.stem} ({devices}; {', '.join(commits[:3])})")
-    lead += ["A / B above 1: B is faster."]
+    lead += ["A / B above 1: B is faster.", said]
     if page:
-        write_page(page, "lstm_triton: two sets of rows", [*lead, said], [Part([Section("Both sides", table=table)])])
-    return "\n".join([*lead, "", tables.plain(table), "", said])
+        write_page(page, "lstm_triton: two sets of rows", lead, [Part([Section("Both sides", table=table)])])
+    return "\n\n".join(["\n".join(lead), tables.plain(table)])
 
 
+_BEGIN, _END = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->", "<!-- benchmark: end -->"
 _WRITTEN = (
     r"(<!-- (benchmark(?: summary)?): begin \(written by lstm-triton bench --readme\) -->\n).*?(<!-- \2: end -->)"
 )
@@ -196,8 +207,8 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
 
     Raises StoreError: no such file, or no pair of markers in it; rows that are synthetic.
     """
-    if any(row.synthetic for row in rows):
-        raise StoreError("synthetic rows are no results: they do not go into a README")
+    made_up = any(row.synthetic for row in rows)
+    require({"synthetic rows are no results: they do not go into a README": not made_up}, StoreError)
     try:
         written = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -207,27 +218,14 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
         return f"{match[1]}\n{markdown(rows, 'summary' in match[2])}\n{match[3]}"
 
     written, count = re.subn(_WRITTEN, tables_of, written, flags=re.DOTALL)
-    if not count:
-        begin = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->"
-        raise StoreError(f"{path} needs one line\n{begin}\nand one line\n<!-- benchmark: end -->")
+    require({f"{path} needs one line\n{_BEGIN}\nand one line\n{_END}": count}, StoreError)
     with unfinished(path) as file:
         file.write_text(written, encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row], short: bool = False) -> str:
     """The tables of every device; short: of the headline only the first dtype, and how many comparisons are lost."""
-    parts = []
-    for machine, of in tables.newest(rows).items():
-        last, found = max(of, key=lambda r: r.date), tables.comparisons(of)
-        label = f" ({CPU_LABEL})" if last.device.type == "cpu" else ""
-        commit = (last.source.commit or "installed")[:12] + (" with changes" if last.source.dirty else "")
-        versions = f"torch {last.versions.torch}, triton {last.versions.triton}"
-        parts += [f"### {machine}{label}", f"{versions}, {last.date[:10]}, commit {commit}"]
-        if short:
-            dtypes = [c.case.dtype for c in VIEWS[0].of(found)]
-            shown = "bfloat16" if "bfloat16" in dtypes else dtypes[0] if dtypes else ""
-            found = [c for c in found if c.case.dtype == shown or c.suite != "hidden-sizes"]
-        for view in VIEWS[: 2 if short else None]:
-            if len(table := view.table(view.of(of), view.of(found))):
-                parts += [f"**{view.title}**", *([view.note] if view.note else []), tables.markdown(table)]
-    return "\n\n".join(parts) + "\n"
+    dtypes = {row.case.dtype for row in rows if row.suite == "hidden-sizes"}
+    dtype = "bfloat16" if "bfloat16" in dtypes else min(dtypes, default="")
+    views, only = (VIEWS[:2], dtype) if short else (VIEWS, "")
+    return _render("tables.md", False, parts=[_part(*of, views, only) for of in tables.newest(rows).items()])

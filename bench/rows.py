@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lstm_triton import storage
 from lstm_triton.timing import Samples, median_interval
 
-from .cases import Case, Execution, Kind, Task, measurement_key
+from .cases import Case, Execution, Kind, Pair, Task, require
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
 
@@ -46,8 +46,10 @@ class Timing:
         return Timing(p20, p50, p80, p50 / steps, wall, low, high, round(confidence, 4), *counts, clock)
 
     def __post_init__(self) -> None:
-        if min(self.p20_us, self.p50_us, self.p80_us, self.us_per_step, self.ci_low_us) <= 0 or self.confidence > 1:
-            raise ValueError("p50_us and the other times are above 0, confidence is at most 1")
+        times = self.p20_us, self.p50_us, self.p80_us, self.us_per_step, self.ci_low_us
+        require(
+            {"p50_us and the other times are above 0": min(times) > 0, "confidence is over 1": self.confidence <= 1}
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class Error:
     def __post_init__(self) -> None:
         for name in ("max", "rms"):
             object.__setattr__(self, name, float(getattr(self, name)))
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is below 0")
+            require({f"{name} is below 0": not getattr(self, name) < 0})
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,16 @@ class Row:
             "a rate or a floor is 0": all(v or "_per_s" not in n for n, v in (self.values or {}).items())
             and (self.floor is None or self.floor.us_per_step > 0),
         }
-        for wrong in (message for message, holds in rules.items() if not holds):
-            raise ValueError(wrong)
+        require(rules)
 
     @property
-    def key(self) -> tuple:
-        """Equal for two measurements of the same thing: of kind, suite, case, provider, execution and settings."""
-        what = measurement_key(self.kind, self.suite, self.case)
-        return *what, self.provider, self.execution, self.l2, self.device.threads
+    def task(self) -> tuple:
+        """The key of the task that this is a row of."""
+        return Task(self.suite, self.case, self.kind).key
+
+    @property
+    def pair(self) -> Pair:
+        return self.provider, self.execution
 
     def encode(self) -> str:
         """One line of JSON, without its newline."""
@@ -192,17 +195,14 @@ def summary(task: Task, written: Iterable[Row]) -> str:
     """A task's rows in a few lines, for the terminal; of times the median, and the 20th to the 80th percentile."""
     lines = [f"{task.suite} · {task.case.describe()}"]
     for row in written:
+        text = "" if row.status == "ok" else f"{row.status.upper()}: {row.reason}"
         if t := row.timing:
             low, high = (number(us / task.case.length) for us in (t.p20_us, t.p80_us))
             text = f"{number(t.us_per_step)} us/step ({low} to {high})"
-        elif row.status != "ok":
-            text = f"{row.status.upper()}: {row.reason}"
-        elif row.bytes:
-            text = f"{row.bytes['saved'] / 2**20:.1f} MiB saved"
-        elif row.errors:
+        elif row.errors and not text:
             text = f"max error {max(e.max for e in row.errors.values()):.1e}"
-        else:
-            text = ", ".join(f"{name} {number(value)}" for name, value in (row.values or {}).items())
+        figures = (row.values or {}) | {f"{name} bytes": n for name, n in (row.bytes or {}).items()}
+        text = ", ".join(filter(None, [text, *(f"{name} {number(value)}" for name, value in figures.items())]))
         lines.append(f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {text}")
     return "\n".join(lines)
 
@@ -217,23 +217,22 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
     Raises:
         StoreError: a path that does not exist, a file that cannot be read, or one with lines of which none is a row.
     """
-    rows: list[Row] = []
-    problems: list[str] = []
-    for path in paths:
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            before = len(rows), len(problems)
+    rows, problems = list[Row](), list[str]()
+    for file in (f for path in paths for f in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])):
+        found, wrong = list[Row](), list[str]()
+        try:
+            lines = file.read_bytes().split(b"\n")
+        except OSError as error:  # no such file, a folder of this name
+            raise StoreError(f"{file}: {(error.strerror or str(error)).lower()}") from error
+        for number, line in enumerate(lines, 1):
             try:
-                lines = file.read_bytes().split(b"\n")
-            except OSError as error:  # no such file, a folder of this name
-                raise StoreError(f"{file}: {(error.strerror or str(error)).lower()}") from error
-            for number, line in enumerate(lines, 1):
-                try:
-                    rows += [decode(line)] if line.strip() else []
-                except ValueError as error:
-                    cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
-                    problems.append(f"{file}:{number}: {cut}{error}")
-            if len(rows) == before[0] and len(problems) > before[1]:
-                raise StoreError(f"{file} holds no benchmark rows. First problem: {problems[before[1]]}")
+                found += [decode(line)] if line.strip() else []
+            except ValueError as error:
+                cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
+                wrong.append(f"{file}:{number}: {cut}{error}")
+        if wrong and not found:
+            raise StoreError(f"{file} holds no benchmark rows. First problem: {wrong[0]}")
+        rows, problems = rows + found, problems + wrong
     return rows, problems
 
 

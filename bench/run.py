@@ -6,7 +6,6 @@ it is about to do; when it falls silent or dies, the run knows whom to blame, an
 
 import argparse
 import contextlib
-import os
 import re
 import time
 import traceback
@@ -14,7 +13,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,9 +21,9 @@ from lstm_triton import timing
 from lstm_triton.process import Died, Fatal, Process
 
 from . import measure, providers, roofs, rows
-from .cases import Case, Task
+from .cases import Case, Pair, Task
 from .device import RowMaker
-from .progress import Progress, duration
+from .progress import Progress
 from .rows import Row
 
 ANCHOR_SECONDS = 60.0
@@ -60,22 +59,23 @@ class Options:
     again: bool = _option(False, "measure also what has rows already")
     retry: bool = _option(False, "try what failed or was skipped once more")
     command: str = ""
-    path: Sequence[str] | None = None  # of the workers' imports
-    environment: Mapping[str, str | None] = field(default_factory=dict)  # theirs, besides this process's
     anchors: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return None if self.provider is None else tuple(self.provider)
 
 
 class Worker(Process):
     """A process that measures. maker: makes rows as it does."""
 
-    def __init__(self, options: Options, run: str, interpreter: bool) -> None:
-        environment = {**options.environment, "TRITON_INTERPRET": "1" if interpreter else None}
-        super().__init__(f"{__name__}:serve", (options, run), environment, options.path)
+    def __init__(self, options: Options, run: str) -> None:
+        super().__init__(f"{__name__}:serve", (options, run), {"TRITON_INTERPRET": None})
         self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
         self._silence_s = options.timeout
 
     def run(
-        self, task: Task, skip: Collection[measure.Pair], roofs: Mapping[str, float], deadline: float
+        self, task: Task, skip: Collection[Pair], roofs: Mapping[str, float], deadline: float
     ) -> Iterator[Row | tuple[str, str, str]]:
         """Measure one task: its rows, and before whatever may take the process along, whose turn it is: provider, execution,
         and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker.
@@ -114,13 +114,9 @@ def make_context(options: Options, run: str, stage: Callable[[str, str, str], No
         torch.cuda.set_device(device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if os.environ.get("TRITON_INTERPRET"):
-        from lstm_triton.kernels import interpreter
-
-        interpreter.install()  # what Triton's own gets wrong
     clock = timing.Clock(device, options.flush_l2)
-    maker, names = RowMaker(device, options.command, run, clock.l2), options.provider
-    return measure.Context(maker, clock, options.seconds, None if names is None else tuple(names), {}, stage)
+    maker = RowMaker(device, options.command, run, clock.l2)
+    return measure.Context(maker, clock, options.seconds, options.names, {}, stage)
 
 
 def anchor(device_type: str) -> Task:
@@ -130,8 +126,8 @@ def anchor(device_type: str) -> Task:
     return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
 
 
-def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple]:
-    """Keys of rows that need not be measured again: of the same code, device and libraries, with the same settings."""
+def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[tuple, Pair]]:
+    """What need not be measured again: it has rows of the same code, device and libraries, with the same settings."""
 
     def identity(of: Any) -> tuple:
         versions = of.versions.torch, of.versions.triton, of.versions.cudnn
@@ -141,39 +137,39 @@ def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple
         same = identity(row) == identity(maker) and row.l2 in (None, maker.l2)  # null where the cache plays no part
         return same and row.kind != "anchor" and not row.synthetic and (not retry or row.status in ("ok", "wrong"))
 
-    return {row.key for row in found if counts(row)}
+    return {(row.task, row.pair) for row in found if counts(row)}
 
 
 @contextlib.contextmanager
 def runner(options: Options, progress: Progress, new_worker: Any = Worker) -> Iterator["Runner"]:
-    """A Runner that holds its folder, and ends its workers when it is left."""
+    """A Runner that holds its folder, and ends its worker when it is left."""
     with rows.one_run_at_a_time(options.output), contextlib.closing(progress):
         given = Runner(options, progress, new_worker)
         try:
             given.begin()
             yield given
         finally:
-            for worker in given.workers.values():
-                worker.end()
+            if given.worker is not None:
+                given.worker.end()
 
 
 class Runner:
-    """Runs tasks through workers, restarts these when they die, and appends every row.
+    """Runs tasks through a worker, restarts it when it dies, and appends every row.
 
     Counts tasks measured, those that were measured before and those that the budget left, and rows appended.
     """
 
     def __init__(self, options: Options, progress: Progress, new_worker: Any) -> None:
-        self.options, self.workers = options, dict[bool, Worker]()
+        self.options, self.worker = options, cast(Any, None)
         self.measured = self.before = self.left = self.appended = 0
         self._progress, self._new_worker, self._run = progress, new_worker, uuid.uuid4().hex[:12]
-        self._deadline = time.monotonic() + (float("inf") if options.budget is None else options.budget)
+        self._deadline = time.monotonic() + (options.budget or float("inf"))
         self._took: dict[str, list[float]] = {"": [options.seconds]}  # seconds per row, by suite; "": of all
         self._last_anchor = float("-inf")
 
     def begin(self) -> None:
         self._rows, self._problems = rows.read_all([self.options.output])
-        self._maker = self._worker(False).maker
+        self._maker = self._started().maker
         self._done = set() if self.options.again else done_before(self._rows, self._maker, self.options.retry)
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -181,7 +177,7 @@ class Runner:
         self.left += len(tasks)
         with contextlib.suppress(TimeoutError):  # at the deadline
             for task in tasks:
-                missing = self._wanted(task) - {key[4:6] for key in self._done if key[:4] == task.key}
+                missing = {pair for pair in self._pairs(task) if (task.key, pair) not in self._done}
                 if (count := len(missing)) == 0:
                     self.before, self.left = self.before + 1, self.left - 1
                     self._progress.total -= 1
@@ -201,7 +197,7 @@ class Runner:
         text = f"{self.measured} tasks measured, {self.appended} rows appended to {self.options.output}"
         text += f"; {self.before} were measured before" if self.before else ""
         if self.left and self.options.budget is not None:
-            text += f"; {self.left} are left after {duration(self.options.budget)}: the same command continues"
+            text += f"; {self.left} are left after {self.options.budget:.0f} s: the same command continues"
         return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self._problems)])
 
     def predict(self, suite: str, count: int) -> float:
@@ -215,26 +211,26 @@ class Runner:
     def _anchor(self, least_s: float) -> None:
         if self.options.anchors and time.monotonic() - self._last_anchor > least_s:
             task = anchor(self._maker.device.type)
-            self._measure(task, self._wanted(task))
+            self._measure(task, self._pairs(task))
             self._last_anchor = time.monotonic()
 
-    def _wanted(self, task: Task) -> set[measure.Pair]:
-        names = None if self.options.provider is None else tuple(self.options.provider)
-        return {(n, e) for n in providers.names_of(task, self._maker.device.type, names) for e in task.executions}
+    def _pairs(self, task: Task) -> set[Pair]:
+        names = providers.names_of(task, self._maker.device.type, self.options.names)
+        return {(name, execution) for name in names for execution in task.executions}
 
-    def _worker(self, interpreter: bool) -> Worker:
-        if interpreter not in self.workers:
+    def _started(self) -> Any:
+        if self.worker is None:
             try:
-                self.workers[interpreter] = self._new_worker(self.options, self._run, interpreter)
+                self.worker = self._new_worker(self.options, self._run)
             except Died as death:
                 where = f"the measuring process does not start on {self.options.device!r}"
                 raise RuntimeError(f"{where}: {death}") from death
-        return self.workers[interpreter]
+        return self.worker
 
-    def _measure(self, task: Task, left: set[measure.Pair]) -> None:
+    def _measure(self, task: Task, left: set[Pair]) -> None:
         """Append a row for each provider and execution of `left`. Raises TimeoutError when the budget ends first."""
         written: list[Row] = []
-        everyone, what = self._wanted(task), task.case.describe()
+        everyone, what = self._pairs(task), task.case.describe()
         figures = roofs.from_rows(self._rows, self._maker.device.name)
 
         def emit(row: Row) -> None:
@@ -242,12 +238,12 @@ class Runner:
             written.append(row)
             self._rows.append(row)
             self.appended += 1
-            left.discard((row.provider, row.execution))
+            left.discard(row.pair)
 
         while left:
-            worker, doing, count = self._worker(task.interpreter), ("", "", "start"), len(written)
+            doing, count = ("", "", "start"), len(written)
             try:
-                for event in worker.run(task, everyone - left, figures, self._deadline):
+                for event in self._started().run(task, everyone - left, figures, self._deadline):
                     if isinstance(event, Row):
                         emit(event)
                     else:
@@ -255,7 +251,7 @@ class Runner:
                         self._progress.show(f"{what} · {doing[0]}: {doing[2]}")
                 break
             except Died as death:
-                del self.workers[task.interpreter]
+                self.worker = None
                 guilty = {pair for pair in left if pair[0] == doing[0]}
                 if not guilty and not any(row.status == "failed" for row in written[count:]):
                     guilty = set(left)  # nobody is named, and the worker has named no one itself

@@ -2,9 +2,9 @@
 
 suites.json has their sizes at each scale, the most telling first: (H, B) or (H, B, T) of hidden size, batch and length.
 `grid` and `cells` are crossed; `compiled`: torch.compile, seconds for each shape, at sizes whose ranks add up to at most
-this; `interpreted`: on a CPU, the kernels in Triton's interpreter; `most_flops`: of a real workload. The scale tiny is for
-the tests of the harness. real_workloads.csv has the LSTMs that people run, each with its source. A field of it may be a range
-or an estimate; its last column, `run`, has the arguments of the case that is run, or says why there is none.
+this; `most_flops`: of a real workload. The scale tiny is for the tests of the harness. real_workloads.csv has the LSTMs that
+people run, each with its source. A field of it may be a range or an estimate; its last column, `run`, has the arguments of the
+case that is run, or says why there is none.
 """
 
 import csv
@@ -16,16 +16,16 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from . import by_hand
-from .cases import DTYPES, MODES, Case, Form, Task
+from .cases import MODES, Case, Form, Task
 
 HERE = Path(__file__).parent
-_SIZES = json.loads((HERE / "suites.json").read_text())
-SIZES = {scale: SimpleNamespace(**sizes) for scale, sizes in _SIZES.items()}
-FORMS: tuple[Form, ...] = get_args(Form)[:2]  # of a loop over cells a suite has no cases
+SIZES = {scale: SimpleNamespace(**of) for scale, of in json.loads((HERE / "suites.json").read_text()).items()}
+FORMS: tuple[Form, Form] = ("layer", "cell")  # of a loop over cells a suite has no cases
 BOTH = {"executions": ("eager", "graph")}
+_SMALLER = "made smaller than the real one, to end in time"
 # A priority (the lowest comes first), a case and the options of its task.
 Ordered = Iterator[tuple[float, Case, dict[str, Any]]]
 
@@ -75,23 +75,19 @@ def real(s: Any) -> Ordered:
     for workload in workloads():
         turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
         if workload.case is not None:
-            yield 2.2 + 0.3 * turn, _shrink(workload.case, s.most_flops), BOTH if workload.case.carried else {}
+            yield 2.2 + 0.3 * turn, _shrunk(workload.case, s.most_flops), BOTH if workload.case.carried else {}
 
 
-def _shrink(case: Case, most: float) -> Case:
+def _shrunk(case: Case, most: float) -> Case:
     """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
-    if case.flops() > most:
-        case = replace(
-            case, note="; ".join(filter(None, ("made smaller than the real one, to end in time", case.note)))
-        )
-    while case.flops() > most:
-        if case.batch > 1 or case.length > 4:
-            name = "batch" if case.batch > 1 else "length"
-            case = replace(case, **{name: getattr(case, name) // 2})
-        else:
-            half, inputs = max(case.hidden_size // 2, 1), max(case.input_size // 2, 1)
-            case = replace(case, hidden_size=half, input_size=inputs, proj_size=min(case.proj_size, half // 2))
-    return case
+    if case.flops() <= most:
+        return case
+    sizes = (
+        ["batch"] if case.batch > 1 else ["length"] if case.length > 4 else ["hidden_size", "input_size", "proj_size"]
+    )
+    smaller: dict[str, Any] = {name: (getattr(case, name) + 1) // 2 for name in sizes}
+    smaller |= {} if _SMALLER in case.note else {"note": "; ".join(filter(None, (_SMALLER, case.note)))}
+    return _shrunk(replace(case, **smaller), most)
 
 
 def features(s: Any) -> Ordered:
@@ -130,10 +126,6 @@ def accuracy(s: Any) -> Ordered:
         if rank == 0:
             one = Case(f"cell H{H} x{scale:g}", H, B, 1, form="cell", **options)
             yield 2.2 + 0.025 * scale, one, {"kind": "accuracy"}
-    for (H, B, T), dtype, form in product(s.interpreted, DTYPES[:3], FORMS):
-        name, T = (f"H{H} T{T} interpreted", T) if form == "layer" else (f"cell H{H} interpreted", 1)
-        case = Case(name, H, B, T, form=form, dtype=dtype, mode="train")
-        yield 2.4, case, {"kind": "accuracy", "interpreter": True}
 
 
 def overhead(s: Any) -> Ordered:
@@ -153,22 +145,8 @@ def roofs(s: Any) -> Ordered:
     yield 0.5, Case("roofs", 1, 1, 1, dtype=s.dtypes[0]), {"kind": "roof"}
 
 
-_ALL = (
-    hidden_sizes,
-    batch,
-    length,
-    cell,
-    step,
-    real,
-    features,
-    segments,
-    memory,
-    accuracy,
-    overhead,
-    cold_start,
-    roofs,
-)
-SUITES: dict[str, Callable[[Any], Ordered]] = {make.__name__.replace("_", "-"): make for make in _ALL}
+_SUITES = [hidden_sizes, batch, length, cell, step, real, features, segments, memory, accuracy, overhead, cold_start]
+SUITES: dict[str, Callable[[Any], Ordered]] = {s.__name__.replace("_", "-"): s for s in [*_SUITES, roofs]}
 
 
 def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:

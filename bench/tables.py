@@ -1,9 +1,8 @@
 """From rows to tables: DataFrames whose index is the first column, of text and of speed-ups, which are numbers."""
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from pandas import DataFrame
 
@@ -14,8 +13,6 @@ from .rows import Row, number
 
 # This package is compared in two ways: its kernels, each forced, of which the fastest counts, and what auto takes.
 WAYS = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
-# What the layer promises: a variant's time over that of padded batch rows without resets, of the same provider.
-PROMISES = {"packed": 1.5, "resets": 1.05}
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -27,34 +24,23 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in sorted(rows, key=lambda r: (r.device.type == "cpu", r.l2 == "flushed", r.date)):
         machine = row.device.name + (", L2 cache flushed before each call" if row.l2 == "flushed" else "")
         machine += f", {n} thread{'s' * (n > 1)}" if (n := row.device.threads) else ""
-        found.setdefault(machine, {})[(*row.key, row.kind == "anchor" and row.date)] = row
+        found.setdefault(machine, {})[row.task, row.pair, row.kind == "anchor" and row.date] = row
     return {machine: list(of.values()) for machine, of in found.items()}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everyone's rows, by provider, of one case in one suite and execution."""
+    """Everyone's rows, by provider, of one case in one suite and execution; and of those the fastest of this package's Triton
+    backends, what auto takes, and torch's.
+    """
 
     suite: str
     case: Case
     execution: str
     rows: dict[str, Row]
-
-    @functools.cached_property
-    def kernels(self) -> Row | None:
-        """The fastest of this package's Triton backends."""
-        ours = [
-            r for n, r in self.rows.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")
-        ]
-        return min(ours, key=_us, default=None)
-
-    @property
-    def auto(self) -> Row | None:
-        return self.rows.get(OURS)
-
-    @property
-    def torchs(self) -> Row | None:
-        return self.rows.get(torchs(self.case))
+    kernels: Any  # rows, or None
+    auto: Any
+    torchs: Any
 
     def ratio(self, way: str) -> float | None:
         """torch's time over that of a way of this package; None where one of them is missing."""
@@ -63,7 +49,8 @@ class Comparison:
 
     def lost(self, way: str) -> bool:
         """Whether torch is ahead beyond what the samples leave open."""
-        return self.ratio(way) is not None and getattr(self, way).timing.ci_low_us > self.torchs.timing.ci_high_us  # type: ignore
+        mine, theirs = getattr(self, way), self.torchs
+        return bool(mine and theirs) and mine.timing.ci_low_us > theirs.timing.ci_high_us
 
     def __str__(self) -> str:
         return self.case.describe() + ", graph" * (self.execution == "graph")
@@ -79,7 +66,16 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     for row in rows:
         if row.kind == "timing" and row.timing:
             found.setdefault((row.suite, row.case, row.execution), {})[row.provider] = row
-    return [Comparison(*what, by) for what, by in found.items()]
+    return [
+        Comparison(
+            suite, case, execution, by, min(_kernels(by), key=_us, default=None), by.get(OURS), by.get(torchs(case))
+        )
+        for (suite, case, execution), by in found.items()
+    ]
+
+
+def _kernels(by: Mapping[str, Row]) -> list[Row]:
+    return [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
@@ -110,30 +106,26 @@ def plain(table: DataFrame) -> str:
 def timings(rows: Sequence[Row], found: Sequence[Comparison], base: str | None = None) -> DataFrame:
     """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
 
-    base: the name of a case; beside each time stands its multiple of the same provider's there, marked beyond PROMISES.
+    base: the name of a case; beside each time stands its multiple of the same provider's there.
     """
     names = list(dict.fromkeys(name for c in found for name in c.rows))
-    bases = {c.case.mode: c.rows for c in found if c.case.name == base}
+    bases = {(c.case.mode, name): row for c in found if c.case.name == base for name, row in c.rows.items()}
 
     def order(c: Comparison) -> Any:
         k = c.case
         return k.mode if base else (k.hidden_size, k.batch, k.length, k.dtype_name, k.mode, c.execution)
 
     def time(c: Comparison, name: str) -> str:
-        row, other = c.rows.get(name), bases.get(c.case.mode, {}).get(name)
+        row, other = c.rows.get(name), bases.get((c.case.mode, name))
         us = number(row.timing.us_per_step if row and row.timing else None)
-        if not (row and other):
-            return us
-        multiple = _us(row) / _us(other)
-        broken = name.startswith("lstm_triton") and multiple > PROMISES.get(c.case.name, multiple)
-        return f"{us} ({'▼ ' * broken}x{multiple:.2f})"
+        return f"{us} (x{_us(row) / _us(other):.2f})" if row and other else us
 
     return frame(
-        {"case": (f"{c.case.name}: " if base or c.suite == "real" else "") + str(c)}
+        {"case": f"{c.case.name}: " * bool(base or c.suite == "real") + str(c)}
         | {f"{name}, us/step": time(c, name) for name in names}
         | {"speed-up of kernels": c.ratio("kernels"), "of auto": c.ratio("auto")}
         | {"auto takes": c.auto and c.auto.backend, "cuDNN algorithm": c.torchs and c.torchs.algorithm}
-        | {"kernels, times the floor": number(c.kernels.distance if c.kernels else None)}
+        | {"kernels, times the floor": number(c.kernels and c.kernels.distance)}
         for c in sorted(found, key=order)
     )
 
@@ -144,14 +136,9 @@ def beside_torch(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     for c in sorted(found, key=lambda c: (c.case.hidden_size, c.case.mode)):
         others = [row for name, row in c.rows.items() if not name.startswith("lstm_triton")]
         if c.auto and others:
-            best = min(others, key=_us)
-            line = {
-                "case": str(c),
-                "ours, us": number(_us(c.auto)),
-                "torch, us": number(_us(best)),
-                "by": best.provider,
-            }
-            lines.append(line | {"ours / torch": f"{_us(c.auto) / _us(best):.2f}"})
+            ours, best = _us(c.auto), min(others, key=_us)
+            line = {"case": str(c), "ours, us": number(ours), "torch, us": number(_us(best)), "by": best.provider}
+            lines.append(line | {"ours / torch": f"{ours / _us(best):.2f}"})
     return frame(lines)
 
 
@@ -169,13 +156,13 @@ def lost(
     for way in ways:
         worse = [c for c in found if c.lost(way) and theirs in (None, torchs(c.case))]
         for c in sorted(worse, key=lambda c: c.ratio(way) or 0.0)[:60]:
-            mine, torch = getattr(c, way), cast(Any, c.torchs)
+            mine, torch = getattr(c, way), c.torchs
             distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
             why = mine.backend_reason, torch.algorithm and f"cuDNN: {torch.algorithm}", distance
             cells = {"case": str(c), "speed-up": c.ratio(way), "ours, us/step": number(mine.timing.us_per_step)}
             cells |= {"torch, us/step": number(torch.timing.us_per_step), "compared": way}
             cells |= {"what ran": mine.backend if way == "auto" else mine.provider}
-            lines.append(cells | {"what is known of why": "; ".join(reason for reason in why if reason)})
+            lines.append(cells | {"what is known of why": "; ".join(filter(None, why))})
     return frame(lines)
 
 
@@ -189,16 +176,16 @@ def sources(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
 
 
 # By the end of a name: what a figure is divided by, and its unit then.
-_UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_bytes": (2**20, "MiB")}
-_UNITS |= {"_us": (1, "us"), "_s": (1, "s"), "": (1, "")}
+_UNITS = {"_bytes_per_s": (1e9, ", GB/s"), "_flops_per_s": (1e12, ", TFLOP/s"), "_bytes": (2**20, ", MiB")}
+_UNITS |= {"_us": (1, ", us"), "_s": (1, ", s"), "": (1, "")}
 
 
 def _figures(row: Row) -> dict[str, str]:
     """The figures of a row that has no time, with their units."""
     found = {}
-    for name, value in {**(row.values or {}), **{f"{n}_bytes": v for n, v in (row.bytes or {}).items()}}.items():
+    for name, value in ((row.values or {}) | {f"{n}_bytes": v for n, v in (row.bytes or {}).items()}).items():
         end, (size, unit) = next((end, how) for end, how in _UNITS.items() if name.endswith(end))
-        found[f"{name.removesuffix(end).replace('_', ' ')}{', ' * (unit != '')}{unit}"] = number(value / size)
+        found[name.removesuffix(end).replace("_", " ") + unit] = number(value / size)
     return found
 
 
@@ -221,10 +208,14 @@ def accuracy(rows: Sequence[Row], found: Sequence[Comparison], by_shape: bool = 
     """The largest max and RMS error of each provider by dtype and input scale: over all shapes, or for each of them."""
     lines = []
     for row in (r for r in rows if r.kind == "accuracy"):
-        c, who = row.case, row.provider + " (interpreted)" * ("interpreter" in (row.label or ""))
+        c = row.case
         shape = f"cell H{c.hidden_size}, " if c.form == "cell" else f"layer H{c.hidden_size} T{c.length}, "
         order = (c.form != "cell", c.hidden_size, c.length) if by_shape else ()
-        key = {"order": order, "case": f"{shape * by_shape}{c.dtype_name}, input x{c.scale:g}", "provider": who}
+        key = {
+            "order": order,
+            "case": f"{shape * by_shape}{c.dtype_name}, input x{c.scale:g}",
+            "provider": row.provider,
+        }
         for name, e in (row.errors or {}).items():
             lines.append(key | {"column": _COLUMNS.get(name, "dW, db"), "max": e.max, "rms": e.rms})
     if not lines:
@@ -238,13 +229,10 @@ def accuracy(rows: Sequence[Row], found: Sequence[Comparison], by_shape: bool = 
 
 def not_timed(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     """List what was wrong, failed or was skipped, and why; equal reasons appear once."""
-    order = ("wrong", "failed", "skipped")
-    lines = [
-        (order.index(r.status), r.status, r.provider, r.reason)
-        for r in rows
-        if r.status in order and r.kind != "anchor"
-    ]
-    return frame({"what": w[1], "provider": w[2], "why": w[3], "rows": str(lines.count(w))} for w in sorted(set(lines)))
+    lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in rows if r.kind != "anchor"]
+    counts = DataFrame(lines, columns=["what", "provider", "why"]).dropna().value_counts(sort=False).reset_index()
+    counts = counts.sort_values("what", key=lambda status: status.map("wrong failed skipped".find), kind="stable")
+    return counts.rename(columns={"count": "rows"}).astype(str).set_index("what")
 
 
 def environment(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
@@ -257,9 +245,9 @@ def environment(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     facts["rows"] = f"{len(rows)}, from {rows[0].date} to {last.date}"
     facts["L2 cache"] = ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"
     facts["commands"] = "; ".join(sorted({r.command for r in rows})[:8])
-    for name in ("sm_clock_mhz", "power_w", "temperature_c"):
-        if seen := [v for r in rows if isinstance(v := r.state.get(name), int | float)]:
-            facts[name] = f"{min(seen):g} to {max(seen):g}"
+    states = DataFrame([r.state for r in rows]).reindex(columns=["sm_clock_mhz", "power_w", "temperature_c"])
+    for name, seen in states.dropna(axis=1, how="all").items():
+        facts[str(name)] = f"{seen.min():g} to {seen.max():g}"
     if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
         moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
         facts["drift"] = f"the same anchor case, {moved}; smaller differences than that mean nothing here"
@@ -269,9 +257,8 @@ def environment(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
 def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:
     """Timed rows of the same case, provider and execution, and a sentence on how many there are on one side only."""
     # Machines differ in their numbers of threads: those are no part of what is compared, the state of the cache is.
-    one, two = (
-        {r.key[:-1]: r for of in newest(s).values() for r in of if r.kind == "timing" and r.timing} for s in (a, b)
-    )
+    timed = ((r for of in newest(side).values() for r in of if r.kind == "timing" and r.timing) for side in (a, b))
+    one, two = ({(r.task, r.pair, r.l2): r for r in side} for side in timed)
     lines = []
     for key in (key for key in one if key in two):
         row, s, t = one[key], one[key].timing, two[key].timing

@@ -52,7 +52,7 @@ def _bench(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    from lstm_triton.bench.cli import main as bench
+    from lstm_triton.bench.__main__ import main as bench
 
     return bench(arguments)
 

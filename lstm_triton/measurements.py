@@ -6,7 +6,6 @@ length. The user's file comes first, then the package's own of the same format, 
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from .dispatch import Measured
 from .kernels import device as kernels_device
 from .modes import is_jit_tracing
 from .shapes import Shape
-from .versions import driver_version, triton_version
+from .versions import digest, driver_version, triton_version
 
 SHIPPED = Path(__file__).with_name("measurements.json")  # not there until rows of a GPU are committed
 
@@ -64,13 +63,11 @@ def machine(device: torch.device) -> Machine:
     from . import kernels
     from .kernels.device import multiprocessor_count
 
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    sources = digest(Path(kernels.__file__).parent.glob("*.py"))
     is_gpu = device.type == "cuda"
     name, driver = (torch.cuda.get_device_name(device), driver_version()) if is_gpu else ("CPU", "none")
     versions = triton_version() or "none", torch.__version__
-    return Machine(name, multiprocessor_count(device), driver, *versions, digest.hexdigest())
+    return Machine(name, multiprocessor_count(device), driver, *versions, sources)
 
 
 def path() -> Path:

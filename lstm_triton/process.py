@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,14 +36,11 @@ class Fatal(RuntimeError):
 class Process:
     """Runs `package.module:function(connection, argument)`. Its standard output goes to standard error.
 
-    environment: variables that differ from this process's; None removes one. path: the folders that it imports from, by
-    default those of this process.
+    environment: variables that differ from this process's; None removes one.
     """
 
-    def __init__(
-        self, function: str, argument: Any, environment: Mapping[str, str | None], path: Sequence[str] | None = None
-    ) -> None:
-        folders = os.pathsep.join(os.path.abspath(p) for p in (sys.path if path is None else path))
+    def __init__(self, function: str, argument: Any, environment: Mapping[str, str | None]) -> None:
+        folders = os.pathsep.join(map(os.path.abspath, sys.path))
         environ = {**os.environ, "PYTHONPATH": folders, **environment}
         self._connection, its = Pipe()
         command, null = [sys.executable, "-c", _CODE, function, str(its.fileno())], subprocess.DEVNULL

@@ -1,10 +1,12 @@
-"""Versions of what computes: Triton and NVIDIA's driver."""
+"""Versions of what computes: Triton, NVIDIA's driver, and sources."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -30,3 +32,11 @@ def driver_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown (nvidia-smi did not answer)"
     return out.splitlines()[0].strip() if out.strip() else "unknown"
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Sixteen hexadecimal digits over names and contents."""
+    total = hashlib.blake2b(digest_size=8)
+    for path in sorted(files, key=lambda path: (path.parent.name, path.name)):
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()

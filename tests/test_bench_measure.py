@@ -1,6 +1,7 @@
 """Measuring: the truth, checks before times, precision alike on both sides, providers that fail or cannot serve."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from lstm_triton.kernels.inputs import Segments
 def test_providers_agree_with_the_truth(options, by_hand):
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision="ieee", mode="train", **options)
     given = problem.make(case, CPU)
-    truth = problem.truth(given)
+    truth = checks.truth(given)
     assert all(t.dtype == torch.float64 for t in truth.values())
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(truth)
     unable = set()
@@ -50,27 +51,29 @@ def test_providers_agree_with_the_truth(options, by_hand):
     assert unable - BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
 
 
+@pytest.mark.parametrize("options", [{}, {"resets": 0.3}, {"length": 70000}], ids=str)
+def test_who_computes_the_truth(monkeypatch, options):
+    asked = []
+    for name in ("torch.nn.LSTM", "lstm_triton reference"):
+        monkeypatch.setitem(providers.PROVIDERS, name, lambda given, name=name: asked.append((name, given.x.dtype)))
+    with pytest.raises(AttributeError):
+        checks.truth(problem.make(Case("a", 2, 1, **({"length": 3} | options)), CPU))
+    assert asked == [("lstm_triton reference" if options else "torch.nn.LSTM", torch.float64)]
+
+
 def test_the_truth_of_plain_cases_is_the_specification():
     case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
     given = problem.make(case, CPU)
     w = [given.weights[f"{name}_l0"].double() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     y, h_n, c_n, _ = reference.lstm_layer(given.x.double(), given.h0.double(), given.c0.double(), [w])
-    truth = problem.truth(given)
+    truth = checks.truth(given)
     for name, t in (("y", y), ("h_n", h_n), ("c_n", c_n)):
         torch.testing.assert_close(truth[name], t)
 
 
-def test_the_truth_of_long_sequences_is_put_together(monkeypatch):
-    given = problem.make(Case("a", 5, 3, 7, layers=2, dtype="float32", precision="ieee", mode="train"), CPU)
-    whole = problem.truth(given)
-    monkeypatch.setattr(problem, "PIECE", 3)
-    for name, t in problem.truth(given).items():
-        torch.testing.assert_close(t, whole[name])
-
-
 def test_the_truth_leaves_a_float64_problem_alone():
     given = problem.make(Case("a", 5, 3, 6, dtype="float64", mode="train"), CPU)
-    problem.truth(given)
+    checks.truth(given)
     assert not given.x.requires_grad and not any(w.requires_grad for w in given.weights.values())
 
 
@@ -146,13 +149,13 @@ def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
     built = Built(providers.PROVIDERS[name], given)
     first = built.results()
     built.call()
-    carried = built.named(built.call())
+    carried = built.call()[0].view(1, 3, 5)
     again = built.results()
     assert all(again[name].equal(t) for name, t in first.items())
     lstm = problem.torch_lstm(two.case, CPU)
     lstm.load_state_dict(given.weights)
-    y, _ = lstm(torch.cat([given.x] * 3), (given.h0, given.c0))
-    torch.testing.assert_close(carried["y"][0], y[2])
+    y, _ = lstm(torch.cat([given.x.view(1, 3, 5)] * 3), (given.h0.view(1, 3, 5), given.c0.view(1, 3, 5)))
+    torch.testing.assert_close(carried[0], y[2])
 
 
 def test_missing_providers_are_skipped_with_the_reason():
@@ -211,6 +214,13 @@ def test_libraries_that_read_the_older_setting_of_precision_get_the_same_answer(
     assert torch.get_float32_matmul_precision() == older
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """Takes a stand-in for a peer's module as installed, and the CPU as its device."""
+    monkeypatch.setattr(peers, "DEVICE_TYPES", ("cpu",))
+    return lambda name, module: monkeypatch.setitem(sys.modules, name, module)
+
+
 class FakeTorchRL:
     """torchrl's function as the adapter sees it: batch-major, torch's older setting of precision read, in backward too."""
 
@@ -232,9 +242,9 @@ class FakeTorchRL:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_torchrl_is_given_the_precision(monkeypatch, precision):
+def test_torchrl_is_given_the_precision(installed, precision):
     fake = FakeTorchRL()
-    monkeypatch.setattr(peers, "_module", lambda name, given, resets=False: fake)
+    installed("torchrl.modules.tensordict_module._rnn_triton", fake)
     case = Case("a", 5, 3, 6, dtype="float32", precision=precision, mode="train", resets=0.3)
     row = run(Task("s", case), names=("torchrl",))["torchrl"]
     assert row.status == "ok", row.reason
@@ -264,19 +274,42 @@ class FakeFastLSTM(torch.nn.LSTM):
         super().__init__(input_size, hidden_size, num_layers, device=device, dtype=dtype)
 
 
-@pytest.mark.parametrize(("peer", "precision"), [("flashrnn", "ieee"), ("fastlstm", "tf32"), ("fastlstm", "ieee")])
-def test_adapters_follow_their_peers_signatures(monkeypatch, peer, precision):
-    module = FakeFlashRNN if peer == "flashrnn" else type("lstm", (), {"FastLSTM": FakeFastLSTM})
-    monkeypatch.setattr(peers, "_module", lambda name, given, resets=False: module)
+class FakeHaste(torch.nn.Module):
+    """haste_pytorch.LSTM 0.4.0: weights transposed, one bias, gates in the order i, g, f, o."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        sizes = {"kernel": (input_size, 4 * hidden_size), "recurrent_kernel": (hidden_size, 4 * hidden_size)}
+        for name, size in (sizes | {"bias": (4 * hidden_size,)}).items():
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(size)))
+
+    def forward(self, x, state):
+        w = [torch.cat([w.chunk(4, -1)[k] for k in (0, 2, 1, 3)], -1).t() for w in (self.kernel, self.recurrent_kernel)]
+        b = torch.cat([self.bias.chunk(4)[k] for k in (0, 2, 1, 3)])
+        y, h_n, c_n, _ = reference.lstm_layer(x, *state, [[*w, b, None]])
+        return y, (h_n, c_n)
+
+
+FAKES = {
+    "haste": ("haste_pytorch", type("haste", (), {"LSTM": FakeHaste})),
+    "flashrnn": ("flashrnn", FakeFlashRNN),
+    "fastlstm": ("fastlstm.lstm", type("lstm", (), {"FastLSTM": FakeFastLSTM})),
+}
+
+
+@pytest.mark.parametrize(
+    ("peer", "precision"), [("haste", "ieee"), ("flashrnn", "ieee"), ("fastlstm", "tf32"), ("fastlstm", "ieee")]
+)
+def test_adapters_follow_their_peers_signatures(installed, peer, precision):
+    installed(*FAKES[peer])
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision=precision, mode="train")
     row = run(Task("s", case), names=(peer,))[peer]
     if peer == "fastlstm" and precision == "ieee":
-        assert row.status == "skipped" and "TF32" in row.reason
+        assert row.status == "skipped" and "tf32" in row.reason
     else:
-        assert row.status == "ok" and set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_hh_l0", "dbias_ih_l0"}, (
-            row.reason
-        )
-        assert ("untested" in row.backend_reason) == (peer == "fastlstm")
+        assert row.status == "ok", row.reason
+        assert set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_hh_l0", "dbias_ih_l0"}
+        assert ("untested" in row.backend_reason) == (peer != "flashrnn")
 
 
 def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkeypatch, tmp_path):
@@ -285,16 +318,16 @@ def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
     with torchs_precision(case):
-        with pytest.raises(problem.Unavailable, match="GPUs only"):
+        with pytest.raises(problem.Unavailable, match="computes in float16"):
             peers.fastlstm(problem.make(case, CPU))
         assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
 
 
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
     assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.PROVIDERS)
-    chosen = providers.chosen_for(Task("s", Case("a", 512, 16, 1024)), "cuda")
+    chosen = providers.names_of(Task("s", Case("a", 512, 16, 1024)), "cuda", None)
     assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
-    assert "lstm_triton cudnn" not in providers.chosen_for(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda")
+    assert "lstm_triton cudnn" not in providers.names_of(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda", None)
     found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
     assert found["lstm_triton cudnn"].status == "skipped" and "GPU" in found["lstm_triton cudnn"].reason
 

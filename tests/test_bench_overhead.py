@@ -11,7 +11,7 @@ def test_host_times_and_first_calls_without_a_gpu():
     assert "checks passed" in run_without_interpreter(__file__)
 
 
-def check_overhead_is_split():
+def check_host_times():
     from support.fake_driver import NullDriver, active
 
     names = ("lstm_triton triton", "torch.nn.LSTMCell")
@@ -19,10 +19,8 @@ def check_overhead_is_split():
         found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"), names=names)
     ours, torchs = (found[name] for name in names)
     assert ours.status == torchs.status == "ok", found
-    v = ours.values
-    assert v["launches"] == 1 and min(v["total_us"], v["launch_us"], v["dispatch_us"]) > 0, v
-    assert set(torchs.values) == {"total_us"}
-    print({name: round(value, 1) for name, value in v.items()}, "of one step on a driver that launches nothing")
+    assert set(ours.values) == set(torchs.values) == {"total_us"} and ours.values["total_us"] > 0
+    print(f"{ours.values['total_us']:.1f} us of one step on a driver that launches nothing")
 
 
 def check_first_calls_in_new_processes():

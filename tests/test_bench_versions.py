@@ -1,4 +1,4 @@
-"""The benchmark of code from elsewhere: of another commit, in turns with this one, and of the installed wheel."""
+"""The benchmark of the installed wheel."""
 
 import os
 import shutil
@@ -7,37 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.benches import ROOT, TINY, options, rows_of, small
-
-from lstm_triton.bench import against, device
-
-
-def test_two_versions_in_turns(tmp_path, monkeypatch, capsys):
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    for name in ("lstm_triton", "kernels"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(repository / name)], check=True)
-    for link in ("kernels", "bench"):
-        (repository / "lstm_triton" / link).unlink(missing_ok=True)
-    with (repository / "lstm_triton" / "reference.py").open("a") as file:
-        file.write("# an older version\n")
-    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(device, "checkout", lambda: repository)
-    folder = tmp_path / "rows"
-    assert against.main("HEAD", options(folder, provider=None), small(4)) == 0
-    out = capsys.readouterr().out
-    assert "1 measurements on both sides" in out
-    found = rows_of(folder)
-    sources = {row.source.digest: row.source for row in found}
-    assert len(sources) == 2
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    assert commit in {source.commit for source in sources.values()}
-    worktrees = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True).stdout
-    assert len(worktrees.splitlines()) == 1, "the work tree is taken away again"
-    with pytest.raises(ValueError, match="nonsense"):
-        against.main("nonsense", options(folder), small(4))
+from support.benches import ROOT, TINY, rows_of
 
 
 @pytest.fixture(scope="module")

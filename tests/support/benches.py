@@ -57,7 +57,7 @@ def options(folder, **changes):
 class Here:
     """A worker in this process: for what does not depend on its being another."""
 
-    def __init__(self, given, run, interpreter):
+    def __init__(self, given, run):
         self._context = running.make_context(given, run, lambda *stage: None)
         self.maker = self._context.maker
 
