@@ -34,8 +34,8 @@ def main() -> None:
             row = f"{name + ', ' + kind:<30}"
             for D in (1, 2):
                 for B in BATCHES:
-                    sizes = [H for H in range(32, 4096, 32) if one_launch(B, H, D, dtype, precision, gpu)]
-                    row += f"{max(sizes, default=0):>8}"
+                    sizes = range(2048, 0, -32)
+                    row += f"{next((H for H in sizes if one_launch(B, H, D, dtype, precision, gpu)), 0):>8}"
             print(row)
 
 

@@ -63,6 +63,8 @@ def _persistent(
     if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
         return
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
+    if programs > 1 and programs * groups > device.sms:  # they wait for one another, so all have to run
+        return
     split = (1, num_warps) if problem.way == "forward" else (num_warps,)
     in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
     depths = (16, 32, 64, 128, 256, 512, 1024)
@@ -96,11 +98,9 @@ def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
 
 
 def _fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
-    """Whether shared memory and registers may suffice, and programs that wait for one another can all run."""
+    """Whether shared memory and registers may suffice."""
     size = shared_memory(problem, config)
-    if size > device.shared_memory or (config.waits and config.programs * config.groups > device.sms):
-        return False
-    if registers(problem, config, device) > MAX_REGISTERS:
+    if size > device.shared_memory or registers(problem, config, device) > MAX_REGISTERS:
         return False
     return _has_columns(config, device, tensor_memory(problem, config, device), size)
 
