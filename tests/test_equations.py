@@ -221,8 +221,11 @@ def _judge_cell(scale):
 
 @pytest.mark.skipif(not interpreter.is_interpreting(), reason="changes the interpreter's functions")
 @pytest.mark.parametrize("judge", [_judge_layer, _judge_cell])
-@pytest.mark.parametrize("signs_of_reciprocals", [*SIGNS.values(), UP, DOWN], ids=[*SIGNS, "up", "down"])
-@pytest.mark.parametrize("signs_of_exponentials", SIGNS.values(), ids=SIGNS)
+@pytest.mark.parametrize(
+    "signs_of_exponentials, signs_of_reciprocals",
+    zip(2 * [*SIGNS.values()], [*SIGNS.values(), UP, DOWN]),
+    ids=["anywhere", "at the bounds", "anywhere, up", "at the bounds, down"],
+)
 def test_the_largest_errors_of_a_device_pass_the_rule(signs_of_exponentials, signs_of_reciprocals, judge, monkeypatch):
     np.random.seed(0)
     monkeypatch.setitem(interpreter.INLINE_ASM, "ex2.approx.f32", _off_by(np.exp2, 2, signs_of_exponentials))

@@ -4,24 +4,15 @@ import re
 
 import pytest
 import torch
-from support import executor, layers
+from support import executor, layers, waiting
+from support.waiting import BACKWARD, BF16, FORWARD, FP16, SEGMENTS, TF32
 
 from lstm_triton import functional
-from lstm_triton.kernels import grid_sync, interpreter, layer, layer_backward, search, stall
+from lstm_triton.kernels import grid_sync, layer, layer_backward, search, stall
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 
-pytestmark = [
-    pytest.mark.compiled,
-    pytest.mark.long,
-    pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
-]
-
-FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
-FP16 = {"dtype": torch.float16}
-BF16 = {"dtype": torch.bfloat16}
-TF32 = {"dtype": torch.float32, "precision": "tf32"}
-SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
+pytestmark = [pytest.mark.compiled, *waiting.marks]
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +27,11 @@ def _in_one_launch(problem, recompute=False):
     return layers.by_kernels(problem, "triton-persistent", recompute=recompute)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(T=3, B=18, I=3, H=9, D=2, **TF32), dict(T=3, B=2, I=4, H=64, **BF16)],
-    ids=["2 programs, 4 groups", "8 programs"],
-)
+# The kernels of the two are compiled once, whatever is asked of them.
+TWO_PROGRAMS, EIGHT_PROGRAMS = dict(T=3, B=18, I=3, H=9, D=2, **TF32), dict(T=3, B=2, I=4, H=64, **BF16)
+
+
+@pytest.mark.parametrize("options", [TWO_PROGRAMS, EIGHT_PROGRAMS], ids=["2 programs, 4 groups", "8 programs"])
 def test_waiting_programs_compute_what_the_reference_does(options, device, count_launches):
     problem = layers.draw(**options, device=device)
     results = _in_one_launch(problem)
@@ -61,7 +52,7 @@ def test_the_state_is_loaded_in_rounds(monkeypatch, device):
 
 
 def test_one_launch_equals_one_launch_per_step_bit_for_bit(device):
-    problem = layers.draw(T=6, B=4, I=3, H=19, D=2, **SEGMENTS, **FP16, device=device)
+    problem = layers.draw(**EIGHT_PROGRAMS, device=device)
     for name, one, many in zip(problem.names, _in_one_launch(problem), layers.by_kernels(problem, "triton-stepwise")):
         assert torch.equal(one, many), name
 
@@ -77,7 +68,7 @@ def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launch
 
 def test_inference_equals_training(device, count_launches):
     """Without gradients the gates are not stored, and programs go on to their next step sooner."""
-    problem = layers.draw(T=5, B=17, I=4, H=24, D=2, **BF16, device=device)
+    problem = layers.draw(**EIGHT_PROGRAMS, device=device)
     with torch.no_grad():
         y, (h_n, c_n) = functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent")
     assert count_launches() == {FORWARD: 1}
@@ -111,19 +102,11 @@ WAITS_WITHOUT_END = {
 @pytest.fixture
 def error_of(executed):
     """error_of(kernel, changes): the error of a layer, one of whose kernels is so changed."""
-    if executed is None:
-        pytest.skip("the executor reports them; a GPU would wait, or compute anything")
     # Programs of short steps run nearly level: in few of them nobody is late.
     problem = layers.draw(T=12, B=3, I=4, H=64, **TF32)
 
     def run(kernel, changes):
-        def change(name, ptx):
-            for pattern, replacement in changes if name == kernel else ():
-                ptx, found = re.subn(pattern, replacement, ptx)
-                assert found, pattern
-            return ptx
-
-        executed.change = change
+        waiting.change(executed, kernel, changes)
         with pytest.raises(RuntimeError) as error:
             _in_one_launch(problem)
         assert executed.executed[-1].kernel == kernel
