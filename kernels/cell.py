@@ -28,6 +28,7 @@ def _lstm_cell_forward_kernel(
     w_hh_ptr,  # [4H, H]
     b_ih_ptr,  # [4H] or None
     b_hh_ptr,  # [4H] or None
+    seed_ptr,  # [1] of the cell's masks, or None
     h_ptr,  # [B, H] out
     c_ptr,  # [B, STATES * H] out
     gates_ptr,  # [B, H, 4] out, or None when no gradient will be asked for
@@ -94,7 +95,10 @@ def _lstm_cell_forward_kernel(
     c_prev_offsets = offs_b[:, None] * stride_c_b + offs_c.to(tl.int64)[None, :] * stride_c_h
     c_prev = tl.load(c_prev_ptr + c_prev_offsets, mask=mask_c, other=0.0).to(ACC)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
-    i, f, g, o, c, h = FORWARD(z_i, z_f, z_g, z_o, c_prev)
+    at = None
+    if seed_ptr is not None:
+        at = (tl.load(seed_ptr), 0, offs_b, offs_h)
+    i, f, g, o, c, h = FORWARD(z_i, z_f, z_g, z_o, c_prev, at)
 
     tl.store(h_ptr + offs_b[:, None] * H + offs_h[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
     c_offsets = offs_b[:, None] * (STATES * H) + offs_c[None, :]
@@ -116,7 +120,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
     Returns:
         All contiguous, in the dtype of x.
     """
-    x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh = inputs
+    x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, seed = inputs
     (B, I), H, dtype, device = x.shape, h_prev.shape[1], x.dtype, x.device
     h = torch.empty((B, H), dtype=dtype, device=device)
     c = torch.empty(c_prev.shape, dtype=dtype, device=device)
@@ -141,6 +145,7 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
             w_hh_ptr=w_hh,
             b_ih_ptr=b_ih,
             b_hh_ptr=b_hh,
+            seed_ptr=seed,
             h_ptr=h,
             c_ptr=c,
             gates_ptr=gates,

@@ -34,7 +34,7 @@ def _load(matrix, offs_b, mask_b, offs_h, mask_h, ACC: tl.constexpr):
 
 @triton.jit
 def _gate_gradients(
-    step,  # (gates, c, c_prev, dh, dc, B, H), the last three tensors with their strides
+    step,  # (gates, c, c_prev, dh, dc, seed, B, H); c_prev, dh and dc with their strides
     first_row,
     first_unit,
     BACKWARD: tl.constexpr,
@@ -45,7 +45,7 @@ def _gate_gradients(
 ):
     """dz_i, dz_f, dz_g, dz_o [BLOCK_B, BLOCK_H] and dc_prev [BLOCK_B, STATES * BLOCK_H]; past B and H all are 0, as is what is
     loaded there."""
-    gates_ptr, c_ptr, c_prev, dh, dc, B, H = step
+    gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H = step
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
@@ -57,7 +57,10 @@ def _gate_gradients(
     c = _load((c_ptr, STATES * H, 1), offs_b, mask_b, offs_c, mask_c, ACC)
     dh = _load(dh, offs_b, mask_b, offs_h, mask_h, ACC)
     dc = _load(dc, offs_b, mask_b, offs_c, mask_c, ACC)
-    return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc)
+    at = None
+    if seed_ptr is not None:
+        at = (tl.load(seed_ptr), 0, offs_b, offs_h)
+    return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc, at)
 
 
 @triton.jit
@@ -193,6 +196,7 @@ def _lstm_cell_backward_kernel(
     c_ptr,  # [B, STATES * H], contiguous
     w_ih_ptr,  # [4H, I]
     w_hh_ptr,  # [4H, H]
+    seed_ptr,  # [1] of the cell's masks, or None
     # pointers: the gradients, each contiguous, or None when not asked for
     dx_ptr,  # [B, I]
     dh_prev_ptr,  # [B, H]
@@ -213,7 +217,7 @@ def _lstm_cell_backward_kernel(
     """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
     c_prev = (c_prev_ptr, stride_c_b, stride_c_h)
     dh, dc = (dh_ptr, stride_dh_b, stride_dh_h), (dc_ptr, stride_dc_b, stride_dc_h)
-    step = (gates_ptr, c_ptr, c_prev, dh, dc, B, H)
+    step = (gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H)
     x, h_prev = (x_ptr, I, stride_x_b, stride_x_i), (h_prev_ptr, H, stride_h_b, stride_h_h)
     w_ih, w_hh = (w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k), (w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
     tile = tl.program_id(0)
@@ -310,6 +314,7 @@ def lstm_cell_backward(
             c_ptr=c,
             w_ih_ptr=w_ih,
             w_hh_ptr=w_hh,
+            seed_ptr=inputs.seed,
             dx_ptr=found.get("x"),
             dh_prev_ptr=found.get("h"),
             dc_prev_ptr=found.get("c"),

@@ -1,12 +1,12 @@
 """What a kernel computes of one step, by the name of the cell: the LSTM's equations, or those generated of another cell.
 
-forward(z0, z1, z2, z3, before) -> saved0, saved1, saved2, saved3, state, h
-backward(saved0, saved1, saved2, saved3, before, state, dh, d_state) -> dz0, dz1, dz2, dz3, d_before
+forward(z0, z1, z2, z3, before, at) -> saved0, saved1, saved2, saved3, state, h
+backward(saved0, saved1, saved2, saved3, before, state, dh, d_state, at) -> dz0, dz1, dz2, dz3, d_before
 
 From zeros backward gives zeros: kernels mask what they load, and rely on it.
 
 Tiles [BLOCK_B, BLOCK_H] of four pre-activations of each unit; before, state and their gradients hold all states of a unit
-(`states`).
+(`states`). at: for random masks (seed, t, rows of the batch, units), as in `dropout`; None where nothing is random.
 """
 
 import linecache
@@ -16,10 +16,22 @@ import triton
 import triton.language as tl
 
 from .cell_equations import generated
+from .dropout import mask
 from .equations import expm1, log1p, lstm_backward, lstm_forward, sigmoid, tanh
 from .states import join_states, split_states
 
-_functions: dict[str, tuple[Any, Any]] = {"lstm": (lstm_forward, lstm_backward)}
+
+@triton.jit
+def _lstm_forward(z_i, z_f, z_g, z_o, c_prev, at):
+    return lstm_forward(z_i, z_f, z_g, z_o, c_prev)
+
+
+@triton.jit
+def _lstm_backward(i, f, g, o, c_prev, c, dh, dc, at):
+    return lstm_backward(i, f, g, o, c_prev, c, dh, dc)
+
+
+_functions: dict[str, tuple[Any, Any]] = {"lstm": (_lstm_forward, _lstm_backward)}
 
 
 def forward_of(name: str) -> Any:
@@ -42,7 +54,7 @@ def _compiled(name: str, source: str) -> tuple[Any, Any]:
     file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "expm1": expm1, "log1p": log1p}
-    names |= {"split_states": split_states, "join_states": join_states}
+    names |= {"split_states": split_states, "join_states": join_states, "mask": mask}
     namespace: dict[str, Any] = {"__name__": f"{__name__}.{name}", **names}
     exec(compile(source, file, "exec"), namespace)
     return namespace["forward"], namespace["backward"]

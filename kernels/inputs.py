@@ -27,7 +27,8 @@ class Records(NamedTuple):
 class CellInputs(NamedTuple):
     """x [B, I]; h [B, H] and c [B, STATES * H] before the step; w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
 
-    STATES, of a unit, is 1 for the LSTM; their order is that of `states`.
+    STATES, of a unit, is 1 for the LSTM; their order is that of `states`. seed: [1] int64 of the cell's masks, or None for
+    their expectations.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class CellInputs(NamedTuple):
     w_hh: Tensor
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
+    seed: Tensor | None = None
 
 
 class CellOptions(NamedTuple):
@@ -116,8 +118,8 @@ class Segments(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """x [T, B, I]; h0 [D, B, H]; c0 [D, B, STATES * H]; the weights of one `Direction` or two; `Segments`; the seed of dropout
-    [1] or None."""
+    """x [T, B, I]; h0 [D, B, H]; c0 [D, B, STATES * H]; the weights of one `Direction` or two; `Segments`; the seed [1] of
+    dropout and of the cell's masks, or None for neither."""
 
     x: Tensor
     h0: Tensor

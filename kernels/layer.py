@@ -186,11 +186,13 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
         pre = pre_activations(x, *input_weights(directions), D)
         time_major = is_time_major(pre)
-        dropped = None if inputs.seed is None else new_states(x, time_major, T, B, D * H)
+        drops = inputs.seed is not None and options.dropout > 0
+        dropped = new_states(x, time_major, T, B, D * H) if drops else None
         c = new_states(x, time_major, T, B, D * inputs.c0.shape[2]) if save or options.return_cells else None
         gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
         is_long = index_type(pre, c) == tl.int64
-        found = features(resets=segments.resets, lengths=segments.lengths, dropout=inputs.seed, cells=c, gates=gates)
+        found = features(resets=segments.resets, lengths=segments.lengths, random=inputs.seed, dropout=dropped)
+        found |= features(cells=c, gates=gates)
         problem = Problem(
             "forward", B, H, D, dtype, precision, options.stepwise, found, long_offsets=is_long, cell=options.cell
         )

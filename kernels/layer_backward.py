@@ -127,7 +127,7 @@ def _gate_gradients(
     found = features(
         resets=segments.resets,
         lengths=segments.lengths,
-        dropout=inputs.seed,
+        random=inputs.seed,
         cells=dc_states,
         reset_gradients=dreset_c,
         dy=dy,

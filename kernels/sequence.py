@@ -112,8 +112,8 @@ def _lstm_sequence_forward_kernel(
     c_out_ptr,  # [D, B, STATES * H] out: c after last_step
     c_ptr,  # [T, B, D, STATES * H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
-    seed_ptr,  # [1] of dropout, or None
-    dropped_ptr,  # [T, B, D, H] out: y after dropout, or None likewise
+    seed_ptr,  # [1] of dropout and of the cell's masks, or None
+    dropped_ptr,  # [T, B, D, H] out: y after dropout, or None
     counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another, or IN_BAND
     stall_ptr,  # [1] the word of `stall.word`, or None when no program waits for another
     # sizes
@@ -220,9 +220,11 @@ def _lstm_sequence_forward_kernel(
         if resets_ptr is not None:
             # Also: loaded in the step that uses them, these bytes would decide how the compiler lays the operands out.
             resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+        at = None
         if seed_ptr is not None:
             # Not before the loop: all the random numbers need from the seed would stay in registers.
             seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
+            at = (seed, t, rows_b, direction * H + offs_h)
         if RESIDENT:
             n_i, n_f, n_g, n_o = load_gates(
                 pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
@@ -257,7 +259,9 @@ def _lstm_sequence_forward_kernel(
                     z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 
             z_i, z_f, z_g, z_o = split_gates(tl.trans(z), BLOCK_B, BLOCK_H)
-        i, f, g, o, c_new, h = FORWARD(z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c)
+        i, f, g, o, c_new, h = FORWARD(
+            z_i + x_i.to(ACC), z_f + x_f.to(ACC), z_g + x_g.to(ACC), z_o + x_o.to(ACC), c, at
+        )
         x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
         c_t = c_new
         if lengths_ptr is not None:
@@ -285,8 +289,8 @@ def _lstm_sequence_forward_kernel(
         if gates_ptr is not None:
             gates_t = gates_ptr + t * step_size * 4
             store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
-        if seed_ptr is not None:
-            dropped = drop(h.to(ACC), seed, p, kept_scale, t, rows_b, direction * H + offs_h)
+        if dropped_ptr is not None:
+            dropped = drop(h.to(ACC), at, p, kept_scale)
             tl.store(dropped_ptr + t * step_size + output_offsets, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
         if lengths_ptr is not None:
             ends = tl.where(direction == 0, t == lengths - 1, (t == 0) & (lengths > 0))

@@ -52,7 +52,7 @@ def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: t
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped
-    seed_ptr,  # [1] of dropout, or None
+    seed_ptr,  # [1] of dropout and of the cell's masks, or None
     dc_states_ptr,  # [T, B, D, STATES * H] or None: the gradient of every c_t
     dh_n_ptr,  # [D, B, H] or None
     dc_in_ptr,  # [D, B, STATES * H] or None: the gradient of c after the last step of this launch
@@ -174,12 +174,15 @@ def _lstm_sequence_backward_kernel(
             c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+        at = None
+        if seed_ptr is not None:
+            # Not before the loop: all the random numbers need from the seed would stay in registers.
+            seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
+            at = (seed, t, rows_b, direction * H + offs_h)
         if dy_ptr is not None:
             dy = tl.load(dy_ptr + t * stride_dy_t.to(tl.int64) + dy_offsets, mask=mask_loads, other=0.0).to(ACC)
             if seed_ptr is not None:
-                # Not before the loop: all the random numbers need from the seed would stay in registers.
-                seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
-                dy = drop(dy, seed, p, kept_scale, t, rows_b, direction * H + offs_h)
+                dy = drop(dy, at, p, kept_scale)
             dh += dy
         if dh_n_ptr is not None:
             if lengths_ptr is not None:
@@ -225,8 +228,8 @@ def _lstm_sequence_backward_kernel(
             dc_step += dc_states.to(ACC)
         i, f, g, o = i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC)
         if not ACTIVATED:
-            i, f, g, o, _, _ = FORWARD(i, f, g, o, c_prev)
-        dz_i, dz_f, dz_g, dz_o, dc_prev = BACKWARD(i, f, g, o, c_prev, c.to(ACC), dh, dc_step)
+            i, f, g, o, _, _ = FORWARD(i, f, g, o, c_prev, at)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = BACKWARD(i, f, g, o, c_prev, c.to(ACC), dh, dc_step, at)
         if lengths_ptr is not None:
             active = (t < lengths)[:, None]
             dz_i = tl.where(active, dz_i, 0.0)

@@ -16,10 +16,10 @@ from .sequence_config import Problem, SequenceConfig, exchanged_row
 KERNELS: dict[str, Any] = {"forward": _lstm_sequence_forward_kernel, "backward": _lstm_sequence_backward_kernel}
 
 # The pointers that are None without a feature of a call. The backward has gates and c always.
-_SEGMENTS = {"resets": {"resets_ptr", "reset_h_ptr", "reset_c_ptr"}, "lengths": {"lengths_ptr"}}
-_FORWARD = {"dropout": {"seed_ptr", "dropped_ptr"}, "cells": {"c_ptr"}, "gates": {"gates_ptr"}}
+_SEGMENTS = {"resets": {"resets_ptr", "reset_h_ptr", "reset_c_ptr"}, "lengths": {"lengths_ptr"}, "random": {"seed_ptr"}}
+_FORWARD = {"dropout": {"dropped_ptr"}, "cells": {"c_ptr"}, "gates": {"gates_ptr"}}
 _GRADIENTS = {"dy": {"dy_ptr"}, "dh_n": {"dh_n_ptr"}, "dc_n": {"dc_in_ptr"}, "reset_gradients": {"dreset_c_ptr"}}
-_BACKWARD = {"dropout": {"seed_ptr"}, "cells": {"dc_states_ptr"}, **_GRADIENTS}
+_BACKWARD = {"cells": {"dc_states_ptr"}, **_GRADIENTS}
 POINTERS = {"forward": {**_SEGMENTS, **_FORWARD}, "backward": {**_SEGMENTS, **_BACKWARD}}
 # The features of a call that records gradients, whatever else it has.
 TRAINING = {"forward": frozenset({"cells", "gates"}), "backward": frozenset({"dy", "dh_n", "dc_n"})}

@@ -1,5 +1,6 @@
 """Functions: the LSTM cell, an LSTM layer and the softmax readout, on explicit weights."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import casting, dispatch, operators, reference
-from .kernels.cell_equations import states_of, step_of
+from . import casting, dispatch, layers, operators, reference
+from .kernels.cell_equations import probabilities_of, states_of, step_of
 from .kernels.inputs import CellInputs, CellOptions, ReadoutInputs, ReadoutOptions
 from .layers import lstm
+from .modes import is_batched
 
 __all__ = ["lstm", "lstm_cell", "softmax_readout"]
 
@@ -62,11 +64,13 @@ def cell_inputs(x: Tensor, hx: tuple[Tensor, Tensor], *weights: Tensor | None) -
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
     rows = (t.unsqueeze(0) if x.dim() == 1 else t for t in (x, *hx))
-    return CellInputs._make((*rows, *weights))
+    return CellInputs(*rows, *weights)
 
 
-def step(inputs: CellInputs, precision: str | None, backend: str, cell: str = "lstm") -> tuple[Tensor, Tensor]:
-    """(h, c) of a batch, by the equations of the cell of this name."""
+def step(
+    inputs: CellInputs, precision: str | None, backend: str, cell: str = "lstm", draws: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(h, c) of a batch, by the equations of the cell of this name; draws: whether its masks are random."""
     x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch" and cell == "lstm":
@@ -76,9 +80,15 @@ def step(inputs: CellInputs, precision: str | None, backend: str, cell: str = "l
         dtype = torch.get_autocast_dtype(x.device.type)
         inputs = CellInputs._make(None if t is None else casting.cast(t, dtype) for t in inputs)
     check_cell(inputs, states=states_of(cell))
-    if chosen in ("reference", "torch"):
-        return reference.lstm_cell(*inputs, step=step_of(cell))
-    h, c, _ = operators.lstm_cell(inputs, CellOptions(precision, cell))
+    seed = layers.random_seed(x) if draws and chosen == "triton" else None
+    if chosen in ("reference", "torch") or (seed is not None and is_batched(seed)):
+        of_cell = step_of(cell)
+        if of_cell is not None and draws:
+            masks = layers.random_masks(inputs.x, probabilities_of(cell), inputs.h.shape)
+            of_cell = functools.partial(of_cell, masks=masks)
+        x, h, c, w_ih, w_hh, b_ih, b_hh, _ = inputs
+        return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, of_cell)
+    h, c, _ = operators.lstm_cell(inputs._replace(seed=seed), CellOptions(precision, cell))
     return h, c
 
 
@@ -90,7 +100,7 @@ def _require_tensors(function: str, arguments: Iterable[tuple[str, object]]) -> 
 
 def check_cell(inputs: CellInputs, dtypes: bool = True, states: int = 1) -> None:
     """One pass over good arguments; the first fault raises with torch's own words."""
-    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
+    x, h, c, w_ih, w_hh, b_ih, b_hh, _ = inputs
     B, I = x.shape
     H = w_hh.shape[-1]
     dtype, device = x.dtype, x.device
@@ -106,14 +116,14 @@ def check_cell(inputs: CellInputs, dtypes: bool = True, states: int = 1) -> None
 
 
 def _raise_cell_sizes(inputs: CellInputs) -> None:
-    x, h, c, w_ih, w_hh, *_ = inputs
+    x, h, c, w_ih, w_hh, *biases, _ = inputs
     (B, I), H = x.shape, w_hh.shape[-1]
     for name, w in (("weight_ih", w_ih), ("weight_hh", w_hh)):
         if w.dim() != 2:
             raise RuntimeError(f"{name} must be 2D, got {w.dim()}D instead")
     if I != w_ih.shape[1] or any(state.shape[:2] != (B, H) for state in (h, c)):
         # torch checks these sizes before it computes, and says so in the words of its version.
-        meta: Any = [None if t is None else t.detach().to("meta") for t in inputs]
+        meta: Any = [None if t is None else t.detach().to("meta") for t in (x, h, c, w_ih, w_hh, *biases)]
         torch.lstm_cell(meta[0], meta[1:3], *meta[3:])
     for index, state in enumerate((h, c)):
         if state.shape != (B, H):

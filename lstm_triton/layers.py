@@ -19,7 +19,7 @@ from . import (
     shapes,
     torch_ops,
 )
-from .kernels.cell_equations import step_of
+from .kernels.cell_equations import probabilities_of, step_of
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
 from .modes import is_batched, is_jit_tracing
@@ -119,8 +119,12 @@ def run(
     directions: Sequence[Direction],
     segments: Segments,
     options: LayerOptions,
+    draws: bool = False,
 ) -> Sequence[Any]:
-    """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments."""
+    """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments.
+
+    draws: whether the cell's masks, if it has any, are random.
+    """
     B, H = x.shape[1], directions[0].w_ih.shape[0] // 4
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
@@ -131,35 +135,58 @@ def run(
             if segments.resets is None or bool(y.detach().sum().isfinite()):
                 return _dropped(y, options.dropout), *states
     if chosen in ("reference", "torch") or B == 0 or H == 0:
-        if reference_ops.is_recorded():
-            y, *states = reference_ops.lstm_layer(x, *hx, directions, segments, options.cell)
-        else:
-            y, *states = reference.lstm_layer(x, *hx, directions, segments, step=step_of(options.cell))
-        return _dropped(y, options.dropout), *states
+        return _by_reference(x, hx, directions, segments, options, draws)
     if chosen == "triton-persistent":
         weights = [w for direction in directions for w in direction]
         is_recorded = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *hx, *weights, *segments)
         )
         given = [name for name in ("resets", "lengths") if getattr(segments, name) is not None]
+        given += ["random"] * draws
         plans(chosen, x, (len(x), B, H, len(directions)), given, options, is_recorded)
     if directions[0].w_hr is not None:
         y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
         return _dropped(y, options.dropout), *rest
-    if not options.dropout:
+    if not options.dropout and not draws:
         return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
-    seed = dropout_seed(x)
+    seed = random_seed(x)
     if not is_batched(seed):
         return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments, seed), options)
+    if draws:
+        return _by_reference(x, hx, directions, segments, options, draws)
     y, *states = operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
     return _dropped(y, options.dropout), *states
+
+
+def _by_reference(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    directions: Sequence[Direction],
+    segments: Segments,
+    options: LayerOptions,
+    draws: bool,
+) -> Sequence[Any]:
+    D, B, H = hx[0].shape
+    masks = random_masks(x, probabilities_of(options.cell), (x.shape[0], B, D * H)) if draws else None
+    if reference_ops.is_recorded():
+        y, *states = reference_ops.lstm_layer(x, hx, directions, segments, options.cell, masks)
+    else:
+        step = step_of(options.cell)
+        y, *states = reference.lstm_layer(x, *hx, directions, segments, step=step, masks=masks)
+    return _dropped(y, options.dropout), *states
+
+
+def random_masks(x: Tensor, probabilities: Sequence[float], shape: Sequence[int]) -> Tensor:
+    """[n, *shape] of 0 and 1, from torch's generator; under vmap as `random_seed`."""
+    like = x.new_empty(shape) if is_jit_tracing() else torch.empty(shape, dtype=x.dtype, device=x.device)
+    return torch.stack([torch.bernoulli(like, p) for p in probabilities])
 
 
 def _dropped(y: Tensor, p: float) -> Tensor:
     return torch.nn.functional.dropout(y, p) if p else y
 
 
-def dropout_seed(x: Tensor) -> Tensor:
+def random_seed(x: Tensor) -> Tensor:
     """[1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed; nothing waits for it.
 
     Under vmap with randomness="different" one for each call.
@@ -197,7 +224,7 @@ def plans(
     """The configuration of the kernel of each way: forward, and where gradients are recorded backward. May compile.
 
     Args:
-        x: of the dtype and device. sizes: T, B, H, D. given: of "resets" and "lengths".
+        x: of the dtype and device. sizes: T, B, H, D. given: of "resets", "lengths" and "random".
 
     Raises:
         RuntimeError: chosen is "triton-persistent", and they would not all be one launch.
@@ -209,6 +236,7 @@ def plans(
     T, B, H, D = sizes
     precision = matmul_precision(x.dtype, options.precision, recurrent=True)
     found = features(**dict.fromkeys(given, True), dropout=options.dropout > 0, cells=options.return_cells)
+    found |= features(random=options.dropout > 0)
     problem = Problem("forward", B, H, D, x.dtype, precision, options.stepwise, found, options.recompute)
     problem = problem._replace(cell=options.cell)
     configs = layer.training_plans(problem, T, x.device) if is_recorded else {}

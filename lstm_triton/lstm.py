@@ -229,7 +229,8 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
         if cell is not None:
             layer, states, within = cell.layer_inputs(layer, of_units, rows, states, within)
         options = layer_options(module, k, chosen, return_cell_states)
-        x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, within, options)
+        draws = cell is not None and bool(cell.masks) and module.training
+        x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, within, options, draws)
         if cell is not None:
             c_n, c = cell.kept(c_n), c if c is None else cell.kept(c)
         last.append((h_n, c_n))

@@ -1,12 +1,15 @@
 """The operators that launch kernels: the cell, a layer, the readout; and the product of a layer's projection."""
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import reference
 from .autograd import Operator
 from .kernels import inputs as records
-from .kernels.cell_equations import step_of
+from .kernels.cell_equations import probabilities_of, step_of
 from .kernels.layout import is_time_major, new_states
 from .library import implements, library
 
@@ -18,8 +21,11 @@ def _cell_fake(inputs: records.CellInputs, options: records.CellOptions, save: b
 
 
 def _cell_reference(inputs: records.CellInputs, options: records.CellOptions) -> tuple[Tensor, Tensor]:
-    x, h, c, w_ih, w_hh, b_ih, b_hh = inputs
-    return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step_of(options.cell))
+    (x, h, c, w_ih, w_hh, b_ih, b_hh, seed), step = inputs, step_of(options.cell)
+    drawn = masks(seed, probabilities_of(options.cell), (1, *h.shape), h.dtype)
+    if step is not None and drawn is not None:
+        step = functools.partial(step, masks=drawn[:, 0])
+    return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step)
 
 
 def _cell_unread(needs: frozenset[str]) -> set[str]:
@@ -53,7 +59,7 @@ def _layer_fake(inputs: records.LayerInputs, options: records.LayerOptions, save
     c = _new_in_order_of(x, D * c0.shape[2]) if save or options.return_cells else None
     has_gates = save and not options.recompute
     gates = _new_in_order_of(x, D * H * 4).unflatten(2, (D, H, 4)) if has_gates else None
-    h = None if inputs.seed is None else _new_in_order_of(x, D * H)
+    h = None if inputs.seed is None or not options.dropout else _new_in_order_of(x, D * H)
     return records.LayerOutputs(_new_in_order_of(x, D * H), h0.new_empty(h0.shape), c0.new_empty(c0.shape), c, gates, h)
 
 
@@ -69,8 +75,10 @@ def _layer_fake_gradients(inputs: records.LayerInputs, saved: records.LayerSaved
 
 
 def _layer_reference(inputs: records.LayerInputs, options: records.LayerOptions) -> tuple[Tensor, ...]:
-    step = step_of(options.cell)
-    y, *states = reference.lstm_layer(inputs.x, inputs.h0, inputs.c0, inputs.directions, inputs.segments, step=step)
+    x, (D, _, H), step = inputs.x, inputs.h0.shape, step_of(options.cell)
+    drawn = masks(inputs.seed, probabilities_of(options.cell), (*x.shape[:2], D * H), x.dtype)
+    given = inputs.h0, inputs.c0, inputs.directions, inputs.segments
+    y, *states = reference.lstm_layer(x, *given, step=step, masks=drawn)
     return dropped(y, options.dropout, inputs.seed), *states
 
 
@@ -86,27 +94,37 @@ lstm_layer = Operator(
     recurrent=True,
 )
 
-library.define("lstm_dropout_kept(Tensor seed, float dropout, int T, int B, int N) -> Tensor")
+library.define("lstm_dropout_kept(Tensor seed, float dropout, int number, int T, int B, int N) -> Tensor")
 
 
 @implements("lstm_dropout_kept")
-def _lstm_dropout_kept(seed, dropout, T, B, N):
+def _lstm_dropout_kept(seed, dropout, number, T, B, N):
     from .kernels.dropout import kept
 
-    return kept(seed, dropout, (T, B, N))
+    return kept(seed, dropout, (T, B, N), number)
 
 
 @torch.library.register_fake("lstm_triton::lstm_dropout_kept", lib=library)
-def _(seed, dropout, T, B, N):
+def _(seed, dropout, number, T, B, N):
     return seed.new_empty((T, B, N), dtype=torch.bool)
 
 
 def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """y [T, B, N], computed otherwise, with the kernels' dropout; differentiable."""
-    if seed is None:
+    if seed is None or not dropout:
         return y
-    kept = torch.ops.lstm_triton.lstm_dropout_kept(seed, dropout, *y.shape[-3:])
+    kept = torch.ops.lstm_triton.lstm_dropout_kept(seed, dropout, 0, *y.shape[-3:])
     return y * (1 / (1 - dropout) if dropout < 1 else 0.0) * kept
+
+
+def masks(
+    seed: Tensor | None, probabilities: Sequence[float], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """[n, T, B, N]: those of a cell that the kernels draw from this seed, for n probabilities."""
+    if seed is None or not probabilities:
+        return None
+    kept = torch.ops.lstm_triton.lstm_dropout_kept
+    return 1 - torch.stack([kept(seed, p, number, *shape) for number, p in enumerate(probabilities, 1)]).to(dtype)
 
 
 # ---- the readout -----------------------------------------------------------------------------------------------------

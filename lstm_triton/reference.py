@@ -92,6 +92,7 @@ def lstm_layer(
     segments: Segments = _NO_SEGMENTS,
     *,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer over a sequence, in as many directions as there are weights, step by step.
 
@@ -102,17 +103,17 @@ def lstm_layer(
         segments: where resets[t, b] a segment of row b starts at t. The result equals that of the segments run one by one, each
             from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past the
             lengths of the rows outputs and cell states are 0.
-        step: of another cell, as in `lstm_cell`.
+        step: of another cell, as in `lstm_cell`. masks: [n, T, B, D * H], its random masks; None for their expectations.
 
     Returns:
         y [T, B, D * H], h_n and c_n [D, B, H] (of each row's last step), c of every step [T, B, D * H].
     """
     T, B = x.shape[:2]
     resets, reset_h, reset_c, lengths = segments
-    compute: Any = functools.partial(lstm_cell, step=step)
     outputs, cells, last = [], [], []
     for d, direction in enumerate(weights):
         h, c = h0[d], c0[d]
+        drawn = None if masks is None else masks.chunk(len(weights), -1)[d]
         w_hr = direction[4] if len(direction) == 5 else None
         ys: list[Tensor] = [h] * T
         cs: list[Tensor] = [c] * T
@@ -128,6 +129,8 @@ def lstm_layer(
             if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
                 x_t, h_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev))
                 c_prev = torch.where(active, c_prev, 0.5)  # nor anything infinite: a cell may divide by its state
+            of_t = step if step is None or drawn is None else functools.partial(step, masks=drawn[:, t])
+            compute: Any = functools.partial(lstm_cell, step=of_t)
             h_t, c_t = compute(x_t, h_prev, c_prev, *direction[:4])
             if w_hr is not None:
                 h_t = h_t @ w_hr.t()

@@ -33,6 +33,7 @@ class _Inputs(NamedTuple):
     reset_h: Tensor | None
     reset_c: Tensor | None
     lengths: Tensor | None
+    masks: Tensor | None
 
     @property
     def directions(self) -> list[Direction]:
@@ -54,7 +55,8 @@ class _Outputs(NamedTuple):
 
 def _reference(inputs: _Inputs, options: CellOptions) -> tuple[Tensor, ...]:
     states, segments = (inputs.h0, inputs.c0), Segments(inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
-    return reference.lstm_layer(inputs.x, *states, inputs.directions, segments, step=step_of(options.cell))
+    step = step_of(options.cell)
+    return reference.lstm_layer(inputs.x, *states, inputs.directions, segments, step=step, masks=inputs.masks)
 
 
 def _forward(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
@@ -90,8 +92,13 @@ def is_recorded() -> bool:
 
 
 def lstm_layer(
-    x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], segments: Segments, cell: str
+    x: Tensor,
+    states: Sequence[Tensor],
+    directions: Sequence[Direction],
+    segments: Segments,
+    cell: str,
+    masks: Tensor | None,
 ) -> Sequence[Any]:
     """`reference.lstm_layer` of the cell of this name."""
     reverse = directions[1] if len(directions) == 2 else (None,) * 5
-    return _operator(_Inputs._make((x, h0, c0, *directions[0], *reverse, *segments)), CellOptions(cell=cell))
+    return _operator(_Inputs._make((x, *states, *directions[0], *reverse, *segments, masks)), CellOptions(cell=cell))

@@ -1,8 +1,9 @@
 """Random problems on compiled code: `make sweep BUDGET=600`, or `python tests/sweep.py 600 [seed]`.
 
 Draws kernels, shapes, dtypes, features, targets and orders of execution until the seconds are over. Each launch is executed and
-checked (support.executor), every result judged against float64. What fails is printed with all that is needed to draw it again;
-the status is then 1. The first third of the seconds is for random cells in the interpreter (fuzz_cells.py).
+checked (support.executor), every result judged against float64. What fails is printed with its number, for
+`python tests/sweep.py again NUMBER`; the status is then 1. The first third of the seconds is for random cells in the
+interpreter (fuzz_cells.py).
 """
 
 import os
@@ -81,13 +82,14 @@ def own_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
     return shape, options, by_kernels, recurrents
 
 
-def once(rng: random.Random) -> tuple[str, str | None, int]:
-    """One problem: what it is, what is wrong with it, how many programs were executed."""
+def once(number: int) -> tuple[str, str | None, int]:
+    """The problem of this number: what it is, what is wrong with it, how many programs were executed."""
+    rng = random.Random(number)
     kind = rng.choice([cell, readout, own_cell, own_cell, own_cell, layer, layer, layer])
     shape, options, by_kernels, module = kind(rng)
     dtype, precision = rng.choice(KINDS)
     target, seed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6)
-    what = f"{kind.__name__} {shape} {dtype} {precision} {options} {by_kernels.__name__} {target} seed={seed}"
+    what = f"{kind.__name__} {shape} {dtype} {precision} {options} {by_kernels.__name__} {target}, number {number}"
     problem = module.draw(*shape, dtype, precision=precision, seed=seed, **options)
     wrong = None
     with executor.executing(target, seed=seed) as device:
@@ -107,22 +109,26 @@ def main(arguments: Sequence[str]) -> int:
     if (reason := executor.why_not()) is not None:
         print(f"make sweep: {reason}", file=sys.stderr)
         return 2
-    budget, seed = float(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.randrange(10**6)
     torch.set_num_threads(1)
+    if arguments[0] == "again":
+        what, wrong, _ = once(int(arguments[1]))
+        print(f"{what}\n    {wrong or 'nothing is wrong'}")
+        return 1 if wrong else 0
+    budget, seed = float(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.randrange(10**6)
+    print(f"seed {seed}", flush=True)
     interpreted = [sys.executable, str(Path(__file__).with_name("fuzz_cells.py")), str(budget / 3), str(seed)]
     wrong_cells = subprocess.run(interpreted).returncode != 0
     rng, end = random.Random(seed), time.monotonic() + 2 * budget / 3
     drawn, programs, failed = Counter[str](), 0, 0
-    print(f"seed {seed}", flush=True)
     while time.monotonic() < end:
-        what, wrong, executed = once(rng)
+        what, wrong, executed = once(rng.randrange(10**9))
         drawn[what.split()[0]] += 1
         programs += executed
         if wrong is not None:
             failed += 1
-            print(f"{what}\n    {wrong}", flush=True)
+            print(f"{what} (seed {seed})\n    {wrong}", flush=True)
     counts = ", ".join(f"{n} {name}s" for name, n in sorted(drawn.items()))
-    print(f"{counts}: {programs} programs executed, {failed} problems failed")
+    print(f"{counts}: {programs} programs executed, {failed} problems failed (seed {seed})")
     return 1 if failed or wrong_cells else 0
 
 

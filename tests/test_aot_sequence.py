@@ -17,7 +17,7 @@ KINDS = {
     "fp32": (torch.float32, "ieee"),
     "fp64": (torch.float64, "ieee"),
 }
-PLAIN, RESETS, DROPOUT = (), ("resets",), ("dropout",)
+PLAIN, RESETS, DROPOUT = (), ("resets",), ("random", "dropout")
 SEGMENTS = ("resets", "lengths", "cells", "reset_gradients")
 ALL = (*SEGMENTS, *DROPOUT)
 # kind, H, B, D, features: each size of tile, in both directions and with all features where registers are short.
@@ -119,7 +119,7 @@ def _compile_all(arch, everything):
     found, compilations = [], []
     signature = {"seed_ptr": "*i64:16", "out_ptr": "*u8:16", "B": "i32", "N": "i32", "p_hi": "i32", "p_lo": "i32"}
     options = LaunchConfig(num_warps=1, num_stages=1).options
-    masks = compile_ahead(_lstm_kept_kernel, signature, {"BLOCK": 128}, arch=arch, **options)
+    masks = compile_ahead(_lstm_kept_kernel, signature, {"NUMBER": 0, "BLOCK": 128}, arch=arch, **options)
     if masks.stack_bytes:
         found.append(f"{masks}")
     for case in dict.fromkeys(_cases(arch, everything)):

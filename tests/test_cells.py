@@ -15,6 +15,7 @@ from lstm_triton.cells import CellError, catalogue
 from lstm_triton.kernels.cell_equations import step_of
 
 CATALOGUE = {name: value for name, value in vars(catalogue).items() if isinstance(value, Cell)}
+CATALOGUE["zoneout"] = catalogue.zoneout(0.2, 0.4)
 
 
 @cell(gates="ifgo", states="c")
@@ -57,6 +58,7 @@ def _functions(of: Cell) -> tuple:
     namespace |= {name: getattr(torch, name) for name in ("sigmoid", "tanh", "expm1", "log1p")}
     namespace["split_states"] = lambda t, n: t.unflatten(-1, (-1, n)).unbind(-1)
     namespace["join_states"] = lambda states, n: torch.stack(torch.broadcast_tensors(*states), -1).flatten(-2)
+    namespace["mask"] = lambda like, at, number, p: torch.full_like(like, p) if at is None else at[number - 1]
     exec(of.triton_source(), namespace)
     return namespace["forward"], namespace["backward"]
 
@@ -68,12 +70,13 @@ def _assert_equal_to_autograd(of: Cell) -> None:
     # States that are positive, as a normalizer is.
     *z, before = inputs = [t.requires_grad_() for t in (*(normal() for _ in range(4)), normal(5 * of.n_carried).exp())]
     dh, d_state = normal(), normal(5 * of.n_carried)
-    expected = of.step(*inputs)
+    masks = torch.randint(2, (len(of.masks), 4, 5)).double() if of.masks else None
+    expected = of.step(*inputs, masks=masks)
     gradients = torch.autograd.grad(expected, inputs, (dh, d_state), materialize_grads=True, allow_unused=True)
     forward, backward = _functions(of)
     with torch.no_grad():
-        *saved, state, h = forward(*z, before)
-        found = backward(*saved, before, state, dh, d_state)
+        *saved, state, h = forward(*z, before, masks)
+        found = backward(*saved, before, state, dh, d_state, masks)
     torch.testing.assert_close(
         [h, state, *found], [*(t.detach() for t in expected), *gradients], rtol=1e-10, atol=1e-10
     )
@@ -91,10 +94,10 @@ def test_generated_functions_of_random_cells():
         *parts, words = cell_grammar.random_cell(random.Random(seed))
         used |= set(re.findall(r"\w+", words))
         of = Cell(*parts)
-        used |= {f"{of.n_carried} carried"}
+        used |= {f"{of.n_carried} carried", f"{len(of.masks)} masks"}
         _assert_equal_to_autograd(of)
     assert {"sigmoid", "tanh", "exp", "where", "maximum", "softplus", "gelu"} <= used
-    assert {f"{n} carried" for n in (1, 2, 4, 8)} <= used
+    assert {f"{n} carried" for n in (1, 2, 4, 8)} | {f"{n} masks" for n in (0, 1, 3)} <= used
 
 
 def test_powers_and_constants():
@@ -110,6 +113,7 @@ def test_what_is_saved():
     assert "return v0, v1, v2, v3" in lstm.triton_source(), "the gates, as the hand-written equations do"
     assert lstm.triton_source().count("tanh(") == 3, "the backward computes tanh(c) again, from c"
     saved = {"cifg": 3, "gru": 4, "peephole_lstm": 4, "slstm": 4, "minimal_gated_unit": 3, "rnn_tanh": 0, "rnn_relu": 0}
+    saved["zoneout"] = 4
     assert saved.keys() == CATALOGUE.keys()
     for name, most in saved.items():
         (returned,) = re.findall(r"return (.*)\n\n", CATALOGUE[name].triton_source())

@@ -86,7 +86,7 @@ def test_what_is_not_needed_is_not_launched(device, without_kernels):
     def programs(*wanted):
         return _backward_grid(wanted, device, without_kernels)
 
-    alone = {name: programs(name) for name in CellInputs._fields}
+    alone = {name: programs(name) for name in CellInputs._fields if name != "seed"}
     assert all(alone.values()) and programs() == 0
     assert programs("c", "b_ih", "b_hh") == alone["c"] == alone["b_ih"] == alone["b_hh"], "these share their programs"
     for wanted in itertools.combinations(CellInputs._fields[:5], 3):
@@ -111,8 +111,9 @@ def test_outputs_own_dense_storage(device, without_kernels):
 
     inputs = CellInputs(*cells.draw(3, 7, 9, device=device).inputs)
     outputs = lstm_cell_forward(inputs, save=True)
-    storages = {t.untyped_storage().data_ptr() for t in (*inputs, *outputs)}
-    assert len(storages) == len(inputs) + 3
+    given = [t for t in inputs if t is not None]
+    storages = {t.untyped_storage().data_ptr() for t in (*given, *outputs)}
+    assert len(storages) == len(given) + 3
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in outputs)
     assert lstm_cell_forward(inputs).gates is None, "no gates unless asked for"
 

@@ -279,7 +279,7 @@ def check_what_is_compiled_ahead_is_what_is_launched():
 
     from lstm_triton.kernels import layer, layer_backward
 
-    every = ("resets", "lengths", "cells", "reset_gradients", "dropout")
+    every = ("resets", "lengths", "cells", "reset_gradients", "random", "dropout")
     together = dict(resets=True, lengths=True, cells=True, reset_state="stored", dropped=True)
     for H, D, features, arguments in ((768, 1, (), {}), (19, 2, every, together)):
         for way, launcher in (("forward", layer._forward), ("backward", layer_backward._backward)):

@@ -34,7 +34,7 @@ def test_launchers_read_no_values(recompute, device):
     x, h0, c0, *weights, reset_h, reset_c = drawn.inputs
     (directions,) = split_weights(weights, 1, 2)
     given = Segments(drawn.resets, reset_h, reset_c, drawn.lengths.to(device))
-    inputs = LayerInputs.of(x, (h0, c0), directions, given, layers.dropout_seed(torch.empty(0, device=device)))
+    inputs = LayerInputs.of(x, (h0, c0), directions, given, layers.random_seed(torch.empty(0, device=device)))
     options = LayerOptions("ieee", 0.5, recompute=recompute)
     layer = operators.lstm_layer
     with _NoValues():

@@ -2,7 +2,7 @@
 
 import torch
 
-from .declaration import cell
+from .declaration import Cell, cell
 
 
 @cell(gates="rzn")
@@ -60,3 +60,15 @@ def rnn_tanh(z, s):
 def rnn_relu(z, s):
     """torch.nn.RNN(nonlinearity="relu")."""
     return torch.relu(z.a), {}
+
+
+def zoneout_lstm(z, s, m):
+    i, f, g, o = torch.sigmoid(z.i), torch.sigmoid(z.f), torch.tanh(z.g), torch.sigmoid(z.o)
+    c = f * s.c + i * g
+    return m.h * s.h + (1 - m.h) * o * torch.tanh(c), {"c": m.c * s.c + (1 - m.c) * c}
+
+
+def zoneout(p_h: float = 0.05, p_c: float = 0.5) -> Cell:
+    """The LSTM with zoneout (Krueger et al. 2017, arXiv:1606.01305): in training each unit keeps its h with probability p_h and
+    its c with p_c, in evaluation mode it takes the expectation. The defaults are the paper's for characters."""
+    return Cell(zoneout_lstm, gates="ifgo", states="c", masks={"h": p_h, "c": p_c})

@@ -3,12 +3,14 @@
 The kernels know four pre-activations z = x W_ih^T + h W_hh^T + b of a unit and its states, 1, 2, 4 or 8, that they carry
 unrounded from step to step. A cell with fewer gates leaves rows of the weights zero; where it asks for the input's and the
 recurrent part of a gate apart, each is a pre-activation of its own. A parameter of each unit is a state that does not change,
-and its gradient is that of the initial state, summed over the batch.
+and its gradient is that of the initial state, summed over the batch. A mask takes no place: the kernels draw it in each step.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +19,13 @@ from torch._subclasses import FakeTensorMode
 
 from ..kernels.cell_equations import CellEquations, generated
 from ..kernels.inputs import Direction, Segments
-from . import derive
+from .device_functions import device_functions
 from .recording import CellError, Named, PointwiseOnly, PreActivations, Recorded, line_of
 
-PRE_ACTIVATIONS, CARRIED = 4, 8
+PRE_ACTIVATIONS, CARRIED, MASKS = 4, 8, 3
 _PARTS = ("input", "recurrent")
 _RESERVED = {"h", "ih", "hh", *_PARTS}
+_NO_MASKS: Mapping[str, float] = MappingProxyType({})
 
 
 class PreActivation(NamedTuple):
@@ -38,39 +41,53 @@ class Cell:
     Args:
         function: of (z, s), or (z, s, p) with parameters: z.f is the pre-activation x W_ih^T + b_ih + h W_hh^T + b_hh of a gate
             f, [B, H]; z.input.f and z.recurrent.f are its two parts; s.c is the state c before the step, s.h the output of the
-            step before; p.a is the parameter a. Returns the new h and a dict of the new states. Made of pointwise operations.
+            step before; p.a is the parameter a; m.a, of a last argument, the mask a. Returns the new h and a dict of the
+            new states. Made of pointwise operations.
         gates, states, parameters: their names, of one letter each in a string, or in a sequence of strings. A parameter has a
             number for each unit, [H].
+        masks: names, and probabilities with which each element is 1 and not 0, drawn anew for each step, row and unit in
+            training. In evaluation mode a mask is its expectation, the probability.
 
     Raises:
         CellError: an operation that is not pointwise or not known, a branch that depends on values, a state that is missing or
-            one too many, more pre-activations or states than the kernels hold; with the operation and the line.
+            one too many, more pre-activations, states or masks than the kernels hold; with the operation and the line.
     """
 
     def __init__(
-        self, function: Callable, gates: Sequence[str], states: Sequence[str] = (), parameters: Sequence[str] = ()
+        self,
+        function: Callable,
+        gates: Sequence[str],
+        states: Sequence[str] = (),
+        parameters: Sequence[str] = (),
+        masks: Mapping[str, float] = _NO_MASKS,
     ) -> None:
         functools.update_wrapper(self, function)
         self.function, self.name = function, getattr(function, "__name__", "cell")
         self.gates, self.states, self.parameters = tuple(gates), tuple(states), tuple(parameters)
+        self.masks = {name: float(p) for name, p in masks.items()}
         names = (*self.gates, *self.states, *self.parameters)
         if len(set(names)) < len(names) or not all(n.isidentifier() for n in names) or _RESERVED & set(names):
             raise CellError(
                 f"{self.name}: gates, states and parameters need names of their own, other than {', '.join(sorted(_RESERVED))}"
             )
+        if len(self.masks) > MASKS or not all(0 <= p <= 1 for p in self.masks.values()):
+            raise CellError(f"{self.name}: at most {MASKS} masks, of probabilities between 0 and 1, got {self.masks}")
         self._record()
         self._derive()
 
-    def __call__(self, z: Any, s: Any, *p: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.function(z, s, *p)
+    def __call__(self, z: Any, s: Any, *others: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.function(z, s, *others)
 
-    def __reduce__(self) -> str:
-        """Pickled by name, as functions are, so that modules with a cell can be copied and saved."""
-        return self.__dict__["__qualname__"]
+    def __reduce__(self) -> Any:
+        """Pickled by name, as functions are, so that modules with a cell can be copied and saved; or by its function's."""
+        if getattr(sys.modules.get(self.function.__module__), self.name, None) is not self.function:
+            return self.__dict__["__qualname__"]
+        return Cell, (self.function, self.gates, self.states, self.parameters, self.masks)
 
     def __repr__(self) -> str:
-        parameters = f", parameters={self.parameters}" if self.parameters else ""
-        return f"cell {self.name}(gates={self.gates}, states={self.states}{parameters})"
+        others = {name: getattr(self, name) for name in ("parameters", "masks") if getattr(self, name)}
+        text = "".join(f", {name}={value}" for name, value in others.items())
+        return f"cell {self.name}(gates={self.gates}, states={self.states}{text})"
 
     def _fail(self, what: str) -> CellError:
         return CellError(f"{self.name}: {what}")
@@ -84,7 +101,8 @@ class Cell:
             tensors = PreActivations(gates, Named("gates", parts["input"]), Named("gates", parts["recurrent"]))
             states = Recorded(dict.fromkeys((*self.states, "h"), example))
             parameters = Recorded(dict.fromkeys(self.parameters, example))
-            given = [Named("parameters", parameters)] if self.parameters else []
+            masks = Recorded(dict.fromkeys(self.masks, example))
+            given = [Named(*kind) for kind in (("parameters", parameters), ("masks", masks)) if len(kind[1])]
             try:
                 with PointwiseOnly(self._fail) as watch:
                     found = self.function(tensors, Named("states", states), *given)
@@ -102,8 +120,9 @@ class Cell:
                 raise self._fail(f"the gate {gate!r} is not used")
         if len(self.pre_activations) > PRE_ACTIVATIONS:
             raise self._fail(f"the kernels hold {PRE_ACTIVATIONS} pre-activations, not {len(self.pre_activations)}")
-        if unused := [name for name in self.parameters if name not in parameters.used]:
-            raise self._fail(f"the parameter {unused[0]!r} is not used")
+        for kind, of in (("parameter", parameters), ("mask", masks)):
+            if unused := [name for name in of if name not in of.used]:
+                raise self._fail(f"the {kind} {unused[0]!r} is not used")
         # h comes first where there is no other state: then it is what the kernels carry besides, read or not.
         own = [*self.states, *(["h"] if "h" in states.used or not self.states else [])]
         self.carried = (*own, *self.parameters)
@@ -126,15 +145,20 @@ class Cell:
             if not isinstance(t, Tensor) or t.shape != (2, 3):
                 raise self._fail(f"the new {name} is not a tensor of the size of a gate")
 
-    def step(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, the new carried states) from the pre-activations that a kernel has, zeros behind them, and the carried states."""
+    def step(self, *tensors: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(h, the new carried states) from the pre-activations that a kernel has, zeros behind them, and the carried states.
+
+        masks: [n, B, H]; None for their expectations.
+        """
         *pre, carried = tensors
-        h, *states = self._step(*pre, *_split(carried, self.n_carried))
+        expected = (torch.full_like(pre[0], p) for p in self.masks.values())
+        h, *states = self._step(*pre, *_split(carried, self.n_carried), *(expected if masks is None else masks))
         return h, _join(states)
 
     def _step(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`step` with every state apart."""
-        pre, carried = tensors[:PRE_ACTIVATIONS], tensors[PRE_ACTIVATIONS:]
+        """`step` with every state and mask apart."""
+        of_states = slice(PRE_ACTIVATIONS, PRE_ACTIVATIONS + self.n_carried)
+        pre, carried, masks = tensors[:PRE_ACTIVATIONS], tensors[of_states], tensors[of_states.stop :]
         by_part: dict[str, dict[str, Tensor]] = {"sum": {}, "input": {}, "recurrent": {}}
         for (gate, part), t in zip(self.pre_activations, pre):
             by_part[part][gate] = t
@@ -144,6 +168,7 @@ class Cell:
         before = dict(zip(self.carried, carried))
         parameters = {name: before.pop(name) for name in self.parameters}
         given = [Named("parameters", parameters)] if parameters else []
+        given += [Named("masks", dict(zip(self.masks, masks)))] if masks else []
         h, states = self.function(z, Named("states", before), *given)
         new = {**parameters, **states, "h": h}
         padding = carried[len(self.carried) :]
@@ -212,44 +237,12 @@ class Cell:
         return Direction(place(w_ih, "recurrent"), place(w_hh, "input"), place(b_ih, "recurrent"), place(b_hh, "input"))
 
     def _derive(self) -> None:
-        pre, n = [f"z{k}" for k in range(PRE_ACTIVATIONS)], self.n_carried
-        before, after, d_after = ([f"{name}{k}" for k in range(n)] for name in ("before", "state", "d_state"))
         try:
-            (h, *states), gradients = derive.joint_graph(self._step, [*pre, *before], ["dh", *d_after])
+            self.source = device_functions(self._step, PRE_ACTIVATIONS, self.n_carried, tuple(self.masks.values()))
         except NotImplementedError as error:
             raise self._fail(f"its derivative needs {error}, which the kernels do not have") from None
-        inputs = {v.name: v for v in derive.ancestors([h, *states, *gradients]) if v.operation is None}
-        saved = derive.to_save(gradients, ("dh", *d_after), [*(inputs.get(name) for name in before), *states])
-        # No more than there are pre-activations, which would do.
-        padded = [*saved, *[None] * (PRE_ACTIVATIONS - len(saved))]
-
-        def of_inputs(names: Sequence[str]) -> list[derive.Value | None]:
-            return [inputs.get(name) for name in names]
-
-        forward = {**dict(zip(pre, of_inputs(pre))), "before": of_inputs(before)}
-        backward = {
-            **{f"saved{k}": value for k, value in enumerate(padded)},
-            "before": of_inputs(before),
-            "state": [state if isinstance(state, derive.Value) else None for state in states],
-            "dh": inputs.get("dh"),
-            "d_state": of_inputs(d_after),
-        }
-        d_pre, d_before = gradients[:PRE_ACTIVATIONS], gradients[PRE_ACTIVATIONS:]
-        cotangents = [value for value in of_inputs(["dh", *d_after]) if value is not None]
-        held = [v for v in (*saved, *of_inputs(before), *states) if isinstance(v, derive.Value)]
-        d_pre = derive.zero_where_nothing_comes_back(d_pre, cotangents, held)
-        self.source = (
-            derive.source("forward", "The values to save, the new states and h.", forward, [*padded, states, h])
-            + "\n\n"
-            + derive.source(
-                "backward",
-                "The gradients of the pre-activations and of the states before.",
-                backward,
-                [*d_pre, d_before],
-            )
-        )
         self.key = f"{self.name}_{hashlib.blake2b(self.source.encode(), digest_size=8).hexdigest()}"
-        generated[self.key] = CellEquations(self.step, self.source, n)
+        generated[self.key] = CellEquations(self.step, self.source, self.n_carried, tuple(self.masks.values()))
         declared[self.key] = self
 
     def triton_source(self) -> str:
@@ -270,7 +263,11 @@ def _join(states: Sequence[Tensor]) -> Tensor:
 
 
 def cell(
-    *, gates: Sequence[str], states: Sequence[str] = (), parameters: Sequence[str] = ()
+    *,
+    gates: Sequence[str],
+    states: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+    masks: Mapping[str, float] = _NO_MASKS,
 ) -> Callable[[Callable], Cell]:
     """Make a plain torch function a recurrent cell, for `Recurrent` and `RecurrentCell`; see `Cell`.
 
@@ -280,4 +277,4 @@ def cell(
         c = f * s.c + (1 - f) * g
         return o * c.tanh(), {"c": c}
     """
-    return lambda function: Cell(function, gates, states, parameters)
+    return lambda function: Cell(function, gates, states, parameters, masks)

@@ -1,4 +1,4 @@
-"""From a pointwise function to two device functions: its values, and its derivatives from as few saved values as possible.
+"""What a pointwise function computes, as a graph, and its derivatives from as few saved values as possible.
 
 torch differentiates: the function and its vector-Jacobian product are traced as one graph. What that graph computes from the
 inputs alone may be saved by the forward or computed again by the backward. A minimum cut between the inputs and what the
@@ -6,7 +6,8 @@ backward uses tells which values to save: the fewest, and of those the latest.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,16 +138,25 @@ def ancestors(values: Iterable[Any], stop: frozenset[Value] = frozenset()) -> li
 
 
 def zero_where_nothing_comes_back(
-    gradients: Sequence[Any], cotangents: Sequence[Value], others: Sequence[Value]
+    gradients: Sequence[Any],
+    cotangents: Sequence[Value],
+    others: Sequence[Value],
+    masks: Mapping[Value, Sequence[float]] = MappingProxyType({}),
 ) -> list[Any]:
     """The gradients, 0 where all cotangents are: so it is by the chain rule, but from zeros for all that they follow from, the
-    cotangents and the others, a division makes NaN."""
-    given = frozenset([*cotangents, *others])
-    at_zero = dict.fromkeys(given, torch.zeros((), dtype=torch.float64))
-    for value in ancestors(gradients, given):
-        if value not in given:
-            at_zero[value] = _number(value.operation, [at_zero[a] if isinstance(a, Value) else a for a in value.args])
-    if all(at_zero[g].isfinite() for g in gradients if isinstance(g, Value)):
+    cotangents and the others, a division makes NaN. masks: with the values that each may have there."""
+    given = frozenset([*cotangents, *others, *masks])
+
+    def all_finite(of_masks: Iterable[float]) -> bool:
+        at_zero = dict.fromkeys(given, torch.zeros((), dtype=torch.float64))
+        at_zero |= {mask: torch.tensor(value, dtype=torch.float64) for mask, value in zip(masks, of_masks)}
+        for value in ancestors(gradients, given):
+            if value not in given:
+                arguments = [at_zero[a] if isinstance(a, Value) else a for a in value.args]
+                at_zero[value] = _number(value.operation, arguments)
+        return all(at_zero[g].isfinite() for g in gradients if isinstance(g, Value))
+
+    if all(map(all_finite, itertools.product(*masks.values()))):
         return list(gradients)
     none, *rest = (Value("none", aten.eq.Scalar, (d, 0.0)) for d in cotangents)
     for other in rest:
@@ -183,50 +193,3 @@ def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequen
             flow.add_edge((gradient, "out"), "backward")
     _, (before, after) = networkx.minimum_cut(flow, "inputs", "backward")
     return [value for value in needed if (value, "in") in before and (value, "out") in after]
-
-
-def source(name: str, doc: str, parameters: dict[str, Any], outputs: Sequence[Any]) -> str:
-    """A @triton.jit function of these parameters, tiles of one shape; a number among the outputs is a tile of it.
-
-    A list stands for the states of a unit in one tile, as in `kernels.states`.
-    """
-    lines, names = [], dict[Value, str]()
-    counter, like = itertools.count(), next(iter(parameters))
-    for parameter, value in parameters.items():
-        if not isinstance(value, list):
-            names |= {} if value is None else {value: parameter}
-        elif len(value) == 1:
-            names |= {} if value[0] is None else {value[0]: parameter}
-        elif any(v is not None for v in value):
-            parts = [f"{parameter}{k}" for k in range(len(value))]
-            lines.append(f"{', '.join(parts)} = split_states({parameter}, {len(parts)})")
-            names |= {v: part for v, part in zip(value, parts) if v is not None}
-
-    def written(argument: Any, operation: Any) -> str:
-        if isinstance(argument, Value):
-            return names[argument]
-        number = float(argument)
-        # Elsewhere than in arithmetic Triton takes a number for float32 first.
-        is_exact = operation not in (aten.maximum.default, aten.minimum.default, aten.where.self)
-        if is_exact or torch.tensor(number, dtype=torch.float32).item() == number:
-            return repr(number)
-        return f"tl.full({like}.shape, {number!r}, {like}.dtype)"
-
-    flat = [value for output in outputs for value in (output if isinstance(output, list) else [output])]
-    for value in ancestors(flat, frozenset(names)):
-        if value not in names:
-            arguments = [written(a, value.operation) for a in value.args]
-            names[value] = f"v{next(counter)}"
-            lines.append(f"{names[value]} = {EXPRESSIONS[value.operation].format(*arguments)}")
-
-    def returned_as(output: Any) -> str:
-        if isinstance(output, list):
-            tiles = ", ".join(map(returned_as, output))
-            return tiles if len(output) == 1 else f"join_states(({tiles}), {len(output)})"
-        if isinstance(output, Value):
-            return names[output]
-        return f"tl.zeros_like({like})" + (f" + {float(output)}" if output else "")
-
-    returned = map(returned_as, outputs)
-    body = [f'"""{doc}"""', *lines, f"return {', '.join(returned)}"]
-    return "\n".join(["@triton.jit", f"def {name}({', '.join(parameters)}):", *(f"    {line}" for line in body), ""])

@@ -199,7 +199,8 @@ class RecurrentCell(torch.nn.RNNCellBase):
             functional.check_cell(batched._replace(c=state), dtypes=False)
         of_units = [getattr(self, f"weight_{name}") for name in self.cell.parameters]
         batched = batched._replace(c=self.cell.carry(batched.h, batched.c, of_units))
-        h, carried = functional.step(batched, self.precision, self.backend, self.cell.key)
+        draws = bool(self.cell.masks) and self.training
+        h, carried = functional.step(batched, self.precision, self.backend, self.cell.key, draws)
         after = [h, *self.cell.separate(self.cell.kept(carried))]
         if input.dim() == 1:
             after = [state.squeeze(0) for state in after]

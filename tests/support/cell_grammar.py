@@ -42,12 +42,13 @@ _BINARY: dict[str, Callable] = {
 }
 
 
-def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str, str]:
-    """(function, gates, states, parameters, what it computes in words): at most four pre-activations and eight states and
-    parameters."""
+def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str, dict[str, float], str]:
+    """(function, gates, states, parameters, masks, what it computes in words): at most four pre-activations, eight states and
+    parameters and three masks."""
     unary, binary = ([f for f in of if not (smooth and f in _SPECIAL)] for of in (_UNARY, _BINARY))
     gates = "abde"[: rng.randint(1, 4)]
     states, parameters = rng.choice(["", "c", "c", "cn", "cmn"]), rng.choice(["", "", "p", "pqr"])
+    masks = {name: rng.choice([0.0, 0.2, 0.5]) for name in rng.choice(["", "", "u", "uvw"])}
     has_parts = len(gates) < 4 and rng.random() < 0.5
     uses_h = rng.random() < 0.5
 
@@ -59,24 +60,28 @@ def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str
         return rng.choice(binary), expression(leaves, depth - 1), expression(leaves, depth - 1)
 
     leaves = [f"z.{gate}" for gate in gates] + [f"s.{state}" for state in states] + ["s.h"] * uses_h
-    leaves += [f"p.{name}" for name in parameters]
+    leaves += [f"p.{name}" for name in parameters] + [f"m.{name}" for name in masks]
     leaves += ["z.input." + gates[0], "z.recurrent." + gates[0]] if has_parts else []
     trees = {name: expression(leaves, 3) for name in ("h", *states)}
 
-    def evaluate(tree: tuple, z, s, p):
+    def evaluate(tree: tuple, given: dict):
         name, *operands = tree
-        values = [evaluate(operand, z, s, p) for operand in operands]
+        values = [evaluate(operand, given) for operand in operands]
         if values:
             return (_UNARY if len(values) == 1 else _BINARY)[name](*values)
-        value = {"z": z, "s": s, "p": p}[name[0]]
+        value = given[name[0]]
         for part in name.split(".")[1:]:
             value = getattr(value, part)
         return value
 
-    def function(z, s, p=None):
-        # Each gate and parameter takes part, whatever the trees have drawn.
-        parts = [getattr(z, gate) for gate in gates] + [getattr(p, name) for name in parameters]
-        h = torch.tanh(evaluate(trees["h"], z, s, p) + 0.1 * sum(parts))
-        return h, {name: torch.tanh(evaluate(trees[name], z, s, p) + 0.5 * getattr(s, name)) for name in states}
+    def function(z, s, *others):
+        given = {"z": z, "s": s} | dict(zip("p" * bool(parameters) + "m" * bool(masks), others))
+        # Each gate, parameter and mask takes part, whatever the trees have drawn.
+        parts = [getattr(given[kind], name) for kind, names in (("z", gates), ("p", parameters)) for name in names]
+        kept = 1.0
+        for name in masks:
+            kept = kept * (1 - 0.5 * getattr(given["m"], name))
+        h = torch.tanh(evaluate(trees["h"], given) + 0.1 * kept * sum(parts))
+        return h, {name: torch.tanh(evaluate(trees[name], given) + 0.5 * getattr(s, name)) for name in states}
 
-    return function, gates, states, parameters, str(trees)
+    return function, gates, states, parameters, masks, str(trees)

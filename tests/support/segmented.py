@@ -114,7 +114,7 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     seeds = (torch.tensor([seed], device=x.data.device) for seed in itertools.count(case.seed))  # one for each layer
     with (
         mock.patch("torch.nn.functional.dropout", lambda x, p: dropped(x, p, next(seeds))),
-        mock.patch("lstm_triton.layers.dropout_seed", lambda x: next(seeds)),
+        mock.patch("lstm_triton.layers.random_seed", lambda x: next(seeds)),
     ):
         outputs = flat(
             torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options)
