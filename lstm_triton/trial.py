@@ -41,6 +41,7 @@ class Work:
         options: dict[str, Any] = dict(bidirectional=D == 2, recompute=shape.recompute, device=device, dtype=dtype)
         options |= dict(precision=None if usual else shape.precision)
         self.module = _module(cell, (shape.input_size, H, shape.num_layers), shape.proj_size, options)
+        self.module.train(cell is None or not cell.masks)  # in training the reference would draw other masks
         rows = shape.num_layers * D, shape.batch
         states = [torch.randn(*rows, shape.proj_size or H, device=device, dtype=dtype)]
         if cell is None:

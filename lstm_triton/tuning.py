@@ -5,6 +5,7 @@ cuDNN, one launch per step and the kernels in a few configurations take turns in
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 import time
@@ -216,6 +217,12 @@ def main(arguments: Sequence[str]) -> int:
     add("--dtype", choices=(*_DTYPES, *_DTYPES.values()), default="fp32")
     add("--precision", choices=dispatch.PRECISIONS[1:], help="of float32 products; default: as torch is set")
     add("--layers", type=int, default=1)
+    add(
+        "--cell",
+        metavar="NAME",
+        type=_named_cell,
+        help="of the catalogue, such as gru, or MODULE:NAME; default: the LSTM",
+    )
     flag("--bidirectional")
     flag("--train", help="measure forward and backward")
     flag("--resets", help="of a call with resets")
@@ -238,12 +245,28 @@ def main(arguments: Sequence[str]) -> int:
     precision = matmul_precision(getattr(torch, dtype), options.precision, recurrent=True)
     for I, H in options.layer:
         shape = Shape(I, H, options.layers, directions, 0, options.batch, features, dtype, precision, options.train)
+        shape = shape if options.cell is None else shape._replace(cell=options.cell.key)
         if options.dry_run:
             names = dict.fromkeys(name for way in WAYS[: 1 + shape.train] for name in contenders(shape, device, way))
             print(f"{shape}, T = {options.steps}:", *names, sep="\n  ")
         else:
             print(tune_shape(shape, options.steps, device, options.budget))
     return 0
+
+
+def _named_cell(text: str) -> Any:
+    """The `cells.Cell` of the catalogue, or of an importable module; the working folder is searched too."""
+    from .cells import Cell, catalogue
+
+    module, _, name = text.rpartition(":")
+    sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module) if module else catalogue, name)
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(found, Cell):
+        raise argparse.ArgumentTypeError(f"{text} is no cell, as lstm_triton.cell declares them")
+    return found
 
 
 def _sizes(text: str) -> tuple[int, int]:

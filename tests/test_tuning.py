@@ -164,6 +164,15 @@ def test_the_command_measures_what_its_arguments_say(monkeypatch, capsys):
     assert "LSTM(256, 512) B = 8, bfloat16, training, resets, T = 64:\n  triton-stepwise\n  triton\n  triton, " in text
     with pytest.raises(SystemExit):
         cli.main(["tune", "--layer", "3"])
+    asked.clear()
+    for cell in ("gru", "lstm_triton.cells.catalogue:slstm"):
+        assert cli.main([*arguments, "--cell", cell]) == 0
+    assert [call[0].cell for call in asked] == [c.key for c in (GRU.cell, catalogue.slstm) for _ in range(2)]
+    capsys.readouterr()
+    for cell, message in (("Cell", "Cell is no cell"), ("other", "no attribute 'other'"), ("no_module:a", "no_module")):
+        with pytest.raises(SystemExit):
+            cli.main(["tune", "--layer", "3x4", "--cell", cell])
+        assert message in capsys.readouterr().err
 
 
 def test_a_first_call_tunes_itself_where_that_is_asked_for(made_up, monkeypatch, file):
@@ -296,6 +305,8 @@ def test_cells_of_ones_own_are_measured(made_up, monkeypatch):
         for module in (gru, converted):
             expected = "gru(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us, 1.50 times as fast as cuDNN"
             assert tune(module, X, budget_s=120.0) == [expected]
+        zoneout = Recurrent(catalogue.zoneout(), I, H, dtype=torch.bfloat16)
+        assert ": triton, 60.0 us" in tune(zoneout, X, budget_s=120.0)[0]
         assert tune(slstm, X, budget_s=120.0) == ["slstm(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us"]
         assert lstm._choose(slstm, X, "", T, B) == "triton"
         assert lstm._choose(Recurrent(catalogue.cifg, I, H, dtype=torch.bfloat16), X, "", T, B) != "triton"
