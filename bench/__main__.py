@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = "\n".join(f"  {name:<12}  {(make.__doc__ or '').splitlines()[0]}" for name, make in suites.SUITES.items())
+    about = "\n".join(f"  {name:<12}  {what}" for name, what in suites.SUITES.items())
     epilog = EPILOG.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
     text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)

@@ -1,4 +1,4 @@
-"""A kernel that does nothing but wait for its other programs: the latency of kernels/grid_sync.py."""
+"""A kernel that does nothing but exchange a value with its other programs: the latency of kernels/grid_sync.py."""
 
 import torch
 import triton
@@ -17,26 +17,24 @@ def _latency_kernel(
     # sizes
     steps,
     # meta-parameters
-    PROGRAMS: tl.constexpr, EXCHANGE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """`steps` barriers between PROGRAMS programs; with EXCHANGE each hands its neighbour's last value on, one larger."""
+    """`steps` barriers between PROGRAMS programs, at each of which they hand their neighbours' last values on, one larger."""
     pid = tl.program_id(0)
     value = pid * 0
     for step in tl.range(0, steps, num_stages=1):
-        if EXCHANGE:
-            tl.store(slots_ptr + step * PROGRAMS + pid, value + 1)
+        tl.store(slots_ptr + step * PROGRAMS + pid, value + 1)
         arrive(counter_ptr, 2**31 - 1)
         wait(counter_ptr, (step + 1) * PROGRAMS, stall_ptr)
-        if EXCHANGE:
-            value = tl.load(slots_ptr + step * PROGRAMS + (pid + 1) % PROGRAMS)
+        value = tl.load(slots_ptr + step * PROGRAMS + (pid + 1) % PROGRAMS)
     tl.store(slots_ptr + steps * PROGRAMS + pid, value)
 
 
-def launch(programs: int, steps: int, exchange: bool, device: torch.device) -> torch.Tensor:
-    """Run it; returns the value each program ended with, [programs] int32: `steps` after exchanges."""
+def launch(programs: int, steps: int, device: torch.device) -> torch.Tensor:
+    """Run it; returns the value each program ended with, [programs] int32: `steps`."""
     counter = torch.zeros(COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     slots = torch.zeros(steps + 1, programs, dtype=torch.int32, device=device)
     stalled = stall.word("_latency_kernel", device.type == "cuda")
     grid = (programs,)
-    _latency_kernel[grid](counter, stalled, slots, steps, programs, exchange, num_warps=4, launch_cooperative_grid=True)
+    _latency_kernel[grid](counter, stalled, slots, steps, programs, num_warps=4, launch_cooperative_grid=True)
     return slots[steps]

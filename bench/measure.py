@@ -89,15 +89,14 @@ class _Measurement:
 
     def _alone(self, pairs: list[Pair]) -> None:
         """Roofs, host times and first calls, which are compared with no truth."""
-        name, kind, case, on = pairs[0][0], self.task.kind, self.task.case, self.context.maker.on
+        name, kind, on, model = pairs[0][0], self.task.kind, self.context.maker.on, None
         self.context.stage(*pairs[0], kind)
-        if kind == "roof":
-            self.tell(pairs, "ok", values=roofs.PARTS[name](on))
-        elif kind == "cold-start":
-            self.tell(pairs, "ok", values=host.cold_start(case, name, on))
+        if kind == "overhead":
+            built = Built(providers.PROVIDERS[name], problems.make(self.task.case, on))
+            values, model = host.overhead(built), built.model
         else:
-            built = Built(providers.PROVIDERS[name], problems.make(case, on))
-            self.tell(pairs, "ok", model=built.model, values=host.overhead(built))
+            values = roofs.PARTS[name](on) if kind == "roof" else host.cold_start(self.task.case, name, on)
+        self.tell(pairs, "ok", model=model, values=values)
 
     def _check(self, pairs: list[Pair], judge: Judge) -> None:
         name, stage, kind = pairs[0][0], self.context.stage, self.task.kind

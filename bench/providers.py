@@ -197,7 +197,7 @@ def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> lis
     """
     case, kind, gpu, of_layers = task.case, task.kind, device_type == "cuda", task.case.form == "layer"
     if kind == "roof":
-        return [name for name in roofs.PARTS if name != "barriers" or gpu]
+        return [name for name in roofs.PARTS if name != "exchange" or gpu]
     if names is not None and kind != "anchor":
         return list(names)
     if task.providers is not None:

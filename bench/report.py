@@ -152,11 +152,12 @@ class View(NamedTuple):
 
 _BOTH = ". ".join(MEANINGS.values()) + "."
 _FEATURES = "In brackets the multiple of the same provider's padded time."
-_ERRORS = "The largest max and RMS error, in units of the true tensor's largest value; the truth is float64."
+_ERRORS = (
+    "The largest max and RMS error of all tensors, in units of the true tensor's largest value; the truth is float64."
+)
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
 _KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
 _FROM_PADDED = functools.partial(tables.timings, base="padded")
-_BY_SHAPE = functools.partial(tables.accuracy, by_shape=True)
 _H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
 VIEWS = (
     View("hidden-sizes", "Time per step against hidden size", tables.timings, _H, _BOTH),
@@ -171,13 +172,12 @@ VIEWS = (
     View("features", "What features cost", _FROM_PADDED, None, _FEATURES),
     View("segments", "Beside what torch alone can do", tables.beside_torch),
     View("memory", "Memory of a training step", tables.readings),
-    View("accuracy", "Accuracy against float64, over all shapes", tables.accuracy, None, _ERRORS),
-    View("accuracy", "Accuracy against float64, by hidden size and length", _BY_SHAPE),
-    View("overhead", "Host time of a call", tables.readings, wraps=True),
+    View("accuracy", "Accuracy against float64", tables.readings, None, _ERRORS),
+    View("overhead", "Host time of a call", tables.readings),
     View("cold-start", "The first call", tables.readings, None, _FIRST, True),
     View("", "Where torch is ahead, the worst first", tables.lost, None, _BOTH, True),
     View("", "Not timed: wrong, failed, skipped", tables.not_timed, wraps=True),
-    View("roofs", "Roofs and floors", tables.roofs),
+    View("roofs", "Roofs and floors", tables.readings, wraps=True),
     View("", "Environment and drift", tables.environment, wraps=True),
 )
 

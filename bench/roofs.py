@@ -1,4 +1,4 @@
-"""Roofs of this very device (copies, matrix products, barriers), and the floor of a step that follows from them.
+"""Roofs of this very device (copies, matrix products, exchanges), and the floor of a step that follows from them.
 
 Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load.
 Besides it the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory,
@@ -80,30 +80,25 @@ def gemm_rates(device: torch.device) -> dict[str, float]:
     return found
 
 
-def barrier_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of one barrier between P programs of one launch, and of one exchange between two; on a GPU.
+def exchange_times(device: torch.device) -> dict[str, float]:
+    """Microseconds of an exchange between two programs of one launch, and between as many as there are SMs; on a GPU.
 
-    The barrier is the package's own (kernels/grid_sync.py). In an exchange each program stores a value that depends on the one
-    it loaded before; that the last one is right is checked.
+    Each program stores a value that depends on the one it loaded before, and waits at the package's own barrier
+    (kernels/grid_sync.py); that the last one is right is checked.
     """
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    counts = [p for p in sorted({2, 4, 8, 16, 32, 64, sms}) if p <= sms]
-    found = {f"barrier_p{programs}_us": _per_step(programs, False, device) for programs in counts}
-    return found | {"exchange_us": _per_step(2, True, device)}
-
-
-def _per_step(programs: int, exchange: bool, device: torch.device) -> float:
     from .grid_latency import launch
 
-    last = launch(programs, _STEPS, exchange, device)
-    if exchange and not last.eq(_STEPS).all():
-        raise RuntimeError(f"the exchange lost a value: {last.tolist()} after {_STEPS} steps")
+    def time_of(programs: int, steps: int) -> float:
+        if not (last := launch(programs, steps, device)).eq(steps).all():
+            raise RuntimeError(f"the exchange lost a value: {last.tolist()} after {steps} steps")
+        return timing.median_us(lambda: launch(programs, steps, device), timing.Clock(device), 10)
 
-    def time_of(steps: int) -> float:
-        return timing.median_us(lambda: launch(programs, steps, exchange, device), timing.Clock(device), 10)
-
-    return (time_of(_STEPS) - time_of(_STEPS // 4)) / (_STEPS - _STEPS // 4)  # launches and allocations cancel
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return {
+        name: (time_of(programs, _STEPS) - time_of(programs, _STEPS // 4)) / (_STEPS - _STEPS // 4)  # launches cancel
+        for name, programs in (("exchange_us", 2), (f"exchange_p{sms}_us", sms))
+    }
 
 
 # The providers of the suite, each with its row: functions of the device that return figures by name.
-PARTS = {"copies": copy_rate, "matrix products": gemm_rates, "barriers": barrier_times}
+PARTS = {"copies": copy_rate, "matrix products": gemm_rates, "exchange": exchange_times}

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,24 +187,31 @@ def decode(line: bytes) -> Row:
 
 
 def number(value: float | None) -> str:
-    """A figure with three digits, for people; empty for None."""
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    """A figure with three digits, for people, from a million on with a prefix; empty for None."""
+    if value is None:
+        return ""
+    size, prefix = next((of for of in ((1e12, " T"), (1e9, " G"), (1e6, " M")) if value >= of[0]), (1, ""))
+    return f"{value:,.0f}" if 1e3 <= value < 1e6 else f"{value / size:.3g}{prefix}"
 
 
-def summary(task: Task, written: Iterable[Row]) -> str:
-    """A task's rows in a few lines, for the terminal; of times the median, and the 20th to the 80th percentile."""
-    lines = [f"{task.suite} · {task.case.describe()}"]
-    for row in written:
-        text = "" if row.status == "ok" else f"{row.status.upper()}: {row.reason}"
-        if t := row.timing:
-            low, high = (number(us / task.case.length) for us in (t.p20_us, t.p80_us))
-            text = f"{number(t.us_per_step)} us/step ({low} to {high})"
-        elif row.errors and not text:
-            text = f"max error {max(e.max for e in row.errors.values()):.1e}"
-        figures = (row.values or {}) | {f"{name} bytes": n for name, n in (row.bytes or {}).items()}
-        text = ", ".join(filter(None, [text, *(f"{name} {number(value)}" for name, value in figures.items())]))
-        lines.append(f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {text}")
-    return "\n".join(lines)
+def words(row: Row) -> str:
+    """What was measured; of times the median and the 20th to the 80th percentile, of errors the largest."""
+    if row.status != "ok":
+        return f"{row.status.upper()}: {row.reason}"
+    if t := row.timing:
+        low, high = (number(us / row.case.length) for us in (t.p20_us, t.p80_us))
+        return f"{number(t.us_per_step)} us/step ({low} to {high})"
+    figures = (row.values or {}) | {f"{name}_bytes": n for name, n in (row.bytes or {}).items()}
+    if figures or not row.errors:
+        return ", ".join(f"{name} {number(value)}" for name, value in figures.items())
+    most, rms = (max(row.errors.items(), key=lambda of: getattr(of[1], kind)) for kind in ("max", "rms"))
+    return f"max {most[1].max:.1e} ({most[0]}), RMS {rms[1].rms:.1e} ({rms[0]})"
+
+
+def summary(written: Sequence[Row]) -> str:
+    """A task's rows in a few lines, for the terminal."""
+    lines = (f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {words(row)}" for row in written)
+    return "\n".join([f"{written[0].suite} · {written[0].case.describe()}", *lines])
 
 
 class StoreError(RuntimeError):

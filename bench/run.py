@@ -258,4 +258,4 @@ class Runner:
                 for pair in sorted(guilty):
                     emit(self._maker.make(task, *pair, "failed", f"{death} (while: {doing[2]} of {doing[0]})"))
         if written and task.kind != "anchor":
-            self._progress.say(rows.summary(task, written))
+            self._progress.say(rows.summary(written))

@@ -9,7 +9,7 @@ from pandas import DataFrame
 from . import suites
 from .cases import Case
 from .providers import OURS, torchs
-from .rows import Row, number
+from .rows import Row, number, words
 
 # This package is compared in two ways: its kernels, each forced, of which the fastest counts, and what auto takes.
 WAYS = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
@@ -175,56 +175,13 @@ def sources(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     )
 
 
-# By the end of a name: what a figure is divided by, and its unit then.
-_UNITS = {"_bytes_per_s": (1e9, ", GB/s"), "_flops_per_s": (1e12, ", TFLOP/s"), "_bytes": (2**20, ", MiB")}
-_UNITS |= {"_us": (1, ", us"), "_s": (1, ", s"), "": (1, "")}
-
-
-def _figures(row: Row) -> dict[str, str]:
-    """The figures of a row that has no time, with their units."""
-    found = {}
-    for name, value in ((row.values or {}) | {f"{n}_bytes": v for n, v in (row.bytes or {}).items()}).items():
-        end, (size, unit) = next((end, how) for end, how in _UNITS.items() if name.endswith(end))
-        found[name.removesuffix(end).replace("_", " ") + unit] = number(value / size)
-    return found
-
-
 def readings(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
-    """List the figures of rows that have no time: bytes, host times, first calls."""
-    good = sorted((r for r in rows if r.status == "ok"), key=lambda r: (r.case.name, r.case.dtype, r.case.mode))
-    what = ({"case": f"{r.case.name}, {r.case.dtype} {r.case.mode}", "provider": r.provider} for r in good)
-    return frame(w | _figures(r) | {"remark": r.label or ""} for w, r in zip(what, good))
-
-
-def roofs(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
-    """List the measured limits of the device."""
-    return frame({"what": n, "measured": f} for r in rows if r.status == "ok" for n, f in _figures(r).items())
-
-
-_COLUMNS = {"y": "y", "h_n": "h_n, c_n", "c_n": "h_n, c_n", "dx": "dx", "dh0": "dh0, dc0", "dc0": "dh0, dc0"}
-
-
-def accuracy(rows: Sequence[Row], found: Sequence[Comparison], by_shape: bool = False) -> DataFrame:
-    """The largest max and RMS error of each provider by dtype and input scale: over all shapes, or for each of them."""
-    lines = []
-    for row in (r for r in rows if r.kind == "accuracy"):
-        c = row.case
-        shape = f"cell H{c.hidden_size}, " if c.form == "cell" else f"layer H{c.hidden_size} T{c.length}, "
-        order = (c.form != "cell", c.hidden_size, c.length) if by_shape else ()
-        key = {
-            "order": order,
-            "case": f"{shape * by_shape}{c.dtype_name}, input x{c.scale:g}",
-            "provider": row.provider,
-        }
-        for name, e in (row.errors or {}).items():
-            lines.append(key | {"column": _COLUMNS.get(name, "dW, db"), "max": e.max, "rms": e.rms})
-    if not lines:
-        return DataFrame()
-    worst = DataFrame(lines).groupby(["order", "case", "provider", "column"])[["max", "rms"]].max()
-    texts = worst.apply(lambda e: f"{e['max']:.1e} / {e['rms']:.1e}", axis=1).unstack().fillna("")
-    names = [name for name in dict.fromkeys([*_COLUMNS.values(), "dW, db"]) if name in texts]
-    texts = texts[names].rename(columns="{}: max / RMS".format)
-    return texts.reset_index(level="provider").droplevel("order").rename_axis(columns=None)
+    """What rows without a time say, by case and provider: errors, bytes, host times, first calls, limits of the device."""
+    good = sorted((r for r in rows if r.status == "ok"), key=lambda r: (r.case.form, r.case.hidden_size, r.case.length))
+    cells: dict[str, dict[str, str]] = {}
+    for row in good:
+        cells.setdefault(row.case.describe(), {})[row.provider] = words(row)
+    return frame({"case": case} | of for case, of in cells.items())
 
 
 def not_timed(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:

@@ -45,12 +45,11 @@ def check_the_latency_kernel_compiles():
     from support.fake_driver import NullDriver, active
 
     with active(NullDriver()):
-        for exchange in (True, False):
-            grid_latency.launch(4, 10, exchange, CPU)
-            grid_latency.launch(4, 7, exchange, CPU)
+        for steps in (10, 7):
+            grid_latency.launch(4, steps, CPU)
         caches = grid_latency._latency_kernel.device_caches[triton.runtime.driver.active.get_current_device()]
         compiled = list(caches[0].values())
-    assert len(compiled) == 2, "the number of steps is a runtime value"
+    assert len(compiled) == 1, "the number of steps is a runtime value"
     for kernel in compiled:
         assert "red.release" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
 

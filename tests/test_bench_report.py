@@ -139,7 +139,7 @@ def test_the_page_has_every_section_and_fetches_nothing():
         "What features cost",
         "Beside what torch alone can do",
         "Memory of a training step",
-        "Accuracy against float64, over all shapes",
+        "Accuracy against float64",
         "Host time of a call",
         "The first call",
         "Where torch is ahead, the worst first",
@@ -238,23 +238,26 @@ def test_features_stand_beside_the_padded_time():
     assert multiples == ["(x1.40)", "(x1.60)", "(x4.50)", ""]
 
 
-def test_errors_by_hidden_size_and_length():
+def test_what_has_no_time_is_said_by_case_and_provider():
     def row(H, T, error, **options):
         case = Case("a", H, 4, T, dtype="float32", precision="ieee", mode="train", **options)
-        return make_row(case, kind="accuracy", suite="accuracy", device=GPU, errors={"y": Error(error, error / 9)})
+        errors = {"y": Error(error, error / 9), "dx": Error(error / 2, error / 3)}
+        return make_row(case, kind="accuracy", suite="accuracy", device=GPU, errors=errors)
 
     found = [row(512, 128, 1e-6), row(512, 1024, 4e-6), row(19, 7, 2e-6), row(512, 1, 3e-6, form="cell")]
-    by_shape = tables.accuracy(*compared(found), by_shape=True)
-    assert [(name, text[:7]) for name, text in by_shape["y: max / RMS"].items()] == [
-        ("cell H512, float32 ieee, input x1", "3.0e-06"),
-        ("layer H19 T7, float32 ieee, input x1", "2.0e-06"),
-        ("layer H512 T128, float32 ieee, input x1", "1.0e-06"),
-        ("layer H512 T1024, float32 ieee, input x1", "4.0e-06"),
+    table = tables.readings(*compared(found))
+    assert [(case, text) for case, text in table[OURS].items()] == [
+        ("H512 B4 cell float32 ieee train", "max 3.0e-06 (y), RMS 1.0e-06 (dx)"),
+        ("H19 B4 T7 float32 ieee train", "max 2.0e-06 (y), RMS 6.7e-07 (dx)"),
+        ("H512 B4 T128 float32 ieee train", "max 1.0e-06 (y), RMS 3.3e-07 (dx)"),
+        ("H512 B4 T1024 float32 ieee train", "max 4.0e-06 (y), RMS 1.3e-06 (dx)"),
     ]
-    summary = tables.accuracy(*compared(found))["y: max / RMS"]
-    assert list(summary.index) == ["float32 ieee, input x1"] and summary.item().startswith("4.0e-06 /")
-    text = render(found)
-    assert "by hidden size and length" in text and "layer H512 T1024" in text
+    held = [
+        make_row(kind="memory", bytes={"saved": 3 * 10**6}),
+        make_row(provider=CUDNN, kind="memory", bytes={"saved": 5}),
+    ]
+    (line,) = tables.readings(held, []).itertuples(index=False)
+    assert list(line) == ["saved_bytes 3 M", "saved_bytes 5"]
 
 
 def test_an_empty_or_partial_set_of_rows_is_no_error():

@@ -130,7 +130,7 @@ def test_an_interrupted_task_of_host_times_continues(tmp_path, monkeypatch, kind
 def test_roofs_and_anchors_know_no_choice_of_providers():
     assert providers.names_of(run.anchor("cuda"), "cuda", (OURS,)) == [CUDNN]
     roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
-    assert providers.names_of(roof, "cuda", (OURS,)) == ["copies", "matrix products", "barriers"]
+    assert providers.names_of(roof, "cuda", (OURS,)) == ["copies", "matrix products", "exchange"]
     assert providers.names_of(roof, "cpu", None) == ["copies", "matrix products"]
     assert providers.names_of(HOST, "cuda", None) == ["lstm_triton triton", CELL]
     assert providers.names_of(HOST, "cpu", None) == [OURS, CELL]

@@ -29,5 +29,5 @@ def measure(device: torch.device, rows: list[Row], seconds: float, batch=32, siz
         case = Case("demo", size, batch, length, form, dtype="float32", precision="ieee", mode=mode)  # type: ignore[arg-type]
         task, first = Task("demo", case, providers=providers), len(rows)
         bench.measure(task, context, rows.append)
-        yield summary(task, rows[first:])
+        yield summary(rows[first:])
     yield f"torch.nn.LSTM is cuDNN. {explain(LSTM(8, 8, device=device), steps=length)}" if gpu else _ON_CPU
