@@ -1,4 +1,4 @@
-"""Costs of a call besides device time: host microseconds, the first call of a process, memory."""
+"""Costs of a call besides its time: the first call of a process, and memory."""
 
 import tempfile
 import time
@@ -7,21 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_triton import process, timing
+from lstm_triton import process
 
 from . import problem, providers
 from .cases import Case
 from .checks import Built
 
-BATCHES, CALLS = 25, 100
 _TIMEOUT_S = 300
-
-
-def overhead(built: Built) -> dict[str, float]:
-    """Host microseconds of a call, whatever the device still has to do."""
-    clock = timing.Clock(built.problem.device, host=True)
-    with torch.set_grad_enabled(built.problem.training):
-        return {"total_us": timing.median_us(built.call, clock, BATCHES, CALLS)}
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:

@@ -56,7 +56,7 @@ class _Measurement:
 
     def run(self, pairs: list[Pair]) -> None:
         judge = None
-        if self.task.kind in ("timing", "anchor", "accuracy", "memory"):
+        if self.task.kind not in ("roof", "cold-start"):
             try:
                 self.context.stage("float64", "eager", "truth")
                 judge = Judge(problems.make(self.task.case, self.context.maker.on))
@@ -88,15 +88,11 @@ class _Measurement:
             self._emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
 
     def _alone(self, pairs: list[Pair]) -> None:
-        """Roofs, host times and first calls, which are compared with no truth."""
-        name, kind, on, model = pairs[0][0], self.task.kind, self.context.maker.on, None
+        """Roofs and first calls, which are compared with no truth."""
+        name, kind, on = pairs[0][0], self.task.kind, self.context.maker.on
         self.context.stage(*pairs[0], kind)
-        if kind == "overhead":
-            built = Built(providers.PROVIDERS[name], problems.make(self.task.case, on))
-            values, model = host.overhead(built), built.model
-        else:
-            values = roofs.PARTS[name](on) if kind == "roof" else host.cold_start(self.task.case, name, on)
-        self.tell(pairs, "ok", model=model, values=values)
+        values = roofs.PARTS[name](on) if kind == "roof" else host.cold_start(self.task.case, name, on)
+        self.tell(pairs, "ok", values=values)
 
     def _check(self, pairs: list[Pair], judge: Judge) -> None:
         name, stage, kind = pairs[0][0], self.context.stage, self.task.kind
@@ -122,19 +118,21 @@ class _Measurement:
     def _time(self) -> None:
         """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
         context, case = self.context, self.task.case
+        clock = timing.Clock(context.maker.on, host=True) if self.task.kind == "overhead" else context.clock
         calls = {pair: call for pair, (_, _, call) in self.ready.items()}
         try:
             with torch.set_grad_enabled(case.mode == "train"):
                 turn = lambda pair: context.stage(*pair, "timing")  # noqa: E731
-                samples = timing.interleaved(calls, context.clock, context.seconds, turn)
+                samples = timing.interleaved(calls, clock, context.seconds, turn)
         except timing.Failed as failure:
             cause = failure.__cause__ or failure
             self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
             return raise_if_lost(cause)
-        floor, state = roofs.floor(case, context.roofs), context.maker.state()
+        figures = {} if self.task.kind == "overhead" else context.roofs
+        floor, state = roofs.floor(case, figures), context.maker.state()
         for pair, sample in samples.items():
             built, found, _ = self.ready.pop(pair)
-            took = Timing.of(sample, case.length, context.clock.name)
+            took = Timing.of(sample, case.length, clock.name)
             distance = took.us_per_step / floor.us_per_step if floor else None
             measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
             self.tell([pair], "ok", model=built.model, **measured)

@@ -152,7 +152,9 @@ class Row:
         rules = {
             f"status is {self.status!r} and reason is empty": ok or self.reason,
             f"status is {self.status!r} and there is a timing": ok or not timed,
-            "a good row of kind 'timing' has a timing": timed or not ok or self.kind not in ("timing", "anchor"),
+            "a good row of kind 'timing' has a timing": timed
+            or not ok
+            or self.kind not in ("timing", "anchor", "overhead"),
             "a row from a CPU carries a label": self.device.type != "cpu" or self.label is not None,
             "a rate or a floor is 0": all(v or "_per_s" not in n for n, v in (self.values or {}).items())
             and (self.floor is None or self.floor.us_per_step > 0),

@@ -61,8 +61,8 @@ def _real(sizes: dict[str, Any]) -> Iterator[tuple[float, Task]]:
     for workload in workloads():
         turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
         if workload.case is not None:
-            graphs = ("eager", "graph") if workload.case.carried else ("eager",)
-            yield 2.2 + 0.3 * turn, Task("real", _shrunk(workload.case, sizes["most flops"]), executions=graphs)
+            executions: Any = ("eager", "graph") if workload.case.carried else ("eager",)
+            yield 2.2 + 0.3 * turn, Task("real", _shrunk(workload.case, sizes["most flops"]), executions=executions)
 
 
 def _shrunk(case: Case, most: float) -> Case:

@@ -24,7 +24,7 @@ def make_row(
     """A synthetic row: a timing of `us` microseconds a call."""
     case = case or Case("H64", 64, 8, 16, dtype="float32", precision="ieee")
     measured = {}
-    if kind in ("timing", "anchor") and status == "ok":
+    if kind in ("timing", "anchor", "overhead") and status == "ok":
         samples = timing.Samples(1, [us * (1 + 0.001 * k) for k in range(-5, 6)], [us] * 11)
         measured["timing"] = rows.Timing.of(samples, case.length, "a clock")
     reason = None if status == "ok" else "a reason"

@@ -11,6 +11,7 @@ from lstm_triton.bench import run as running
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.device import RowMaker
 from lstm_triton.bench.providers import CUDNN, OURS
+from support.process import ForkedProcess
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--device", "cpu", "--scale", "tiny", "--seconds", "0.001", "--threads", "1"]
@@ -70,6 +71,16 @@ class Here:
 
     def end(self):
         pass
+
+
+class Forked(ForkedProcess):
+    """A worker in a fork of this process, which costs nothing to start."""
+
+    run = running.Worker.run
+
+    def __init__(self, given, run):
+        super().__init__(f"{running.__name__}:serve", (given, run), {"TRITON_INTERPRET": None})
+        self.maker, self._silence_s = self.receive(60.0), given.timeout
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
