@@ -191,6 +191,12 @@ def torchs(case: Case) -> str:
     return CUDNN if case.form == "layer" else TORCH_CELL
 
 
+def true(case: Case) -> Provider:
+    """Who computes the truth: torch's own module, or where that cannot compute the case this package's specification."""
+    is_torchs = not case.resets and case.rows == "padded" and case.length <= MOST_CUDNN_STEPS
+    return PROVIDERS[torchs(case) if is_torchs else REFERENCE]
+
+
 def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
     """The providers of a task, in order: those asked for (`names`), by default those worth comparing. Which of them can serve,
     they say themselves. Roofs and the anchor know no choice.

@@ -8,13 +8,17 @@ import torch
 from support.benches import CPU, run
 
 from lstm_triton import dispatch, reference
-from lstm_triton.bench import checks, peers, problem, providers
+from lstm_triton.bench import peers, problem, providers
 from lstm_triton.bench.by_hand import PROVIDERS as BY_HAND
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.bench.checks import Built
+from lstm_triton.bench.problem import Built, Judge
 from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.bench.rows import Error
 from lstm_triton.kernels.inputs import Segments
+
+
+def truth(given):
+    return Judge(given, providers.true(given.case)).truth
 
 
 @pytest.mark.parametrize(
@@ -34,9 +38,9 @@ from lstm_triton.kernels.inputs import Segments
 def test_providers_agree_with_the_truth(options, by_hand):
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision="ieee", mode="train", **options)
     given = problem.make(case, CPU)
-    truth = checks.truth(given)
-    assert all(t.dtype == torch.float64 for t in truth.values())
-    assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(truth)
+    true = truth(given)
+    assert all(t.dtype == torch.float64 for t in true.values())
+    assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(true)
     unable = set()
     for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell", *BY_HAND):
         try:
@@ -44,8 +48,8 @@ def test_providers_agree_with_the_truth(options, by_hand):
         except problem.Unavailable:
             unable.add(name)
             continue
-        found = {name: checks.error(t, truth[name]) for name, t in built.results().items()}
-        assert set(found) >= set(truth) - {"dh0", "dc0"}
+        found = {name: problem.error(t, true[name]) for name, t in built.results().items()}
+        assert set(found) >= set(true) - {"dh0", "dc0"}
         assert max(e.max for e in found.values()) < 1e-5, (name, found)
     assert {name.split()[-1] for name in BY_HAND.keys() - unable} == set(by_hand.split())
     assert unable - BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
@@ -57,7 +61,7 @@ def test_who_computes_the_truth(monkeypatch, options):
     for name in ("torch.nn.LSTM", "lstm_triton reference"):
         monkeypatch.setitem(providers.PROVIDERS, name, lambda given, name=name: asked.append((name, given.x.dtype)))
     with pytest.raises(AttributeError):
-        checks.truth(problem.make(Case("a", 2, 1, **({"length": 3} | options)), CPU))
+        truth(problem.make(Case("a", 2, 1, **({"length": 3} | options)), CPU))
     assert asked == [("lstm_triton reference" if options else "torch.nn.LSTM", torch.float64)]
 
 
@@ -66,14 +70,14 @@ def test_the_truth_of_plain_cases_is_the_specification():
     given = problem.make(case, CPU)
     w = [given.weights[f"{name}_l0"].double() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     y, h_n, c_n, _ = reference.lstm_layer(given.x.double(), given.h0.double(), given.c0.double(), [w])
-    truth = checks.truth(given)
+    true = truth(given)
     for name, t in (("y", y), ("h_n", h_n), ("c_n", c_n)):
-        torch.testing.assert_close(truth[name], t)
+        torch.testing.assert_close(true[name], t)
 
 
 def test_the_truth_leaves_a_float64_problem_alone():
     given = problem.make(Case("a", 5, 3, 6, dtype="float64", mode="train"), CPU)
-    checks.truth(given)
+    truth(given)
     assert not given.x.requires_grad and not any(w.requires_grad for w in given.weights.values())
 
 
@@ -335,12 +339,12 @@ def test_every_backend_is_a_provider_and_forced_on_a_gpu():
 def test_limits_of_what_is_wrong():
     case = Case("a", 8, 2, 5, dtype="float32", precision="ieee")
     torchs = {"y": Error(1e-6, 1e-7)}
-    assert checks.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
-    assert "y is off by 1.0e-03" in checks.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
-    assert "c_n is off" in checks.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
-    assert checks.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
-    assert checks.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
-    found = checks.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
+    assert problem.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
+    assert "y is off by 1.0e-03" in problem.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
+    assert "c_n is off" in problem.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
+    assert problem.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
+    assert problem.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
+    found = problem.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
     assert (found.max, found.rms) == (0.5, pytest.approx(0.5 / math.sqrt(2)))
     by_tf32 = Case("a", 8, 1, 4, dtype="float32")
-    assert checks.why_wrong(by_tf32, {"y": Error(1e-3, 0.0)}, torchs) is None, "roundings to 11 bits, not 24"
+    assert problem.why_wrong(by_tf32, {"y": Error(1e-3, 0.0)}, torchs) is None, "roundings to 11 bits, not 24"

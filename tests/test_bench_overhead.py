@@ -12,25 +12,29 @@ def test_host_times_and_first_calls_without_a_gpu():
 
 
 def check_host_times():
+    from unittest import mock
+
     from support.fake_driver import NullDriver, active
 
+    from lstm_triton.bench.problem import Judge
+
     names = ("lstm_triton triton", "torch.nn.LSTMCell")
-    with active(NullDriver()):
+    with active(NullDriver()), mock.patch.object(Judge, "why_wrong", lambda self, found: None):  # nothing is computed
         found = run(Task("overhead", Case("a", 16, 1, 1, form="cell", dtype="float32"), "overhead"), names=names)
     ours, torchs = (found[name] for name in names)
     assert ours.status == torchs.status == "ok", found
-    assert ours.timing.clock == torchs.timing.clock == "host" and ours.timing.samples >= 10
+    assert ours.timing.clock == torchs.timing.clock == "host" and ours.timing.samples >= 3
     print(f"{ours.timing.p50_us:.1f} us of one step on a driver that launches nothing")
 
 
 def check_first_calls_in_new_processes():
     from unittest import mock
 
-    from lstm_triton.bench import host
+    from lstm_triton.bench import measure
 
     case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    caches, original = [], host._new_process
-    with mock.patch.object(host, "_new_process", lambda *given: caches.append(given[3]) or original(*given)):
+    caches, original = [], measure._new_process
+    with mock.patch.object(measure, "_new_process", lambda *given: caches.append(given[3]) or original(*given)):
         found = run(Task("cold-start", case, "cold-start"))
     names = ("import_s", "first_call_s", "second_call_s")
     ours, torchs = found["lstm_triton auto"], found["torch.nn.LSTMCell"]

@@ -18,7 +18,8 @@ from support.benches import ROOT, TINY, Forked, Here, measure, options, rows_of,
 from lstm_triton import cli as package_cli
 from lstm_triton import process
 from lstm_triton.bench import __main__ as cli
-from lstm_triton.bench import device, host, progress, providers, rows, run, suites
+from lstm_triton.bench import device, progress, providers, rows, run, suites
+from lstm_triton.bench import measure as measuring
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
 
@@ -105,7 +106,7 @@ CELL, LAYER = "torch.nn.LSTMCell", "lstm_triton reference"
 
 
 def test_an_interrupted_task_of_first_calls_continues(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "_new_process", lambda *arguments: {"first_call_s": 1.0})
+    monkeypatch.setattr(measuring, "_new_process", lambda *arguments: {"first_call_s": 1.0})
     task = dataclasses.replace(HOST, suite="cold-start", kind="cold-start")
 
     def measured(**changes):

@@ -7,9 +7,9 @@ import torch
 from support.benches import CPU, FakeClock
 
 from lstm_triton import timing
-from lstm_triton.bench import checks, device, grid_latency, host, measure, problem, providers, rows
+from lstm_triton.bench import device, grid_latency, measure, problem, providers, rows
 from lstm_triton.bench.cases import Case
-from lstm_triton.bench.checks import Built
+from lstm_triton.bench.problem import Built, Judge
 from lstm_triton.kernels import interpreter
 
 
@@ -76,7 +76,7 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
     monkeypatch.setattr(measure, "graphed", graphed)
     given = problem.make(case, CPU)
     built = Built(providers.PROVIDERS["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
-    judge = checks.Judge(given)
+    judge = Judge(given, providers.true(case))
     measure._graph(built, judge)
     assert captured == [built.call]
     with torch.set_grad_enabled(mode == "train"):
@@ -98,7 +98,7 @@ def test_saved_bytes():
     given = problem.make(case, CPU)
     held = {}
     for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
-        held[name] = host.held(Built(providers.PROVIDERS[name], given))["saved"]
+        held[name] = measure.held(Built(providers.PROVIDERS[name], given))["saved"]
     state = 5 * 2 * 8 * 4  # bytes of one tensor like y
     assert all(bytes > state for bytes in held.values()), held
 
