@@ -57,8 +57,8 @@ def _is_torchs(module, input) -> bool:
     """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, where "auto" always takes it,
     outside compilers, traces and transforms. In few words of Python: torch's kernel may take as little time."""
     x = input.data if isinstance(input, PackedSequence) else input
-    # What was asked for may be impossible, which is said after faults of the arguments.
-    if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto" or module.precision is not None:
+    # A forced backend may be impossible, which is said after faults of the arguments.
+    if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto":
         return False
     if cell_of(module) is not None:
         return False
@@ -128,8 +128,11 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     if chosen == "torch" and torch._C._are_functorch_transforms_active():
         chosen = "reference"
     if chosen == "cudnn" or (chosen == "torch" and features == "packed" and cell_of(module) is None):
-        data, hx, _, weights = layers.autocast(data, hx, None, module._flat_weights)
-        with casting.without_autocast(data.device.type):
+        weights = module._flat_weights
+        if chosen == "cudnn":
+            data, hx, _, weights = layers.autocast(data, hx, None, weights)
+        # On a CPU torch's autocast has no rule for packed input. On a GPU it would make float16 of bfloat16.
+        with casting.without_autocast("cuda"):
             y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, _torch_options(module))
     else:
         if module.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
@@ -201,13 +204,15 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
     """
     cell = cell_of(module)
     of_units = () if cell is None else module.unit_parameters()
-    weights = [*module._flat_weights, *of_units]
+    weights, c_dtype = [*module._flat_weights, *of_units], hx[1].dtype
     x, hx, reset_state, weights = layers.autocast(x, hx, reset_state, weights)
     features = shapes.features(resets, reset_state, lengths, return_cell_states)
     if chosen is None:
         chosen = _choose(module, x, features, x.shape[0], x.shape[1])
     if chosen == "cudnn" or (chosen == "torch" and not features and cell is None):
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
+        if chosen == "torch" and module.proj_size:  # torch's own leaves c out of the autocast on a CPU
+            c_n = c_n.to(torch.promote_types(c_n.dtype, c_dtype))
         return y, (h_n, c_n)
     directions = 2 if module.bidirectional else 1
     layers.check_alike(x, hx, weights)

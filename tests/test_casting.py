@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, casting, functional
@@ -245,6 +245,42 @@ def test_by_default_a_cpu_gives_what_torch_gives(call, options, dtype):
         found.append([y, *states, *(p.grad for p in module.parameters())])
     for a, b in zip(*found):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+class Outputs(torch.nn.Module):
+    """The outputs of a layer, of padded data where there are no batch sizes, as tensors: what tracers and compilers take."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, data, *batch_sizes):
+        y, states = self.layer(PackedSequence(data, *batch_sizes) if batch_sizes else data)
+        return y.data if batch_sizes else y, *states
+
+
+def traced(layer, inputs):
+    return torch.jit.trace(layer, inputs, check_trace=False)(*inputs)
+
+
+def compiled(layer, inputs):
+    return torch.compile(layer, backend="eager")(*inputs)
+
+
+@pytest.mark.parametrize(("packed", "options"), [(True, {}), (False, {"proj_size": 2})], ids=str)
+def test_dtypes_on_a_cpu_do_not_depend_on_who_records_the_call(packed, options):
+    """Those of torch, but for a backend that is asked for: the dtype of the autocast, as on a GPU."""
+    x = pack_padded_sequence(torch.randn(5, 2, 3), [5, 3])
+    inputs = (x.data, x.batch_sizes) if packed else (torch.randn(5, 2, 3),)
+    ours, precise, forced = (
+        Outputs(LSTM(3, 4, **options, **more)) for more in ({}, {"precision": "ieee"}, {"backend": "reference"})
+    )
+    with torch.autocast("cpu", LOW):
+        expected = [t.dtype for t in Outputs(torch.nn.LSTM(3, 4, **options))(*inputs)]
+        found = [precise(*inputs), traced(ours, inputs), traced(precise, inputs), compiled(ours, inputs)]
+        assert [[t.dtype for t in outputs] for outputs in found] == [expected] * len(found)
+        for outputs in (forced(*inputs), traced(forced, inputs)):
+            assert {t.dtype for t in outputs} == {LOW}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

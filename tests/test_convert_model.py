@@ -259,10 +259,10 @@ def test_explain_tells_how_many_launches(monkeypatch):
 
 def test_explain_tells_what_runs(monkeypatch, device):
     """The remembered choice of a call is the one explained."""
-    lstm = LSTM(2, 3, device=device, precision="ieee")  # without one, a plain call on a CPU does not ask
-    explained = explain(lstm).split(": ")[1]
+    lstm = LSTM(2, 3, device=device)
+    explained = explain(lstm, segments=True).split(": ")[1]
     chosen = []
     original = dispatch.layer_backend
     monkeypatch.setattr(dispatch, "layer_backend", lambda *args: chosen.append(original(*args)) or chosen[-1])
-    lstm(torch.randn(4, 1, 2, device=device))
+    lstm(torch.randn(4, 1, 2, device=device), lengths=torch.tensor([3]))  # a plain call on a CPU does not ask
     assert chosen == [explained]

@@ -74,6 +74,7 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(torch._VF, "lstm", recording)
     monkeypatch.setattr(torch_ops, "_has_cudnn", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr("lstm_triton.lstm._is_torchs", lambda module, input: False)
     before = torch.backends.cudnn.rnn.fp32_precision
     yield found
     assert torch.backends.cudnn.rnn.fp32_precision == before
