@@ -1,5 +1,6 @@
 """`explain`: what a module's backend comes to on a call, and why."""
 
+import inspect
 import time
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from .lstm import LSTM
 from .modules import LSTMCell, SoftmaxReadout
 
 
-def _one_launch(module: LSTM, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
+def _one_launch(module: Any, device: torch.device, dtype: torch.dtype, steps: int, batch: int) -> str:
     from .kernels.layer import training_plans
     from .kernels.sequence_config import Problem
 
@@ -24,6 +25,7 @@ def _one_launch(module: LSTM, device: torch.device, dtype: torch.dtype, steps: i
     precision = matmul_precision(dtype, module.precision, recurrent=True)
     directions = 2 if module.bidirectional else 1
     problem = Problem("forward", batch, module.hidden_size, directions, dtype, precision, recompute=module.recompute)
+    problem = problem if (cell := shapes.cell_of(module)) is None else problem._replace(cell=cell.key)
     plans = training_plans(problem, steps, device)
     forward, backward = plans["forward"].persistent, plans["backward"].persistent
     if forward == backward:
@@ -48,51 +50,52 @@ class Explanation(NamedTuple):
 
 def explain_call(module: Any, *args: Any, **kwargs: Any) -> Explanation:
     """`explain` for the arguments of a call, in parts."""
-    kind = hooks.kind(module)
-    if kind is LSTM:
-        return _explain_lstm(module, *args, **kwargs)
+    kind: Any = hooks.kind(module)
+    if kind is LSTM or hooks.cell_of(module) is not None:
+        inspect.signature(kind.forward).bind(module, *args, **kwargs)  # TypeError for what it does not take
+        return _explain_layer(module if kind is LSTM else hooks.shared(module, kind), *args, **kwargs)
     if kind is None:
         raise TypeError(
-            f"explain() knows the calls of LSTM, LSTMCell and SoftmaxReadout, not of {type(module).__name__}"
+            f"explain() knows the calls of LSTM, Recurrent, their cells and SoftmaxReadout, not of {type(module).__name__}"
         )
-    given: Any = args[0] if args else kwargs["input"]
-    x = given.data if isinstance(given, PackedSequence) else given
-    segments = any(kwargs.get(name) is not None for name in ("resets", "lengths", "return_states"))
-    text = explain(module, device=x.device, dtype=casting.dtype_of(x), segments=segments)
+    x: Any = args[0] if args else kwargs["input"]
+    text = explain(module, device=x.device, dtype=casting.dtype_of(x))
     subject, backend, reason = text.removesuffix(".").split(": ", 2)
-    measured = None
-    if (cell := hooks.cell_of(module)) is not None:
-        shape, T, on = shapes.of_call(module, *args, **kwargs)
-        measured = measurements.for_call(module.backend, lambda: shape._replace(cell=cell.key), T, on)
-    return Explanation(subject, Choice(*measured) if measured else Choice(backend, reason), [], {}, "")
+    return Explanation(subject, Choice(backend, reason), [], {}, "")
 
 
-def _explain_lstm(
-    module: Any, input: Any, hx: Any = None, *, resets=None, reset_state=None, lengths=None, return_cell_states=False
-) -> Explanation:
-    is_packed = isinstance(input, PackedSequence)
-    features = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
-    module._update_flat_weights()
-    shape, T, on = shapes.of_call(module, input, hx, **features)
-    plain = shape.features in ("", "packed") and not (module.recompute and on.type == "cuda")
-    measured = measurements.for_call(module.backend, lambda: shape, T, on)
+def _choice(module: Any, shape: shapes.Shape, T: int, on: torch.device) -> Choice:
+    measured, dtype = measurements.for_call(module.backend, lambda: shape, T, on), getattr(torch, shape.dtype)
+    is_plain = shape.features in ("", "packed")
+    if shapes.cell_of(module) is not None:
+        return Choice(*measured) if measured else module.choice(on, dtype, is_plain)
+    plain = is_plain and not (module.recompute and on.type == "cuda")
     asked = Call(plain, dispatch.is_long(T, on), module.precision, module.proj_size > 0, measured)
-    dtype = getattr(torch, shape.dtype)
-    choice = choose_layer(module.backend, on.type, dtype, dispatch.environment(on), asked)
+    return choose_layer(module.backend, on.type, dtype, dispatch.environment(on), asked)
+
+
+def _explain_layer(module: Any, input: Any, hx: Any = None, **features: Any) -> Explanation:
+    """Of an `LSTM` or a `Recurrent`."""
+    is_packed = isinstance(input, PackedSequence)
+    module._update_flat_weights()
+    (shape, T, on), cell = shapes.of_call(module, input, hx, **features), shapes.cell_of(module)
+    choice, dtype = _choice(module, shape, T, on), getattr(torch, shape.dtype)
     subject = f"{type(module).__name__}({module.input_size}, {module.hidden_size}) on {on}, {dtype}"
     if not choice.backend.startswith("triton") or shape.batch == 0:
         no_launch = "; with B = 0 no launch" if choice.backend.startswith("triton") else ""
         return Explanation(subject, choice, [], {}, no_launch)
     begin = time.perf_counter()
     x, sizes = torch.empty(0, dtype=dtype, device=on), (T, shape.batch, shape.hidden_size, shape.directions)
-    given = {"resets": resets is not None, "lengths": lengths is not None or is_packed}
-    inputs = [input.data if is_packed else input, *(hx or ()), *(reset_state or ())]
+    given = {name: features.get(name) is not None for name in ("resets", "lengths")}
+    given |= {"lengths": given["lengths"] or is_packed, "random": bool(cell and cell.masks and module.training)}
+    states = (t for s in (hx, features.get("reset_state")) for t in ([s] if isinstance(s, torch.Tensor) else s or ()))
+    inputs = [input.data if is_packed else input, *states, *(module.unit_parameters() if cell else ())]
     weights = split_weights(module._flat_weights, module.num_layers, shape.directions)
     plans = []
     for k, layer in enumerate(weights):
         inputs += [w for direction in layer for w in direction if w is not None]
         is_recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        layer_options = lstm.layer_options(module, k, choice.backend, return_cell_states)
+        layer_options = lstm.layer_options(module, k, choice.backend, "cells" in shape.features)
         names = [name for name, is_given in given.items() if is_given]
         plans.append(layers.plans(choice.backend, x, sizes, names, layer_options, is_recorded))
     seconds = time.perf_counter() - begin
@@ -136,16 +139,16 @@ def explain(
 ) -> str:
     """What the module's backend ("auto" unless you chose another) comes to on a call, and why, in one sentence.
 
-    With the arguments of the very call, `explain(module, input, hx, resets=...)`, it says of an `LSTM` also how many launches
-    of the recurrent kernels the call takes, their configuration and who chose it. For that it may compile, but never launches.
+    With the arguments of the very call, `explain(module, input, hx, resets=...)`, it says of a layer also how many launches of
+    the recurrent kernels the call takes, their configuration and who chose it. For that it may compile, but never launches.
 
     Args:
-        module: an `LSTM`, `LSTMCell`, `SoftmaxReadout`, or a converted torch.nn.LSTM or torch.nn.LSTMCell. A model that holds
-            some gives a line for each, and for each LSTM that has not been converted.
+        module: an `LSTM`, `Recurrent`, `GRU`, a cell of these, a `SoftmaxReadout`, or a converted module of torch's. A model
+            that holds some gives a line for each, and for each module of torch's that has not been converted.
         call, options: the arguments of the call, which stand in for all that follow. Gradients are recorded as they would be
             now; the backward is explained for gradients of all outputs.
         device, dtype: those of the tensors; by default those of the module's parameters.
-        steps, segments, batch: for an `LSTM`: the length of the sequence; whether the call has resets, lengths or cell
+        steps, segments, batch: for a layer: the length of the sequence; whether the call has resets, lengths or cell
             states; its rows, on which it depends whether the kernels run all steps in one launch.
 
     Raises:
@@ -173,6 +176,9 @@ def explain(
     elif kind is not SoftmaxReadout:
         sizes = (module.input_size, module.hidden_size)
         choice = kind.choice(module, device, dtype, not segments)
+        if choice.backend == "triton" and hooks.cell_of(module) is not None:
+            one_launch = _one_launch(hooks.shared(module, kind), device, dtype, max(steps, 2), batch)
+            choice = Choice("triton", f"{choice.reason}; {one_launch}")
     else:
         sizes = (module.in_features, module.out_features)
         choice = choose_readout(module.backend, device.type, dtype, dispatch.environment(device))
@@ -190,6 +196,6 @@ def _explain_parts(model: torch.nn.Module, **call) -> str:
             reason = hooks.why_not(module) or "not converted"
             lines.append(f"{start}{type(module).__name__}: torch's own: {reason}.")
     if not lines:
-        known = "LSTM, LSTMCell and SoftmaxReadout, and models with these"
+        known = "LSTM, Recurrent, their cells and SoftmaxReadout, and models with these"
         raise TypeError(f"explain() knows {known}, got {type(model).__name__}")
     return "\n".join(lines)

@@ -44,11 +44,18 @@ def _as(name: str) -> Callable[..., Any]:
 
     def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = getattr(_cells(), name)
-        shared = object.__new__(kind)
-        shared.__dict__ = module.__dict__
-        return kind.forward(shared, *args, **kwargs)
+        return kind.forward(shared(module, kind), *args, **kwargs)
 
     return forward
+
+
+def shared(module: torch.nn.Module, kind: Any) -> Any:
+    """Return the module, or an object of this class with the same attributes."""
+    if isinstance(module, kind):
+        return module
+    same = object.__new__(kind)
+    same.__dict__ = module.__dict__
+    return same
 
 
 class _Mark:

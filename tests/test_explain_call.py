@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, convert, dispatch, explain, measurements
+from lstm_triton import LSTM, LSTMCell, Recurrent, SoftmaxReadout, convert, dispatch, explain, measurements
+from lstm_triton.cells import catalogue
 from lstm_triton.explain import explain_call
 from lstm_triton.kernels import interpreter, layer, layer_backward, search
 from lstm_triton.kernels.device import device_figures
@@ -85,7 +86,7 @@ def recorded(monkeypatch):
     """What runs: names of backends, and (way, configuration) of each launch."""
     backends, launched = [], []
     original = dispatch.layer_backend
-    monkeypatch.setattr(dispatch, "layer_backend", lambda *a: backends.append(original(*a)) or backends[-1])
+    monkeypatch.setattr(dispatch, "layer_backend", lambda *a, **k: backends.append(original(*a, **k)) or backends[-1])
     for module, way in ((layer, "forward"), (layer_backward, "backward")):
 
         def launch(launcher, config, *rest, way=way, launch=module.launch):
@@ -144,6 +145,30 @@ def test_what_is_explained_is_what_runs(recorded, monkeypatch):
             assert set(ran) == {plan[way] for plan in explained.plans if way in plan}, (call, way, ran, explained)
             explained_ways.add((way, explained.choice.backend, bool(ran) and ran[0].persistent))
     assert len(explained_ways) > 8, explained_ways
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cell", [catalogue.gru, catalogue.slstm, catalogue.zoneout()], ids=lambda cell: cell.name)
+def test_calls_of_other_cells(cell, recorded):
+    """Masks are drawn in training; a converted torch.nn.GRU is explained as a GRU is."""
+    _, launched = recorded
+    x, resets = torch.zeros(4, 2, 3), torch.rand(4, 2) < 0.3
+    modules = [Recurrent(cell, 3, 5, 2, backend=backend) for backend in ("triton", "triton-stepwise")]
+    modules += [convert(torch.nn.GRU(3, 5, 2), backend="triton")] if cell is catalogue.gru else []
+    for module, options in itertools.product(modules, ({}, {"resets": resets, "return_states": True})):
+        search.remembered.clear()
+        explained = explain_call(module, x, **options)
+        assert not launched
+        module(x, **options)[0].sum().backward()
+        for way in ("forward", "backward"):
+            ran = [config for name, config in launched if name == way]
+            assert len(ran) == explained.launches[way] == (2 if module.backend == "triton" else 8)
+            assert set(ran) == {plan[way] for plan in explained.plans}
+        del launched[:]
+        assert "launches for 4 steps" in str(explained) and "the LSTM's kernels" in str(explained)
+    with pytest.raises(TypeError, match="return_cell_states"):
+        explain(modules[0], x, return_cell_states=True)
+    assert "all steps in one launch" in explain(modules[0], steps=4)
 
 
 def test_the_sentence_names_launches_configuration_and_source(monkeypatch):
