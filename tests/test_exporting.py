@@ -65,8 +65,9 @@ def _saved_and_loaded(module):
 # ---- torch.jit.script ----------------------------------------------------------------------------------------------
 
 
-@makers
-@options
+@pytest.mark.parametrize(
+    "make, options", [*((make, o) for make in ("convert", "own") for o in OPTIONS), ("patch", OPTIONS[1])], ids=str
+)
 def test_script(make, options):
     model, x = _tagger(make, **options), _x()
     modules = list(model.modules())

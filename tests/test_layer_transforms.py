@@ -2,75 +2,29 @@
 
 import pytest
 import torch
+from support import segmented
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import LSTM, LSTMCell
 
-layers = pytest.mark.parametrize("bidirectional", [False, True])
 
-
-@pytest.fixture
-def pair(bidirectional, device):
-    """A layer through the kernels, torch's with the same weights, x and a tangent of it, in float64."""
+def test_gradients_per_sample(device):
     torch.manual_seed(0)
-    options = dict(bidirectional=bidirectional, dtype=torch.float64, device=device)
-    ours, torchs = LSTM(2, 3, backend="triton", **options), LSTM(2, 3, backend="reference", **options)
-    torchs.load_state_dict(ours.state_dict())
-    x, v = torch.randn(2, 4, 2, 2, dtype=torch.float64, device=device)
-    return ours.requires_grad_(False), torchs.requires_grad_(False), x, v
-
-
-@layers
-def test_jvp(pair):
-    ours, torchs, x, v = pair
-    (_, found), (_, expected) = (torch.func.jvp(lambda t, m=m: m(t)[0], (x,), (v,)) for m in (ours, torchs))
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(found, expected)
-
-
-@layers
-def test_forward_mode(pair):
-    ours, torchs, x, v = pair
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, v)
-        found, expected = (forward_ad.unpack_dual(m(dual)[0]).tangent for m in (ours, torchs))
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(found, expected)
-
-
-@layers
-def test_vmap_and_gradients_per_sample(pair):
-    ours, torchs, x, v = pair
-    xs = torch.stack((x, v))
-    torch.testing.assert_close(torch.func.vmap(lambda t: ours(t)[0])(xs), torch.stack([torchs(t)[0] for t in xs]))
+    options = dict(bidirectional=True, dtype=torch.float64, device=device)
+    ours, plain = LSTM(2, 3, backend="triton", **options), LSTM(2, 3, backend="reference", **options)
+    plain.load_state_dict(ours.state_dict())
+    xs = torch.randn(2, 4, 2, 2, dtype=torch.float64, device=device)
 
     def loss(weights, m, t):
         return torch.func.functional_call(m, weights, (t,))[0].square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))
-    weights = dict(ours.named_parameters())
+    weights = {name: p.detach() for name, p in ours.named_parameters()}
     for name, found in each(weights, ours, xs).items():
-        expected = torch.stack([torch.func.grad(loss)(weights, torchs, t)[name] for t in xs])
+        expected = torch.stack([torch.func.grad(loss)(weights, plain, t)[name] for t in xs])
         torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@layers
-def test_jacobian(pair):
-    ours, torchs, x, _ = pair
-    found, expected = (torch.func.jacrev(lambda t, m=m: m(t)[0])(x) for m in (ours, torchs))
-    torch.testing.assert_close(found, expected)
-
-
-@layers
-def test_batched_gradients(pair):
-    ours, torchs, x, _ = pair
-    x.requires_grad_()
-    found, expected = (
-        torch.autograd.functional.jacobian(lambda t, m=m: m(t)[1][0], x, vectorize=True) for m in (ours, torchs)
-    )
-    torch.testing.assert_close(found, expected)
 
 
 def _dual(f, x, v):
@@ -133,16 +87,18 @@ def _results(module, call, arguments):
     return f
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 1}], ids=str)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_of_any_call(transform, call, options, backend, device):
+OPTIONS = {"one layer": {}, "deep projection": {"num_layers": 2, "bidirectional": True, "proj_size": 1}}
+AXES = {"transform": [*TRANSFORMS], "call": [*CALLS], "options": [*OPTIONS], "backend": ["auto", "triton"]}
+
+
+@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(row.values()))
+def test_of_any_call(row, device):
     """Each backend against the reference called plainly."""
     torch.manual_seed(0)
+    transform, call, options, backend = row.values()
     shape, arguments = CALLS[call]
     arguments = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
-    options = dict(options, dtype=torch.float64, device=device)
+    options = dict(OPTIONS[options], dtype=torch.float64, device=device)
     module, plain = LSTM(2, 3, backend=backend, **options), LSTM(2, 3, backend="reference", **options)
     plain.load_state_dict(module.state_dict())
     x, v = torch.randn(2, *shape, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 from lstm_triton import LSTM, LSTMCell
 
-T, B, I, H = 4, 3, 2, 3
+T, B, I, H = 3, 3, 2, 3
 
 
 def _input(module, device, *, dtype=torch.float64, T=T, B=B):
@@ -87,7 +87,7 @@ def test_layouts_of_the_input(layout, backend, device):
 
 @backends
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
-@pytest.mark.parametrize("lengths", [(2, 4, 1), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize("lengths", [(2, 3, 1), (3, 2, 2)], ids=str)
 def test_packed_sequences(lengths, batch_first, backend, device):
     """Everything is in the caller's order of rows but the data, whose order is torch's."""
     theirs, ours = pair(I, H, 2, bidirectional=True, batch_first=batch_first, backend=backend, device=device)
@@ -105,7 +105,7 @@ def test_packed_sequences(lengths, batch_first, backend, device):
 @backends
 def test_sorted_packed_sequence_keeps_no_indices(backend, device):
     theirs, ours = pair(I, H, backend=backend, device=device)
-    packed = pack_sequence([torch.randn(n, I, dtype=torch.float64, device=device) for n in (4, 2, 1)])
+    packed = pack_sequence([torch.randn(n, I, dtype=torch.float64, device=device) for n in (3, 2, 1)])
     found, expected = ours(packed), theirs(packed)
     assert_close(flat(found), flat(expected))
     assert found[0].sorted_indices is None and found[0].unsorted_indices is None
@@ -115,7 +115,7 @@ def test_sorted_packed_sequence_keeps_no_indices(backend, device):
 def test_packed_sequence_with_projection(backend, device):
     theirs, ours = pair(I, H, proj_size=2, bidirectional=True, backend=backend, device=device)
     x, (h, c) = _input(ours, device), states(ours, B, requires_grad=True)
-    packed = pack_padded_sequence(x, torch.tensor([1, 4, 3]), enforce_sorted=False)
+    packed = pack_padded_sequence(x, torch.tensor([1, 3, 2]), enforce_sorted=False)
     assert_close(trained(ours, packed, (h, c), (x, h, c)), trained(theirs, packed, (h, c), (x, h, c)))
 
 
@@ -143,17 +143,6 @@ def test_second_derivatives_are_torchs(options, device):
             first = torch.autograd.grad([t.pow(2).sum() for t in flat(module(x, (h, c)))], leaves, create_graph=True)
             results.append([*first, *gradients([sum(g.pow(2).sum() for g in first)], leaves)])
     assert_close(*results)
-
-
-@pytest.mark.long
-def test_second_derivatives_by_differences(device):
-    _, module = pair(1, 2, backend="triton", device=device)
-    x = torch.randn(2, 1, 1, dtype=torch.float64, device=device, requires_grad=True)
-
-    def call(x, weight_hh):
-        return tuple(flat(torch.func.functional_call(module, {"weight_hh_l0": weight_hh}, (x,))))
-
-    assert torch.autograd.gradgradcheck(call, (x, module.weight_hh_l0), fast_mode=True)
 
 
 @backends
