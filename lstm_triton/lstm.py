@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import casting, dispatch, layers, measurements, segments, shapes, torch_ops
 from .kernels.inputs import LayerOptions, split_weights
-from .modes import has_values, is_jit_tracing
+from .modes import is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as, scripted_lstm
 from .shapes import cell_of
 
@@ -32,6 +32,8 @@ def forward(
     if is_proxy(input):
         options = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
         return leaf(module, input, hx, **options)
+    if isinstance(input, PackedSequence):
+        segments.check_packed(input)
     plain = resets is None and reset_state is None and lengths is None and not return_cell_states
     if plain and _is_torchs(module, input):
         y, hidden = _torchs_forward(module, input, hx)
@@ -147,8 +149,6 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
         # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
         lengths = segments.sent((batch_sizes[None, :] > _range(B)[:, None]).sum(1), data.device)
         at = segments.sent(_packed_rows(batch_sizes, B), data.device)
-        if has_values(data) and data.shape[0] != at.shape[0]:
-            raise RuntimeError(f"a PackedSequence of these batch_sizes has {at.shape[0]} rows, got {data.shape[0]}")
         x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
         y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen)
         y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import casting
 from .kernels.inputs import Segments
@@ -55,6 +56,15 @@ def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | Non
         raise TypeError(f"resets must be bool, got {resets.dtype}")
     if resets.shape != (T, B):
         raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
+
+
+def check_packed(packed: PackedSequence) -> None:
+    """RuntimeError where there are not as many rows as batch_sizes say: torch's own kernels may ignore those too many."""
+    data, batch_sizes, *_ = packed
+    if not isinstance(data, Tensor) or not (has_values(data) and has_values(batch_sizes)):
+        return
+    if data.shape[0] != (rows := int(batch_sizes.sum())):
+        raise RuntimeError(f"a PackedSequence of these batch_sizes has {rows} rows, got {data.shape[0]}")
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
+from lstm_triton import GRU, LSTM, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
 
 backends = pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 WEIGHTS = [torch.zeros(12, 2), torch.zeros(12, 3)]
@@ -71,8 +71,11 @@ def test_weights_of_no_dimension(backend):
 @backends
 @pytest.mark.parametrize("rows", [3, 5])
 def test_packed_rows_that_do_not_fit(rows, backend):
-    with pytest.raises(RuntimeError):
-        LSTM(2, 3, backend=backend)(PackedSequence(torch.zeros(rows, 2), torch.tensor([2, 2])))
+    """torch's own kernels ignore what is too much."""
+    packed = PackedSequence(torch.zeros(rows, 2), torch.tensor([2, 2]))
+    for module in (LSTM(2, 3, backend=backend), LSTM(2, 3, proj_size=2, backend=backend), GRU(2, 3, backend=backend)):
+        with pytest.raises(RuntimeError, match=f"has 4 rows, got {rows}"):
+            module(packed)
 
 
 def test_gate_matrices_of_integers():

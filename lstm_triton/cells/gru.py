@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch, measurements, shapes
 from ..modules import check_options, is_proxy, leaf
+from ..segments import check_packed
 from .catalogue import gru
 from .modules import Recurrent, RecurrentCell
 
@@ -52,6 +53,8 @@ class GRU(Recurrent):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None, **options: Any):
         if is_proxy(input):
             return leaf(self, input, hx, **options)
+        if isinstance(input, PackedSequence):
+            check_packed(input)
         x = input.data if isinstance(input, PackedSequence) else input
         if not options and isinstance(x, Tensor) and self._is_torchs(input, x):
             return _torchs_gru(self, input, hx)
