@@ -113,20 +113,20 @@ def test_export(cell, device):
 @pytest.mark.parametrize("biases", [(True, True), (False, False)], ids=["biases", "no biases"])
 def test_forward_operator_passes_opcheck(save, biases, device):
     inputs = cells.draw(2, 3, 5, biases=biases, device=device).inputs
-    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*inputs, None, "lstm", save))
+    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*inputs, None, None, "lstm", save))
 
 
 def test_forward_operator_is_differentiable(device):
     """What an exported program calls. Without the saved gates it refuses."""
     problem = cells.draw(2, 3, 5, device=device)
     leaves = [t.requires_grad_() for t in problem.inputs]
-    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*leaves, None, "lstm", True))
-    h, c, gates = torch.ops.lstm_triton.lstm_cell(*leaves, None, "lstm", True)
+    torch.library.opcheck(torch.ops.lstm_triton.lstm_cell, (*leaves, None, None, "lstm", True))
+    h, c, gates = torch.ops.lstm_triton.lstm_cell(*leaves, None, None, "lstm", True)
     assert not gates.requires_grad
     found = torch.autograd.grad((h, c), leaves, problem.cotangents)
     for ours, expected in zip(found, cells.by_kernels(problem)[2:]):
         assert torch.equal(ours, expected)
-    h, _, _ = torch.ops.lstm_triton.lstm_cell(*leaves, None, "lstm", False)
+    h, _, _ = torch.ops.lstm_triton.lstm_cell(*leaves, None, None, "lstm", False)
     with pytest.raises(RuntimeError, match="save=False"):
         h.sum().backward()
 
@@ -134,9 +134,9 @@ def test_forward_operator_is_differentiable(device):
 @pytest.mark.parametrize("needs", [[True] * 7, [False, True, False, False, True, True, False]], ids=["all", "some"])
 def test_backward_operator_passes_opcheck(needs, device):
     problem = cells.draw(2, 3, 5, device=device)
-    _, c, gates = torch.ops.lstm_triton.lstm_cell(*problem.inputs, None, "lstm", True)
+    _, c, gates = torch.ops.lstm_triton.lstm_cell(*problem.inputs, None, None, "lstm", True)
     for dh, dc in (problem.cotangents, (None, problem.cotangents[1])):
-        args = (dh, dc, *problem.inputs, c, gates, needs, None, "lstm")
+        args = (dh, dc, *problem.inputs, None, c, gates, [*needs, False], None, "lstm")
         torch.library.opcheck(torch.ops.lstm_triton.lstm_cell_backward, args)
 
 
@@ -149,5 +149,5 @@ def test_shapes_without_data(device):
         gradients = torch.autograd.grad(h.sum() + c.sum(), leaves)
     for found, t in zip((h, c, *gradients), expected):
         assert (found.shape, found.dtype, found.device) == (t.shape, t.dtype, t.device)
-    h, c, gates = torch.ops.lstm_triton.lstm_cell(*(t.to("meta") for t in real.inputs), None, "lstm", True)
+    h, c, gates = torch.ops.lstm_triton.lstm_cell(*(t.to("meta") for t in real.inputs), None, None, "lstm", True)
     assert h.is_meta and h.shape == c.shape == (2, 5) and gates.shape == (2, 5, 4)

@@ -120,10 +120,10 @@ def test_operators_take_any_strides(device):
         return t.repeat_interleave(2, -1)[..., ::2]
 
     inputs, (dh, dc) = problem(cell, device)
-    _, c, gates = torch.ops.lstm_triton.lstm_cell(*inputs, None, "lstm", True)
-    backward = torch.ops.lstm_triton.lstm_cell_backward
-    expected = backward(dh, dc, *inputs, c, gates, [True] * 7, None, "lstm")
-    assert all(map(torch.equal, backward(dh, dc, *inputs, other(c), other(gates), [True] * 7, None, "lstm"), expected))
+    _, c, gates = torch.ops.lstm_triton.lstm_cell(*inputs, None, None, "lstm", True)
+    backward, needs = torch.ops.lstm_triton.lstm_cell_backward, [True] * 7 + [False]
+    expected = backward(dh, dc, *inputs, None, c, gates, needs, None, "lstm")
+    assert all(map(torch.equal, backward(dh, dc, *inputs, None, other(c), other(gates), needs, None, "lstm"), expected))
     inputs, (dy,) = problem(readout, device)
     y = torch.ops.lstm_triton.softmax_readout(*inputs, None, torch.float32, True)
     backward = torch.ops.lstm_triton.softmax_readout_backward
