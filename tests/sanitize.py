@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from support import cells, layers, readouts
+from support import cells, layers, readouts, recurrents
 from torch import Tensor
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, RecurrentCell
+from lstm_triton.cells import catalogue
 
 TOOLS = {
     "memcheck": "accesses out of bounds or misaligned",
@@ -67,9 +68,14 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
         yield name, lambda layer=layer, backend=backend: layers.by_kernels(layer, backend)
     lstm = LSTM(5, 19, 2, dropout=0.5, backend="triton", device=device)
     yield "dropout, second derivatives", lambda: _second_derivatives(lstm, torch.randn(3, 3, 5, device=device))
+    for other in (catalogue.slstm, catalogue.zoneout()):
+        problem = recurrents.draw(other, 3, 3, 5, wide, bfloat16, resets=True, device=device)
+        yield f"layer of {other}", lambda problem=problem: problem.run("triton")
+    one = RecurrentCell(catalogue.zoneout(), 5, 19, backend="triton", device=device)
+    yield f"one step of {one.cell}", lambda: _second_derivatives(one, torch.randn(3, 5, device=device))
 
 
-def _second_derivatives(lstm: LSTM, x: Tensor) -> Results:
+def _second_derivatives(lstm: torch.nn.Module, x: Tensor) -> Results:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
     return gradient, *torch.autograd.grad(gradient.square().sum(), [x, *lstm.parameters()], allow_unused=True)

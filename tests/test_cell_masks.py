@@ -227,6 +227,8 @@ def test_compiled_and_traced(backend, device):
 def test_copied_and_pickled(device):
     layer = _layer(device, "reference").eval()
     x = torch.randn(T, B, I, dtype=torch.float64, device=device)
+    assert copy.deepcopy(layer).cell is zoneout
+    assert repr(layer) == "Recurrent(zoneout_lstm(h=0.3, c=0.6), 4, 6, precision='ieee', backend='reference')"
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert again.cell.key == zoneout.key and again.cell.masks == {"h": P_H, "c": P_C}
         torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)

@@ -84,6 +84,13 @@ class Cell:
             return self.__dict__["__qualname__"]
         return Cell, (self.function, self.gates, self.states, self.parameters, self.masks)
 
+    def __deepcopy__(self, memo: dict) -> "Cell":
+        return self
+
+    def __str__(self) -> str:
+        masks = ", ".join(f"{name}={p}" for name, p in self.masks.items())
+        return f"{self.name}({masks})" if masks else self.name
+
     def __repr__(self) -> str:
         others = {name: getattr(self, name) for name in ("parameters", "masks") if getattr(self, name)}
         text = "".join(f", {name}={value}" for name, value in others.items())

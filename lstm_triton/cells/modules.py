@@ -106,7 +106,7 @@ class Recurrent(torch.nn.RNNBase):
         """Nothing: cuDNN, which wants it, has no such cell."""
 
     def extra_repr(self) -> str:
-        text = f"{self.cell.name}, {super().extra_repr()}" + options_repr(self)
+        text = f"{self.cell}, {super().extra_repr()}" + options_repr(self)
         return text + (", recompute=True" if self.recompute else "")
 
     def forward(
@@ -182,7 +182,7 @@ class RecurrentCell(torch.nn.RNNCellBase):
             self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"{self.cell.name}, {super().extra_repr()}" + options_repr(self)
+        return f"{self.cell}, {super().extra_repr()}" + options_repr(self)
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         if is_proxy(input):
