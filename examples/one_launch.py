@@ -16,7 +16,12 @@ GPUS = {  # SMs, bytes of shared memory that one program may have, compute capab
     "A100": figures(108, 163 << 10, (8, 0)),
     "RTX 4090": figures(128, 99 << 10, (8, 9)),
 }
-KINDS = {"bfloat16, float16": (torch.bfloat16, "ieee"), "float32 in TF32": (torch.float32, "tf32")}
+KINDS = {
+    "bfloat16, float16": (torch.bfloat16, "ieee"),
+    "float32 in TF32": (torch.float32, "tf32"),
+    "float32 in tf32x3": (torch.float32, "tf32x3"),
+    "float32 in full": (torch.float32, "ieee"),
+}
 BATCHES = (16, 64, 256)
 
 

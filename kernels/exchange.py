@@ -19,27 +19,12 @@ Why a reader sees what was stored (PTX memory model):
 Why it ends: a word of step s is stored by a program that has read step s - 1 and waits for nothing else, so by induction over
 s all are stored, provided all programs run at the same time; what `grid_sync` says of that holds here too. Rows whose state
 does not come from another program are read once, whatever bits they hold. Nothing is overwritten: no address is used twice.
-
-The words are loaded in the order in which tensor cores take them. The rows are columns of the product's right operand, of
-which a thread, `lane` of its warp, holds row lane // 4 of each eight, and of 64 bytes of it those elements whose number, in the
-order in which they are multiplied, is
-
-    k = 8 * LO * hi + 2 * LO * (lane % 4) + LO * register + lo    hi, register: 0, 1; LO elements to a word, two of 16 bits
-
-up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`ADJACENT_WORDS`).
-The inner dimension may be run through in any order that both operands agree on. So a thread loads 16 adjacent bytes of each
-row, which are numbered so that they are the ones it holds, and W_hh likewise, which stays in registers: no data moves between
-threads.
 """
 
 import triton
 import triton.language as tl
 
 from .grid_sync import MAX_POLLS
-
-# Of the words that a thread holds of a row of an operand, those whose columns are adjacent. Triton decides on it, for operands
-# that were joined from parts, and says so only in what it has compiled; any other order costs a move for each element.
-ADJACENT_WORDS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1)
 
 
 @triton.constexpr_function
@@ -97,146 +82,30 @@ def _operands(words, rows):
 
 
 @triton.constexpr_function
-def _types(words):
+def types_of_words(words):
     return (tl.int32,) * words
 
 
 @triton.jit
-def fragment_rows(first_row, SPLIT_K: tl.constexpr):
-    """[SPLIT_K, 8, 4]: for every thread its row among the eight from first_row on."""
-    return tl.broadcast_to(first_row + tl.arange(0, 8)[None, :, None], (SPLIT_K, 8, 4))
+def load_words(starts, waits, left, stall_ptr, STRIDE: tl.constexpr, LEFT_BEFORE: tl.constexpr, CHUNKS: tl.constexpr):
+    """Words that other programs store meanwhile: a tuple, for each chunk and each row, of four adjacent ones of 32 bits.
 
-
-@triton.jit
-def rows_of_block(flags, block: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Of flags, one for each row of the program, those of `fragment_rows` of its eight rows number `block`."""
-    BLOCKS: tl.constexpr = flags.shape[0] // 8
-    here = (tl.arange(0, BLOCKS) == block)[:, None]
-    eight = tl.sum(tl.where(here, tl.reshape(flags.to(tl.int32), (BLOCKS, 8)), 0), axis=0)
-    return tl.broadcast_to(eight[None, :, None], (SPLIT_K, 8, 4)) != 0
-
-
-@triton.jit
-def load_fragments(
-    rows, waits, first, stall_ptr, dtype: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """A tuple of CHUNKS right operands [SPLIT_K, BLOCK_K, rows], from chunk `first` on, of rows of N elements.
-
-    rows: for each eight of them pointers to where they begin, as `fragment_rows` has them. waits: likewise -1 where another
-    program stores the row, 0 where what is there is right. stall_ptr: the word of `stall.word`, None where nobody waits.
+    starts: for each row pointers to the first ones; those of the next chunk lie STRIDE bytes further on. waits: likewise -1
+    where another program stores the row, 0 where what is there is right. left: how many elements there are; the last chunk is
+    loaded where more than LEFT_BEFORE are, if that is not None. stall_ptr: the word of `stall.word`, None where nobody waits.
     """
-    ROWS: tl.constexpr = len(rows)
-    SPLIT_K: tl.constexpr = rows[0].shape[0]
-    LO: tl.constexpr = BLOCK_K // 16
-    STRIDE: tl.constexpr = SPLIT_K * BLOCK_K
-    columns = tl.arange(0, SPLIT_K)[:, None, None] * BLOCK_K + tl.arange(0, 4)[None, None, :] * (4 * LO)
-    columns = tl.broadcast_to(columns, (SPLIT_K, 8, 4)) + first * STRIDE
-    starts = ()
+    ROWS: tl.constexpr = len(starts)
+    addresses = ()
     for row in tl.static_range(ROWS):
-        starts = starts + ((rows[row] + columns).to(tl.int64),)  # type: ignore[assignment]
-    LEFT_BEFORE: tl.constexpr = None if (first + CHUNKS) * STRIDE <= N else (CHUNKS - 1) * STRIDE
-    words = tl.inline_asm_elementwise(
-        _waiting_loads(ROWS, CHUNKS, STRIDE * (4 // LO), LEFT_BEFORE, MAX_POLLS),
+        addresses = addresses + (starts[row].to(tl.int64),)  # type: ignore[assignment]
+    return tl.inline_asm_elementwise(
+        _waiting_loads(ROWS, CHUNKS, STRIDE, LEFT_BEFORE, MAX_POLLS),
         _operands(4 * ROWS * CHUNKS, ROWS),
-        starts + waits + (N - columns, stall_ptr.to(tl.int64) if stall_ptr is not None else tl.cast(0, tl.int64)),
-        dtype=_types(4 * ROWS * CHUNKS),
+        addresses + waits + (left, stall_ptr.to(tl.int64) if stall_ptr is not None else tl.cast(0, tl.int64)),
+        dtype=types_of_words(4 * ROWS * CHUNKS),
         is_pure=True,  # or the compiler, which gives it another layout, would keep the one it had as well
         pack=1,
     )
-    chunks = ()
-    for chunk in tl.static_range(CHUNKS):
-        tile = _tile(words, 4 * ROWS * chunk, ROWS, dtype)
-        tile = tl.permute(tile, (0, 5, 2, 4, 6, 3, 1) if ADJACENT_WORDS == 2 else (0, 4, 5, 2, 6, 3, 1))
-        chunks = chunks + (tl.reshape(tile, (SPLIT_K, BLOCK_K, 8 * ROWS)),)  # type: ignore[assignment]
-    return chunks
-
-
-@triton.constexpr_function
-def _weight_loads(itemsize, unit_bytes, gate_bytes):
-    """PTX that loads four words of weights: adjacent elements, or all gates of a unit, or of two, that lie so far apart."""
-    if unit_bytes == 0:
-        loads = "@exists ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    else:
-        places = [unit * unit_bytes + gate * gate_bytes for unit in range(4 // itemsize) for gate in range(4)]
-        if itemsize == 4:
-            loads = " ".join(f"@exists ld.global.b32 ${k}, [$4 + {at}];" for k, at in enumerate(places))
-        else:
-            halves = [f"h{k}" for k in range(8)]
-            loads = f".reg .b16 {', '.join(halves)}; "
-            loads += " ".join(
-                f"mov.b16 h{k}, 0; @exists ld.global.b16 h{k}, [$4 + {at}];" for k, at in enumerate(places)
-            )
-            loads += " ".join(f" mov.b32 ${k}, {{h{2 * k}, h{2 * k + 1}}};" for k in range(4))
-    zeros = " ".join(f"mov.b32 ${k}, 0;" for k in range(4))
-    return f"{{ .reg .pred exists; setp.gt.s32 exists, $5, 0; {zeros} {loads} }}"
-
-
-@triton.jit
-def load_weight_fragments(
-    rows,
-    N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    unit: tl.constexpr = 0,
-    gate: tl.constexpr = 0,
-):
-    """A tuple of CHUNKS left operands [SPLIT_K, rows, BLOCK_K] in registers, of rows of N elements.
-
-    rows: for each eight of them pointers to where they begin, as `fragment_rows` has them. The elements are adjacent, or
-    element 4 * u + g lies unit * u + gate * g further on.
-    """
-    LO: tl.constexpr = BLOCK_K // 16
-    dtype: tl.constexpr = rows[0].dtype.element_ty
-    ITEMSIZE: tl.constexpr = 4 // LO
-    columns = tl.arange(0, SPLIT_K)[:, None, None] * BLOCK_K + tl.arange(0, 4)[None, None, :] * (4 * LO)
-    columns = tl.broadcast_to(columns, (SPLIT_K, 8, 4))
-    chunks = ()
-    for chunk in tl.static_range(CHUNKS):
-        n = columns + chunk * SPLIT_K * BLOCK_K
-        at = n if unit == 0 else n // 4 * unit
-        words = ()
-        for row in tl.static_range(len(rows)):
-            words = words + tl.inline_asm_elementwise(
-                _weight_loads(ITEMSIZE, unit * ITEMSIZE, gate * ITEMSIZE),
-                "=&r,=&r,=&r,=&r,l,r",
-                ((rows[row] + at).to(tl.int64), N - n),
-                dtype=_types(4),
-                is_pure=True,
-                pack=1,
-            )
-        tile = _tile(words, 0, len(rows), dtype)
-        tile = tl.permute(tile, (0, 3, 1, 5, 2, 4, 6) if ADJACENT_WORDS == 2 else (0, 3, 1, 4, 5, 2, 6))
-        chunks = chunks + (tl.reshape(tile, (SPLIT_K, 8 * len(rows), BLOCK_K)),)  # type: ignore[assignment]
-    return chunks
-
-
-@triton.jit
-def _tile(words, first: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """[SPLIT_K, 8, 4, ROWS, register of two, hi, lo] elements, of four words for each eight rows."""
-    parts = ()
-    for k in tl.static_range(4 * ROWS):
-        parts = parts + _elements(words[first + k], dtype)
-    return tl.reshape(_joined(parts), (words[0].shape[0], 8, 4, ROWS, 2, 2, 32 // dtype.primitive_bitwidth))
-
-
-@triton.jit
-def _elements(word, dtype: tl.constexpr):
-    if dtype.primitive_bitwidth == 16:
-        return word.to(tl.int16).to(dtype, bitcast=True), (word >> 16).to(tl.int16).to(dtype, bitcast=True)
-    else:
-        return (word.to(dtype, bitcast=True),)
-
-
-@triton.jit
-def _joined(parts):
-    """2^n tensors as one with n more axes, of which the first tells the first half from the second."""
-    for _ in tl.static_range(len(parts).bit_length() - 1):
-        joined = ()
-        for i in tl.static_range(len(parts) // 2):
-            joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)  # type: ignore[assignment]
-        parts = joined
-    return parts[0]
 
 
 @triton.jit

@@ -16,6 +16,8 @@ class DeviceFigures(NamedTuple):
     mma_rate: int  # by mma.sync
     wide_rate: int  # by wgmma or tcgen05, for 64 columns of W_hh and more; 0 without
     tensor_memory: int  # columns in an SM; 0 where sums stay in registers
+    fma_rate: int = 128  # of CUDA cores: multiply-adds of float32, for which 32 bytes of K are two in a chain
+    fma_latency: int = 8
     mma_latency: int = 33
     wide_latency: int = 17
     wide_end: int = 100  # from the last sum of one chunk to the first of the next
@@ -31,9 +33,9 @@ class DeviceFigures(NamedTuple):
     scattered: int = 300  # loads and stores of tiles smaller than a program, which go through shared memory
 
 
-# By compute capability, or by its first number alone: mma_rate, wide_rate, tensor_memory.
-_TENSOR_CORES = {
-    (8, 0): (1024, 0, 0),
+# By compute capability, or by its first number alone: mma_rate, wide_rate, tensor_memory; fma_rate where it is not 128.
+_CORES = {
+    (8, 0): (1024, 0, 0, 64),
     8: (512, 0, 0),
     9: (1024, 2048, 0),
     10: (1024, 4096, 512),
@@ -44,5 +46,5 @@ _UNKNOWN = (512, 512, 512)  # slow, and with tensor memory, of which programs ma
 
 def figures(sms: int, shared_memory: int, capability: tuple[int, int]) -> DeviceFigures:
     """Those of a device of this compute capability; see `DeviceFigures`."""
-    known = _TENSOR_CORES.get(capability) or _TENSOR_CORES.get(capability[0], _UNKNOWN)
+    known = _CORES.get(capability) or _CORES.get(capability[0], _UNKNOWN)
     return DeviceFigures(sms, shared_memory, *known)

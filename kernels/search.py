@@ -29,6 +29,7 @@ _FEW_WORDS, _SOME_WORDS = 8, 32
 _MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 _TILES = tuple(itertools.product((8, 16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
+_TILES_ON_CUDA_CORES = tuple(itertools.product((8, 16, 32, 64), (4, 8, 16, 32), (4, 8)))
 # Of the exchanged state, for each thread to load at once: a quarter as many registers.
 _BYTES_IN_FLIGHT = (256, 192, 128)
 _IN_BAND = (True, False)  # how programs exchange their state: without a barrier, and with one
@@ -40,9 +41,8 @@ _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
 def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step."""
     found: set[SequenceConfig] = set()
-    # On CUDA cores W_hh would have to be in registers; tf32x3 has three copies of it.
-    if problem.on_tensor_cores and problem.precision != "tf32x3" and not problem.stepwise:
-        for tile in _TILES:
+    if problem.dtype != torch.float64 and not problem.stepwise:
+        for tile in _TILES if problem.on_tensor_cores else _TILES_ON_CUDA_CORES:
             forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
             found.update(c for c in forms if _fits(problem, c, device))
 
@@ -78,14 +78,13 @@ def _persistent(
 
 
 def _has_form(problem: Problem, config: SequenceConfig) -> bool:
-    """Whether the kernels have code for it: in band by loads of 16 bytes (`exchange`), otherwise for 16 rows or more."""
+    """Whether the kernels have code for it: in band by loads of 16 bytes (`fragments`), otherwise for 16 rows or more."""
     if not config.in_band:
-        return config.block_b >= 16
+        return config.block_b >= 16 and not problem.only_in_band
     itemsize = problem.dtype.itemsize
     aligned = problem.H % (16 // itemsize) == 0 if problem.way == "forward" else 4 * problem.H * itemsize % 16 == 0
-    fragments = (
-        config.split_k > 1 and config.block_k * itemsize == CHUNK_BYTES and problem.columns * config.block_h >= 16
-    )
+    fragments = config.split_k > 1 and config.block_k * itemsize == CHUNK_BYTES
+    fragments &= problem.columns * config.block_h >= 16 or not problem.on_tensor_cores
     return config.waits and not problem.single_step and aligned and fragments
 
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
-from .exchange import fragment_rows, load_weight_fragments, rows_of_block, store_state
+from .exchange import store_state
+from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores, rows_of_block
 from .gates import gate_rows, load_gates, split_gates, split_units, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
@@ -148,12 +149,14 @@ def _lstm_sequence_forward_kernel(
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
     weights = ()
     if IN_BAND:
+        FULL: tl.constexpr = on_cuda_cores(w_ptr.dtype.element_ty, PRECISION)
+        EACH: tl.constexpr = 1 if FULL else 8
         gate_blocks = ()
-        for block in tl.static_range(BLOCK_H // 2):
-            n = fragment_rows(4 * first_unit + 8 * block, SPLIT_K)
+        for first in tl.static_range(0, 4 * BLOCK_H, EACH):
+            n = fragment_rows(4 * first_unit + first, SPLIT_K, EACH)
             n = tl.minimum((n % 4) * H + n // 4, 4 * H - 1)
             gate_blocks = gate_blocks + (w_ptr + n.to(tl.int64) * H,)  # type: ignore[assignment]
-        weights = load_weight_fragments(gate_blocks, H, SPLIT_K, BLOCK_K, CHUNKS)
+        weights = load_weight_fragments(gate_blocks, H, SPLIT_K, BLOCK_K, CHUNKS, FULL)
     elif RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]

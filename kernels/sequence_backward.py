@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .dropout import begin, drop
-from .exchange import fragment_rows, load_weight_fragments, store_gates_of_units
+from .exchange import store_gates_of_units
+from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .segments import begins_at, reset_state_rows, resets_at, row_lengths
@@ -109,14 +110,16 @@ def _lstm_sequence_backward_kernel(
     if D == 2:
         w_ptr = tl.where(direction == 0, w_ptr, w_reverse_ptr)
     if IN_BAND:
+        FULL: tl.constexpr = on_cuda_cores(w_ptr.dtype.element_ty, PRECISION)
+        EACH: tl.constexpr = 1 if FULL else 8
         unit_blocks, blocks = (), ()
-        for block in tl.static_range(BLOCK_H // 8):
-            units = w_ptr + fragment_rows(first_unit + 8 * block, SPLIT_K)
+        for first in tl.static_range(0, BLOCK_H, EACH):
+            units = w_ptr + fragment_rows(first_unit + first, SPLIT_K, EACH)
             unit_blocks = unit_blocks + (units,)  # type: ignore[assignment]
         for block in tl.static_range(BLOCK_B // 8):
             block_rows = tl.minimum(fragment_rows((group // D) * BLOCK_B + 8 * block, SPLIT_K), B - 1)
             blocks = blocks + ((block_rows.to(INDEX) * stride_b * D + direction) * (4 * H),)  # type: ignore[assignment]
-        weights = load_weight_fragments(unit_blocks, 4 * H, SPLIT_K, BLOCK_K, CHUNKS, H, H * H)
+        weights = load_weight_fragments(unit_blocks, 4 * H, SPLIT_K, BLOCK_K, CHUNKS, FULL, H, H * H)
     elif RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]

@@ -48,6 +48,11 @@ class Problem(NamedTuple):
     def on_tensor_cores(self) -> bool:
         return uses_tensor_cores(self.dtype, self.precision)
 
+    @property
+    def only_in_band(self) -> bool:
+        """Whether one launch of all steps needs W_hh in registers: for CUDA cores, or in two parts, of TF32 each."""
+        return self.dtype == torch.float32 and self.precision != "tf32"
+
 
 @dataclass(frozen=True)
 class SequenceConfig(LaunchConfig):
@@ -89,10 +94,15 @@ def exchanged_row(H: int, dtype: torch.dtype) -> int:
 def shared_memory(problem: Problem, config: SequenceConfig) -> int:
     """Bytes of a program: W_hh, and in one place the chunks in flight or the sums on their way between threads."""
     chunk, columns = config.split_k * config.block_k * problem.dtype.itemsize, problem.columns * config.block_h
-    state, sums = config.in_flight * config.block_b * chunk, 4 * config.split_k * config.block_b * columns
+    state, sums = config.in_flight * config.block_b * chunk, 4 * parts(problem, config) * config.block_b * columns
     if config.in_band:
         return sums
     return config.chunks(problem.inner) * chunk * columns + max(state, sums)
+
+
+def parts(problem: Problem, config: SequenceConfig) -> int:
+    """Of which each sum is made up: one of each warp that has a part of the inner dimension, or on CUDA cores four."""
+    return config.split_k * (1 if problem.on_tensor_cores else 4)
 
 
 def is_wide(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
@@ -113,9 +123,13 @@ def registers(problem: Problem, config: SequenceConfig, device: DeviceFigures) -
     of this step and the next, and for mma.sync a chunk of W_hh, or all of it."""
     itemsize, columns = problem.dtype.itemsize, problem.columns * config.block_h
     depth, tile = config.split_k * config.block_k, config.block_b * config.block_h
-    state, sums = config.in_flight * config.block_b * depth * itemsize / 4, config.split_k * config.block_b * columns
+    state, sums = (
+        config.in_flight * config.block_b * depth * itemsize / 4,
+        parts(problem, config) * config.block_b * columns,
+    )
     weights = 0 if is_wide(problem, config, device) else depth * columns * itemsize / 4
     weights *= config.chunks(problem.inner) if config.in_band else 1
+    weights *= (2 if problem.precision == "tf32x3" else 1) if problem.on_tensor_cores else 8
     return (state + sums + (2 * itemsize + 1) * tile + weights) / (32 * config.num_warps)
 
 
@@ -137,7 +151,11 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
     share = max(device.sms / launched, 1)  # of the SMs, for each program
     wide = is_wide(problem, config, device)
     rate, latency = (device.wide_rate, device.wide_latency) if wide else (device.mma_rate, device.mma_latency)
+    if not problem.on_tensor_cores:
+        rate, latency = 2 * device.fma_rate, device.fma_latency  # rates are of two bytes
     products, chain = config.block_b * columns * row_bytes / 2 / rate, row_bytes / config.split_k / 32 * latency
+    if problem.precision == "tf32x3":
+        products, chain = 3 * products, 3 * chain
     chain += chunks * device.wide_end if wide else 0
     state = config.block_b * row_bytes / min(device.l2_share * share, device.l2_most)
     # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's, and
@@ -148,6 +166,6 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
     latencies = (exchange if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
     readers = 0 if config.in_band else readers_of_weights(problem, config, device)
     weights = readers * columns * row_bytes / device.shared_bytes
-    sums = 8 * config.split_k * config.block_b * columns / device.shared_bytes
+    sums = 8 * parts(problem, config) * config.block_b * columns / device.shared_bytes
     step = latencies + state + max(weights, products, chain) + sums + gates
     return step * cdiv(launched, device.sms)  # programs that are alone with their rows may queue

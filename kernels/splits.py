@@ -7,7 +7,7 @@ all warps then meet. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension, a par
 import triton
 import triton.language as tl
 
-from .exchange import load_fragments
+from .fragments import joined, load_fragments, on_cuda_cores
 
 
 @triton.constexpr_function
@@ -71,26 +71,47 @@ def product_of_arriving_rows(
     ACC: tl.constexpr,
 ):
     """`product_of_rows` of rows that other programs store meanwhile, as `load_fragments` takes them; weights in registers."""
+    FULL: tl.constexpr = on_cuda_cores(rows[0].dtype.element_ty, PRECISION)
     CHUNKS: tl.constexpr = len(weights)
-    SPLIT_K: tl.constexpr = weights[0].shape[0]
-    BLOCK_K: tl.constexpr = weights[0].shape[2]
+    SPLIT_K: tl.constexpr = rows[0].shape[0]
     BLOCK_B: tl.constexpr = 8 * len(rows)
-    COLUMNS: tl.constexpr = weights[0].shape[1]
-    parts = tl.zeros((SPLIT_K, COLUMNS, BLOCK_B), ACC)
+    COLUMNS: tl.constexpr = len(weights[0]) // 4 if FULL else weights[0].shape[1]
+    parts = () if FULL else tl.zeros((SPLIT_K, COLUMNS, BLOCK_B), ACC)
     for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
         state = load_fragments(
             rows,
             waits,
             first,
             stall_ptr,
-            weights[0].dtype,
             N,
-            BLOCK_K,
             IN_FLIGHT if first + IN_FLIGHT <= CHUNKS else CHUNKS - first,
+            FULL,
         )
         for k in tl.static_range(len(state)):
-            parts = tl.dot(weights[first + k], state[k], parts, input_precision=PRECISION, out_dtype=ACC)
-    return tl.trans(sum_of_splits(parts, SPLIT_K, COLUMNS, BLOCK_B))
+            if FULL:
+                parts = _full_products(parts, weights[first + k], state[k])
+            else:
+                parts = tl.dot(weights[first + k], state[k], parts, input_precision=PRECISION, out_dtype=ACC)
+    if FULL:
+        # A thread has its own part of a sum, too: four of them in each warp.
+        parts = tl.reshape(joined(parts), (SPLIT_K, 8, 4, COLUMNS, BLOCK_B // 8))
+        parts = tl.reshape(tl.permute(parts, (0, 2, 3, 4, 1)), (4 * SPLIT_K, COLUMNS, BLOCK_B))
+    return tl.trans(sum_of_splits(parts, parts.shape[0], COLUMNS, BLOCK_B))  # type: ignore[union-attr]
+
+
+@triton.jit
+def _full_products(parts, weights, state):
+    """parts, () for zeros: for each column and each eight rows a tensor; plus the products of the elements of a chunk."""
+    for k in tl.static_range(4):
+        sums = ()
+        for column in tl.static_range(len(weights) // 4):
+            for row in tl.static_range(len(state) // 4):
+                w, s = weights[4 * column + k], state[4 * row + k]
+                sums = sums + (  # type: ignore[assignment]
+                    w * s if len(parts) == 0 else tl.fma(w, s, parts[column * (len(state) // 4) + row]),
+                )
+        parts = sums
+    return parts
 
 
 @triton.jit

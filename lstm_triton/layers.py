@@ -251,7 +251,7 @@ def plans(
             )
         raise RuntimeError(
             f"backend='triton-persistent' cannot serve: for H = {H}, B = {B}, {D} direction(s) in {x.dtype} the programs of one"
-            f" launch do not all fit on this device, with W_hh in its shared memory and the rest in its registers, in the {way}"
+            f" launch do not all fit on this device, with W_hh in their shared memory or registers, in the {way}"
         )
     return configs
 

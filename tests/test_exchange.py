@@ -5,18 +5,21 @@ import math
 import pytest
 import torch
 from support import executor, layers, waiting
-from support.waiting import BACKWARD, BF16, FORWARD, FP16, SEGMENTS, TF32
+from support.waiting import BACKWARD, BF16, FORWARD, FP16, FP32, SEGMENTS, TF32, TF32X3
 
 from lstm_triton import functional
 from lstm_triton.kernels import layer_backward, search, stall
 
 pytestmark = [pytest.mark.compiled, *waiting.marks]
 
+AS_SEARCHED = {name: getattr(search, name) for name in ("_TILES", "_TILES_ON_CUDA_CORES")}
+
 
 @pytest.fixture(autouse=True)
 def in_band(monkeypatch):
-    """Small layers are shared by several programs, as large ones are: 16 units each, and 8 rows a group."""
+    """Small layers are shared by several programs, as large ones are: 16 units each, on CUDA cores 4, and 8 rows a group."""
     monkeypatch.setattr(search, "_TILES", [(8, 16, 4)])
+    monkeypatch.setattr(search, "_TILES_ON_CUDA_CORES", [(8, 4, 4)])
     monkeypatch.setattr(search, "_IN_BAND", (True,))
     monkeypatch.setattr(search, "remembered", {})
 
@@ -32,8 +35,10 @@ def _results(problem, recompute=False):
     [
         dict(T=3, B=10, I=3, H=36, D=2, **TF32),  # a last chunk that is cut off, a last program of four units
         dict(T=2, B=9, I=3, H=24, D=2, **FP16),
+        dict(T=3, B=10, I=3, H=36, D=2, **SEGMENTS, **FP32),
+        dict(T=3, B=10, I=3, H=36, **SEGMENTS, **TF32X3),
     ],
-    ids=["tf32", "two steps"],
+    ids=["tf32", "two steps", "fp32", "tf32x3"],
 )
 def test_programs_compute_what_the_reference_does(options, device, count_launches):
     problem = layers.draw(**options, device=device)
@@ -68,6 +73,19 @@ def test_the_state_is_loaded_in_rounds(monkeypatch, device):
     layers.assert_as_accurate_as_torch(results[0], problem)
 
 
+@pytest.mark.parametrize("kind", [FP32, TF32X3], ids=["fp32", "tf32x3"])
+def test_full_precision_with_the_tiles_of_the_search(kind, monkeypatch, device, count_launches):
+    for name, tiles in AS_SEARCHED.items():
+        monkeypatch.setattr(search, name, tiles)
+    problem = layers.draw(T=4, B=18, I=3, H=96, **kind, device=device)
+    results = _results(problem)
+    launches = count_launches()
+    assert launches[FORWARD] == launches[BACKWARD] == 1
+    layers.assert_as_accurate_as_torch(results, problem)
+    for name, once, again in zip(problem.names, results, _results(problem)):
+        assert torch.equal(once, again), name
+
+
 def test_a_single_step_waits_for_nothing(device):
     problem = layers.draw(T=1, B=3, I=3, H=32, D=2, **BF16, device=device)
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, "triton-persistent"), problem)
@@ -81,7 +99,7 @@ def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launch
     layers.assert_as_accurate_as_torch(results, problem)
 
 
-@pytest.mark.parametrize("kind", [BF16, TF32], ids=["bf16", "tf32"])
+@pytest.mark.parametrize("kind", [BF16, TF32, FP32], ids=["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("bits", ["all set", "NaN", "infinite"])
 def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, bits, device):
     """Bits all set are those of what is not there yet. They are NaN, and what follows from them is, in the same places."""

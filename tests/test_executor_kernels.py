@@ -11,6 +11,7 @@ from lstm_triton import functional
 from lstm_triton.kernels import interpreter
 
 BF16, TF32, FP64 = {"dtype": torch.bfloat16}, {"dtype": torch.float32, "precision": "tf32"}, {"dtype": torch.float64}
+FP32, TF32X3 = ({"dtype": torch.float32, "precision": precision} for precision in ("ieee", "tf32x3"))
 EVERY = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 pytestmark = [
@@ -67,6 +68,22 @@ def test_layers_whose_programs_wait_for_each_other(target, shape, options):
         results = layers.by_kernels(problem, "triton-persistent")
     forward, backward = _recurrences(device)
     assert forward.grid[0] >= 5 and backward.grid[0] >= 5
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
+@pytest.mark.parametrize(
+    "target, shape, options",
+    [
+        *((target, (3, 3, 5, 24, 2), {**FP32, **EVERY}) for target in ("sm_80", "sm_100", "sm_120")),
+        ("sm_80", (3, 3, 5, 80), TF32X3),
+    ],
+)
+def test_layers_in_full_precision(target, shape, options):
+    problem = layers.draw(*shape, **options)
+    with executor.executing(target, seed=2) as device:
+        results = layers.by_kernels(problem, "triton-persistent")
+    forward, backward = _recurrences(device)
+    assert forward.grid[0] >= 3 and backward.grid[0] >= 3
     layers.assert_as_accurate_as_torch(results, problem)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from lstm_triton.kernels import search
 from lstm_triton.kernels.config import cdiv
-from lstm_triton.kernels.exchange import ADJACENT_WORDS
 from lstm_triton.kernels.figures import figures
+from lstm_triton.kernels.fragments import ADJACENT_WORDS
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig, cost
 from lstm_triton.kernels.specialization import POINTERS, TRAINING
 

@@ -11,7 +11,7 @@ from lstm_triton.kernels import interpreter
 FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
 FP16 = {"dtype": torch.float16}
 BF16 = {"dtype": torch.bfloat16}
-TF32 = {"dtype": torch.float32, "precision": "tf32"}
+FP32, TF32, TF32X3 = ({"dtype": torch.float32, "precision": precision} for precision in ("ieee", "tf32", "tf32x3"))
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 marks = [
