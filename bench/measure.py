@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,27 +26,26 @@ from .rows import Error, Row, Timing
 class Context:
     """State that all tasks of a run share.
 
-    seconds: of sampling, for each provider. names: the providers asked for, None for each task's own choice. roofs: figures of
-    the suite of that name. stage: receives provider, execution and what is done next, so that what hangs can be named.
+    seconds: of sampling, for each provider. roofs: figures of the suite of that name. stage: receives provider, execution and
+    what is done next, so that what hangs can be named.
     """
 
     maker: RowMaker
     clock: timing.Clock
     seconds: float = 1.0
-    names: tuple[str, ...] | None = None
     roofs: Mapping[str, float] = field(default_factory=dict)
     stage: Callable[..., None] = lambda provider, execution, what: None
 
 
-def measure(task: Task, context: Context, emit: Callable[[Row], None], skip: Collection[Pair] = ()) -> None:
-    """Emit one row for every provider and execution of the task that is not in `skip`.
+def measure(task: Task, context: Context, emit: Callable[[Row], None], pairs: Sequence[Pair] | None = None) -> None:
+    """Emit one row for each of these pairs of provider and execution, by default for all of the task.
 
     Raises Fatal, after its row, when the device is lost.
     """
-    names = providers.names_of(task, context.maker.on.type, context.names)
-    if pairs := [(n, e) for n in names for e in task.executions if (n, e) not in skip]:
-        with problems.precision(task.case):
-            _Measurement(task, context, emit).run(pairs)
+    with problems.precision(task.case):
+        _Measurement(task, context, emit).run(
+            providers.pairs_of(task, context.maker.on.type) if pairs is None else pairs
+        )
 
 
 class _Measurement:
@@ -56,7 +55,7 @@ class _Measurement:
         self.task, self.context, self._emit = task, context, emit
         self.ready: dict[Pair, tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
 
-    def run(self, pairs: list[Pair]) -> None:
+    def run(self, pairs: Sequence[Pair]) -> None:
         judge = None
         if self.task.kind not in ("roof", "cold-start"):
             try:
@@ -85,7 +84,7 @@ class _Measurement:
         while self.ready:
             self._time()
 
-    def tell(self, pairs: list[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
+    def tell(self, pairs: Sequence[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
         for pair in pairs:
             self._emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
 

@@ -78,22 +78,20 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM | nn.GRU:
-    """A torch.nn.LSTM of the case's shape, or a GRU that takes its arguments, weights as torch draws them."""
+    """A torch.nn.LSTM or GRU of the case's shape, weights as torch draws them."""
     options: dict[str, Any] = dict(bidirectional=case.bidirectional, device=device, dtype=dtype)
     options |= {} if case.cell == "gru" else dict(proj_size=case.proj_size)
-    module: Any = with_pair(nn.GRU) if case.cell == "gru" else nn.LSTM
-    return module(case.input_size, case.hidden_size, case.layers, **options)
+    return getattr(nn, case.cell.upper())(case.input_size, case.hidden_size, case.layers, **options)
 
 
-def with_pair(gru: Any) -> Any:
-    """A class of GRUs that takes and returns (h, c), as an LSTM does; c goes through."""
+def paired(gru: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
+    """A GRU that takes and returns (h, c), as an LSTM does; c goes through."""
 
-    class Pair(gru):
-        def forward(self, x: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
-            y, h = super().forward(x, state[0], **options)
-            return y, (h, state[1])
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, h = gru(x, state[0])
+        return y, (h, state[1])
 
-    return Pair
+    return run
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ A provider is a function of the problem that makes a model, or raises Unavailabl
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ import lstm_triton
 from lstm_triton import reference
 
 from . import by_hand, peers, roofs
-from .cases import Case, Task, require
-from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm, with_pair
+from .cases import Case, Pair, Task, require
+from .problem import Model, Problem, Provider, Run, State, Unavailable, load, paired, torch_lstm
 
 MOST_CUDNN_STEPS = 65535
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
@@ -73,10 +73,11 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         kind: Any = functools.partial(lstm_triton.LSTM, proj_size=case.proj_size)
         if case.cell == "gru":  # whose cuDNN has no precision but torch's setting, which is that of the case
             require({"a GRU of the benchmark has torch's precisions": case.precision != "tf32x3"}, Unavailable)
-            kind, options["precision"] = with_pair(lstm_triton.GRU), None
+            kind, options["precision"] = lstm_triton.GRU, None
         options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
         run = _packed(module, problem) if case.rows == "packed" else _segmented(module, problem)
+        run = paired(module) if case.cell == "gru" else run
     segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -145,6 +146,7 @@ def torchs_lstm(problem: Problem) -> Model:
         return torch.cat(outputs), state
 
     run: Run = _packed(lstm, problem) if case.rows != "padded" else lstm if resets is None else loop
+    run = paired(lstm) if case.cell == "gru" else run
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
     remarks = {
         "torch does not flatten bfloat16 weights for cuDNN: each call copies them": copies,
@@ -197,7 +199,12 @@ def true(case: Case) -> Provider:
     return PROVIDERS[torchs(case) if is_torchs else REFERENCE]
 
 
-def names_of(task: Task, device_type: str, names: tuple[str, ...] | None) -> list[str]:
+def pairs_of(task: Task, device_type: str, names: Sequence[str] | None = None) -> list[Pair]:
+    """The providers of a task and how they are run, in order. names: see `names_of`."""
+    return [(name, execution) for name in names_of(task, device_type, names) for execution in task.executions]
+
+
+def names_of(task: Task, device_type: str, names: Sequence[str] | None) -> list[str]:
     """The providers of a task, in order: those asked for (`names`), by default those worth comparing. Which of them can serve,
     they say themselves. Roofs and the anchor know no choice.
     """

@@ -10,7 +10,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -61,10 +61,6 @@ class Options:
     command: str = ""
     anchors: bool = True
 
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        return None if self.provider is None else tuple(self.provider)
-
 
 class Worker(Process):
     """A process that measures. maker: makes rows as it does."""
@@ -75,12 +71,13 @@ class Worker(Process):
         self._silence_s = options.timeout
 
     def run(
-        self, task: Task, skip: Collection[Pair], roofs: Mapping[str, float], deadline: float
+        self, task: Task, pairs: Sequence[Pair], roofs: Mapping[str, float], deadline: float
     ) -> Iterator[Row | tuple[str, str, str]]:
-        """Measure one task: its rows, and before whatever may take the process along, whose turn it is: provider, execution,
-        and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the worker.
+        """Measure these of one task: their rows, and before whatever may take the process along, whose turn it is: provider,
+        execution, and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the
+        worker.
         """
-        self.send((task, skip, roofs))
+        self.send((task, pairs, roofs))
         while (event := self.receive(self._silence_s, deadline)) is not None:
             if isinstance(event, str):
                 self.end()
@@ -94,11 +91,11 @@ def serve(connection: Any, setup: tuple[Options, str]) -> None:
     connection.send(context.maker)
     while True:
         try:
-            task, skip, context.roofs = connection.recv()
+            task, pairs, context.roofs = connection.recv()
         except EOFError:
             return
         try:
-            measure.measure(task, context, connection.send, skip)
+            measure.measure(task, context, connection.send, pairs)
             connection.send(None)
         except Exception as error:
             traceback.print_exc()
@@ -115,8 +112,7 @@ def make_context(options: Options, run: str, stage: Callable[[str, str, str], No
     if options.threads:
         torch.set_num_threads(options.threads)
     clock = timing.Clock(device, options.flush_l2)
-    maker = RowMaker(device, options.command, run, clock.l2)
-    return measure.Context(maker, clock, options.seconds, options.names, {}, stage)
+    return measure.Context(RowMaker(device, options.command, run, clock.l2), clock, options.seconds, {}, stage)
 
 
 def anchor(device_type: str) -> Task:
@@ -177,7 +173,7 @@ class Runner:
         self.left += len(tasks)
         with contextlib.suppress(TimeoutError):  # at the deadline
             for task in tasks:
-                missing = {pair for pair in self._pairs(task) if (task.key, pair) not in self._done}
+                missing = [pair for pair in self._pairs(task) if (task.key, pair) not in self._done]
                 if (count := len(missing)) == 0:
                     self.before, self.left = self.before + 1, self.left - 1
                     self._progress.total -= 1
@@ -214,9 +210,8 @@ class Runner:
             self._measure(task, self._pairs(task))
             self._last_anchor = time.monotonic()
 
-    def _pairs(self, task: Task) -> set[Pair]:
-        names = providers.names_of(task, self._maker.device.type, self.options.names)
-        return {(name, execution) for name in names for execution in task.executions}
+    def _pairs(self, task: Task) -> list[Pair]:
+        return providers.pairs_of(task, self._maker.device.type, self.options.provider)
 
     def _started(self) -> Any:
         if self.worker is None:
@@ -227,35 +222,33 @@ class Runner:
                 raise RuntimeError(f"{where}: {death}") from death
         return self.worker
 
-    def _measure(self, task: Task, left: set[Pair]) -> None:
+    def _measure(self, task: Task, left: list[Pair]) -> None:
         """Append a row for each provider and execution of `left`. Raises TimeoutError when the budget ends first."""
-        written: list[Row] = []
-        everyone, what = self._pairs(task), task.case.describe()
-        figures = roofs.from_rows(self._rows, self._maker.device.name)
+        written, figures = list[Row](), roofs.from_rows(self._rows, self._maker.device.name)
 
         def emit(row: Row) -> None:
             rows.append(self.options.output / f"{row.suite}.jsonl", row)
             written.append(row)
             self._rows.append(row)
             self.appended += 1
-            left.discard(row.pair)
+            left.remove(row.pair)
 
         while left:
             doing, count = ("", "", "start"), len(written)
             try:
-                for event in self._started().run(task, everyone - left, figures, self._deadline):
+                for event in self._started().run(task, list(left), figures, self._deadline):
                     if isinstance(event, Row):
                         emit(event)
                     else:
                         doing = event
-                        self._progress.show(f"{what} · {doing[0]}: {doing[2]}")
+                        self._progress.show(f"{task.case.describe()} · {doing[0]}: {doing[2]}")
                 break
             except Died as death:
                 self.worker = None
-                guilty = {pair for pair in left if pair[0] == doing[0]}
+                guilty = [pair for pair in left if pair[0] == doing[0]]
                 if not guilty and not any(row.status == "failed" for row in written[count:]):
-                    guilty = set(left)  # nobody is named, and the worker has named no one itself
-                for pair in sorted(guilty):
+                    guilty = list(left)  # nobody is named, and the worker has named no one itself
+                for pair in guilty:
                     emit(self._maker.make(task, *pair, "failed", f"{death} (while: {doing[2]} of {doing[0]})"))
         if written and task.kind != "anchor":
             self._progress.say(rows.summary(written))

@@ -70,7 +70,7 @@ def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):
     case = Case("a", 8, 3, 6, dtype="float32", precision="ieee")
     rows = []
     task = Task("s", case, executions=("eager", "graph"))
-    measure.measure(task, context(names=("torch.nn.LSTM",)), rows.append)
+    measure.measure(task, context(), rows.append, [("torch.nn.LSTM", e) for e in task.executions])
     found = {row.execution: row for row in rows}
     assert found["eager"].status == "ok" and found["eager"].timing
     assert found["graph"].status == "failed" and "not permitted" in found["graph"].reason

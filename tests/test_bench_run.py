@@ -289,9 +289,9 @@ def test_default_folders(monkeypatch, tmp_path):
 
 
 def test_a_worker_tells_what_it_does(tmp_path):
-    given = Forked(options(tmp_path, provider=(OURS,)), "run")
+    given = Forked(options(tmp_path), "run")
     try:
-        told = list(given.run(small(4)[0], [], {}, float("inf")))
+        told = list(given.run(small(4)[0], [(OURS, "eager")], {}, float("inf")))
     finally:
         given.end()
     assert [row.provider for row in told if isinstance(row, rows.Row)] == [OURS] and given.maker.device.type == "cpu"

@@ -18,8 +18,8 @@ TINY = ["--device", "cpu", "--scale", "tiny", "--seconds", "0.001", "--threads",
 CPU = torch.device("cpu")
 
 
-def context(**options):
-    return measuring.Context(RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0, **options)
+def context():
+    return measuring.Context(RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0)
 
 
 class FakeClock:
@@ -36,9 +36,9 @@ class FakeClock:
         return 2.0, 3.0
 
 
-def run(task, **options):
+def run(task, names=None):
     found = []
-    measuring.measure(task, context(**options), found.append)
+    measuring.measure(task, context(), found.append, names and [(n, e) for n in names for e in task.executions])
     assert [rows.decode(row.encode().encode()) for row in found] == found
     return {row.provider: row for row in found}
 
@@ -62,11 +62,11 @@ class Here:
         self._context = running.make_context(given, run, lambda *stage: None)
         self.maker = self._context.maker
 
-    def run(self, task, skip, roofs, deadline):
+    def run(self, task, pairs, roofs, deadline):
         if time.monotonic() >= deadline:
             raise TimeoutError
         self._context.roofs, found = roofs, []
-        measuring.measure(task, self._context, found.append, skip)
+        measuring.measure(task, self._context, found.append, pairs)
         yield from found
 
     def end(self):
