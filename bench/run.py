@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from lstm_triton import timing
-from lstm_triton.process import Died, Fatal, Process
+from lstm_triton.process import Died, Process, answer
 
 from . import measure, providers, roofs, rows
 from .cases import Case, Pair, Task
@@ -63,44 +62,26 @@ class Options:
 
 
 class Worker(Process):
-    """A process that measures. maker: makes rows as it does."""
+    """A process that measures, asked with a task, what of it, and roofs. maker: makes rows as it does.
+
+    Its events are rows, and before whatever may take the process along, whose turn it is: provider, execution, what is done.
+    """
 
     def __init__(self, options: Options, run: str) -> None:
         super().__init__(f"{__name__}:serve", (options, run), {"TRITON_INTERPRET": None})
         self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
-        self._silence_s = options.timeout
-
-    def run(
-        self, task: Task, pairs: Sequence[Pair], roofs: Mapping[str, float], deadline: float
-    ) -> Iterator[Row | tuple[str, str, str]]:
-        """Measure these of one task: their rows, and before whatever may take the process along, whose turn it is: provider,
-        execution, and what is done. Raises TimeoutError when `deadline` (time.monotonic) came first, and Died; both end the
-        worker.
-        """
-        self.send((task, pairs, roofs))
-        while (event := self.receive(self._silence_s, deadline)) is not None:
-            if isinstance(event, str):
-                self.end()
-                raise Died(event)
-            yield event
 
 
 def serve(connection: Any, setup: tuple[Options, str]) -> None:
-    """The worker's side: answer requests until there are no more, or the device is lost."""
+    """The worker's side."""
     context = make_context(*setup, lambda *doing: connection.send(doing))
+
+    def respond(request: tuple[Task, Sequence[Pair], Mapping[str, float]]) -> None:
+        task, pairs, context.roofs = request
+        measure.measure(task, context, connection.send, pairs)
+
     connection.send(context.maker)
-    while True:
-        try:
-            task, pairs, context.roofs = connection.recv()
-        except EOFError:
-            return
-        try:
-            measure.measure(task, context, connection.send, pairs)
-            connection.send(None)
-        except Exception as error:
-            traceback.print_exc()
-            what = "the device was lost" if isinstance(error, Fatal) else "the benchmark itself failed"
-            return connection.send(f"{what}: {measure.brief(error)}")
+    answer(connection, respond)
 
 
 def make_context(options: Options, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
@@ -236,7 +217,7 @@ class Runner:
         while left:
             doing, count = ("", "", "start"), len(written)
             try:
-                for event in self._started().run(task, list(left), figures, self._deadline):
+                for event in self._started().ask((task, list(left), figures), self.options.timeout, self._deadline):
                     if isinstance(event, Row):
                         emit(event)
                     else:

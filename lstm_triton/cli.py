@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return demo(arguments[1:])
     if arguments[:1] == ["tune"]:
-        from lstm_triton.tuning import main as tune
+        from lstm_triton.tune_command import main as tune
 
         return tune(arguments[1:])
     options = _parser().parse_args(arguments)

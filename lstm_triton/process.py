@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,10 +68,38 @@ class Process:
             raise TimeoutError
         raise Died(f"no sign of life for {silence_s:.0f} s: ended")
 
+    def ask(self, request: Any, silence_s: float, deadline: float = float("inf")) -> Iterator[Any]:
+        """Send a request to a process that runs `answer`, and return its events. Raises what `receive` raises, and Died where
+        the process says that it cannot go on.
+        """
+        self.send(request)
+        while (event := self.receive(silence_s, deadline)) is not None:
+            if isinstance(event, Died):
+                self.end()
+                raise event
+            yield event
+
     def end(self) -> None:
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+
+def answer(connection: Any, respond: Callable[[Any], None]) -> None:
+    """In the new process: answer each request by the events that `respond` sends, until there are no more requests, or the
+    device is lost."""
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        try:
+            respond(request)
+            connection.send(None)
+        except Exception as error:
+            traceback.print_exc()
+            what = "the device was lost" if isinstance(error, Fatal) else "the measuring process itself failed"
+            return connection.send(Died(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"))
 
 
 def main(begin: float, function: str, handle: str) -> None:

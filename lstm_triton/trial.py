@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import lstm, tolerance
 from .kernels.device import matmul_precision
+from .process import answer
 from .shapes import Shape
 from .timing import Clock, Samples, interleaved
 
@@ -127,12 +128,12 @@ def _error(result: Tensor, truth: Tensor) -> tolerance.Errors:
     return tolerance.Errors.of(result.detach().double() - truth.detach(), truth.detach())
 
 
-def serve(connection: Any, request: dict[str, Any]) -> None:
-    """Measure what is requested; the answers are mappings."""
+def serve(connection: Any, _: None) -> None:
+    """Measure what is requested; the events are mappings."""
+    answer(connection, lambda request: _measure(request, lambda **event: connection.send(event)))
 
-    def tell(**answer: Any) -> None:
-        connection.send(answer)
 
+def _measure(request: dict[str, Any], tell: Callable[..., None]) -> None:
     device = torch.device(request["device"])
     work, clock = Work(request["shape"], request["steps"], device, request["cell"]), Clock(device)
     calls: dict[str, Callable[[], Any]] = {}
@@ -157,4 +158,3 @@ def serve(connection: Any, request: dict[str, Any]) -> None:
     if calls:
         seconds = request["seconds"] / len(calls)
         interleaved(calls, clock, seconds, lambda name: tell(doing=name), tell_times)
-    tell(done=True)

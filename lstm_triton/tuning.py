@@ -1,22 +1,18 @@
-"""`lstm-triton tune` and `tune`: find what runs a call of an `LSTM` or a `Recurrent` fastest on this device, and keep it.
+"""`tune`: find what runs a call of an `LSTM` or a `Recurrent` fastest on this device, and keep it.
 
 cuDNN, one launch per step and the kernels in a few configurations take turns in a process of their own (`trial`).
 """
 
-import argparse
-import functools
-import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from . import dispatch, hooks, lstm, measurements, shapes
-from .kernels.device import matmul_precision
 from .measurements import Row
 from .process import Died, Process
 from .shapes import Shape
@@ -24,8 +20,8 @@ from .trial import WAYS, Contender
 
 _CANDIDATES = 5  # of each way, besides that of the model
 SERVE = "lstm_triton.trial:serve"  # what the measuring process runs
+_ENVIRONMENT = {"LSTM_TRITON_TUNE": None, "LSTM_TRITON_TUNED": os.path.join(os.devnull, "none")}  # of that process
 _SILENCE_S = 180.0  # after which the measuring process is given up; the first compilations take a minute
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def tune(
@@ -170,105 +166,29 @@ class Trial:
     def measure(self, request: dict, left: dict[str, Contender], deadline: float, say: Callable[[str], None]) -> None:
         """Let processes measure the contenders `left` until all are measured, or out, or the deadline is past."""
         while left and time.monotonic() < deadline:
-            doing, seconds = None, (deadline - time.monotonic()) / 2
-            for answer in _answers(request | dict(contenders=left, seconds=seconds), deadline):
-                self.times |= answer.get("times", {})
-                if "done" in answer:
-                    return
-                if "configs" in answer:
-                    self.configs[answer["name"]] = answer["configs"]
-                    say(f"{answer['name']}: right")
-                elif "fault" in answer:
-                    self._out(left, answer["name"], answer["fault"], say)
-                doing = answer.get("doing", doing)
-            if time.monotonic() >= deadline:
+            doing, child = None, Process(SERVE, None, _ENVIRONMENT)
+            limited = request | dict(contenders=left, seconds=(deadline - time.monotonic()) / 2)
+            try:
+                for event in child.ask(limited, _SILENCE_S, deadline):
+                    doing = event.get("doing", doing)
+                    self.times |= event.get("times", {})
+                    if "configs" in event:
+                        self.configs[event["name"]] = event["configs"]
+                        say(f"{event['name']}: right")
+                    elif "fault" in event:
+                        self._out(left, event["name"], event["fault"], say)
                 return
-            if doing is None:
-                raise RuntimeError("the process that measures did not start; its error is above")
-            self._out(left, doing, "it crashed or hung", say)
+            except TimeoutError:
+                return
+            except Died:
+                if doing is None:
+                    raise RuntimeError("the process that measures did not start; its error is above") from None
+                self._out(left, doing, "it crashed or hung", say)
+            finally:
+                child.end()
 
     def _out(self, left: dict[str, Contender], name: str, why: str, say: Callable[[str], None]) -> None:
         self.faults[name] = why
         self.times.pop(name, None)
         left.pop(name)
         say(f"{name}: {why}")
-
-
-def _answers(request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
-    """The answers of a new process, until it ends, falls silent or the deadline is past."""
-    nowhere = os.path.join(os.devnull, "none")
-    child = Process(SERVE, request, {"LSTM_TRITON_TUNE": None, "LSTM_TRITON_TUNED": nowhere})
-    try:
-        while True:
-            yield child.receive(_SILENCE_S, deadline)
-    except (Died, TimeoutError):
-        pass
-    finally:
-        child.end()
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`lstm-triton tune`."""
-    parser = argparse.ArgumentParser("lstm-triton tune", description=__doc__.partition("\n")[0])
-    add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
-    add("--layer", action="append", metavar="IxH", type=_sizes, help="sizes of input and state, such as 256x512")
-    add("--batch", type=int, default=16)
-    add("--steps", type=int, default=128)
-    add("--dtype", choices=(*_DTYPES, *_DTYPES.values()), default="fp32")
-    add("--precision", choices=dispatch.PRECISIONS[1:], help="of float32 products; default: as torch is set")
-    add("--layers", type=int, default=1)
-    add(
-        "--cell",
-        metavar="NAME",
-        type=_named_cell,
-        help="of the catalogue, such as gru, or MODULE:NAME; default: the LSTM",
-    )
-    flag("--bidirectional")
-    flag("--train", help="measure forward and backward")
-    flag("--resets", help="of a call with resets")
-    flag("--lengths", help="of a call with lengths")
-    add("--budget", type=lambda text: float(text.removesuffix("s")), default=60.0, help="seconds for each layer")
-    flag("--dry-run", help="list what would be measured")
-    flag("--forget", help="remove all measurements of this user")
-    options = parser.parse_args(arguments)
-    if options.forget:
-        measurements.change(lambda rows: [])
-        return 0
-    if not torch.cuda.is_available():
-        print("lstm-triton tune: there is no NVIDIA GPU, or torch has no CUDA", file=sys.stderr)
-        return 1
-    if not options.layer:
-        parser.error("--layer is missing")
-    device = torch.device("cuda", torch.cuda.current_device())
-    dtype, directions = _DTYPES.get(options.dtype, options.dtype), 2 if options.bidirectional else 1
-    features = ",".join(name for name in ("resets", "lengths") if vars(options)[name])
-    precision = matmul_precision(getattr(torch, dtype), options.precision, recurrent=True)
-    for I, H in options.layer:
-        shape = Shape(I, H, options.layers, directions, 0, options.batch, features, dtype, precision, options.train)
-        shape = shape if options.cell is None else shape._replace(cell=options.cell.key)
-        if options.dry_run:
-            names = dict.fromkeys(name for way in WAYS[: 1 + shape.train] for name in contenders(shape, device, way))
-            print(f"{shape}, T = {options.steps}:", *names, sep="\n  ")
-        else:
-            print(tune_shape(shape, options.steps, device, options.budget))
-    return 0
-
-
-def _named_cell(text: str) -> Any:
-    """The `cells.Cell` of the catalogue, or of an importable module; the working folder is searched too."""
-    from .cells import Cell, catalogue
-
-    module, _, name = text.rpartition(":")
-    sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module) if module else catalogue, name)
-    except (ImportError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not isinstance(found, Cell):
-        raise argparse.ArgumentTypeError(f"{text} is no cell, as lstm_triton.cell declares them")
-    return found
-
-
-def _sizes(text: str) -> tuple[int, int]:
-    I, _, H = text.partition("x")
-    return int(I), int(H)

@@ -115,8 +115,8 @@ def test_an_interrupted_task_of_first_calls_continues(tmp_path, monkeypatch):
         return [row.provider for row in rows_of(tmp_path)[before:]]
 
     class Interrupted(Here):
-        def run(self, *arguments):
-            yield next(super().run(*arguments))
+        def ask(self, *arguments):
+            yield next(super().ask(*arguments))
             raise TimeoutError
 
     measure(tmp_path, [task], Interrupted, provider=None)
@@ -141,7 +141,7 @@ class Steady(Here):
 
     begun = []
 
-    def run(self, *arguments):
+    def ask(self, *arguments):
         self.begun.append(time.monotonic())
         time.sleep(0.3)
         return iter(())
@@ -291,7 +291,7 @@ def test_default_folders(monkeypatch, tmp_path):
 def test_a_worker_tells_what_it_does(tmp_path):
     given = Forked(options(tmp_path), "run")
     try:
-        told = list(given.run(small(4)[0], [(OURS, "eager")], {}, float("inf")))
+        told = list(given.ask((small(4)[0], [(OURS, "eager")], {}), 60.0))
     finally:
         given.end()
     assert [row.provider for row in told if isinstance(row, rows.Row)] == [OURS] and given.maker.device.type == "cpu"

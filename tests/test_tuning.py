@@ -117,12 +117,12 @@ def test_nothing_measured_is_an_error(made_up, monkeypatch, file):
 
 
 def test_an_interrupt_keeps_what_is_measured(made_up, monkeypatch, file):
-    def answers(request, deadline):
+    def ask(self, *arguments):
         yield dict(doing="cudnn")
         yield dict(times={"cudnn": 80.0, "triton": 50.0})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning, "_answers", answers)
+    monkeypatch.setattr(ForkedProcess, "ask", ask)
     assert ": triton, 50.0 us, 1.60 times" in tune(_module(), X, quiet=True)[0] and file.exists()
 
 

@@ -62,10 +62,10 @@ class Here:
         self._context = running.make_context(given, run, lambda *stage: None)
         self.maker = self._context.maker
 
-    def run(self, task, pairs, roofs, deadline):
+    def ask(self, request, silence_s, deadline):
         if time.monotonic() >= deadline:
             raise TimeoutError
-        self._context.roofs, found = roofs, []
+        (task, pairs, self._context.roofs), found = request, []
         measuring.measure(task, self._context, found.append, pairs)
         yield from found
 
@@ -76,11 +76,9 @@ class Here:
 class Forked(ForkedProcess):
     """A worker in a fork of this process, which costs nothing to start."""
 
-    run = running.Worker.run
-
     def __init__(self, given, run):
         super().__init__(f"{running.__name__}:serve", (given, run), {"TRITON_INTERPRET": None})
-        self.maker, self._silence_s = self.receive(60.0), given.timeout
+        self.maker = self.receive(60.0)
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
