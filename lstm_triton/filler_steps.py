@@ -6,10 +6,13 @@ one more feature for each kind, which is 1 in such steps and 0 elsewhere. A laye
 kernel, with as many steps as the longest row and its fillers; where cell states are wanted, which that kernel does not return,
 one product for the inputs of all steps and a loop. These gates being exactly 0 or 1, the fillers change neither
 results nor gradients: but 0 * inf is NaN.
+
+Where no row starts anew but at one and the same step, a call before it and one after it do without fillers.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from torch import Tensor
 from . import reference, torch_ops
 from .kernels.inputs import Direction, Segments
 from .modes import has_values
+
+# More calls of torch's kernel take longer than one with clearing steps: measured with T = 64, B = 16, H = 32 to 256.
+_MOST_PIECES = 2
 
 
 def can_serve(x: Tensor, segments: Segments) -> bool:
@@ -27,19 +33,59 @@ def can_serve(x: Tensor, segments: Segments) -> bool:
 
 def lstm_layer(
     x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], segments: Segments, return_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """As `reference.lstm_layer`, or None where a segment that is not finite would make the next one of its row NaN."""
+    cuts = _few_cuts(segments, len(x))
+
+    def run(d: int, direction: Direction):
+        if cuts is None:
+            return _with_fillers(x, (h0[d], c0[d]), direction, segments, d, return_cells)
+        return _in_pieces(x, (h0[d], c0[d]), direction, segments.resets, cuts, d, return_cells)
+
+    ys, h_n, c_n, cs = zip(*(run(d, direction) for d, direction in enumerate(directions)))
+    y = _joined(ys, dim=2)
+    # Between segments zero times what is not finite would not be zero; a sum shows it sooner than each element.
+    if cuts is None and segments.resets is not None and not bool(y.detach().sum().isfinite()):
+        return None
+    return y, torch.stack(h_n), torch.stack(c_n), _joined(cs, dim=2)
+
+
+def _joined(tensors: Sequence[Any], dim: int) -> Any:
+    return torch.cat(list(tensors), dim) if len(tensors) > 1 and tensors[0] is not None else tensors[0]
+
+
+def _few_cuts(segments: Segments, T: int) -> list[int] | None:
+    """The steps at which pieces that need no fillers begin and end, or None where fillers take less time."""
+    resets, _, _, lengths = segments
+    if lengths is not None:
+        return None
+    starts = [] if resets is None else [t for t, any_row in enumerate(resets.any(1).tolist()) if any_row and t]
+    return [0, *starts, T] if len(starts) < _MOST_PIECES else None
+
+
+def _in_pieces(  # noqa: PLR0913
+    x: Tensor,
+    states: Sequence[Tensor],
+    direction: Direction,
+    resets: Tensor | None,
+    cuts: list[int],
+    d: int,
+    return_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `reference.lstm_layer`, but a segment that is not finite makes the next one of its row NaN."""
-    ys, h_n, c_n, cs = zip(
-        *(
-            _one_direction(x, (h0[d], c0[d]), direction, _steps(x, segments, d), return_cells)
-            for d, direction in enumerate(directions)
-        )
-    )
-
-    def together(outputs):
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-
-    return together(ys), torch.stack(h_n), torch.stack(c_n), together(cs) if return_cells else None
+    """As `_with_fillers`, with a call for the steps from each cut to the next."""
+    T, ys, cs = len(x), [], []
+    if d == 1:  # runs forward over reversed steps
+        x, cuts = x.flip(0), [T - t for t in reversed(cuts)]
+    for start, stop in itertools.pairwise(cuts):
+        t = T - start if d else start  # where the segment is marked that is entered
+        if resets is not None and t < T:
+            states = [torch.where(resets[t, :, None], 0.0, s) for s in states]
+        y, *states, c = _run(x[start:stop], states, direction, return_cells)
+        ys.append(y)
+        cs.append(c)
+    y, c = _joined(ys, dim=0), _joined(cs, dim=0)
+    h_n, c_n = states
+    return (y.flip(0), h_n, c_n, None if c is None else c.flip(0)) if d else (y, h_n, c_n, c)
 
 
 class _Steps(NamedTuple):
@@ -66,13 +112,13 @@ def _steps(x: Tensor, segments: Segments, d: int) -> _Steps:
     return _Steps(places, ends, past, resets is not None or d == 1)
 
 
-def _one_direction(
-    x: Tensor, states: tuple[Tensor, Tensor], direction: Direction, steps: _Steps, return_cells: bool
+def _with_fillers(
+    x: Tensor, states: Sequence[Tensor], direction: Direction, segments: Segments, d: int, return_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y [T, B, R], h_n [B, R], c_n [B, H] and, where wanted, c [T, B, H]."""
-    (T, B, _), (h0, c0) = x.shape, states
+    """One direction: y [T, B, R], h_n [B, R], c_n [B, H] and, where wanted, c [T, B, H]."""
+    (T, B, _), (h0, c0), steps = x.shape, states, _steps(x, segments, d)
     longer = _spread(x, steps) if steps.moved else _held(x, steps)
-    direction = direction._replace(w_ih=_with_fillers(direction.w_ih))
+    y, _, c_n, c = _run(longer, states, direction._replace(w_ih=_with_columns(direction.w_ih)), return_cells)
     b = torch.arange(B, device=x.device)
 
     def in_place(y: Tensor) -> Tensor:
@@ -81,16 +127,25 @@ def _one_direction(
             y = y.flatten(0, 1).index_select(0, at).view(T, B, -1)
         return y if steps.past is None else torch.where(steps.past[..., None], 0.0, y)
 
-    if return_cells:
-        y, c = _loop(longer, h0, c0, direction)
-        c_n = torch.where((steps.ends < 0)[:, None], c0, c[steps.ends.clamp(min=0), b])
-    else:
-        options = torch_ops.Options(direction.b_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
-        weights = [w for w in direction if w is not None]
-        y, _, c_n = torch_ops.lstm(longer, (h0[None], c0[None]), weights, options)
-        c, c_n = None, c_n[0]
-    h_n = torch.where((steps.ends < 0)[:, None], h0, y[steps.ends.clamp(min=0), b])
+    empty, ends = (steps.ends < 0)[:, None], steps.ends.clamp(min=0)
+    h_n = torch.where(empty, h0, y[ends, b])
+    if c is not None:
+        c_n = torch.where(empty, c0, c[ends, b])
     return in_place(y), h_n, c_n, None if c is None else in_place(c)
+
+
+def _run(
+    x: Tensor, states: Sequence[Tensor], direction: Direction, return_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, h and c after the last step and, where wanted, c of every step: torch's kernel, or a loop."""
+    h0, c0 = states
+    if return_cells:
+        y, c = _loop(x, h0, c0, direction)
+        return y, y[-1], c[-1], c
+    options = torch_ops.Options(direction.b_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+    weights = [w for w in direction if w is not None]
+    y, h_n, c_n = torch_ops.lstm(x, (h0[None], c0[None]), weights, options)
+    return y, h_n[0], c_n[0], None
 
 
 def _loop(x: Tensor, h: Tensor, c: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
@@ -127,7 +182,7 @@ def _spread(x: Tensor, steps: _Steps) -> Tensor:
     return fillers.index_copy_(0, places, torch.nn.functional.pad(rows, (0, 2))).view(n, B, I + 2)
 
 
-def _with_fillers(w_ih: Tensor) -> Tensor:
+def _with_columns(w_ih: Tensor) -> Tensor:
     """w_ih [4H, I] with the columns of holding and of clearing steps, [4H, I + 2]."""
     far = torch.finfo(w_ih.dtype).max / 4
     columns = w_ih.new_tensor([(-far, -far), (far, -far), (0, 0), (0, 0)])  # of i, f, g, o

@@ -130,9 +130,9 @@ def run(
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
     if chosen == "torch" and options.cell == "lstm" and B and H:
         if filler_steps.can_serve(x, segments):
-            y, *states = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
-            # Between segments zero times what is not finite would not be zero; a sum shows it sooner than each element.
-            if segments.resets is None or bool(y.detach().sum().isfinite()):
+            found = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
+            if found is not None:
+                y, *states = found
                 return _dropped(y, options.dropout), *states
     if chosen in ("reference", "torch") or B == 0 or H == 0:
         return _by_reference(x, hx, directions, segments, options, draws)

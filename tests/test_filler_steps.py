@@ -43,7 +43,9 @@ def test_accuracy(row):
 
 
 @pytest.mark.parametrize(
-    "features", [{"resets"}, {"lengths"}, {"resets", "lengths"}, {"return_cell_states"}], ids=sorted
+    "features",
+    [{"resets"}, {"lengths"}, {"resets", "lengths"}, {"return_cell_states"}, {"resets", "return_cell_states"}],
+    ids=sorted,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchs_kernels_serve(features, dtype, no_reference):
@@ -60,6 +62,9 @@ def test_torchs_kernels_serve(features, dtype, no_reference):
     calls = [arguments]
     if "lengths" in features:
         calls.append(arguments | {"lengths": torch.tensor([0, 0, 0])})
+    if "resets" in features:  # at one step alone, and at none
+        one = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
+        calls += [arguments | {"resets": one}, arguments | {"resets": torch.zeros_like(one)}]
     found = [flat(ours(x, hx, **call)) for call in calls]
     no_reference()
     for results, call in zip(found, calls):
@@ -70,14 +75,15 @@ def test_torchs_kernels_serve(features, dtype, no_reference):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", ["x", "h0", "c0"])
-def test_what_is_not_finite_stays_in_its_segment(place, value):
+@pytest.mark.parametrize("starts", [[2], [2, 4]])
+def test_what_is_not_finite_stays_in_its_segment(starts, place, value):
     theirs, ours = pair(3, 5, backend="auto", device="cpu")
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     tensors = {"x": x, **dict(zip(("h0", "c0"), states(ours, 2)))}
     spoilt = {name: t.clone() for name, t in tensors.items()}
     spoilt[place].select(-2, 0)[0] = value  # of row 0 the first step, or the state before it
     resets = torch.zeros(6, 2, dtype=torch.bool)
-    resets[2, 0] = True
+    resets[starts, 0] = True
     clean, found = (flat(ours(t["x"], (t["h0"], t["c0"]), resets=resets)) for t in (tensors, spoilt))
     assert_close([found[0][2:], found[0][:, 1], found[1][:, :], found[2]], [clean[0][2:], clean[0][:, 1], *clean[1:]])
     expected, _ = theirs(spoilt["x"][:2], (spoilt["h0"], spoilt["c0"]))
