@@ -19,8 +19,8 @@ from torch import Tensor
 from . import reference
 from .kernels.device import matmul_precision, torch_products
 from .kernels.inputs import Records
-from .library import define, schema
-from .modes import is_jit_tracing, sees_operators, takes_reference
+from .library import define, present, results, schema
+from .modes import any_requires_grad, is_jit_tracing, sees_operators, takes_reference
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Operator:
             with self.reference_precision(inputs[0].dtype, options.precision):
                 found = self.reference(inputs, options)
                 return *found, *(None,) * (len(self.records.outputs._fields) - len(found))
-        recorded = torch.is_grad_enabled() and _any_requires_grad(inputs)
+        recorded = torch.is_grad_enabled() and any_requires_grad(inputs)
         if not sees:
             if recorded:
                 return self._first.apply(self, self.launch, options, *inputs)
@@ -101,7 +101,7 @@ class Operator:
     def _through_dispatcher(self, inputs: Any, options: Any, save: bool) -> Sequence[Any]:
         outputs = self.operator(*inputs, *options, save)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        return outputs if torch.compiler.is_compiling() else _present(outputs)
+        return outputs if torch.compiler.is_compiling() else present(outputs)
 
     def reference_precision(self, dtype: torch.dtype, precision: str | None) -> contextlib.AbstractContextManager:
         """Inside, torch's own products, those of the reference, are in the dtype and precision of the kernels'."""
@@ -197,11 +197,11 @@ class Operator:
         n = self._n_inputs
         *options, save = arguments[n:]
         inputs = self.records.inputs(*arguments[:n])
-        return _results((launch or self.launch)(inputs, self.records.options(*options), save), inputs[0])
+        return results((launch or self.launch)(inputs, self.records.options(*options), save), inputs[0])
 
     def _setup(self, ctx, inputs, output):
         *options, save = inputs[self._n_inputs :]
-        self.save_first(ctx, self.records.options(*options), save, inputs[: self._n_inputs], _present(output))
+        self.save_first(ctx, self.records.options(*options), save, inputs[: self._n_inputs], present(output))
 
     def _operator_backward(self, ctx, *grads):
         found = self.first_derivative(ctx, grads, ctx.needs_input_grad[: self._n_inputs])
@@ -209,7 +209,7 @@ class Operator:
 
     def _run_backward(self, *arguments):
         tensors, needs, options = self._backward_arguments(arguments)
-        return _results(self.input_gradients(tensors, needs, options, watched=False), tensors[self._n_gradients])
+        return results(self.input_gradients(tensors, needs, options, watched=False), tensors[self._n_gradients])
 
     def _run_backward_fake(self, *arguments):
         tensors, needs, _ = self._backward_arguments(arguments)
@@ -232,28 +232,9 @@ def _imported(launcher: Callable | str) -> Callable:
     return pkgutil.resolve_name(f"{__package__}.kernels.{launcher}") if isinstance(launcher, str) else launcher
 
 
-def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            return True
-    return False
-
-
 def _version(t: Tensor) -> int | None:
     """The number of in-place updates of t so far; an inference tensor does not count them."""
     return None if t.is_inference() else t._version
-
-
-def _results(outputs: Sequence[Tensor | None], like: Tensor) -> Any:
-    """As an operator returns them: no None, and a single one as it is."""
-    outputs = tuple(like.new_empty(0) if t is None else t for t in outputs)
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-def _present(outputs: Any) -> tuple[Tensor | None, ...]:
-    """The inverse; nothing but None is returned in this shape."""
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return tuple(None if t is None or t.shape == (0,) else t for t in outputs)
 
 
 class _First(torch.autograd.Function):

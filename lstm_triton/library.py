@@ -1,6 +1,7 @@
 """The operators lstm_triton::... of torch.library: their schemas, and what they do on which device."""
 
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,3 +41,15 @@ def implements(name: str):
         return function
 
     return register
+
+
+def results(outputs: Sequence[Tensor | None], like: Tensor) -> Any:
+    """As an operator returns them: no None, and a single one as it is."""
+    outputs = tuple(like.new_empty(0) if t is None else t for t in outputs)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def present(outputs: Any) -> tuple[Tensor | None, ...]:
+    """The inverse; nothing but None is returned in this shape."""
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return tuple(None if t is None or t.shape == (0,) else t for t in outputs)

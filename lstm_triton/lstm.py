@@ -81,7 +81,7 @@ def _time_major(module, input, hx, resets):
     """Input, states and resets, checked as torch does; for batch_first views, whose strides the kernels follow."""
     if hx is None:
         module.check_input(input, None)
-        hx = _zero_state(module, input, input.shape[0 if module.batch_first else 1])
+        hx = shapes.zero_state(module, input, input.shape[0 if module.batch_first else 1])
     else:
         _check_ranks(hx, 3, "batched")
         module.check_forward_args(input, hx, None)
@@ -118,7 +118,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
         raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
     # torch.jit.trace records these two, so that the trace holds for any number of steps and rows.
     T, B = batch_sizes.shape[0], batch_sizes[0] if is_jit_tracing() else int(batch_sizes[0])
-    hx = _zero_state(module, data, B) if hx is None else module.permute_hidden(hx, sorted_indices)
+    hx = shapes.zero_state(module, data, B) if hx is None else module.permute_hidden(hx, sorted_indices)
     layers.check_pair(hx)
     weight = module._flat_weights[0]
     if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
@@ -135,7 +135,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
             data, hx, _, weights = layers.autocast(data, hx, None, weights)
         # On a CPU torch's autocast has no rule for packed input. On a GPU it would make float16 of bfloat16.
         with casting.without_autocast("cuda"):
-            y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, _torch_options(module))
+            y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, torch_ops.options_of(module))
     else:
         if module.batch_first and isinstance(resets, Tensor) and resets.dim() == 2:
             resets = resets.transpose(0, 1)
@@ -147,8 +147,8 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
                 s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
             )
         # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
-        lengths = segments.sent((batch_sizes[None, :] > _range(B)[:, None]).sum(1), data.device)
-        at = segments.sent(_packed_rows(batch_sizes, B), data.device)
+        lengths = segments.sent((batch_sizes[None, :] > segments.range_of(B)[:, None]).sum(1), data.device)
+        at = segments.sent(segments.packed_rows(batch_sizes, B), data.device)
         x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
         y, hidden, *cells = _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen)
         y, *cells = (t.flatten(0, 1).index_select(0, at) for t in (y, *cells))
@@ -157,29 +157,6 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     packed_y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     hidden = module.permute_hidden(tuple(hidden), unsorted_indices)
     return (packed_y, hidden, packed_cells) if return_cell_states else (packed_y, hidden)
-
-
-def _zero_state(module, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    rows = module.num_layers * (2 if module.bidirectional else 1)
-    h_size, c_size = _state_sizes(module)
-    c = input.new_zeros(rows, batch, c_size)
-    return (c if h_size == c_size else input.new_zeros(rows, batch, h_size)), c
-
-
-def _state_sizes(module) -> tuple[int, int]:
-    """Of h, and of c: for a cell with several states those of a unit together."""
-    cell = cell_of(module)
-    return module.proj_size or module.hidden_size, module.hidden_size * (len(cell.states) or 1 if cell else 1)
-
-
-def _torch_options(module) -> torch_ops.Options:
-    """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise.
-
-    A trace is of the module's mode, as torch's is: it must not depend on whether gradients are enabled.
-    """
-    train = module.training or (torch.is_grad_enabled() and not is_jit_tracing())
-    dropout = module.dropout if module.training else 0.0
-    return torch_ops.Options(module.bias, module.num_layers, dropout, train, module.bidirectional, module.precision)
 
 
 def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
@@ -210,7 +187,7 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
     if chosen is None:
         chosen = _choose(module, x, features, x.shape[0], x.shape[1])
     if chosen == "cudnn" or (chosen == "torch" and not features and cell is None):
-        y, h_n, c_n = torch_ops.lstm(x, hx, weights, _torch_options(module))
+        y, h_n, c_n = torch_ops.lstm(x, hx, weights, torch_ops.options_of(module))
         if chosen == "torch" and module.proj_size:  # torch's own leaves c out of the autocast on a CPU
             c_n = c_n.to(torch.promote_types(c_n.dtype, c_dtype))
         return y, (h_n, c_n)
@@ -219,7 +196,7 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
     checked = segments.checked_segments(
         x,
         (x.shape[0], module.num_layers * directions, x.shape[1]),
-        _state_sizes(module),
+        shapes.state_sizes(module),
         resets,
         reset_state,
         lengths,
@@ -249,17 +226,6 @@ def layer_options(module, k: int, chosen: str, return_cell_states: bool) -> Laye
     dropout = float(module.dropout) if module.training and not is_last else 0.0
     cells, name = return_cell_states and is_last, "lstm" if cell is None else cell.key
     return LayerOptions(module.precision, dropout, cells, module.recompute, chosen == "triton-stepwise", name)
-
-
-def _packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
-    """For each row of packed data its row t * B + b in the padded [T, B]."""
-    padded = _range(batch_sizes.shape[0] * B).view(-1, B)
-    return padded[_range(B) < batch_sizes[:, None]]
-
-
-def _range(n: int) -> Tensor:
-    """On the host, where batch sizes are, whatever torch's default device."""
-    return torch.arange(n, device="cpu")
 
 
 class LSTM(torch.nn.RNNBase):

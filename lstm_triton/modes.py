@@ -1,5 +1,7 @@
 """Asks what torch is doing around a call, such as compiling, tracing or transforming: that decides how the call runs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -71,3 +73,10 @@ def takes_reference(*gradients: Tensor | None, watched: bool = True) -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     return any(i.key() != _functorch.TransformType.Grad for i in _functorch.get_interpreter_stack())
+
+
+def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False

@@ -88,3 +88,14 @@ def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Te
         return state.contiguous().expand(shape) if state.stride(-1) != 1 else state.expand(shape)
     except RuntimeError:
         raise RuntimeError(f"reset_state of size {list(state.shape)} cannot be broadcast to {list(shape)}") from None
+
+
+def packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
+    """For each row of packed data its row t * B + b in the padded [T, B]."""
+    padded = range_of(batch_sizes.shape[0] * B).view(-1, B)
+    return padded[range_of(B) < batch_sizes[:, None]]
+
+
+def range_of(n: int) -> Tensor:
+    """On the host, where batch sizes are, whatever torch's default device."""
+    return torch.arange(n, device="cpu")

@@ -87,3 +87,16 @@ def of_call(
     else:
         x, T, B = input, input.shape[int(module.batch_first)], input.shape[int(not module.batch_first)]
     return of_module(module, x, found, B), T, x.device
+
+
+def zero_state(module, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    h_size, c_size = state_sizes(module)
+    c = input.new_zeros(rows, batch, c_size)
+    return (c if h_size == c_size else input.new_zeros(rows, batch, h_size)), c
+
+
+def state_sizes(module) -> tuple[int, int]:
+    """Of h, and of c: for a cell with several states those of a unit together."""
+    cell = cell_of(module)
+    return module.proj_size or module.hidden_size, module.hidden_size * (len(cell.states) or 1 if cell else 1)

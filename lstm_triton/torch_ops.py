@@ -133,6 +133,16 @@ class Options(NamedTuple):
     precision: str | None = None
 
 
+def options_of(module) -> Options:
+    """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise.
+
+    A trace is of the module's mode, as torch's is: it must not depend on whether gradients are enabled.
+    """
+    train = module.training or (torch.is_grad_enabled() and not is_jit_tracing())
+    dropout = module.dropout if module.training else 0.0
+    return Options(module.bias, module.num_layers, dropout, train, module.bidirectional, module.precision)
+
+
 def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy.
 
