@@ -1,6 +1,8 @@
 """Programs that exchange their state without a barrier, as compiled code, and mutants of what they do, which have to show."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,3 +187,80 @@ def test_a_wait_without_end_traps_on_a_gpu(executed):
         assert {report.kind for report in error.value.__cause__.reports} == {"trap"}
     finally:
         stall.word(FORWARD, False).zero_()
+
+
+# ---- the same launch again, and two at a time ------------------------------------------------------------------------
+
+EXCHANGED = {FORWARD: "y_ptr", BACKWARD: "dz_ptr"}
+
+
+@pytest.fixture
+def two_runs(executed, monkeypatch):
+    """Launches of both kernels by two layers of the same shape: {kernel: (one, the other)}."""
+    if executed is None:
+        pytest.skip("a GPU does not say what was launched")
+    recorded, execute = [], executed.execute
+    with monkeypatch.context() as patch:
+        patch.setattr(executed, "execute", lambda launch: (recorded.append(launch), execute(launch))[1])
+        for seed in (1, 2):
+            _results(layers.draw(T=4, B=3, I=4, H=64, seed=seed, **BF16))
+    return {kernel: [launch for launch in recorded if launch.kernel == kernel] for kernel in EXCHANGED}
+
+
+def _tensors(launch):
+    return {name: value.detach() for name, _, value in launch.arguments if torch.is_tensor(value)}
+
+
+def _absent(launch):
+    """What is exchanged, with all bits set, and a copy of what it held."""
+    exchanged = _tensors(launch)[EXCHANGED[launch.kernel]]
+    held = exchanged.clone()
+    exchanged.view(torch.int16).fill_(-1)
+    return exchanged, held
+
+
+@pytest.mark.parametrize("kernel", EXCHANGED)
+def test_a_launch_is_repeated_on_the_same_memory(kernel, two_runs, executed):
+    """As a CUDA graph repeats it, with other inputs: the fill and the launch. Without the fill old states would be read."""
+    first, second = two_runs[kernel]
+    exchanged, right = _tensors(first)[EXCHANGED[kernel]], _tensors(second)[EXCHANGED[kernel]]
+    for name, tensor in _tensors(first).items():
+        if name not in (EXCHANGED[kernel], "stall_ptr"):
+            tensor.copy_(_tensors(second)[name])
+    executed.execute(first)
+    assert not torch.equal(exchanged, right)
+    for _ in range(2):
+        _absent(first)
+        executed.execute(first)
+        assert torch.equal(exchanged, right)
+
+
+def _at_once(one, other):
+    """A launch of the programs of both, which know by their number whose arguments are theirs."""
+    name, programs = one.kernel, one.grid[0]
+    parameters = re.findall(rf"\.param[^,()]*{name}_param_\d+", one.ptx)
+    more = [re.sub(r"_param_(\d+)", lambda m: f"_param_{int(m[1]) + len(parameters)}", text) for text in parameters]
+    ptx = one.ptx.replace(parameters[-1], ",\n".join([parameters[-1], *more]))
+    ptx = re.sub(
+        rf"(ld\.param\S* +\t*[^,]*, \[{name}_param_)(\d+)\];",
+        lambda m: f"@!second {m[0]} @second {m[1]}{int(m[2]) + len(parameters)}];",
+        ptx,
+    )
+    ptx = re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", rf"\g<0> @second sub.u32 \1, \1, {programs};", ptx)
+    which = f"{{ .reg .pred second; .reg .b32 number; mov.u32 number, %ctaid.x; setp.ge.u32 second, number, {programs};"
+    ptx = re.sub(r"(?m)^\{", which, ptx, count=1)
+    passed = [argument for argument in one.arguments if argument[1] != "constexpr"]
+    passed += [("scratch", "i64", 0)] * (len(parameters) - len(passed))
+    grid = (2 * programs, 1, 1)
+    return replace(one, ptx=ptx, grid=grid, arguments=[*passed, *other.arguments], at_once=2 * programs)
+
+
+@pytest.mark.parametrize("kernel", EXCHANGED)
+def test_two_launches_run_at_the_same_time(kernel, two_runs, executed):
+    """As in two streams, each with its own memory: their programs take turns in any order."""
+    one, other = two_runs[kernel]
+    results = [_absent(launch) for launch in (one, other)]
+    assert not torch.equal(results[0][1], results[1][1])
+    executed.execute(_at_once(one, other))
+    for exchanged, right in results:
+        assert torch.equal(exchanged, right)

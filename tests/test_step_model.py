@@ -52,6 +52,13 @@ def test_a_step_polls_a_counter_for_nothing_and_loads_what_tells_itself_once():
     ]
 
 
+def test_what_a_wait_without_end_would_run_takes_no_time():
+    data = [".L_x_3:", "LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]", "@P1 BRA `(.L_x_4)", "IADD3 R5, R5, 1, RZ"]
+    trap = ["@P2 BRA `(.L_x_3)", "MEMBAR.SC.SYS", "BPT.TRAP 0x1", ".L_x_4:", "FADD R1, R1, R1"]
+    listing = _listing("@P0 BRA `(.L_x_5)", ".L_x_1:", *data, *trap, "@!P2 BRA `(.L_x_1)", ".L_x_5:", "EXIT")
+    assert [i.name for i in time_step(disassembled(listing))] == ["LDG.E.128.STRONG.GPU", "BRA", "FADD", "BRA"]
+
+
 def test_warps_meet_at_a_barrier():
     slow = ("MUFU.EX2 R4, R4", {"result": 0})
     lines = [slow, ("BAR.SYNC.DEFER_BLOCKING 0x0", {"waits": 1}), "EXIT"]

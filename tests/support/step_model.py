@@ -104,21 +104,26 @@ def disassembled(disassembly: str) -> list[Instruction]:
 
 
 def time_step(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """What a warp issues in one step: the longest loop, less the loops in it that poll a counter."""
+    """What a warp issues in one step: the longest loop, less the loops in it that poll a counter, and the ways to a trap."""
     positions = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
-    loops = []
-    for last, instruction in enumerate(instructions):
-        target = re.search(r"`\((\.L\w+)\)", instruction.text) if instruction.opcode == "BRA" else None
-        if target and positions.get(target[1], len(instructions)) <= last:
-            loops.append(range(positions[target[1]], last + 1))
+    branches = {}
+    for source, instruction in enumerate(instructions):
+        label = re.search(r"`\((\.L\w+)\)", instruction.text) if instruction.opcode == "BRA" else None
+        if label and label[1] in positions:
+            branches[source] = positions[label[1]]
+    loops = [range(target, source + 1) for source, target in branches.items() if target <= source]
     longest = max(loops, key=len)
-    polling: set[int] = set()
+    left_out: set[int] = set()
     for loop in loops:
         strong = [instructions[i] for i in loop if instructions[i]._is_strong_load]
         inside = loop != longest and longest.start <= loop.start and loop.stop <= longest.stop
         if inside and len(strong) == 1 and strong[0].loads_flag:
-            polling.update(loop)
-    return [replace(instructions[i]) for i in longest if i not in polling]
+            left_out.update(loop)
+    for trap in (i for i in longest if instructions[i].opcode == "BPT"):
+        # Nothing passes here but a wait that does not end: the nearest branch before it leads past it.
+        around = [source for source, target in branches.items() if source < trap < target < longest.stop]
+        left_out.update(range(max(around) + 1, branches[max(around)]) if around else ())
+    return [replace(instructions[i]) for i in longest if i not in left_out]
 
 
 @dataclass
