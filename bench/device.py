@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,12 @@ from lstm_triton import versions as installed
 from .cases import Task, require
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
-# What NVML tells of a GPU by these functions, and the divisor of each figure.
-_READERS: dict[str, tuple[str, tuple[str, ...], float]] = {
-    "sm_clock_mhz": ("ClockInfo", ("NVML_CLOCK_SM",), 1),
-    "max_sm_clock_mhz": ("MaxClockInfo", ("NVML_CLOCK_SM",), 1),
-    "memory_clock_mhz": ("ClockInfo", ("NVML_CLOCK_MEM",), 1),
-    "power_w": ("PowerUsage", (), 1e3),
-    "power_limit_w": ("EnforcedPowerLimit", (), 1e3),
-    "temperature_c": ("Temperature", ("NVML_TEMPERATURE_GPU",), 1),
-    "utilization_percent": ("UtilizationRates", (), 1),
+# What torch reads of a GPU by NVML.
+_READERS: dict[str, Callable[[torch.device], float]] = {
+    "sm_clock_mhz": torch.cuda.clock_rate,
+    "power_w": lambda gpu: torch.cuda.power_draw(gpu) / 1e3,
+    "temperature_c": torch.cuda.temperature,
+    "utilization_percent": torch.cuda.utilization,
 }
 _LEFT_OUT = {"cli.py", "check.py", "_version.py", "process.py", "storage.py", "timing.py", "versions.py"}
 
@@ -62,20 +60,14 @@ def state(device: torch.device) -> dict[str, Any]:
     """Clocks, power and temperature now, as far as they can be read."""
     if device.type != "cuda":
         return {"load_1min": os.getloadavg()[0]}
-    try:
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except ImportError:
-        return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
-    except Exception as error:  # NVMLError, or a torch without UUIDs
-        return {"unread": f"NVML: {error}"}
     found: dict[str, Any] = dict.fromkeys(_READERS)
-    for name, (function, arguments, divisor) in _READERS.items():
-        with contextlib.suppress(nvml.NVMLError):  # as on a slice of a GPU
-            value = getattr(nvml, f"nvmlDeviceGet{function}")(gpu, *(getattr(nvml, a) for a in arguments))
-            found[name] = getattr(value, "gpu", value) / divisor
+    for name, read in _READERS.items():
+        try:
+            found[name] = read(device)
+        except ModuleNotFoundError:
+            return {"unread": "nvidia-ml-py is missing: pip install 'lstm-triton[bench]'"}
+        except Exception:  # an NVMLError, as on a slice of a GPU
+            continue
     return found
 
 

@@ -1,7 +1,5 @@
 """Timing: rounds, clocks, graphs, memory, the state of the machine; the parts that need a GPU with what stands in for one."""
 
-import sys
-
 import pytest
 import torch
 from support.benches import CPU, FakeClock
@@ -103,39 +101,20 @@ def test_saved_bytes():
     assert all(bytes > state for bytes in held.values()), held
 
 
-class FakeNVML:
-    """NVIDIA's library, on a GPU that tells its clocks and not its power."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = "sm", "memory", "gpu"
-
-    class NVMLError(Exception):
-        pass
-
-    nvmlInit = staticmethod(lambda: None)
-    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
-    nvmlDeviceGetClockInfo = nvmlDeviceGetMaxClockInfo = staticmethod(
-        lambda gpu, which: {"sm": 1980, "memory": 2619}[which]
-    )
-    nvmlDeviceGetTemperature = staticmethod(lambda gpu, which: 41)
-    nvmlDeviceGetUtilizationRates = staticmethod(lambda gpu: type("rates", (), {"gpu": 7}))
-
-    @staticmethod
-    def nvmlDeviceGetPowerUsage(gpu):
-        raise FakeNVML.NVMLError("not supported")
-
-    nvmlDeviceGetEnforcedPowerLimit = nvmlDeviceGetPowerUsage
-
-
 def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("properties", (), {"uuid": "1-2"}))
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNVML)
+    def refused(gpu):
+        raise RuntimeError("Not Supported")
+
+    def missing(gpu):
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    cuda, readers = torch.device("cuda"), dict.fromkeys(device._READERS, lambda gpu: 41)
+    monkeypatch.setattr(device, "_READERS", readers | {"power_w": refused})
     found = device.state(cuda)
-    assert found["sm_clock_mhz"] == 1980 and found["power_w"] is None and found["temperature_c"] == 41
-    monkeypatch.setattr(FakeNVML, "nvmlInit", lambda: 1 / 0)
-    assert "NVML" in device.state(cuda)["unread"]
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert found["sm_clock_mhz"] == found["temperature_c"] == 41 and found["power_w"] is None
+    monkeypatch.setattr(device, "_READERS", readers | {"sm_clock_mhz": missing})
     assert "pip install 'lstm-triton[bench]'" in device.state(cuda)["unread"]
+    assert device.state(CPU)["load_1min"] >= 0
     assert device.folder_name("NVIDIA H200") == "nvidia-h200"
 
 
