@@ -81,6 +81,10 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
+    def gates(self) -> int:
+        return 3 if self.cell == "gru" else 4
+
+    @property
     def output_size(self) -> int:
         """The size of y in one direction."""
         return self.proj_size or self.hidden_size
@@ -119,8 +123,7 @@ class Case:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
         H, R, P, D = self.hidden_size, self.output_size, self.proj_size, self.directions
         inputs = [self.input_size, *[R * D] * (self.layers - 1)]
-        rows = 6.0 * H if self.cell == "gru" else 8.0 * H
-        per_step = sum(rows * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
+        per_step = sum(2.0 * self.gates * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
         return per_step * self.length * (3 if self.mode == "train" else 1)
 
 

@@ -33,18 +33,18 @@ def floor(case: Case, roofs: Mapping[str, float]) -> Floor | None:
     rate, copies = roofs.get(f"gemm_{case.dtype_name.replace(' ', '_')}_flops_per_s"), roofs.get("copy_bytes_per_s")
     if rate is None or copies is None:
         return None
-    size = getattr(torch, case.dtype).itemsize
+    size, G = getattr(torch, case.dtype).itemsize, case.gates
     passes, recurrences = (3, 2) if case.mode == "train" else (1, 1)
     H, R, B, D, I = case.hidden_size, case.output_size, case.batch, case.directions, case.input_size
-    tensor_us = 8.0 * H * R * B * D * case.layers * passes / rate * 1e6
+    tensor_us = 2.0 * G * H * R * B * D * case.layers * passes / rate * 1e6
     # x in and y out in every step, weights once; backward reads x, y, dy and writes dx.
     rows = B * (I + R * D) * size
-    weights = 4.0 * H * D * size * (I + R + R * (D + 1) * (case.layers - 1))
+    weights = float(G) * H * D * size * (I + R + R * (D + 1) * (case.layers - 1))
     memory_us = (rows + weights / case.length) * passes / copies * 1e6
     exchange, source = ASSUMED_EXCHANGE_US, "exchange assumed"
     if case.length == 1:
         exchange, source = 0.0, "no exchange: one step"
-    elif 4 * H * R * size <= SHARED_MEMORY_BYTES:
+    elif G * H * R * size <= SHARED_MEMORY_BYTES:
         exchange, source = LOCAL_EXCHANGE_US, f"exchange assumed: {LOCAL_EXCHANGE_US} us within one SM"
     elif "exchange_us" in roofs:
         exchange, source = roofs["exchange_us"], "exchange measured, between two programs"

@@ -77,6 +77,8 @@ def test_floor_exchanges():
     unmeasured = {name: value for name, value in ROOFS.items() if name != "exchange_us"}
     assert roofs.floor(Case("a", 512, 1, 100), unmeasured).exchange_us == roofs.ASSUMED_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 100, dtype="float16"), ROOFS) is None
+    gru = roofs.floor(Case("a", 1024, 64, 100, cell="gru"), ROOFS)
+    assert gru.tensor_us == pytest.approx(0.75 * roofs.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
     two = roofs.floor(Case("a", 1024, 64, 100, layers=2, bidirectional=True), ROOFS)
     assert two.tensor_us == pytest.approx(4 * roofs.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
 
