@@ -33,9 +33,11 @@ def forward(
         options = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
         return leaf(module, input, hx, **options)
     if isinstance(input, PackedSequence):
-        segments.check_packed(input)
+        segments.check_packed(module, input)
     plain = resets is None and reset_state is None and lengths is None and not return_cell_states
     if plain and _is_torchs(module, input):
+        if isinstance(input, PackedSequence) and hx is not None:
+            _check_states(module, input, hx)
         y, hidden = _torchs_forward(module, input, hx)
         torch_ops.separate_bias_gradients(hidden[0])
         return y, hidden
@@ -157,6 +159,15 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
     packed_y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     hidden = module.permute_hidden(tuple(hidden), unsorted_indices)
     return (packed_y, hidden, packed_cells) if return_cell_states else (packed_y, hidden)
+
+
+def _check_states(module, packed: PackedSequence, hx) -> None:
+    """As torch checks those of padded input; where it is packed, torch's kernel may read past the end of what does not fit."""
+    hx = module.permute_hidden(hx, packed.sorted_indices)
+    layers.check_pair(hx)
+    for k, size_of in enumerate((module.get_expected_hidden_size, module.get_expected_cell_size)):
+        size = size_of(packed.data, packed.batch_sizes)
+        module.check_hidden_size(hx[k], size, f"Expected hidden[{k}] size {{}}, got {{}}")
 
 
 def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:

@@ -1,5 +1,7 @@
 """`resets`, `reset_state` and `lengths` as the caller gives them: checked, and on the device of the input."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -58,12 +60,19 @@ def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | Non
         raise RuntimeError(f"Expected resets size {(T, B)}, got {list(resets.shape)}")
 
 
-def check_packed(packed: PackedSequence) -> None:
-    """RuntimeError where there are not as many rows as batch_sizes say: torch's own kernels may ignore those too many."""
-    data, batch_sizes, *_ = packed
-    if not isinstance(data, Tensor) or not (has_values(data) and has_values(batch_sizes)):
+def check_packed(module: torch.nn.RNNBase, packed: PackedSequence) -> None:
+    """RuntimeError where a padded input would raise one too: torch's own forward omits these checks, and its kernels then
+    ignore what is too much, or read past the end of tensors."""
+    data: Any = packed.data
+    batch_sizes = packed.batch_sizes
+    if not isinstance(data, Tensor):
         return
-    if data.shape[0] != (rows := int(batch_sizes.sum())):
+    if data.dim() != 2 or data.shape[1] != module.input_size:
+        module.check_input(data, batch_sizes)
+    # As it is now, under functional_call too; a parametrized one is not computed twice.
+    weight = module._parameters.get("weight_ih_l0")
+    casting.check_alike("PackedSequence", data, [("weight_ih_l0", weight)], dtypes=False)
+    if has_values(data) and has_values(batch_sizes) and data.shape[0] != (rows := int(batch_sizes.sum())):
         raise RuntimeError(f"a PackedSequence of these batch_sizes has {rows} rows, got {data.shape[0]}")
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import GRU, LSTM, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
+from lstm_triton import GRU, LSTM, GRUCell, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
 
 backends = pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 WEIGHTS = [torch.zeros(12, 2), torch.zeros(12, 3)]
@@ -78,6 +79,17 @@ def test_packed_rows_that_do_not_fit(rows, backend):
             module(packed)
 
 
+@backends
+@pytest.mark.parametrize(
+    ("features", "state"), [(1, None), (7, None), (7, (1, 2, 3)), (2, (1, 2, 7)), (2, (1, 1, 3)), (2, (2, 3))], ids=str
+)
+def test_packed_sizes_that_do_not_fit(features, state, backend):
+    """For which torch's own forward reads and writes past the end of tensors, or fails, or does not."""
+    hx = None if state is None else (torch.zeros(state), torch.zeros(state))
+    with pytest.raises(RuntimeError, match="must be equal to input_size|Expected hidden"):
+        LSTM(2, 3, backend=backend)(PackedSequence(torch.zeros(4, features), torch.tensor([2, 2])), hx)
+
+
 def test_gate_matrices_of_integers():
     W, b = torch.zeros(5, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(TypeError, match="floating-point"):
@@ -96,17 +108,23 @@ def test_an_unbatched_input_with_states_of_a_batch(H, backend):
     for states in (torch.zeros(H, H), torch.zeros(1, H)):
         with pytest.raises(RuntimeError, match="hidden0"):
             cell(torch.zeros(3), (states, states))
+        with pytest.raises(RuntimeError, match="hidden"):
+            GRUCell(3, H, backend=backend)(torch.zeros(3), states)
 
 
 @backends
 @pytest.mark.parametrize("bias", [False, True])
 def test_weights_without_memory(bias, backend):
     """torch's kernel would read whatever lies at address 0 and beyond."""
-    modules = [kind(2, 3, bias=bias, device="meta", backend=backend) for kind in (LSTMCell, SoftmaxReadout, LSTM)]
-    for module in modules:
-        x = torch.zeros(4, 2, 2) if isinstance(module, LSTM) else torch.zeros(2, 2)
-        with pytest.raises(RuntimeError, match="device"):
-            module(x)
+    x = torch.zeros(4, 2, 2)
+    packed = pack_padded_sequence(x, [4, 2])
+    inputs = {LSTMCell: [x[0]], GRUCell: [x[0]], SoftmaxReadout: [x], LSTM: [x, packed], GRU: [x, packed]}
+    for kind, given in inputs.items():
+        module = kind(2, 3, bias=bias, device="meta", backend=backend)
+        for input in given:
+            with pytest.raises(RuntimeError, match="device"):
+                module(input)
+    functional_call(module, dict(GRU(2, 3, bias=bias).named_parameters()), (packed,))  # nor are these looked at
 
 
 @backends

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import dispatch, measurements, shapes
+from .. import casting, dispatch, measurements, shapes
 from ..modules import check_options, is_proxy, leaf
 from ..segments import check_packed
 from .catalogue import gru
@@ -54,7 +54,7 @@ class GRU(Recurrent):
         if is_proxy(input):
             return leaf(self, input, hx, **options)
         if isinstance(input, PackedSequence):
-            check_packed(input)
+            check_packed(self, input)
         x = input.data if isinstance(input, PackedSequence) else input
         if not options and isinstance(x, Tensor) and self._is_torchs(input, x):
             return _torchs_gru(self, input, hx)
@@ -101,6 +101,10 @@ class GRUCell(RecurrentCell):
         if is_proxy(input):
             return leaf(self, input, hx)
         if dispatch.cell_backend(self.backend, input.device, input.dtype) == "torch":
+            # torch's kernel would read past the end of these. A parametrized weight is not computed twice.
+            casting.check_alike("input", input, self._parameters.items(), dtypes=False)
+            if input.dim() == 1 and isinstance(hx, Tensor) and hx.dim() == 2:
+                raise RuntimeError(f"hidden must have size {[self.hidden_size]}, but got {list(hx.shape)}")
             return _torchs_cell(self, input, hx)
         return super().forward(input, hx)
 
