@@ -64,6 +64,8 @@ class Cell:
         functools.update_wrapper(self, function)
         self.function, self.name = function, getattr(function, "__name__", "cell")
         self.gates, self.states, self.parameters = tuple(gates), tuple(states), tuple(parameters)
+        if not isinstance(masks, Mapping):
+            raise CellError(f"{self.name}: masks are names with probabilities, such as {{'a': 0.1}}, not {masks!r}")
         self.masks = {name: float(p) for name, p in masks.items()}
         names = (*self.gates, *self.states, *self.parameters)
         if len(set(names)) < len(names) or not all(n.isidentifier() for n in names) or _RESERVED & set(names):
