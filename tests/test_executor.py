@@ -57,6 +57,12 @@ mov.b32 %r5, 3; // needed
 add.s32 %r6, %r5, 1;
 st.shared.b32 [%r1], %r6;
 """
+BYTES = """
+prmt.b32 %r6, %r5, %r0, 0x3340U; // the first byte and the last two are undefined
+mov.b32 %r7, %r6;
+prmt.b32 %r8, %r7, 0, 0x7771U; // needed prmt.b32 %r8, %r7, 0, 0x7770U;
+st.shared.b32 [%r1], %r8;
+"""
 UNDEFINED_PREDICATE = """
 setp.lt.s32 %p1, %r0, 5; // needed
 @%p1 st.shared.b32 [%r1], %r0;
@@ -214,6 +220,7 @@ CASES = {
     "a warp": (WITHIN_A_WARP, ["race in shared memory"] * 2),
     "uninitialised shared memory": (UNINITIALISED, ["uninitialised shared memory"]),
     "an undefined register": (UNDEFINED, ["undefined register"]),
+    "an undefined byte": (BYTES, ["undefined register"]),
     "an undefined predicate": (UNDEFINED_PREDICATE, ["undefined register"]),
     "bounds of a tensor": (BOUNDS, ["out of bounds or misaligned"]),
     "bounds of shared memory": (BOUNDS_OF_SHARED, ["out of bounds or misaligned"]),

@@ -76,9 +76,12 @@ SELECT("selp.u32", u32) SELECT("selp.s32", u32) SELECT("selp.f32", u32) SELECT("
     REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, 1, 1, 1, 0, 0)
 PREDICATE("mov.pred", 1, a) PREDICATE("not.pred", 1, ~a) PREDICATE("and.pred", 2, a & b) PREDICATE("or.pred", 2, a | b) PREDICATE("xor.pred", 2, a ^ b)
 
-OP1("mov.b16", u16, u16, a) OP1("mov.u16", u16, u16, a) OP1("mov.s16", u16, u16, a) OP1("mov.b32", u32, u32, a) OP1("mov.u32", u32, u32, a)
-OP1("mov.s32", u32, u32, a) OP1("mov.f32", u32, u32, a) OP1("mov.b64", u64, u64, a) OP1("mov.u64", u64, u64, a) OP1("mov.s64", u64, u64, a)
-OP1("mov.f64", u64, u64, a)
+#define MOVE(NAME, T) MOVE_(__COUNTER__, NAME, T)
+#define MOVE_(N, NAME, T) \
+    RUN(N) { RESULT(T); IN(T, 1); STORE(x1[l]) define_alike(w, i, operand(i, 0), operand(i, 1), mask); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, sizeof(T), sizeof(T), 0, 0, 0)
+MOVE("mov.b16", u16) MOVE("mov.u16", u16) MOVE("mov.s16", u16) MOVE("mov.b32", u32) MOVE("mov.u32", u32) MOVE("mov.s32", u32) MOVE("mov.f32", u32)
+MOVE("mov.b64", u64) MOVE("mov.u64", u64) MOVE("mov.s64", u64) MOVE("mov.f64", u64)
 
 #define BITWISE(T, A) OP2("and." T, A, A, A, a & b) OP2("or." T, A, A, A, a | b) OP2("xor." T, A, A, A, a ^ b) OP1("not." T, A, A, ~a) \
     OP2("shl." T, A, A, u32, b >= 8 * sizeof(A) ? 0 : a << b)
@@ -125,7 +128,22 @@ static inline u32 permute(u32 a, u32 b, u32 selector) {
     }
     return result;
 }
-OP3("prmt.b32", u32, u32, u32, u32, permute(a, b, c))
+// LLVM packs truth values as bytes, and leaves undefined those that it does not take out again.
+static int permuted(Warp *w, const Instruction *i, u32 mask) {
+    RESULT(u32); IN(u32, 1); IN(u32, 2); IN(u32, 3);
+    const u32 selector = x3[first_lane(mask)], both = OK(3) & OK(1) & OK(2);
+    u32 differ = 0, ok[4];
+    EACH(l, mask) differ |= x3[l] ^ selector;
+    for (int k = 0; k < 4; k++) {
+        const u32 s = selector >> 4 * k & 7;
+        ok[k] = differ ? both : OK(3) & part_defined(w, i, operand(i, 1 + s / 4), mask, s % 4, 4);
+    }
+    STORE(permute(x1[l], x2[l], x3[l]))
+    define_parts(w, i, operand(i, 0), mask, 4, ok);
+    return 0;
+}
+#define PERMUTE(N) REGISTER(N, "prmt.b32", permuted, LANES, 1, 3, 4, 4, 4, 4, 0)
+PERMUTE(__COUNTER__)
 
 #define CONVERT(TO, R, FROM, A) OP1("cvt." TO "." FROM, R, A, a)
 #define CONVERT_INTEGERS(FROM, A) CONVERT("u16", u16, FROM, A) CONVERT("s16", i16, FROM, A) CONVERT("u32", u32, FROM, A) CONVERT("s32", i32, FROM, A) \
@@ -175,6 +193,7 @@ static f32 fma_to_odd(f32 a, f32 b, f32 c) {
 }
 OP3("fma.rn.bf16", u16, u16, u16, u16, to_bf16(fma_to_odd(from_bf16(a), from_bf16(b), from_bf16(c))))
 OP3("fma.rn.f16", u16, u16, u16, u16, to_f16(fma_to_odd(from_f16(a), from_f16(b), from_f16(c))))
+OP1("abs.f16", u16, u16, a & 0x7fff) OP1("abs.bf16", u16, u16, a & 0x7fff) OP1("neg.f16", u16, u16, a ^ 0x8000) OP1("neg.bf16", u16, u16, a ^ 0x8000)
 OP2("add.bf16", u16, u16, u16, to_bf16(from_bf16(a) + from_bf16(b))) OP2("add.f16", u16, u16, u16, to_f16(from_f16(a) + from_f16(b)))
 
 // Two numbers in a register of 64 bits, of which one alone may be defined.
@@ -184,7 +203,7 @@ typedef struct { f32 half[2]; } f32x2;
     RUN(N) { RESULT(f32x2); IN(f32x2, 1); IN(f32x2, 2); const f32x2 *const x3 = lanes(w, operand(i, INPUTS)); \
         u32 ok[2] = {FULL_WARP, FULL_WARP}; \
         for (int h = 0; h < 2; h++) { \
-            for (int k = 1; k <= INPUTS; k++) ok[h] &= part_defined(w, i, operand(i, k), mask, h); \
+            for (int k = 1; k <= INPUTS; k++) ok[h] &= part_defined(w, i, operand(i, k), mask, h, 2); \
             for (int l = 0; l < 32; l++) { const f32 a = x1[l].half[h], b = x2[l].half[h], c = x3[l].half[h]; (void)c; \
                 r[l].half[h] = mask >> l & 1 ? EXPR : r[l].half[h]; } } \
         define_parts(w, i, operand(i, 0), mask, 2, ok); return 0; } \

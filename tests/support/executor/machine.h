@@ -54,7 +54,7 @@ struct Warp {
     u32 fence_time[32];
     u8 *file;
     u32 *defined, *written, *busy; // by register. busy: why its value must not be touched, 0 for no reason
-    u32 (*parts)[5];               // of a register put together from parts: in which lanes each is defined, and when that was
+    u32 (*parts)[6];               // of a register put together from parts: in which lanes each is defined, when that was, how many
     u32 *clock[32];                // what a lane has acquired since the last CTA barrier
     Copies copies[32];
 };
@@ -194,17 +194,29 @@ static void define(Warp *w, const Instruction *i, const Operand *o, u32 mask, u3
     w->defined[o->id] = (w->defined[o->id] & ~mask) | (mask & ok);
     w->written[o->id] = M.time;
 }
-// The same for a register that consists of parts.
-static u32 part_defined(Warp *w, const Instruction *i, const Operand *o, u32 mask, int k) {
+// The same for part k, of as many, of a register that consists of parts.
+static u32 part_defined(Warp *w, const Instruction *i, const Operand *o, u32 mask, int k, int of) {
     const u32 *parts = w->parts[o->id], all = w->defined[o->id];
     if (!(mask & ~all)) return all;
-    return parts[4] == w->written[o->id] ? all | parts[k] : defined(w, i, o, mask);
+    const int count = parts[5];
+    if (!count || parts[4] != w->written[o->id]) return defined(w, i, o, mask);
+    u32 ok = FULL_WARP;
+    for (int n = k * count / of; n * of < (k + 1) * count; n++) ok &= parts[n];
+    return all | ok;
 }
 static void define_parts(Warp *w, const Instruction *i, const Operand *o, u32 mask, int count, const u32 *ok) {
     u32 all = FULL_WARP, *parts = w->parts[o->id];
     for (int k = 0; k < count; k++) all &= parts[k] = ok[k];
     define(w, i, o, mask, all);
-    parts[4] = M.time;
+    parts[4] = M.time, parts[5] = count;
+}
+// A register of which parts may be undefined, moved.
+static void define_alike(Warp *w, const Instruction *i, const Operand *o, const Operand *from, u32 mask) {
+    u32 ok[4];
+    const int count = mask & ~w->defined[from->id] && w->parts[from->id][4] == w->written[from->id] ? w->parts[from->id][5] : 0;
+    for (int k = 0; k < count; k++) ok[k] = part_defined(w, i, from, mask, k, count);
+    if (count) define_parts(w, i, o, mask, count, ok);
+    else define(w, i, o, mask, defined(w, i, from, mask));
 }
 static void make_busy(Warp *w, const Operand *o, u32 why) {
     w->busy_count += !w->busy[o->id];

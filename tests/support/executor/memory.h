@@ -206,7 +206,7 @@ static int unpack(Warp *w, const Instruction *i, u32 mask) {
         const u64 value = get_lane(w, from, l, whole);
         for (int k = 0; k < i->results; k++) set_lane(w, operand(i, k), l, value >> 8 * part * k, part);
     }
-    for (int k = 0; k < i->results; k++) define(w, i, operand(i, k), mask, part_defined(w, i, from, mask, k));
+    for (int k = 0; k < i->results; k++) define(w, i, operand(i, k), mask, part_defined(w, i, from, mask, k, i->results));
     return 0;
 }
 FAMILY("mov.unpack", LANES, unpack)
