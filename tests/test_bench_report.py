@@ -1,6 +1,7 @@
 """What is made of rows: the page, the tables of the README, two sets side by side. All rows here are made up."""
 
 import dataclasses
+import functools
 import html.parser
 import re
 import tempfile
@@ -89,6 +90,11 @@ def render(found, problems=()):
         return (Path(folder) / "new" / "report.html").read_text(encoding="utf-8")
 
 
+@functools.cache
+def sample_page():
+    return render(sample_rows())
+
+
 class Page(html.parser.HTMLParser):
     """Checks that tags close, and gathers what a browser would fetch."""
 
@@ -121,7 +127,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_has_every_section_and_fetches_nothing():
-    text = render(sample_rows())
+    text = sample_page()
     page = Page(text)
     assert page.open == [] and page.links <= page.ids
     assert all(value == "data:," for value in page.fetched)
@@ -156,7 +162,7 @@ def test_the_page_has_every_section_and_fetches_nothing():
 
 
 def test_the_first_figure_has_everyone_the_floor_and_the_ratio_beside_it():
-    section = re.search(r'id="d0-0">.*?</section>', render(sample_rows()), re.DOTALL)[0]
+    section = re.search(r'id="d0-0">.*?</section>', sample_page(), re.DOTALL)[0]
     first = section[: section.index("</figure>")]
     step, ratio = first.split("<svg")[1:]
     for name in (CUDNN, "kernels", "auto", "flashrnn", "floor"):
@@ -173,7 +179,7 @@ def compared(found):
 
 
 def test_losses_are_shown_with_what_is_known():
-    text = render(sample_rows())
+    text = sample_page()
     given = compared(sample_rows())
     lost = [tables.lost(*given, (way,)) for way in tables.WAYS]
     assert all(len(of) and all(ratio < 1 for ratio in of["speed-up"]) for of in lost)
