@@ -7,7 +7,7 @@ kernel, with as many steps as the longest row and its fillers; where cell states
 one product for the inputs of all steps and a loop. These gates being exactly 0 or 1, the fillers change neither
 results nor gradients: but 0 * inf is NaN.
 
-Where no row starts anew but at one and the same step, a call before it and one after it do without fillers.
+Where all rows are full, and start anew at one and the same step or nowhere, a call before it and one after it need no fillers.
 """
 
 import itertools
@@ -57,7 +57,7 @@ def _joined(tensors: Sequence[Any], dim: int) -> Any:
 def _few_cuts(segments: Segments, T: int) -> list[int] | None:
     """The steps at which pieces that need no fillers begin and end, or None where fillers take less time."""
     resets, _, _, lengths = segments
-    if lengths is not None:
+    if lengths is not None and int(lengths.min()) < T:
         return None
     starts = [] if resets is None else [t for t, any_row in enumerate(resets.any(1).tolist()) if any_row and t]
     return [0, *starts, T] if len(starts) < _MOST_PIECES else None

@@ -61,7 +61,7 @@ def test_torchs_kernels_serve(features, dtype, no_reference):
     arguments = {name: arguments[name] for name in sorted(features)}
     calls = [arguments]
     if "lengths" in features:
-        calls.append(arguments | {"lengths": torch.tensor([0, 0, 0])})
+        calls += [arguments | {"lengths": torch.tensor(lengths)} for lengths in ([0, 0, 0], [4, 4, 4])]
     if "resets" in features:  # at one step alone, and at none
         one = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
         calls += [arguments | {"resets": one}, arguments | {"resets": torch.zeros_like(one)}]
