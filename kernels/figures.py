@@ -21,6 +21,7 @@ class DeviceFigures(NamedTuple):
     mma_latency: int = 33
     wide_latency: int = 17
     wide_end: int = 100  # from the last sum of one chunk to the first of the next
+    launch: int = 3500  # from the end of one to the work of the next
     # Between SMs.
     barrier: int = 1500  # an arrival, and seeing it
     store: int = 500  # until others can load what was stored

@@ -82,7 +82,7 @@ def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, Sequ
 
 
 def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, arguments: dict[str, Any]) -> None:
-    """Launch a sequence kernel for the steps in its arguments, all of them but what its programs wait with."""
+    """Launch a sequence kernel for the steps in its arguments, all of them but those of its groups and what these wait with."""
     # A launch of one step waits for nothing, and any CUDA graph may hold it.
     waits = config.waits and arguments["last_step"] - arguments["first_step"] > 1
     counters = stalled = None
@@ -90,15 +90,16 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
         stalled = stall.word(launcher.kernel.__name__, on.type == "cuda")
         if not config.in_band:
             counters = grid_sync.counters(config.groups, on)
-    programs = config.programs * config.groups
+    programs = config.programs * config.groups_at_once
     try:
-        # A grid that cannot all be resident is refused, not hung.
-        launcher(
-            (programs, 1, 1),
-            config,
-            arguments | {"counters_ptr": counters, "stall_ptr": stalled},
-            launch_cooperative_grid=waits,
-        )
+        for first in range(0, config.groups, config.groups_at_once):
+            groups = min(config.groups_at_once, config.groups - first)
+            launcher(
+                (config.programs * groups, 1, 1),
+                config,
+                arguments | {"counters_ptr": counters, "stall_ptr": stalled, "first_group": first},
+                launch_cooperative_grid=waits,  # a grid that cannot all be resident is refused, not hung
+            )
     except RuntimeError as error:
         grid_sync.forget_counters()
         if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):

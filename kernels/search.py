@@ -36,15 +36,25 @@ _IN_BAND = (True, False)  # how programs exchange their state: without a barrier
 _IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # straight into the registers of the product
 # More chunks are more code than is worth compiling; more round trips to the L2 cache take longer than a launch for each step.
 _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
+_MOST_LAUNCHES = 4  # of all steps each, one after the other
 
 
 def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
-    """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step."""
+    """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step.
+
+    Where the programs of all rows do not fit at once, a few launches of every step take the place of one, if they cost less
+    than a launch for each step.
+    """
     found: set[SequenceConfig] = set()
-    if problem.dtype != torch.float64 and not problem.stepwise:
+    for most in (1, _MOST_LAUNCHES) if problem.dtype != torch.float64 and not problem.stepwise else ():
         for tile in _TILES if problem.on_tensor_cores else _TILES_ON_CUDA_CORES:
-            forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
+            forms = (c for c in _persistent(problem, device, *tile, most) if _has_form(problem, c))
             found.update(c for c in forms if _fits(problem, c, device))
+        if found:
+            break
+    stepwise = list(_stepwise(problem))
+    least = min(cost(problem, config, device) for config in stepwise)
+    found = {config for config in found if config.launches == 1 or cost(problem, config, device) < least}
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
@@ -53,17 +63,19 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
         preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
         return cost(problem, config, device), *preferred, -config.num_warps, config.block_k, config.in_flight
 
-    return [*sorted(found, key=rank), *_stepwise(problem)]
+    return [*sorted(found, key=rank), *stepwise]
 
 
 def _persistent(
-    problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int
+    problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int, most_launches: int
 ) -> Iterator[SequenceConfig]:
     """This tile with W_hh on chip, in chunks of every size, of which more or fewer are in flight."""
     if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
         return
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
-    if programs > 1 and programs * groups > device.sms:  # they wait for one another, so all have to run
+    # Programs of a group wait for one another, so all have to run.
+    launches = cdiv(groups, device.sms // programs) if 1 < programs <= device.sms else 1
+    if launches > most_launches or programs > device.sms:
         return
     split = (1, num_warps) if problem.way == "forward" else (num_warps,)
     in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
@@ -74,7 +86,7 @@ def _persistent(
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
         if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once):
             tile = (block_b, block_h, split_k, block_k, cdiv(chunks, cdiv(chunks, at_once)), programs, groups)
-            yield SequenceConfig(num_warps, 1, *tile, True, in_band, max_registers=MAX_REGISTERS)
+            yield SequenceConfig(num_warps, 1, *tile, True, in_band, launches, max_registers=MAX_REGISTERS)
 
 
 def _has_form(problem: Problem, config: SequenceConfig) -> bool:

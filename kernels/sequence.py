@@ -82,6 +82,7 @@ def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
         "B",
         "first_step",
         "last_step",
+        "first_group",
         "p_hi",
         "p_lo",
         "stride_t",
@@ -119,6 +120,7 @@ def _lstm_sequence_forward_kernel(
     stall_ptr,  # [1] the word of `stall.word`, or None when no program waits for another
     # sizes
     T, B, first_step, last_step,
+    first_group,  # of those that share the work; this launch has as many as its programs make up
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
     # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
@@ -134,7 +136,7 @@ def _lstm_sequence_forward_kernel(
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
     CHUNKS: tl.constexpr = (H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
     ALL_UNITS: tl.constexpr = H % BLOCK_H == 0
-    group = tl.program_id(0) // PROGRAMS
+    group = tl.program_id(0) // PROGRAMS + first_group
     direction = group % D
     first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
     offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)

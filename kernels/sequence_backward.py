@@ -34,6 +34,7 @@ def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: t
         "B",
         "first_step",
         "last_step",
+        "first_group",
         "p_hi",
         "p_lo",
         "gates_t",
@@ -72,6 +73,7 @@ def _lstm_sequence_backward_kernel(
     stall_ptr,  # [1] the word of `stall.word`, or None likewise
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step,
+    first_group,  # of those that share the work; this launch has as many as its programs make up
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
     gates_t, gates_reverse_t,
     # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one
@@ -85,7 +87,7 @@ def _lstm_sequence_backward_kernel(
 ):  # fmt: skip
     """Steps first_step ... last_step - 1, back through time, of D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
-    group = tl.program_id(0) // PROGRAMS
+    group = tl.program_id(0) // PROGRAMS + first_group
     direction = group % D
     offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)
     # Rows past the batch load the last row again, and only stores count: masks take registers, of which there are too few.

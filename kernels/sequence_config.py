@@ -62,6 +62,7 @@ class SequenceConfig(LaunchConfig):
     (H forward, 4H backward). persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups (row
     blocks times directions) of `programs` programs exchange their state, and load in_flight chunks of it at once; otherwise
     one launch computes one step. in_band: they exchange it without a barrier (exchange.py), and W_hh stays in registers.
+    launches: how many, of all steps each, share the groups where their programs cannot all run at once.
     """
 
     block_b: int
@@ -73,6 +74,11 @@ class SequenceConfig(LaunchConfig):
     groups: int
     persistent: bool
     in_band: bool = False
+    launches: int = 1
+
+    @property
+    def groups_at_once(self) -> int:
+        return cdiv(self.groups, self.launches)
 
     @property
     def waits(self) -> bool:  # for one another, in a launch of several steps
@@ -141,13 +147,13 @@ def readers_of_weights(problem: Problem, config: SequenceConfig, device: DeviceF
 
 
 def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
-    """Cycles of a step of a launch of all steps, by a model: the barrier between programs, or the way of what they store to the
-    L2 cache; the cache's latency for each round of loads, and its throughput; the slowest of shared memory, from which tensor
-    cores take W_hh, the cores themselves, and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends
+    """Cycles of a step, by a model: the barrier between programs, or the way of what they store to the L2 cache, or a launch;
+    the cache's latency for each round of loads, and its throughput; the slowest of shared memory, from which tensor cores
+    take W_hh, the cores themselves, and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends
     before the next begins; the way of the sums through shared memory; the gates."""
     chunks, columns = config.chunks(problem.inner), problem.columns * config.block_h
     row_bytes = chunks * config.split_k * config.block_k * problem.dtype.itemsize
-    launched = config.programs * config.groups
+    launched = config.programs * config.groups_at_once
     share = max(device.sms / launched, 1)  # of the SMs, for each program
     wide = is_wide(problem, config, device)
     rate, latency = (device.wide_rate, device.wide_latency) if wide else (device.mma_rate, device.mma_latency)
@@ -157,15 +163,21 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
     if problem.precision == "tf32x3":
         products, chain = 3 * products, 3 * chain
     chain += chunks * device.wide_end if wide else 0
-    state = config.block_b * row_bytes / min(device.l2_share * share, device.l2_most)
+    from_cache = config.block_b + (
+        0 if config.persistent else columns
+    )  # rows of the state, and W_hh if it is not on chip
+    state = from_cache * row_bytes / min(device.l2_share * share, device.l2_most)
     # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's, and
     # what it loads and stores goes through shared memory.
     tile, threads = config.block_b * config.block_h, 32 * config.num_warps
     gates = 10 * max(tile, threads) / device.special_functions + (device.scattered if tile < threads else 0)
     exchange = device.store if config.in_band else device.barrier
     latencies = (exchange if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
+    if not config.persistent:
+        latencies = device.l2_latency  # one, of loads in a pipeline
     readers = 0 if config.in_band else readers_of_weights(problem, config, device)
     weights = readers * columns * row_bytes / device.shared_bytes
     sums = 8 * parts(problem, config) * config.block_b * columns / device.shared_bytes
     step = latencies + state + max(weights, products, chain) + sums + gates
-    return step * cdiv(launched, device.sms)  # programs that are alone with their rows may queue
+    total = step * cdiv(launched, device.sms) * config.launches  # programs that are alone with their rows may queue
+    return total + (0 if config.persistent else device.launch)

@@ -110,7 +110,7 @@ def _launches(config: Any, way: str, T: int, recompute: bool) -> int:
         return T
     from .kernels.layer_backward import recomputed_ranges
 
-    return len(recomputed_ranges(T)) if recompute and way == "backward" else 1
+    return config.launches * (len(recomputed_ranges(T)) if recompute and way == "backward" else 1)
 
 
 def _details(plans: list[dict[str, Any]], launches: dict[str, int], T: int, on: torch.device, seconds: float) -> str:

@@ -10,6 +10,7 @@ from support import executor, layers, waiting
 from support.waiting import BACKWARD, BF16, FORWARD, FP16, FP32, SEGMENTS, TF32, TF32X3
 
 from lstm_triton import functional
+from lstm_triton.kernels import device as device_module
 from lstm_triton.kernels import layer_backward, search, stall
 
 pytestmark = [pytest.mark.compiled, *waiting.marks]
@@ -86,6 +87,16 @@ def test_full_precision_with_the_tiles_of_the_search(kind, monkeypatch, device, 
     layers.assert_as_accurate_as_torch(results, problem)
     for name, once, again in zip(problem.names, results, _results(problem)):
         assert torch.equal(once, again), name
+
+
+def test_groups_that_do_not_fit_at_once_share_a_few_launches(monkeypatch, device, count_launches):
+    """Of four programs each, of which ten SMs take two groups at once: five groups of one direction, six of two."""
+    monkeypatch.setattr(device_module, "FREE_MULTIPROCESSORS", device_module.multiprocessor_count(device) - 10)
+    for D, launches in ((1, 3), (2, 3)):
+        problem = layers.draw(T=3, B=34 // D, I=3, H=64, D=D, **BF16, **SEGMENTS, device=device)
+        results = _results(problem)
+        assert count_launches() == {FORWARD: launches, BACKWARD: launches}
+        layers.assert_as_accurate_as_torch(results, problem)
 
 
 def test_a_single_step_waits_for_nothing(device):

@@ -74,8 +74,11 @@ def test_every_candidate_can_be_launched(name):
                 assert dtype != torch.float64 and (config.in_band or precision == "tf32" or dtype != torch.float32), (
                     case
                 )
-                assert config.programs == 1 or config.programs * config.groups <= device.sms, case
+                assert config.programs == 1 or config.programs * config.groups_at_once <= device.sms, case
+                assert config.launches == 1 or config.programs * config.groups > device.sms, case
                 assert _bytes(problem, config) <= device.shared_memory, case
+                if config.launches > 1:
+                    assert config.waits and cost(problem, config, device) < cost(problem, found[-1], device), case
                 if config.in_band:
                     assert config.waits and config.split_k == config.num_warps, case
                     assert config.block_k * dtype.itemsize == 64 and problem.inner * dtype.itemsize % 16 == 0, case
@@ -109,7 +112,8 @@ def test_large_layers_run_in_one_launch(way):
         (torch.bfloat16, "ieee", 1536, 1, True),
         (torch.float32, "tf32", 768, 16, True),
         (torch.bfloat16, "ieee", 2048, 1, False),
-        (torch.bfloat16, "ieee", 1024, 256, False),
+        (torch.bfloat16, "ieee", 1024, 256, True),
+        (torch.bfloat16, "ieee", 1024, 1024, False),
         (torch.float32, "ieee", 64, 1, True),
         (torch.float32, "ieee", 256, 64, True),
         (torch.float32, "ieee", 512, 16, False),
