@@ -42,16 +42,14 @@ _MOST_LAUNCHES = 4  # of all steps each, one after the other
 def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step.
 
-    Where the programs of all rows do not fit at once, a few launches of every step take the place of one, if they cost less
-    than a launch for each step.
+    Between them come those whose programs do not all fit at once, in a few launches of every step, if these cost less than a
+    launch for each step.
     """
     found: set[SequenceConfig] = set()
-    for most in (1, _MOST_LAUNCHES) if problem.dtype != torch.float64 and not problem.stepwise else ():
+    if problem.dtype != torch.float64 and not problem.stepwise:
         for tile in _TILES if problem.on_tensor_cores else _TILES_ON_CUDA_CORES:
-            forms = (c for c in _persistent(problem, device, *tile, most) if _has_form(problem, c))
+            forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
             found.update(c for c in forms if _fits(problem, c, device))
-        if found:
-            break
     stepwise = list(_stepwise(problem))
     least = min(cost(problem, config, device) for config in stepwise)
     found = {config for config in found if config.launches == 1 or cost(problem, config, device) < least}
@@ -61,13 +59,20 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
         # Of equal cost, what leaves half of the registers to the rest, few programs, and chunks near 4 KiB: shorter ones are
         # more code. The last three leave nothing to chance.
         preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
-        return cost(problem, config, device), *preferred, -config.num_warps, config.block_k, config.in_flight
+        return (
+            _stage(config),
+            cost(problem, config, device),
+            *preferred,
+            -config.num_warps,
+            config.block_k,
+            config.in_flight,
+        )
 
     return [*sorted(found, key=rank), *stepwise]
 
 
 def _persistent(
-    problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int, most_launches: int
+    problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int
 ) -> Iterator[SequenceConfig]:
     """This tile with W_hh on chip, in chunks of every size, of which more or fewer are in flight."""
     if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
@@ -75,7 +80,7 @@ def _persistent(
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
     # Programs of a group wait for one another, so all have to run.
     launches = cdiv(groups, device.sms // programs) if 1 < programs <= device.sms else 1
-    if launches > most_launches or programs > device.sms:
+    if launches > _MOST_LAUNCHES or programs > device.sms:
         return
     split = (1, num_warps) if problem.way == "forward" else (num_warps,)
     in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
@@ -87,6 +92,11 @@ def _persistent(
         if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once):
             tile = (block_b, block_h, split_k, block_k, cdiv(chunks, cdiv(chunks, at_once)), programs, groups)
             yield SequenceConfig(num_warps, 1, *tile, True, in_band, launches, max_registers=MAX_REGISTERS)
+
+
+def _stage(config: SequenceConfig) -> int:
+    """0: all steps in one launch; 1: in a few; 2: one launch per step."""
+    return min(config.launches - 1, 1) if config.persistent else 2
 
 
 def _has_form(problem: Problem, config: SequenceConfig) -> bool:
@@ -167,16 +177,17 @@ def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
     if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter: there is no compiler to ask
         return next(c for c in found if _may_wait(problem, c))
     asked: dict[SequenceConfig, float] = {}  # words of local memory; infinite where the kernel cannot be used
-    for persistent, most, enough in ((True, _MOST_PERSISTENT, _SOME_WORDS), (False, MOST_COMPILATIONS, 1 << 20)):
-        for config in (c for c in found if c.persistent == persistent):
+    limits = (_MOST_PERSISTENT, _SOME_WORDS), (_MOST_PERSISTENT, _SOME_WORDS), (MOST_COMPILATIONS, 1 << 20)
+    for stage, (most, enough) in enumerate(limits):
+        for config in (c for c in found if _stage(c) == stage):
             if len(asked) == most:
                 break
-            if persistent and any(_spills_too(problem, device, config, other, asked[other]) for other in asked):
+            if config.persistent and any(_spills_too(problem, device, config, other, asked[other]) for other in asked):
                 continue
             asked[config] = _words(problem, device, config)
             if asked[config] <= _FEW_WORDS:
                 return config
-        best = min((c for c in asked if c.persistent == persistent), key=asked.__getitem__, default=None)
+        best = min((c for c in asked if _stage(c) == stage), key=asked.__getitem__, default=None)
         if best is not None and asked[best] <= enough:
             return best
     raise RuntimeError(f"Triton compiles no kernel for {problem}")

@@ -69,7 +69,7 @@ SHARING = {100: [("bf16", 136, 256, 2, PLAIN), ("bf16", 168, 128, 1, PLAIN), ("b
 ARCHITECTURES = (80, 90, 100, 120)
 # Where every tile that fits needs more registers than there are, or nearly, some words are spilled, or each step is a launch.
 # For these cases the count, which leaves out addresses and what the compiler keeps, says less than MANY_REGISTERS.
-SCARCE = {("backward", 455, 512), ("forward", 455, 512), ("backward", 254, 512), ("forward", 254, 512)}
+SCARCE = {("backward", 455, 512), ("backward", 254, 512), ("forward", 254, 512)}
 MANY_REGISTERS = 216
 
 

@@ -81,6 +81,16 @@ def test_some_words_are_better_than_a_launch_for_each_step(compiler):
     assert config.persistent and config in asked[1:]
 
 
+def test_a_few_launches_are_better_than_many_words_or_a_launch_for_each_step(compiler):
+    """Of the tiles that take all rows at once each would spill."""
+    large = Problem("forward", 512, 455, 1, torch.bfloat16, "ieee")
+    asked = compiler(40, 40, 4)
+    config = search.search(large, H100)
+    assert config == asked[2] and [c.launches for c in asked] == [1, 1, 2]
+    asked = compiler(40, 30)
+    assert search.search(large, H100) == asked[1] and asked[1].launches == 1
+
+
 def test_a_choice_takes_few_compilations(compiler):
     for words in (33, 1000):
         asked = compiler(words)
