@@ -27,11 +27,17 @@ def _one_launch(module: Any, device: torch.device, dtype: torch.dtype, steps: in
     problem = Problem("forward", batch, module.hidden_size, directions, dtype, precision, recompute=module.recompute)
     problem = problem if (cell := shapes.cell_of(module)) is None else problem._replace(cell=cell.key)
     plans = training_plans(problem, steps, device)
-    forward, backward = plans["forward"].persistent, plans["backward"].persistent
+    forward, backward = _in_launches(plans["forward"]), _in_launches(plans["backward"])
     if forward == backward:
-        return f"with B = {batch} " + ("all steps in one launch" if forward else "one launch per step")
-    once, stepwise = ("forward", "backward") if forward else ("backward", "forward")
-    return f"with B = {batch} all steps in one launch {once}, one launch per step {stepwise}"
+        return f"with B = {batch} {forward}"
+    return f"with B = {batch} {forward} forward, {backward} backward"
+
+
+def _in_launches(config: Any) -> str:
+    if not config.persistent:
+        return "one launch per step"
+    parts = f" for each of {config.launches} parts of the batch" if config.launches > 1 else ""
+    return f"all steps in one launch{parts}"
 
 
 class Explanation(NamedTuple):

@@ -237,7 +237,9 @@ def test_explain(monkeypatch):
     assert "SoftmaxReadout(2, 3)" in explain(SoftmaxReadout(2, 3))
     with pytest.raises(RuntimeError, match="backend='triton' cannot serve: on a CPU"):
         explain(LSTM(2, 3, backend="triton"))
-    with pytest.raises(TypeError, match="explain.. knows LSTM, LSTMCell and SoftmaxReadout, and models.*, got Linear"):
+    with pytest.raises(
+        TypeError, match="explain.. knows LSTM, Recurrent, their cells and SoftmaxReadout, .*, got Linear"
+    ):
         explain(torch.nn.Linear(2, 3))
 
 
@@ -247,11 +249,13 @@ def test_explain_tells_how_many_launches(monkeypatch):
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: False)
     assert explain(LSTM(2, 512, backend="triton")).endswith("asked for; with B = 1 one launch per step.")
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
+    once = "all steps in one launch"
     for hidden_size, batch, dtype, expected in (
-        (1024, 16, torch.bfloat16, "all steps in one launch"),
-        (1024, 512, torch.bfloat16, "one launch per step"),
-        (1024, 16, torch.float32, "all steps in one launch"),
-        (1536, 64, torch.bfloat16, "all steps in one launch forward, one launch per step backward"),
+        (1024, 16, torch.bfloat16, once),
+        (1024, 512, torch.bfloat16, f"{once} for each of 4 parts of the batch"),
+        (1024, 2048, torch.bfloat16, "one launch per step"),
+        (1024, 16, torch.float32, once),
+        (1536, 64, torch.bfloat16, f"{once} forward, {once} for each of 4 parts of the batch backward"),
     ):
         lstm = LSTM(2, hidden_size, backend="triton", precision="tf32")
         assert explain(lstm, batch=batch, dtype=dtype).endswith(f"triton: asked for; with B = {batch} {expected}.")
