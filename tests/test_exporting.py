@@ -223,10 +223,9 @@ def test_fx_quantization(make):
 # ---- torch.export --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", ["convert", "own"])
-def test_an_exported_program_needs_the_package_unless_exported_from_torchs(make, tmp_path):
+def test_an_exported_program_needs_the_package_unless_exported_from_torchs(tmp_path):
     x = _x()
-    model = _tagger(make)
+    model = _tagger("own")
     torch.save((x, model(x)), tmp_path / "data.pt")
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "ours.pt2")
     torch.export.save(torch.export.export(to_torch(copy.deepcopy(model)), (x,)), tmp_path / "theirs.pt2")

@@ -49,14 +49,12 @@ def test_small_shapes(shape, kind, D, scale, device):
     _check(shape, kind, device, D, scale=scale)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", EDGES_OF_B, ids=str)
+@pytest.mark.parametrize("shape, kind", list(zip(EDGES_OF_B, itertools.cycle(["fp32", "bf16"]))), ids=str)
 def test_tile_edges_of_the_batch(shape, kind, device):
     _check(shape, kind, device)
 
 
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
-@pytest.mark.parametrize("shape", EDGES_OF_H, ids=str)
+@pytest.mark.parametrize("shape, kind", list(zip(EDGES_OF_H, itertools.cycle(["tf32", "bf16"]))), ids=str)
 def test_tile_edges_of_the_hidden_size(shape, kind, device):
     _check(shape, kind, device, D=2 if shape[3] % 2 else 1)
 

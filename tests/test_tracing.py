@@ -1,6 +1,5 @@
 """torch.jit.trace and torch.export: what was recorded with some numbers of steps and rows holds for others."""
 
-import itertools
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 from lstm_triton import LSTM
 
 I, H = 3, 5
-RECORDED, OTHERS = (4, 2), [(7, 3), (3, 1)]  # (T, B)
+RECORDED, OTHERS = (4, 2), [(5, 3), (3, 1)]  # (T, B)
 
 pytestmark = pytest.mark.long
 
@@ -93,7 +92,8 @@ def every_pair(*calls):
 
 
 options_and_backends = pytest.mark.parametrize(
-    "options, backend", list(itertools.product(["stacked", "projected"], BACKENDS))
+    "options, backend",
+    [("stacked", "triton"), ("projected", "triton"), ("stacked", "auto"), ("projected", "reference")],
 )
 
 
