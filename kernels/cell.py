@@ -15,7 +15,7 @@ from .device import matmul_precision, multiprocessor_count
 from .gates import gate_rows, split_gates, store_gates
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .launch import Launcher, accumulator
-from .tiles import add_projection
+from .tiles import add_projections
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -50,38 +50,9 @@ def _lstm_cell_forward_kernel(
     rows, mask_rows = gate_rows(first_unit, H, BLOCK_H)
 
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
-    z = add_projection(
-        z,
-        x_ptr,
-        w_ih_ptr,
-        offs_b,
-        mask_b,
-        rows,
-        mask_rows,
-        I,
-        stride_x_b,
-        stride_x_i,
-        stride_w_ih_row,
-        stride_w_ih_k,
-        BLOCK_K,
-        PRECISION,
-    )
-    z = add_projection(
-        z,
-        h_prev_ptr,
-        w_hh_ptr,
-        offs_b,
-        mask_b,
-        rows,
-        mask_rows,
-        H,
-        stride_h_b,
-        stride_h_h,
-        stride_w_hh_row,
-        stride_w_hh_k,
-        BLOCK_K,
-        PRECISION,
-    )
+    of_x = (x_ptr, w_ih_ptr, I, stride_x_b, stride_x_i, stride_w_ih_row, stride_w_ih_k)
+    of_h = (h_prev_ptr, w_hh_ptr, H, stride_h_b, stride_h_h, stride_w_hh_row, stride_w_hh_k)
+    z = add_projections(z, offs_b, mask_b, rows, mask_rows, of_x, of_h, BLOCK_K, PRECISION)
     if b_ih_ptr is not None:
         z += tl.load(b_ih_ptr + rows.to(tl.int64) * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
     if b_hh_ptr is not None:

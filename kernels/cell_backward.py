@@ -64,13 +64,39 @@ def _gate_gradients(
 
 
 @triton.jit
+def _tiles_n(of_h, of_x, BLOCK_N: tl.constexpr):
+    """Tiles of columns of two gradients side by side; each is (out or None, factor, N, strides of the factor)."""
+    tiles = 0
+    if of_h[0] is not None:
+        tiles += tl.cdiv(of_h[2], BLOCK_N)
+    if of_x[0] is not None:
+        tiles += tl.cdiv(of_x[2], BLOCK_N)
+    return tiles
+
+
+@triton.jit
+def _chosen(tile_n, of_h, of_x, BLOCK_N: tl.constexpr):
+    """Which of the two a tile of columns belongs to, and its first column there. Code for one and the other would take twice as
+    long to compile."""
+    if of_h[0] is None:
+        return of_x, tile_n * BLOCK_N
+    if of_x[0] is None:
+        return of_h, tile_n * BLOCK_N
+    out_h, factor_h, H, stride_h_row, stride_h_n = of_h
+    out_x, factor_x, I, stride_x_row, stride_x_n = of_x
+    tiles_h = tl.cdiv(H, BLOCK_N)
+    is_h = tile_n < tiles_h
+    out, factor, N = tl.where(is_h, out_h, out_x), tl.where(is_h, factor_h, factor_x), tl.where(is_h, H, I)
+    stride_row, stride_n = tl.where(is_h, stride_h_row, stride_x_row), tl.where(is_h, stride_h_n, stride_x_n)
+    return (out, factor, N, stride_row, stride_n), tl.where(is_h, tile_n, tile_n - tiles_h) * BLOCK_N
+
+
+@triton.jit
 def _weight_gradient_tile(
-    tile,
-    out_ptr,
-    factor,  # (a, N, its strides)
+    chosen,  # (out, a, N, the strides of a)
+    first_n,
+    first_unit,
     step,
-    B,
-    H,
     BACKWARD: tl.constexpr,
     STATES: tl.constexpr,
     ACC: tl.constexpr,
@@ -79,11 +105,10 @@ def _weight_gradient_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_ih (a = x, N = I) or of dW_hh (a = h_prev, N = H)."""
-    a_ptr, N, stride_a_b, stride_a_n = factor
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    first_unit = (tile // tiles_n) * BLOCK_H
-    offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_hh (a = h_prev, N = H) or of dW_ih (a = x, N = I)."""
+    out_ptr, a_ptr, N, stride_a_b, stride_a_n = chosen
+    B, H = step[-2], step[-1]
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     acc = tl.zeros((4 * BLOCK_H, BLOCK_N), ACC)
     for first_row in range(0, B, BLOCK_B):
@@ -102,12 +127,10 @@ def _weight_gradient_tile(
 
 @triton.jit
 def _input_gradient_tile(
-    tile,
-    out_ptr,
-    factor,  # (W, N, its strides)
+    chosen,  # (out, W, N, the strides of W)
+    first_n,
+    first_row,
     step,
-    B,
-    H,
     BACKWARD: tl.constexpr,
     STATES: tl.constexpr,
     ACC: tl.constexpr,
@@ -116,11 +139,10 @@ def _input_gradient_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One [BLOCK_B, BLOCK_N] tile of dz W: of dx (W = W_ih, N = I) or of dh_prev (W = W_hh, N = H)."""
-    w_ptr, N, stride_w_row, stride_w_k = factor
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    first_row = (tile // tiles_n) * BLOCK_B
-    offs_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One [BLOCK_B, BLOCK_N] tile of dz W: of dh_prev (W = W_hh, N = H) or of dx (W = W_ih, N = I)."""
+    out_ptr, w_ptr, N, stride_w_row, stride_w_k = chosen
+    B, H = step[-2], step[-1]
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
     for first_unit in range(0, H, BLOCK_H):
@@ -214,39 +236,32 @@ def _lstm_cell_backward_kernel(
     BACKWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one timestep. The grid holds, in this order, tiles of dW_hh, dW_ih, dh_prev, dx and (dc_prev, db)."""
+    """All gradients of one timestep. The grid holds tiles of dW_hh | dW_ih, of dh_prev | dx, and of (dc_prev, db)."""
     c_prev = (c_prev_ptr, stride_c_b, stride_c_h)
     dh, dc = (dh_ptr, stride_dh_b, stride_dh_h), (dc_ptr, stride_dc_b, stride_dc_h)
     step = (gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H)
-    x, h_prev = (x_ptr, I, stride_x_b, stride_x_i), (h_prev_ptr, H, stride_h_b, stride_h_h)
-    w_ih, w_hh = (w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k), (w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
+    dw_hh, dw_ih = (dw_hh_ptr, h_prev_ptr, H, stride_h_b, stride_h_h), (dw_ih_ptr, x_ptr, I, stride_x_b, stride_x_i)
+    dh_prev = (dh_prev_ptr, w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
+    dx = (dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k)
     tile = tl.program_id(0)
-    if dw_hh_ptr is not None:
-        tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(H, BLOCK_N)
-        if (tile >= 0) & (tile < tiles):
+    if dw_hh_ptr is not None or dw_ih_ptr is not None:
+        tiles_n = _tiles_n(dw_hh, dw_ih, BLOCK_N)
+        tiles = tl.cdiv(H, BLOCK_H) * tiles_n
+        if tile < tiles:
+            chosen, first_n = _chosen(tile % tiles_n, dw_hh, dw_ih, BLOCK_N)
+            first_unit = tile // tiles_n * BLOCK_H
             _weight_gradient_tile(
-                tile, dw_hh_ptr, h_prev, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+                chosen, first_n, first_unit, step, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
             )
         tile -= tiles
-    if dw_ih_ptr is not None:
-        tiles = tl.cdiv(H, BLOCK_H) * tl.cdiv(I, BLOCK_N)
+    if dh_prev_ptr is not None or dx_ptr is not None:
+        tiles_n = _tiles_n(dh_prev, dx, BLOCK_N)
+        tiles = tl.cdiv(B, BLOCK_B) * tiles_n
         if (tile >= 0) & (tile < tiles):
-            _weight_gradient_tile(
-                tile, dw_ih_ptr, x, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
-            )
-        tile -= tiles
-    if dh_prev_ptr is not None:
-        tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_N)
-        if (tile >= 0) & (tile < tiles):
+            chosen, first_n = _chosen(tile % tiles_n, dh_prev, dx, BLOCK_N)
+            first_row = tile // tiles_n * BLOCK_B
             _input_gradient_tile(
-                tile, dh_prev_ptr, w_hh, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
-            )
-        tile -= tiles
-    if dx_ptr is not None:
-        tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(I, BLOCK_N)
-        if (tile >= 0) & (tile < tiles):
-            _input_gradient_tile(
-                tile, dx_ptr, w_ih, step, B, H, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
+                chosen, first_n, first_row, step, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
             )
         tile -= tiles
     if dc_prev_ptr is not None or db_ih_ptr is not None or db_hh_ptr is not None:

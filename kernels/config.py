@@ -83,9 +83,12 @@ def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision
         # what latency times memory bandwidth asks for.
         stages = 6 if block_h == 4 else 4
         warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
-        return CellForwardConfig(warps, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32)
-    # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
-    return CellForwardConfig(4, 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
+        return CellForwardConfig(
+            warps, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32, max_registers=MAX_REGISTERS
+        )
+    # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill. At small batch
+    # many of them are in flight, for the same reason as above: 8 or 9 KB of float32 weights a program.
+    return CellForwardConfig(4, 10 if block_b == 16 else 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from .config import cdiv, readout_forward_config, readout_rescale_config
 from .device import matmul_precision, multiprocessor_count
 from .inputs import ReadoutInputs, ReadoutOptions, ReadoutOutputs
 from .launch import Launcher, accumulator, accumulator_dtype
-from .tiles import add_projection
+from .tiles import add_projections
 
 
 @triton.jit
@@ -67,22 +67,8 @@ def _readout_forward_kernel(
     mask_v = offs_v < V
 
     logits = tl.zeros((BLOCK_B, BLOCK_V), ACC)
-    logits = add_projection(
-        logits,
-        h_ptr,
-        weight_ptr,
-        offs_b,
-        mask_b,
-        offs_v,
-        mask_v,
-        H,
-        stride_h_b,
-        stride_h_k,
-        stride_weight_v,
-        stride_weight_k,
-        BLOCK_K,
-        PRECISION,
-    )
+    factors = (h_ptr, weight_ptr, H, stride_h_b, stride_h_k, stride_weight_v, stride_weight_k)
+    logits = add_projections(logits, offs_b, mask_b, offs_v, mask_v, factors, None, BLOCK_K, PRECISION)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v.to(tl.int64) * stride_bias, mask=mask_v, other=0.0)
         logits += bias.to(ACC)[None, :]

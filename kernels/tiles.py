@@ -19,33 +19,41 @@ def store_tile(ptr, tile, rows, mask_rows, columns, mask_columns, stride_row):
 
 
 @triton.jit
-def add_projection(
+def add_projections(
     acc,  # [BLOCK_B, n]
-    a_ptr,  # [B, K]
-    w_ptr,  # [N, K]
     offs_b,
     mask_b,
     rows,
     mask_rows,
-    K,
-    stride_a_b,
-    stride_a_k,
-    stride_w_row,
-    stride_w_k,
+    first,  # (a [B, K], W [N, K], K, the strides of a, of W)
+    second,  # the same of other a, W and K, or None
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + a W^T for one tile of rows of a and one of rows of W."""
+    """acc + a W^T, and the second a W^T, for one tile of rows of a and one of rows of W.
+
+    One loop for both: what the second product needs is on its way while the first is computed.
+    """
+    steps_of_first = tl.cdiv(first[2], BLOCK_K)
+    steps = steps_of_first
+    if second is not None:
+        steps += tl.cdiv(second[2], BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + offs_b.to(tl.int64)[:, None] * stride_a_b + offs_k.to(tl.int64)[None, :] * stride_a_k
-    w_ptrs = w_ptr + rows.to(tl.int64)[None, :] * stride_w_row + offs_k.to(tl.int64)[:, None] * stride_w_k
-    # A stride of 1 is a Python number here, for which there is tl.cast.
-    a_step, w_step = tl.cast(stride_a_k, tl.int64) * BLOCK_K, tl.cast(stride_w_k, tl.int64) * BLOCK_K
-    for k in range(0, K, BLOCK_K):
+    for step in range(steps):
+        a_ptr, w_ptr, K, stride_a_b, stride_a_k, stride_w_row, stride_w_k = first
+        if second is not None:
+            turned = step >= steps_of_first
+            a_ptr_2, w_ptr_2, K_2, stride_a_b_2, stride_a_k_2, stride_w_row_2, stride_w_k_2 = second
+            a_ptr, w_ptr, K = tl.where(turned, a_ptr_2, a_ptr), tl.where(turned, w_ptr_2, w_ptr), tl.where(turned, K_2, K)
+            stride_a_b, stride_a_k = tl.where(turned, stride_a_b_2, stride_a_b), tl.where(turned, stride_a_k_2, stride_a_k)
+            stride_w_row = tl.where(turned, stride_w_row_2, stride_w_row)
+            stride_w_k = tl.where(turned, stride_w_k_2, stride_w_k)
+            step -= tl.where(turned, steps_of_first, 0)
+        k = step * BLOCK_K
         mask_k = offs_k < K - k
-        a = tl.load(a_ptrs, mask=mask_b[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_rows[None, :], other=0.0)
+        a_ptr += tl.cast(k, tl.int64) * stride_a_k
+        w_ptr += tl.cast(k, tl.int64) * stride_w_k
+        a = load_tile(a_ptr, offs_b, mask_b, offs_k, mask_k, stride_a_b, stride_a_k)
+        w = load_tile(w_ptr, offs_k, mask_k, rows, mask_rows, stride_w_k, stride_w_row)
         acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-        a_ptrs += a_step
-        w_ptrs += w_step
     return acc

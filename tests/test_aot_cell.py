@@ -56,6 +56,16 @@ def test_every_configuration_in_use_is_among_those(kind):
     assert found[1] == all_cell_backward_configs(dtype, precision)
 
 
+@pytest.mark.parametrize("H, megabytes", [(512, 1.0), (1024, 1.5), (2048, 1.5)])
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+def test_enough_weights_are_in_flight_at_small_batch(kind, H, megabytes):
+    """What 132 SMs at full memory bandwidth ask for by Little's law, while one step of the loop is computed."""
+    dtype, precision, _ = KINDS[kind]
+    config = cell_forward_config(16, H, H, dtype, precision, 132)
+    stage = 4 * config.block_h * config.block_k * dtype.itemsize
+    assert -(-H // config.block_h) * (config.num_stages - 2) * stage >= megabytes * 1e6
+
+
 # ---- in a process without the interpreter --------------------------------------------------------------------------
 
 POINTERS = {"fp32": "*fp32", "tf32": "*fp32", "tf32x3": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "fp64": "*fp64"}
