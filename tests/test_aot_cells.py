@@ -49,7 +49,7 @@ def _compile(arch: int, everything: bool) -> None:
             # The LSTM's own equations compile to the same code, others to about as much for as many states.
             others = {1: (1.15, 1.05), 2: (1.15, 1.05), 4: (1.4, 1.25), 8: (1.4, 1.5)}[cell.n_carried]
             registers, instructions = (1.01, 1.01) if cell is lstm else others
-            instructions += 0.4 * (name == "masks")  # for the random numbers
+            instructions += 0.5 * (name == "masks")  # random numbers take 270, the smallest kernel has 672
             assert report.registers <= registers * written.registers, (name, way, report.registers, written.registers)
             assert len(report.instructions) <= instructions * len(written.instructions), (name, way)
             count += 1
