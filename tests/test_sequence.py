@@ -160,12 +160,12 @@ def _without_results(dtype, T, B, H, backend, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sizes are for an H100")
 def test_one_launch_is_asked_for_in_both_ways(monkeypatch):
     """The backward has four times the inner dimension, and does not fit where the forward does."""
-    persistent = (torch.bfloat16, 2, 64, 1536, "triton-persistent", monkeypatch)
-    assert "H = 1536, B = 64, 1 direction(s)" in (error := _without_results(*persistent))
+    persistent = (torch.bfloat16, 2, 192, 1536, "triton-persistent", monkeypatch)
+    assert "H = 1536, B = 192, 1 direction(s)" in (error := _without_results(*persistent))
     assert error.endswith("in the backward")
     with torch.no_grad():
         assert _without_results(*persistent) is None
-    assert _without_results(torch.bfloat16, 1, 64, 1536, *persistent[4:]) is None, "one step is one launch"
+    assert _without_results(torch.bfloat16, 1, 192, 1536, *persistent[4:]) is None, "one step is one launch"
     assert _without_results(torch.bfloat16, 2, 64, 512, *persistent[4:]) is None
     assert _without_results(*persistent[:4], "triton", monkeypatch) is None
     assert _without_results(torch.float64, 2, 1, 512, *persistent[4:]).endswith("in the forward")
