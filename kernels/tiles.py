@@ -44,8 +44,10 @@ def add_projections(
         if second is not None:
             turned = step >= steps_of_first
             a_ptr_2, w_ptr_2, K_2, stride_a_b_2, stride_a_k_2, stride_w_row_2, stride_w_k_2 = second
-            a_ptr, w_ptr, K = tl.where(turned, a_ptr_2, a_ptr), tl.where(turned, w_ptr_2, w_ptr), tl.where(turned, K_2, K)
-            stride_a_b, stride_a_k = tl.where(turned, stride_a_b_2, stride_a_b), tl.where(turned, stride_a_k_2, stride_a_k)
+            a_ptr, w_ptr = tl.where(turned, a_ptr_2, a_ptr), tl.where(turned, w_ptr_2, w_ptr)
+            K = tl.where(turned, K_2, K)
+            stride_a_b = tl.where(turned, stride_a_b_2, stride_a_b)
+            stride_a_k = tl.where(turned, stride_a_k_2, stride_a_k)
             stride_w_row = tl.where(turned, stride_w_row_2, stride_w_row)
             stride_w_k = tl.where(turned, stride_w_k_2, stride_w_k)
             step -= tl.where(turned, steps_of_first, 0)
