@@ -76,7 +76,7 @@ def _loading_chunk_by_chunk(source):
 
 def _computing_another_exponential(source):
     """As many for each thread as if a warp computed another's units: which compiler would repeat them is its own affair."""
-    return source.replace("c.to(ACC), dh, dc_step)", "c.to(ACC) + tl.exp(dh), dh, dc_step)")
+    return source.replace("c.to(ACC), dh, dc_step, at)", "c.to(ACC) + tl.exp(dh), dh, dc_step, at)")
 
 
 def _loading_resets_on_the_way_to_the_product(source):
