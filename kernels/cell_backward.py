@@ -79,16 +79,19 @@ def _chosen(tile_n, of_h, of_x, BLOCK_N: tl.constexpr):
     """Which of the two a tile of columns belongs to, and its first column there. Code for one and the other would take twice as
     long to compile."""
     if of_h[0] is None:
-        return of_x, tile_n * BLOCK_N
-    if of_x[0] is None:
-        return of_h, tile_n * BLOCK_N
-    out_h, factor_h, H, stride_h_row, stride_h_n = of_h
-    out_x, factor_x, I, stride_x_row, stride_x_n = of_x
-    tiles_h = tl.cdiv(H, BLOCK_N)
-    is_h = tile_n < tiles_h
-    out, factor, N = tl.where(is_h, out_h, out_x), tl.where(is_h, factor_h, factor_x), tl.where(is_h, H, I)
-    stride_row, stride_n = tl.where(is_h, stride_h_row, stride_x_row), tl.where(is_h, stride_h_n, stride_x_n)
-    return (out, factor, N, stride_row, stride_n), tl.where(is_h, tile_n, tile_n - tiles_h) * BLOCK_N
+        chosen = of_x
+    elif of_x[0] is None:
+        chosen = of_h
+    else:
+        out_h, factor_h, H, stride_h_row, stride_h_n = of_h
+        out_x, factor_x, I, stride_x_row, stride_x_n = of_x
+        tiles_h = tl.cdiv(H, BLOCK_N)
+        is_h = tile_n < tiles_h
+        out, factor, N = tl.where(is_h, out_h, out_x), tl.where(is_h, factor_h, factor_x), tl.where(is_h, H, I)
+        stride_row, stride_n = tl.where(is_h, stride_h_row, stride_x_row), tl.where(is_h, stride_h_n, stride_x_n)
+        chosen = out, factor, N, stride_row, stride_n
+        tile_n = tl.where(is_h, tile_n, tile_n - tiles_h)
+    return chosen, tile_n * BLOCK_N
 
 
 @triton.jit

@@ -45,14 +45,14 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     Between them come those whose programs do not all fit at once, in a few launches of every step, if these cost less than a
     launch for each step.
     """
-    found: set[SequenceConfig] = set()
+    costs: dict[SequenceConfig, float] = {}
     if problem.dtype != torch.float64 and not problem.stepwise:
         for tile in _TILES if problem.on_tensor_cores else _TILES_ON_CUDA_CORES:
             forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
-            found.update(c for c in forms if _fits(problem, c, device))
+            costs |= {c: cost(problem, c, device) for c in forms if _fits(problem, c, device)}
     stepwise = list(_stepwise(problem))
     least = min(cost(problem, config, device) for config in stepwise)
-    found = {config for config in found if config.launches == 1 or cost(problem, config, device) < least}
+    found = [config for config in costs if config.launches == 1 or costs[config] < least]
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
@@ -61,7 +61,7 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
         preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
         return (
             _stage(config),
-            cost(problem, config, device),
+            costs[config],
             *preferred,
             -config.num_warps,
             config.block_k,

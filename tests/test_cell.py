@@ -183,6 +183,21 @@ def test_two_runs_agree_bit_for_bit(kind, device):
         assert torch.equal(first, second), name
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("wanted", [("x", "w_hh"), ("h", "w_ih"), ("x", "h", "w_ih")], ids=", ".join)
+def test_gradients_are_the_same_without_the_others(wanted, device):
+    problem = cells.draw(*SMALL, device=device)
+    x, h, c, *weights = (
+        t.requires_grad_(name in wanted)
+        for name, t in zip(("x", "h", "c", "w_ih", "w_hh", "b_ih", "b_hh"), problem.inputs)
+    )
+    needed = [t for t in (x, h, *weights) if t.requires_grad]
+    some = torch.autograd.grad(lstm_cell(x, (h, c), *weights, backend="triton"), needed, problem.cotangents)
+    every = dict(zip(cells.RESULTS[2:], cells.by_kernels(problem)[2:]))
+    assert len(some) == len(wanted)
+    assert all(torch.equal(found, every[f"d{name}"]) for name, found in zip(wanted, some)), list(every)
+
+
 def test_inputs_are_left_alone(device):
     problem = cells.draw(3, 7, 9, device=device)
     before = [t.clone() for t in (*problem.inputs, *problem.cotangents)]
