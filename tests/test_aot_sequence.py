@@ -132,7 +132,8 @@ def _compile_all(arch, everything):
         if n > MOST_COMPILATIONS:
             found.append(f"{case}: {n} compilations")
         fitting = [c for c in candidates(case.problem, DEVICES[arch]) if c.persistent]
-        counted = min((registers(case.problem, c, DEVICES[arch]) for c in fitting), default=0)
+        alike = (c for c in fitting if c.launches == config.launches)
+        counted = min((registers(case.problem, c, DEVICES[arch]) for c in alike), default=0)
         is_scarce = (case.way, case.H, case.B) in SCARCE or counted > MANY_REGISTERS
         if fitting and not (config.persistent or is_scarce):
             found.append(f"{case}: one launch per step")

@@ -88,8 +88,6 @@ def _serve() -> None:
     """Read the arguments of `_as_main` line by line; call it in a fork of this process and print the fork's exit code."""
     from triton.runtime.cache import triton_key
 
-    import lstm_triton.cells  # noqa: F401
-
     from . import aot_sequence  # noqa: F401  imports Triton, its compiler and the package
 
     triton_key()  # reads all of Triton, once
