@@ -189,7 +189,7 @@ def _fresh_cell_launchers():
 
     for launcher in (cell._forward, cell_backward._backward):
         launcher._compiled.clear()
-    with fake_driver() as driver:
+    with fake_driver(compiling=False) as driver:
         yield driver
 
 
@@ -261,7 +261,7 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
     )
     calls = [call for k, call in enumerate(calls) if k % 127 == 0]
     kept = 0
-    with fake_driver() as driver:
+    with fake_driver(compiling=False) as driver:
         launcher = Launcher(_tiny_kernel)
         launcher._compiled = _Watched()
         for repeat in range(2):
@@ -294,7 +294,7 @@ def check_hooks_of_triton_see_every_launch():
     def enter(metadata):
         seen.append(metadata.get()["name"])
 
-    with fake_driver() as driver:
+    with fake_driver(compiling=False) as driver:
         launch()
         launch()
         assert len(driver.launches) == 2 and driver.launches[0] == driver.launches[1] and not seen
@@ -312,7 +312,7 @@ def check_every_argument_has_a_name():
     from lstm_triton.kernels.launch import Launcher
 
     arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32)
-    with fake_driver():
+    with fake_driver(compiling=False):
         launcher = Launcher(_tiny_kernel)
         launcher((1, 1, 1), LaunchConfig(1, 1), arguments)
         for wrong, error in (
@@ -330,7 +330,7 @@ def check_kept_kernels_are_bounded():
 
     x = torch.empty(64)
     launch._MAX_KEPT = 8
-    with fake_driver():
+    with fake_driver(compiling=False):
         launcher = launch.Launcher(_tiny_kernel)
         for n in range(100):
             launcher((1, 1, 1), LaunchConfig(1, 1), dict(x_ptr=x, y_ptr=None, n=n, stride=2, BLOCK=32))

@@ -1,11 +1,9 @@
 """What the sequence kernels compile, and what they do not compile again: the real JIT on a driver that launches nothing."""
 
 import contextlib
-import types
 
 import pytest
 import torch
-import triton
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,25 +202,6 @@ def _run(
         lstm_layer_backward(grads, inputs, saved, needs, options)
 
 
-class _Uncompiled:
-    """Stands for a kernel that is compiled well, where it matters that there is one, and not what is in it."""
-
-    function = packed_metadata = None
-    n_regs, n_spills, asm = 32, 0, {"ptx": "mma.sync"}
-    metadata = types.SimpleNamespace(shared=0, tmem_size=0)
-
-    def _init_handles(self):
-        pass
-
-    def __getitem__(self, grid):
-        return self.run
-
-    def run(self, *args):
-        pass
-
-    launch_metadata = run
-
-
 @contextlib.contextmanager
 def _kernels_compiled(really=False):
     """A function that counts the kernels compiled, or to be compiled, since the start of this context: forward, backward."""
@@ -231,9 +210,7 @@ def _kernels_compiled(really=False):
     launchers = layer._forward, layer_backward._backward
     for launcher in launchers:
         launcher._compiled.clear()
-    with pytest.MonkeyPatch.context() as patch, fake_driver():
-        if not really:
-            patch.setattr(triton.compiler, "compile", lambda *args, **options: _Uncompiled())
+    with fake_driver(compiling=really):
         yield lambda: tuple(count_compiled(launcher.kernel) for launcher in launchers)
 
 

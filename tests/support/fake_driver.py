@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -20,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver as drivers
 
 from lstm_triton import dispatch
@@ -136,11 +138,29 @@ class FakeDriver(NullDriver):
         return launch
 
 
+class _Uncompiled(CompiledKernel):
+    """Stands for a kernel that is compiled well, where it matters that there is one, and not what is in it."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        self.src, self.name = source, source.fn.__name__
+        self.metadata = types.SimpleNamespace(name=self.name, shared=0, tmem_size=0)
+        self.n_regs, self.n_spills, self.asm = 32, 0, {"ptx": "mma.sync"}
+        self.function = self.packed_metadata = self._run = None
+
+    def _init_handles(self) -> None:
+        self._run = drivers.active.launcher_cls(self.src, self.metadata)
+
+
 @contextlib.contextmanager
-def fake_driver(arch: int = 90, sm_count: int = 132) -> Iterator[FakeDriver]:
-    """Within this context kernels are compiled for `arch`, and launches are recorded in `.launches`, not executed."""
-    with active(FakeDriver(arch, sm_count)) as driver:
-        yield driver
+def fake_driver(arch: int = 90, sm_count: int = 132, *, compiling: bool = True) -> Iterator[FakeDriver]:
+    """Within this context kernels are compiled for `arch`, and launches are recorded in `.launches`, not executed.
+
+    compiling: False where only what would be compiled and launched is asked for. Then kernels hold no code.
+    """
+    with contextlib.ExitStack() as stack:
+        if not compiling:
+            stack.enter_context(mock.patch.object(triton.compiler, "compile", _Uncompiled))
+        yield stack.enter_context(active(FakeDriver(arch, sm_count)))
 
 
 def count_compiled(jit_function: Any) -> int:
