@@ -11,7 +11,8 @@ Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bi
 * `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
 * numpy does not warn of overflow and NaN inside a kernel, where they are no accident;
 * a sum, difference or product that does not fit in its signed integer type raises OverflowError;
-* a kernel's inner functions find triton.language as the launch has patched it, instead of searching it at each call;
+* a kernel's inner functions find triton.language as the launch has patched it, instead of searching it at each call, and what
+  Triton works out at each operation is worked out once, in a third less time (`interpreter_caches`);
 * on request every load, store and atomic is checked against the memory of the launch's tensors.
 
 float8 stays as Triton has it, and `libdevice` still does not run.
@@ -32,6 +33,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+
+from . import interpreter_caches as caches
 
 try:
     import numpy as np
@@ -80,7 +83,10 @@ def install(*, check_bounds: bool = False) -> None:
         _replace(stock, "_implicit_cvt", _noting_storages)
         _replace(stock, "_patch_lang_tensor", _with_index_of_one_element)
         _replace(stock, "_patch_lang", _once_a_launch)
-        _replace(stock, "_get_np_dtype", _once_a_type)
+        _replace(stock, "_get_np_dtype", caches.once_a_type)
+        _replace(tl.block_type, "__init__", caches.once_a_shape)
+        _replace(tl.tensor, "__init__", caches.once_a_block)
+        _replace(stock.TritonSemantic, "broadcast_impl_value", caches.unless_alike)
         _replace(stock.interpreter_builder, "options", lambda options: replace(options, sanitize_overflow=False))
 
 
@@ -94,20 +100,6 @@ def _replace(owner: Any, name: str, repair: Callable) -> None:
     original = getattr(owner, name)
     setattr(owner, name, repair(original))
     _repairs.callback(setattr, owner, name, original)
-
-
-def _once_a_type(get_np_dtype: Callable) -> Callable:
-    """NumPy's dtype for Triton's: every operation asks for some, and Triton makes a table each time."""
-    known: dict[str, np.dtype] = {}
-
-    def get(dtype):
-        name = dtype.scalar.name
-        found = known.get(name)
-        if found is None:
-            found = known[name] = get_np_dtype(dtype)
-        return found
-
-    return get
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

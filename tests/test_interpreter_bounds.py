@@ -93,7 +93,8 @@ def test_a_view_may_reach_the_rest_of_its_storage():
 def test_uninstall_gives_the_interpreter_back():
     def current():
         functions = [stock.ReduceOps.apply_impl, stock.ScanOps.apply_impl, stock.InterpretedFunction.run]
-        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor]
+        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor, stock._get_np_dtype]
+        functions += [tl.block_type.__init__, tl.tensor.__init__, stock.TritonSemantic.broadcast_impl_value]
         return [*functions, type(stock.interpreter_builder)]
 
     repaired = current()
@@ -104,4 +105,4 @@ def test_uninstall_gives_the_interpreter_back():
     assert stock.interpreter_builder.options.sanitize_overflow
     interpreter.install(check_bounds=True)
     assert not set(repaired) & set(originals)
-    assert {original.__module__ for original in originals} == {"triton.runtime.interpreter"}
+    assert all(original.__module__.startswith("triton.") for original in originals)
