@@ -41,8 +41,13 @@ def wheel(tmp_path_factory):
 
 def _pip(*args):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, args)]
-    done = subprocess.run(command, env={**os.environ, "PIP_NO_INDEX": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=_environment(PIP_NO_INDEX="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    """This process's, without PYTHONPATH, by which pip would find a package that lies in a checkout."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
 
 
 def _modules(folder):
@@ -133,8 +138,7 @@ found[0].sum().backward()
 from importlib.metadata import version
 assert version("lstm-triton") == lstm_triton.__version__
 """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = _environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     for command in ([installed, "-c", script], [installed.with_name("lstm-triton"), "info"]):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

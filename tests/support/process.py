@@ -26,6 +26,11 @@ import torch
 
 from lstm_triton.process import Process
 
+if not torch.cuda.is_available():
+    # The first derivative decides whether autograd starts threads, which no fork survives. Under a FakeTensorMode it would,
+    # because torch's builds for CUDA count a GPU there.
+    torch.ones((), requires_grad=True).backward()
+
 
 def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600) -> str:
     """Run a Python script without TRITON_INTERPRET, importing from where this process does; return what it prints.
