@@ -51,6 +51,7 @@ def cdiv(n: int, block: int) -> int:
     return -(-n // block)
 
 
+@functools.cache
 def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
     return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and precision != "ieee")
 

@@ -86,6 +86,8 @@ def _persistent(
     in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
     depths = (16, 32, 64, 128, 256, 512, 1024)
     for split_k, block_k, (in_band, bytes_each) in itertools.product(split, depths, in_flight):
+        if in_band and (split_k == 1 or block_k * problem.dtype.itemsize != CHUNK_BYTES):
+            continue  # the code of `fragments` is for such chunks alone
         chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
         free = device.shared_memory - (0 if in_band else chunks * chunk * problem.columns * block_h)
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
@@ -105,9 +107,8 @@ def _has_form(problem: Problem, config: SequenceConfig) -> bool:
         return config.block_b >= 16 and not problem.only_in_band
     itemsize = problem.dtype.itemsize
     aligned = problem.H % (16 // itemsize) == 0 if problem.way == "forward" else 4 * problem.H * itemsize % 16 == 0
-    fragments = config.split_k > 1 and config.block_k * itemsize == CHUNK_BYTES
-    fragments &= problem.columns * config.block_h >= 16 or not problem.on_tensor_cores
-    return config.waits and not problem.single_step and aligned and fragments
+    wide_enough = problem.columns * config.block_h >= 16 or not problem.on_tensor_cores
+    return config.waits and not problem.single_step and aligned and wide_enough
 
 
 def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:

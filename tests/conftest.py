@@ -23,6 +23,7 @@ COMPILED = Path(__file__).parent.parent / ".ci-cache" / "triton"
 os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
 
 import importlib  # noqa: E402
+import inspect  # noqa: E402
 import pkgutil  # noqa: E402
 import random  # noqa: E402
 import types  # noqa: E402
@@ -127,7 +128,7 @@ def poisoned_outputs():
     poisoning = _PoisoningTorch("torch")
     with pytest.MonkeyPatch.context() as patch:
         for module in KERNEL_MODULES:
-            if getattr(module, "torch", None) is torch:
+            if "torch.empty" in inspect.getsource(module):
                 patch.setattr(module, "torch", poisoning)
         yield
 
