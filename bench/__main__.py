@@ -4,8 +4,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,17 +63,29 @@ def make_parser() -> argparse.ArgumentParser:
     epilog = EPILOG.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
     text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)
+    parser.set_defaults(anchors=True)
     what = parser.add_argument_group("what is measured").add_argument
     what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
     what("--dtype", action="append", choices=DTYPES)
     what("--mode", action="append", choices=MODES)
     for name in ("hidden", "batch", "length"):
-        what(f"--{name}", type=numbers, default=bool, metavar="N|A..B,...", help=f"only these {name} sizes")
+        what(f"--{name}", type=numbers, metavar="N|A..B,...", help=f"only these {name} sizes")
     what("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
     what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
-    how = parser.add_argument_group("how").add_argument
-    for option in (f for f in fields(run.Options) if f.metadata):
-        how(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    how, folders = (
+        parser.add_argument_group("how").add_argument,
+        "bench/results/<device>, installed ./lstm-triton-bench/<device>",
+    )
+    how("--device", default="auto", help="auto (the GPU, if any), cuda, cuda:1, cpu")
+    how("--output", type=Path, help=f"folder; default: {folders}")
+    how("--budget", type=seconds_of, metavar="8m", help="stop in time: 45s, 8m, 1h")
+    how("--seconds", type=seconds_of, help="sampling per provider and case (default 1; CPU 0.5)")
+    how("--timeout", type=seconds_of, default=180.0, help="seconds of silence after which a kernel counts as hung")
+    how("--provider", action="append", metavar="NAME", help="may be given again; listed below")
+    how("--flush-l2", action="store_true", help="write over the L2 cache before each timed call")
+    how("--threads", type=int, help="of the CPU, for torch")
+    how("--again", action="store_true", help="measure also what has rows already")
+    how("--retry", action="store_true", help="try what failed or was skipped once more")
     show = parser.add_argument_group("what is shown").add_argument
     page = "only render rows as one HTML page (default: report.html beside them)"
     show("--report", nargs="?", const=Path("report.html"), type=Path, metavar="FILE", help=page)
@@ -86,12 +97,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def numbers(text: str) -> Callable[[int], bool]:
-    """A test for "128", "64,128" or "128..1024"."""
+def numbers(text: str) -> list[range]:
+    """The numbers that "128", "64,128" or "128..1024" name."""
     if not re.fullmatch(r"\d+(\.\.\d+)?(,\s*\d+(\.\.\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither numbers nor a range such as 128..1024")
     ranges = [[int(n) for n in part.split("..")] for part in text.split(",")]
-    return lambda n: any(ends[0] <= n <= ends[-1] for ends in ranges)
+    return [range(ends[0], ends[-1] + 1) for ends in ranges]
+
+
+def seconds_of(text: str) -> float:
+    """45s, 8m, 1h or a number of seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 45s, 8m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def select_tasks(options: argparse.Namespace) -> list[Task]:
@@ -101,10 +120,10 @@ def select_tasks(options: argparse.Namespace) -> list[Task]:
     chosen = list(suites.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
 
     def passes(task: Task) -> bool:
-        c = task.case
-        words = c.dtype in (options.dtype or DTYPES) and c.mode in (options.mode or MODES)
-        sizes = options.hidden(c.hidden_size) and options.batch(c.batch) and options.length(c.length)
-        return task.kind == "roof" or (words and sizes)
+        c, o = task.case, options
+        words = c.dtype in (o.dtype or DTYPES) and c.mode in (o.mode or MODES)
+        sizes = (o.hidden, c.hidden_size), (o.batch, c.batch), (o.length, c.length)
+        return task.kind == "roof" or (words and all(not given or any(n in of for of in given) for given, n in sizes))
 
     scale, kind = ("cpu", "cpu") if options.device == "cpu" else ("gpu", "cuda")
     found = list(filter(passes, suites.tasks(chosen, options.scale or scale, kind)))
@@ -134,19 +153,13 @@ def _measure(o: argparse.Namespace, started: float) -> int:
         # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
         at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in o.output.rglob("*.jsonl"))
         o.budget = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
-    options = run.Options(**{f.name: getattr(o, f.name) for f in fields(run.Options) if hasattr(o, f.name)})
     if o.device == "cpu":
         print(f"{CPU_LABEL}.", flush=True)
     if absent := missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    with run.runner(options, Progress(len(tasks))) as runner:
-        runner.run(tasks)
+    runner = run.Runner(o, Progress(len(tasks)))
+    runner.run(tasks)
     print(runner.describe())
-    if "segments" in (o.suite or ()) and not missing("pandas", "jinja2"):
-        from . import tables
-
-        for rows in tables.newest(row for row in read_all([o.output])[0] if row.suite == "segments").values():
-            print(f"\n{tables.plain(tables.beside_torch(rows, tables.comparisons(rows)))}")
     if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):
         from . import report
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lstm_triton.reference import lstm_step
 
 from .cases import require
-from .problem import Model, Problem, Provider, Run, State, Unavailable, load, torch_lstm
+from .problem import Model, Problem, Provider, Run, State, Unavailable, by_cells, load, torch_lstm
 
 
 def _model(problem: Problem, make: Callable[[Any, Problem], Run]) -> Model:
@@ -84,29 +84,22 @@ def _packed(lstm: Any, problem: Problem) -> Run:
 
 def _loop(lstm: Any, problem: Problem) -> Run:
     """One product for the inputs of all steps, and a loop that keeps h and c of each."""
-    resets, lengths, cells = problem.resets, problem.lengths, problem.case.cell_states
     w_ih, w_hh, b_ih, b_hh = lstm._flat_weights
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        h, c = (s[0] for s in state)
+        cells = []
+
+        def step(z: Tensor, state: State) -> tuple[Tensor, State]:
+            z_i, z_f, z_g, z_o = torch.addmm(z, state[0], w_hh.t()).chunk(4, 1)
+            h, c = lstm_step(z_i, z_f, z_g, z_o, state[1])
+            cells.append(c)
+            return h, (h, c)
+
         z = nn.functional.linear(x, w_ih, b_ih + b_hh)
-        ys, cs = [], []
-        for t, z_t in enumerate(z.unbind(0)):
-            if resets is not None:
-                keep = ~resets[t, :, None]
-                h, c = h * keep, c * keep
-            z_i, z_f, z_g, z_o = torch.addmm(z_t, h, w_hh.t()).chunk(4, 1)
-            h_next, c_next = lstm_step(z_i, z_f, z_g, z_o, c)
-            y = h_next
-            if lengths is not None:
-                active = (t < lengths)[:, None]
-                h_next, c_next, y = torch.where(active, y, h), torch.where(active, c_next, c), y * active
-            h, c = h_next, c_next
-            ys.append(y)
-            cs.append(c)
-        if cells:
-            torch.stack(cs)
-        return torch.stack(ys), (h[None], c[None])
+        y, state = by_cells(step, problem.resets, problem.lengths)(z, state)
+        if problem.case.cell_states:
+            torch.stack(cells)
+        return y, state
 
     return run
 

@@ -11,6 +11,7 @@ Kind = Literal["timing", "accuracy", "memory", "overhead", "cold-start", "roof",
 Execution = Literal["eager", "graph"]
 Pair = tuple[str, Execution]  # of a provider and how it is run
 DTYPES, MODES = get_args(Dtype), get_args(Mode)
+_UNUSUAL = "form cell input_size layers bidirectional proj_size rows resets cell_states carried scale".split()
 
 
 def require(rules: Mapping[str, object], kind: type[Exception] = ValueError) -> None:
@@ -62,17 +63,16 @@ class Case:
         usual = self.precision or ("tf32" if self.form == "layer" else "ieee")
         object.__setattr__(self, "precision", usual if self.dtype == "float32" else "")
         sizes = self.hidden_size, self.batch, self.length, self.layers, self.scale
-        of_gru = self.form, self.rows, self.resets, self.proj_size
+        no_cell, no_gru = self.form != "cell", self.cell == "lstm"
+        as_gru = (self.form, self.rows, self.resets, self.proj_size) == ("layer", "padded", 0, 0)
+        one_call = (self.length, self.mode, self.rows) == (1, "forward", "padded")
         rules = {
             "sizes and the scale are above 0": min(sizes) > 0,
             f"no dtype is {self.dtype!r}": self.dtype in DTYPES,
             "resets are a share, from 0 to 1": 0 <= self.resets <= 1,
-            "a cell is one step of one layer in one direction": self.form != "cell"
-            or (self.length == 1 and self.is_simple),
-            "a GRU is a layer, padded, without resets and projection": self.cell == "lstm"
-            or of_gru == ("layer", "padded", 0, 0),
-            "a carried state is of forward calls, one step, padded": not self.carried
-            or (self.length, self.mode, self.rows) == (1, "forward", "padded"),
+            "a cell is one step of one layer in one direction": no_cell or (self.length == 1 and self.is_simple),
+            "a GRU is a layer, padded, without resets and projection": no_gru or as_gru,
+            "a carried state is of forward calls, one step, padded": not self.carried or one_call,
         }
         require({f"case: {rule}": holds for rule, holds in rules.items()})
 
@@ -100,24 +100,12 @@ class Case:
         return self.layers == 1 and not self.bidirectional and not self.proj_size and self.rows == "padded"
 
     def describe(self) -> str:
-        parts = {
-            f"H{self.hidden_size}": True,
-            f"I{self.input_size}": self.input_size != self.hidden_size,
-            f"B{self.batch}": True,
-            "cell" if self.form == "cell" else f"T{self.length}": True,
-            "GRU": self.cell == "gru",
-            f"{self.layers} layers": self.layers > 1,
-            "bidirectional": self.bidirectional,
-            f"proj {self.proj_size}": self.proj_size,
-            self.rows: self.rows != "padded",
-            f"resets {self.resets:g}": self.resets,
-            "cell states": self.cell_states,
-            "step by step": self.form == "loop",
-            "state carried": self.carried,
-            f"x{self.scale:g}": self.scale != 1,
-            f"{self.dtype_name} {self.mode}": True,
-        }
-        return " ".join(text for text, is_said in parts.items() if is_said)
+        """The sizes, whatever else is not as usual, and dtype and mode."""
+        said, usual = [f"H{self.hidden_size} B{self.batch} T{self.length}"], Case("", self.hidden_size, 1, 1)
+        for name in _UNUSUAL:
+            if (value := getattr(self, name)) != getattr(usual, name):
+                said.append(value if isinstance(value, str) else name + f" {value:g}" * (value is not True))
+        return " ".join([*said, self.dtype_name, self.mode]).replace("_", " ")
 
     def flops(self) -> float:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
@@ -134,10 +122,5 @@ class Task:
     suite: str
     case: Case
     kind: Kind = "timing"
-    executions: tuple[Execution, ...] = ("eager",)
-    providers: tuple[str, ...] | None = None  # None: those chosen for the run
-
-    @property
-    def key(self) -> tuple:
-        """What is measured, whoever does it."""
-        return self.kind, self.suite, self.case
+    executions: tuple[Execution, ...] = field(default=("eager",), compare=False)
+    providers: tuple[str, ...] | None = field(default=None, compare=False)  # None: those chosen for the run

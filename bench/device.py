@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import math
 import os
 import platform
 import re
@@ -71,13 +72,6 @@ def state(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def versions() -> Versions:
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    triton, system = installed.triton_version(), f"{platform.system()} {platform.machine()}"
-    own, python = lstm_triton.__version__, platform.python_version()
-    return Versions(own, str(torch.__version__), python, triton, torch.version.cuda, cudnn, system)
-
-
 @functools.cache
 def source() -> Source:
     """Identify this version of the package: its commit if it is a checkout, and a digest of the kernels and their callers."""
@@ -116,8 +110,11 @@ class RowMaker:
     """Makes the rows of one run on one device. command: as it was typed; l2: the state of the L2 cache that is timed."""
 
     def __init__(self, on: torch.device, command: str, run: str, l2: Any = None, synthetic: bool = False) -> None:
-        self.on, self.l2, self.device, self.versions, self.source = on, l2, describe(on), versions(), source()
-        self.always: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
+        self.on, self.l2, self.device, self.source = on, l2, describe(on), source()
+        cudnn, own = torch.backends.cudnn.version() if torch.cuda.is_available() else None, lstm_triton.__version__
+        others = platform.python_version(), installed.triton_version(), torch.version.cuda, cudnn
+        self.versions = Versions(own, str(torch.__version__), *others, f"{platform.system()} {platform.machine()}")
+        self._given: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
         self._state: tuple[float, dict[str, Any]] = float("-inf"), {}
 
     def state(self) -> dict[str, Any]:
@@ -133,19 +130,20 @@ class RowMaker:
         if model := measured.pop("model", None):
             said = "; ".join(model.remarks) or None
             measured |= dict(backend=model.backend, backend_reason=said, algorithm=model.algorithm)
+        if errors := measured.get("errors"):  # JSON has no infinities
+            measured["errors"] = {name: e for name, e in errors.items() if math.isfinite(e.largest)}
         backends: Any = torch.backends
         precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
         labels = [CPU_LABEL if self.device.type == "cpu" else "", task.case.note]
         measured.setdefault("state", self.state() if status == "ok" else {})
-        measured |= dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution)
-        measured |= dict(device=self.device, versions=self.versions, source=self.source) | self.always
         return Row(
-            status=status,
-            reason=reason,
+            **dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution),
+            **dict(device=self.device, versions=self.versions, source=self.source, status=status, reason=reason),
             precision=precision | {"lstm_triton": task.case.precision or "as the dtype"},
             # Failures name the state of the cache too: with another one they are tried again.
             l2=self.l2 if task.kind in ("timing", "anchor") else None,
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             label="; ".join(filter(None, labels)) or None,
+            **self._given,
             **measured,
         )

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lstm_triton import process, timing
 from lstm_triton.process import Fatal, raise_if_lost
+from lstm_triton.tolerance import Errors
 
 from . import problem as problems
 from . import providers, roofs
 from .cases import Case, Pair, Task
 from .device import RowMaker
 from .problem import Built, Judge, Unavailable
-from .rows import Error, Row, Timing
+from .rows import Row, Timing
 
 
 @dataclass
@@ -53,7 +54,7 @@ class _Measurement:
 
     def __init__(self, task: Task, context: Context, emit: Callable[[Row], None]) -> None:
         self.task, self.context, self._emit = task, context, emit
-        self.ready: dict[Pair, tuple[Built, dict[str, Error], Callable[[], Any]]] = {}
+        self.ready: dict[Pair, tuple[Built, dict[str, Errors], Callable[[], Any]]] = {}
 
     def run(self, pairs: Sequence[Pair]) -> None:
         judge = None

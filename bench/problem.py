@@ -14,7 +14,6 @@ from lstm_triton.process import raise_if_lost
 from lstm_triton.tolerance import Errors
 
 from .cases import Case
-from .rows import Error
 
 State = tuple[Tensor, Tensor]  # h [L * D, B, R], c [L * D, B, H]; of a cell [B, H] each
 Run = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -48,9 +47,8 @@ class Problem:
         """The same problem in float64. Batch rows with an end are padded, and cell states are not returned."""
         rows: Any = "padded" if self.lengths is None else "lengths"
         case = replace(self.case, dtype="float64", precision="", rows=rows, cell_states=False)
-        x, h0, c0, dy = (t.double() for t in (self.x, self.h0, self.c0, self.dy))
-        weights = {name: w.double() for name, w in self.weights.items()}
-        return replace(self, case=case, x=x, h0=h0, c0=c0, dy=dy, weights=weights)
+        tensors: Any = {name: getattr(self, name).double() for name in ("x", "h0", "c0", "dy")}
+        return replace(self, case=case, weights={name: w.double() for name, w in self.weights.items()}, **tensors)
 
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
@@ -90,6 +88,36 @@ def paired(gru: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         y, h = gru(x, state[0])
         return y, (h, state[1])
+
+    return run
+
+
+def over_steps(
+    step: Run, pieces: Sequence[Tensor], state: State, resets: Tensor | None, lengths: Tensor | None = None
+) -> tuple[list[Tensor], State]:
+    """y of each step, and the last state, by a loop in Python over the `pieces` of x.
+
+    The state is zero where a segment starts. Past the end of a batch row it stays, and y is zero.
+    """
+    outputs = []
+    for t, x in enumerate(pieces):
+        if resets is not None:
+            state = state[0] * ~resets[t, :, None], state[1] * ~resets[t, :, None]
+        y, (h, c) = step(x, state)
+        if lengths is not None:
+            active = (t < lengths)[:, None]
+            y, h, c = y * active, torch.where(active, h, state[0]), torch.where(active, c, state[1])
+        outputs.append(y)
+        state = h, c
+    return outputs, state
+
+
+def by_cells(step: Run, resets: Tensor | None, lengths: Tensor | None = None) -> Run:
+    """A whole sequence by a cell, whose states are [B, H]."""
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        outputs, (h, c) = over_steps(step, x.unbind(0), (state[0][0], state[1][0]), resets, lengths)
+        return torch.stack(outputs), (h[None], c[None])
 
     return run
 
@@ -138,22 +166,12 @@ Provider = Callable[[Problem], Model]
 
 def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
     """Put the problem's weights into a module or cell; returns its parameters by the layer's names."""
-    known = problem.weights
     module.train(problem.training).requires_grad_(problem.training)
-    parameters = {name if name in known else f"{name}_l0": p for name, p in module.named_parameters()}
+    parameters: dict[str, Tensor] = {n if n in problem.weights else f"{n}_l0": p for n, p in module.named_parameters()}
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(known[name])
-    return dict(parameters)
-
-
-# Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
-MANTISSA = {"float32 tf32": 11, "float32": 24, "float16": 11, "bfloat16": 8, "float64": 53}
-# A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings: far from what
-# rounding in another order can do, and close enough that a misplaced batch row or step cannot hide. Whether a provider is as
-# accurate as torch (twice its largest error) is another question, which the table of errors answers.
-TIMES_TORCH, ROUNDINGS = 8.0, 16.0
-ROUNDINGS_ALONE = 64.0  # where torch itself cannot compute it
+            p.copy_(problem.weights[name])
+    return parameters
 
 
 class Built:
@@ -172,8 +190,7 @@ class Built:
 
     def forward(self) -> tuple[Tensor, ...]:
         """y, h_n, c_n."""
-        x, h0, c0 = self.inputs
-        y, state = self.model.run(x, (h0, c0))
+        y, state = self.model.run(self.inputs[0], self.inputs[1:])
         return y, *state
 
     def call(self) -> tuple[Tensor, ...]:
@@ -184,49 +201,38 @@ class Built:
             leaves, absent = list(self.leaves.values()), dict(allow_unused=True, materialize_grads=True)
             return *outputs, *torch.autograd.grad(outputs[0], leaves, self.dy, **absent)
         if self.problem.case.carried:
-            for state, new in zip(self.inputs[1:], outputs[1:]):
-                state.copy_(new)
+            self._set_state(outputs[1:])
         return outputs
 
     def results(self, call: Callable[[], Any] | None = None) -> dict[str, Tensor]:
         """What `call` returns by name, from the problem's own state: what calls with a carried state did is undone. Of the two
         biases' equal gradients only that of bias_ih is kept."""
         if self.problem.case.carried:
-            for state, first in zip(self.inputs[1:], (self.problem.h0, self.problem.c0)):
-                state.copy_(first)
+            self._set_state((self.problem.h0, self.problem.c0))
         with torch.set_grad_enabled(self.problem.training):
             found = zip(("y", "h_n", "c_n", *(f"d{name}" for name in self.leaves)), (call or self.call)())
         return {name: t.detach() for name, t in found if not name.startswith("dbias_hh")}
 
-
-@torch.no_grad()
-def error(result: Tensor, true: Tensor) -> Error:
-    """Largest and RMS error in units of the largest true value; infinite where the shapes differ or the result has a NaN."""
-    if result.shape != true.shape:
-        return Error(math.inf, math.inf)
-    found = Errors.of(result.double() - true, true)
-    return Error(found.largest, found.rms)
+    def _set_state(self, state: Sequence[Tensor]) -> None:
+        for mine, new in zip(self.inputs[1:], state):
+            mine.copy_(new)
 
 
-def why_wrong(case: Case, found: Mapping[str, Error], torchs: Mapping[str, Error] | None) -> str | None:
-    """The worst offence in a sentence, or None. torchs: torch's own errors, if it could compute the case."""
-    worst, reason = 1.0, None
-    rounding = 2.0 ** -MANTISSA.get(case.dtype_name, MANTISSA[case.dtype])
-    for name, e in found.items():
-        own, limit, beside = torchs.get(name) if torchs else None, ROUNDINGS_ALONE * rounding, ""
-        if own is not None and math.isfinite(own.max):
-            limit, beside = TIMES_TORCH * own.max + ROUNDINGS * rounding, f", torch's {own.max:.1e}"
-        if not e.max <= limit * worst:
-            worst = e.max / limit
-            reason = f"wrong: {name} is off by {e.max:.1e} of its largest true value{beside}; the limit is {limit:.1e}"
-    return reason
+# Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
+MANTISSA = {"float32 tf32": 11, "float32": 24, "float16": 11, "bfloat16": 8, "float64": 53}
+# A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings: far from what
+# rounding in another order can do, and close enough that a misplaced batch row or step cannot hide. Whether a provider is as
+# accurate as torch (twice its largest error) is another question, which the table of errors answers.
+TIMES_TORCH, ROUNDINGS = 8.0, 16.0
+ROUNDINGS_ALONE = 64.0  # where torch itself cannot compute it
 
 
 class Judge:
-    """Compares results with the truth: all that `true` makes of the problem in float64. Knows torch's own errors, too."""
+    """Compares results with the truth: all that `true` makes of the problem in float64. torchs: torch's own errors, as far as
+    it could compute the problem."""
 
     def __init__(self, problem: Problem, true: Provider) -> None:
-        self.problem, self.torchs = problem, dict[str, Error]()
+        self.problem, self.torchs = problem, dict[str, Errors]()
         self.truth = Built(true, problem.double(), states=True).results()
 
     def ask_torch(self, torchs: Provider) -> None:
@@ -235,8 +241,23 @@ class Judge:
         except Exception as failure:  # it gets a row of its own where it was asked for
             raise_if_lost(failure)
 
-    def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Error]:
-        return {name: error(result, self.truth[name]) for name, result in built.results(call).items()}
+    def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Errors]:
+        """By tensor, in units of the largest true value; infinite where the shapes differ or the result has a NaN."""
+        results, wrong = built.results(call), Errors(0, math.inf, math.inf)
+        pairs = {name: (result, self.truth[name]) for name, result in results.items()}
+        return {
+            n: Errors.of(t.double() - true, true) if t.shape == true.shape else wrong for n, (t, true) in pairs.items()
+        }
 
-    def why_wrong(self, found: Mapping[str, Error]) -> str | None:
-        return why_wrong(self.problem.case, found, self.torchs)
+    def why_wrong(self, found: Mapping[str, Errors]) -> str | None:
+        """The worst offence in a sentence, or None."""
+        worst, reason, case = 1.0, None, self.problem.case
+        rounding = 2.0 ** -MANTISSA.get(case.dtype_name, MANTISSA[case.dtype])
+        for name, e in found.items():
+            own, limit, beside = self.torchs.get(name), ROUNDINGS_ALONE * rounding, ""
+            if own is not None and math.isfinite(own.largest):
+                limit, beside = TIMES_TORCH * own.largest + ROUNDINGS * rounding, f", torch's {own.largest:.1e}"
+            if not e.largest <= limit * worst:
+                worst, off = e.largest / limit, f"{name} is off by {e.largest:.1e} of its largest true value"
+                reason = f"wrong: {off}{beside}; the limit is {limit:.1e}"
+        return reason

@@ -18,7 +18,7 @@ from lstm_triton import reference
 
 from . import by_hand, peers, roofs
 from .cases import Case, Pair, Task, require
-from .problem import Model, Problem, Provider, Run, State, Unavailable, load, paired, torch_lstm
+from .problem import Model, Problem, Provider, Run, State, Unavailable, by_cells, load, over_steps, paired, torch_lstm
 
 MOST_CUDNN_STEPS = 65535
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
@@ -27,26 +27,14 @@ KERNELS, REFERENCE = "lstm_triton triton", "lstm_triton reference"
 
 def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
     """The case by a cell, called once or for every step."""
-    case, resets = problem.case, problem.resets
-    simple = {
-        "by cells: one layer of an LSTM, one direction, padded batch rows": case.is_simple and case.cell == "lstm"
-    }
-    require(simple, Unavailable)
+    is_simple, case = problem.case.is_simple and problem.case.cell == "lstm", problem.case
+    require({"by cells: one layer of an LSTM, one direction, padded batch rows": is_simple}, Unavailable)
 
     def step(x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = cell(x, state)
         return h, (h, c)
 
-    def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
-        (h, c), outputs = (s[0] for s in state), []
-        for t, x_t in enumerate(x.unbind(0)):
-            if resets is not None:
-                h, c = (s * ~resets[t, :, None] for s in (h, c))
-            h, c = cell(x_t, (h, c))
-            outputs.append(h)
-        return torch.stack(outputs), (h[None], c[None])
-
-    return step if case.form == "cell" else loop
+    return step if case.form == "cell" else by_cells(step, problem.resets)
 
 
 def _packed(lstm: nn.Module, problem: Problem) -> Run:
@@ -139,10 +127,7 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm.flatten_parameters()
 
     def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
-        outputs = []
-        for x_t, reset in zip(x.split(1), resets if resets is not None else ()):
-            y, state = lstm(x_t, (state[0] * ~reset[:, None], state[1] * ~reset[:, None]))
-            outputs.append(y)
+        outputs, state = over_steps(lstm, x.split(1), state, resets)
         return torch.cat(outputs), state
 
     run: Run = _packed(lstm, problem) if case.rows != "padded" else lstm if resets is None else loop

@@ -15,13 +15,9 @@ from . import figures, tables
 from .cases import require
 from .providers import CUDNN
 from .rows import CPU_LABEL, Row, StoreError
-from .tables import Comparison
+from .tables import WAYS, Comparison
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
-MEANINGS = {
-    "kernels": "Kernels: the fastest of this package's Triton backends that is right, each forced",
-    "auto": "Auto: what is taken when no backend is asked for, which may be cuDNN itself",
-}
 Figure = tuple[str, list[Any]]  # a caption, and pictures: SVG, or a heading and a table
 
 
@@ -48,7 +44,7 @@ class Part(NamedTuple):
 
 def _render(template: str, is_html: bool, **given: Any) -> str:
     environment = jinja2.Environment(autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["markdown"] = tables.markdown
+    environment.filters["text"] = tables.text
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(given)
 
@@ -81,14 +77,14 @@ def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str
     notes += ["SYNTHETIC rows, made up to test this page: not results"] * any(row.synthetic for row in rows)
     options = f" --device cpu --threads {last.device.threads}" if last.device.type == "cpu" else ""
     options += " --flush-l2" * any(row.l2 == "flushed" for row in rows)
-    commit = (last.source.commit or "installed")[:12] + " with changes" * bool(last.source.dirty)
-    about = f"torch {last.versions.torch}, triton {last.versions.triton}, {last.date[:10]}, commit {commit}"
+    about = f"torch {last.versions.torch}, triton {last.versions.triton}, {last.date[:10]}, commit {last.source}"
     sections = []
-    for view in views:
-        compared = view.of(found)
-        command = f"lstm-triton bench --suite {view.suite}{options}" if view.suite else ""
-        drawn, table = list(view.draw(compared)) if view.draw else [], view.table(view.of(rows), compared)
-        sections.append(Section(view.title, (), drawn, table, view.wraps, view.note, command))
+    for suite, table, draw, section in views:
+        its = [row for row in rows if suite in ("", row.suite)]
+        compared = [c for c in found if suite in ("", c.suite)]
+        command = f"lstm-triton bench --suite {suite}{options}" if suite else ""
+        drawn = list(draw(compared)) if draw else []
+        sections.append(section._replace(figures=drawn, table=table(its, compared), command=command))
     return Part(sections, machine, "; ".join(notes), about)
 
 
@@ -108,7 +104,7 @@ def _over(found: Sequence[Comparison], x_name: str) -> Iterator[Figure]:
         for c in group:
             x = float(getattr(c.case, x_name.replace(" ", "_")))
             by: dict[str, Any] = {n: row for n, row in c.rows.items() if not n.startswith("lstm_triton")}
-            by |= {way: row for way in tables.WAYS if (row := getattr(c, way))}
+            by |= {way: row for way in WAYS if (row := getattr(c, way))}
             for name, row in by.items():
                 times.setdefault(name, {})[x] = row.timing.us_per_step
                 floor |= {x: row.floor.us_per_step} if row.floor else {}
@@ -123,7 +119,7 @@ def _over(found: Sequence[Comparison], x_name: str) -> Iterator[Figure]:
 
 def _heat(found: Sequence[Comparison]) -> Iterator[Figure]:
     """Speed-ups by hidden size and batch."""
-    for way in tables.WAYS:
+    for way in WAYS:
         known = [c for c in found if c.ratio(way) is not None]
         for dtype, group in _groups(known, lambda c: c.case.dtype_name).items():
             pictures = []
@@ -132,59 +128,45 @@ def _heat(found: Sequence[Comparison]) -> Iterator[Figure]:
                 table = DataFrame(cells).pivot(index="H \\ B", columns="B", values="x")
                 pictures.append((f"{MODES[mode]}: {execution}", table))
             steps = group[0].case.length
-            caption = f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {MEANINGS[way]}."
-            yield caption, pictures
+            yield f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {_meaning(way)}", pictures
 
 
-class View(NamedTuple):
-    """A section of the page and a table of Markdown pages. suite: whose rows it shows, or ""."""
-
-    suite: str
-    title: str
-    table: Callable[[Sequence[Row], Sequence[Comparison]], DataFrame]
-    draw: Callable[[Sequence[Comparison]], Iterator[Figure]] | None = None
-    note: str = ""
-    wraps: bool = False
-
-    def of(self, items: Sequence[Any]) -> list[Any]:
-        return [item for item in items if self.suite in ("", item.suite)]
+def _meaning(*ways: str) -> str:
+    return " ".join(f"{way.capitalize()}: {WAYS[way]}." for way in ways)
 
 
-_BOTH = ". ".join(MEANINGS.values()) + "."
+# A section of the page, and a table of Markdown pages: the suite whose rows it shows, or ""; table; figures; all else.
+View = tuple[str, Callable[..., DataFrame], Callable[[Sequence[Comparison]], Iterator[Figure]] | None, Section]
+_BOTH, _BY_HAND = _meaning(*WAYS), "torch: the fastest that it can do alone, in one of its modules or by hand."
 _FEATURES = "In brackets the multiple of the same provider's padded time."
 _ERRORS = (
     "The largest max and RMS error of all tensors, in units of the true tensor's largest value; the truth is float64."
 )
 _FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
+_HOST = "By the host's clock, whatever the device has still to do."
 _KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
 _FROM_PADDED = functools.partial(tables.timings, base="padded")
 _H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
-VIEWS = (
-    View("hidden-sizes", "Time per step against hidden size", tables.timings, _H, _BOTH),
-    View("", "Comparisons that torch wins", tables.count_lost),
-    View("", "Where cuDNN still wins", _KERNELS, None, MEANINGS["kernels"] + ".", True),
-    View("batch", "Hidden size by batch", tables.timings, _heat),
-    View("length", "Scaling in the number of steps", tables.timings, _T, _BOTH),
-    View("cell", "One step: the cell", tables.timings, _heat),
-    View("step", "One step a call, the state carried", tables.timings),
-    View("real", "LSTMs that people run", tables.timings, None, _BOTH),
-    View("real", "Sources of their shapes", tables.sources, wraps=True),
-    View("features", "What features cost", _FROM_PADDED, None, _FEATURES),
-    View("segments", "Beside what torch alone can do", tables.beside_torch),
-    View("memory", "Memory of a training step", tables.readings),
-    View("accuracy", "Accuracy against float64", tables.readings, None, _ERRORS),
-    View(
-        "overhead",
-        "Host time of a call",
-        tables.readings,
-        None,
-        "By the host's clock, whatever the device has still to do.",
-    ),
-    View("cold-start", "The first call", tables.readings, None, _FIRST, True),
-    View("", "Where torch is ahead, the worst first", tables.lost, None, _BOTH, True),
-    View("", "Not timed: wrong, failed, skipped", tables.not_timed, wraps=True),
-    View("roofs", "Roofs and floors", tables.readings, wraps=True),
-    View("", "Environment and drift", tables.environment, wraps=True),
+VIEWS: Sequence[View] = (
+    ("hidden-sizes", tables.timings, _H, Section("Time per step against hidden size", note=_BOTH)),
+    ("", tables.count_lost, None, Section("Comparisons that torch wins")),
+    ("", _KERNELS, None, Section("Where cuDNN still wins", note=_meaning("kernels"), wraps=True)),
+    ("batch", tables.timings, _heat, Section("Hidden size by batch")),
+    ("length", tables.timings, _T, Section("Scaling in the number of steps", note=_BOTH)),
+    ("cell", tables.timings, _heat, Section("One step: the cell")),
+    ("step", tables.timings, None, Section("One step a call, the state carried")),
+    ("real", tables.timings, None, Section("LSTMs that people run", note=_BOTH)),
+    ("real", tables.sources, None, Section("Sources of their shapes", wraps=True)),
+    ("features", _FROM_PADDED, None, Section("What features cost", note=_FEATURES)),
+    ("segments", tables.timings, None, Section("Beside what torch alone can do", note=_BY_HAND)),
+    ("memory", tables.readings, None, Section("Memory of a training step")),
+    ("accuracy", tables.readings, None, Section("Accuracy against float64", note=_ERRORS)),
+    ("overhead", tables.readings, None, Section("Host time of a call", note=_HOST)),
+    ("cold-start", tables.readings, None, Section("The first call", note=_FIRST, wraps=True)),
+    ("", tables.lost, None, Section("Where torch is ahead, the worst first", note=_BOTH, wraps=True)),
+    ("", tables.not_timed, None, Section("Not timed: wrong, failed, skipped", wraps=True)),
+    ("roofs", tables.readings, None, Section("Roofs and floors", wraps=True)),
+    ("", tables.environment, None, Section("Environment and drift", wraps=True)),
 )
 
 
@@ -202,7 +184,6 @@ def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> s
     return "\n\n".join(["\n".join(lead), tables.plain(table)])
 
 
-_BEGIN, _END = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->", "<!-- benchmark: end -->"
 _WRITTEN = (
     r"(<!-- (benchmark(?: summary)?): begin \(written by lstm-triton bench --readme\) -->\n).*?(<!-- \2: end -->)"
 )
@@ -224,7 +205,8 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
         return f"{match[1]}\n{markdown(rows, 'summary' in match[2])}\n{match[3]}"
 
     written, count = re.subn(_WRITTEN, tables_of, written, flags=re.DOTALL)
-    require({f"{path} needs one line\n{_BEGIN}\nand one line\n{_END}": count}, StoreError)
+    begin, end = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->", "<!-- benchmark: end -->"
+    require({f"{path} needs one line\n{begin}\nand one line\n{end}": count}, StoreError)
     with unfinished(path) as file:
         file.write_text(written, encoding="utf-8")
 

@@ -4,16 +4,16 @@ import contextlib
 import datetime
 import fcntl
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lstm_triton import storage
 from lstm_triton.timing import Samples, median_interval
+from lstm_triton.tolerance import Errors
 
 from .cases import Case, Execution, Kind, Pair, Task, require
 
@@ -47,22 +47,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         times = self.p20_us, self.p50_us, self.p80_us, self.us_per_step, self.ci_low_us
-        require(
-            {"p50_us and the other times are above 0": min(times) > 0, "confidence is over 1": self.confidence <= 1}
-        )
-
-
-@dataclass(frozen=True)
-class Error:
-    """Largest and RMS error of a tensor, in units of its largest true value; infinite ones are words in JSON."""
-
-    max: Any
-    rms: Any
-
-    def __post_init__(self) -> None:
-        for name in ("max", "rms"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-            require({f"{name} is below 0": not getattr(self, name) < 0})
+        require({"p50_us or another time is 0": min(times) > 0, "confidence is over 1": self.confidence <= 1})
 
 
 @dataclass(frozen=True)
@@ -78,8 +63,6 @@ class Floor:
 
 @dataclass(frozen=True)
 class Device:
-    """The device a row was taken on."""
-
     type: Literal["cuda", "cpu"]
     name: str
     driver: str | None = None
@@ -112,12 +95,15 @@ class Source:
     dirty: bool | None
     digest: str
 
+    def __str__(self) -> str:
+        return (self.commit or "installed")[:12] + " with changes" * bool(self.dirty)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One measurement; raises ValueError where its parts contradict each other."""
 
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
     kind: Kind
     status: Literal["ok", "wrong", "failed", "skipped"]
     reason: str | None = None
@@ -132,7 +118,7 @@ class Row:
     timing: Timing | None = None
     values: dict[str, float] | None = None
     bytes: dict[str, int] | None = None
-    errors: dict[str, Error] | None = None
+    errors: dict[str, Errors] | None = None
     floor: Floor | None = None
     distance: float | None = None
     l2: Literal["warm", "flushed"] | None = None
@@ -148,23 +134,20 @@ class Row:
 
     def __post_init__(self) -> None:
         datetime.datetime.fromisoformat(self.date)
-        ok, timed = self.status == "ok", self.timing is not None
+        ok, timed, kinds = self.status == "ok", self.timing is not None, ("timing", "anchor", "overhead")
+        rates = [value for name, value in (self.values or {}).items() if "_per_s" in name]
         rules = {
             f"status is {self.status!r} and reason is empty": ok or self.reason,
             f"status is {self.status!r} and there is a timing": ok or not timed,
-            "a good row of kind 'timing' has a timing": timed
-            or not ok
-            or self.kind not in ("timing", "anchor", "overhead"),
+            "a good row of kind 'timing' has a timing": timed or not ok or self.kind not in kinds,
             "a row from a CPU carries a label": self.device.type != "cpu" or self.label is not None,
-            "a rate or a floor is 0": all(v or "_per_s" not in n for n, v in (self.values or {}).items())
-            and (self.floor is None or self.floor.us_per_step > 0),
+            "a rate or a floor is 0": all(rates) and (self.floor is None or self.floor.us_per_step > 0),
         }
         require(rules)
 
     @property
-    def task(self) -> tuple:
-        """The key of the task that this is a row of."""
-        return Task(self.suite, self.case, self.kind).key
+    def task(self) -> Task:
+        return Task(self.suite, self.case, self.kind)
 
     @property
     def pair(self) -> Pair:
@@ -172,10 +155,7 @@ class Row:
 
     def encode(self) -> str:
         """One line of JSON, without its newline."""
-        fields = asdict(self)
-        for error in (fields["errors"] or {}).values():  # JSON has neither infinities nor NaN
-            error |= {name: value if math.isfinite(value) else str(value) for name, value in error.items()}
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def decode(line: bytes) -> Row:
@@ -206,8 +186,8 @@ def words(row: Row) -> str:
     figures = (row.values or {}) | {f"{name}_bytes": n for name, n in (row.bytes or {}).items()}
     if figures or not row.errors:
         return ", ".join(f"{name} {number(value)}" for name, value in figures.items())
-    most, rms = (max(row.errors.items(), key=lambda of: getattr(of[1], kind)) for kind in ("max", "rms"))
-    return f"max {most[1].max:.1e} ({most[0]}), RMS {rms[1].rms:.1e} ({rms[0]})"
+    largest, rms = (max((getattr(e, kind), name) for name, e in row.errors.items()) for kind in ("largest", "rms"))
+    return f"max {largest[0]:.1e} ({largest[1]}), RMS {rms[0]:.1e} ({rms[1]})"
 
 
 def summary(written: Sequence[Row]) -> str:
@@ -221,11 +201,8 @@ class StoreError(RuntimeError):
 
 
 def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """The good rows of files and, recursively, of folders, and a sentence for each line that is none.
-
-    Raises:
-        StoreError: a path that does not exist, a file that cannot be read, or one with lines of which none is a row.
-    """
+    """The good rows of files and, recursively, of folders, and a sentence for each line that is none. Raises StoreError for a
+    file that cannot be read, or whose lines are no rows at all."""
     rows, problems = list[Row](), list[str]()
     for file in (f for path in paths for f in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])):
         found, wrong = list[Row](), list[str]()
@@ -233,12 +210,12 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
             lines = file.read_bytes().split(b"\n")
         except OSError as error:  # no such file, a folder of this name
             raise StoreError(f"{file}: {(error.strerror or str(error)).lower()}") from error
-        for number, line in enumerate(lines, 1):
+        for count, line in enumerate(lines, 1):
             try:
                 found += [decode(line)] if line.strip() else []
             except ValueError as error:
-                cut = "cut off: " if number == len(lines) else ""  # the last line has no newline
-                wrong.append(f"{file}:{number}: {cut}{error}")
+                cut = "cut off: " if count == len(lines) else ""  # the last line has no newline
+                wrong.append(f"{file}:{count}: {cut}{error}")
         if wrong and not found:
             raise StoreError(f"{file} holds no benchmark rows. First problem: {wrong[0]}")
         rows, problems = rows + found, problems + wrong
@@ -264,11 +241,8 @@ def append(path: Path, row: Row) -> None:
 
 @contextlib.contextmanager
 def one_run_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run, since two at once would time each other.
-
-    Raises:
-        StoreError: another run holds it, or the folder cannot be written.
-    """
+    """Hold `folder` for one run, since two at once would time each other. Raises StoreError where another run holds it, or it
+    cannot be written."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,11 @@ A kernel that hangs or corrupts the device takes its process along. So the tasks
 it is about to do; when it falls silent or dies, the run knows whom to blame, and goes on with a new one.
 """
 
-import argparse
 import contextlib
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,51 +25,18 @@ from .rows import Row
 ANCHOR_SECONDS = 60.0
 
 
-def seconds_of(text: str) -> float:
-    """45s, 8m, 1h or a number of seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 45s, 8m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def _option(default: Any, help: str, **how: Any) -> Any:
-    flag = {"action": "store_true"} if default is False else {}
-    return field(default=default, metadata={"help": help, **flag, **how})
-
-
-@dataclass
-class Options:
-    """Options of a run; those with a help text are the command line's."""
-
-    device: str = _option("auto", "auto (the GPU, if any), cuda, cuda:1, cpu")
-    output: Path = _option(
-        None, "folder; default: bench/results/<device>, installed ./lstm-triton-bench/<device>", type=Path
-    )
-    budget: float | None = _option(None, "stop in time: 45s, 8m, 1h", type=seconds_of, metavar="8m")
-    seconds: float = _option(None, "sampling per provider and case (default 1; CPU 0.5)", type=seconds_of)
-    timeout: float = _option(180.0, "seconds of silence after which a kernel counts as hung", type=seconds_of)
-    provider: Sequence[str] | None = _option(None, "may be given again; listed below", action="append", metavar="NAME")
-    flush_l2: bool = _option(False, "write over the L2 cache before each timed call")
-    threads: int | None = _option(None, "of the CPU, for torch", type=int)
-    again: bool = _option(False, "measure also what has rows already")
-    retry: bool = _option(False, "try what failed or was skipped once more")
-    command: str = ""
-    anchors: bool = True
-
-
 class Worker(Process):
     """A process that measures, asked with a task, what of it, and roofs. maker: makes rows as it does.
 
     Its events are rows, and before whatever may take the process along, whose turn it is: provider, execution, what is done.
     """
 
-    def __init__(self, options: Options, run: str) -> None:
+    def __init__(self, options: Namespace, run: str) -> None:
         super().__init__(f"{__name__}:serve", (options, run), {"TRITON_INTERPRET": None})
         self.maker: RowMaker = self.receive(300.0)  # when it has imported everything
 
 
-def serve(connection: Any, setup: tuple[Options, str]) -> None:
+def serve(connection: Any, setup: tuple[Namespace, str]) -> None:
     """The worker's side."""
     context = make_context(*setup, lambda *doing: connection.send(doing))
 
@@ -84,7 +48,7 @@ def serve(connection: Any, setup: tuple[Options, str]) -> None:
     answer(connection, respond)
 
 
-def make_context(options: Options, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
+def make_context(options: Namespace, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
     """Make what the tasks of a run share, on the device that the options name."""
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -103,7 +67,7 @@ def anchor(device_type: str) -> Task:
     return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
 
 
-def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[tuple, Pair]]:
+def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[Task, Pair]]:
     """What need not be measured again: it has rows of the same code, device and libraries, with the same settings."""
 
     def identity(of: Any) -> tuple:
@@ -117,44 +81,34 @@ def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple
     return {(row.task, row.pair) for row in found if counts(row)}
 
 
-@contextlib.contextmanager
-def runner(options: Options, progress: Progress, new_worker: Any = Worker) -> Iterator["Runner"]:
-    """A Runner that holds its folder, and ends its worker when it is left."""
-    with rows.one_run_at_a_time(options.output), contextlib.closing(progress):
-        given = Runner(options, progress, new_worker)
-        try:
-            given.begin()
-            yield given
-        finally:
-            if given.worker is not None:
-                given.worker.end()
-
-
 class Runner:
     """Runs tasks through a worker, restarts it when it dies, and appends every row.
 
-    Counts tasks measured, those that were measured before and those that the budget left, and rows appended.
+    options: of the command line. Counts tasks measured, those that were measured before and those that the budget left, and
+    rows appended.
     """
 
-    def __init__(self, options: Options, progress: Progress, new_worker: Any) -> None:
-        self.options, self.worker = options, cast(Any, None)
+    def __init__(self, options: Namespace, progress: Progress, new_worker: Any = Worker) -> None:
+        self.options, self._worker = options, cast(Any, None)
         self.measured = self.before = self.left = self.appended = 0
         self._progress, self._new_worker, self._run = progress, new_worker, uuid.uuid4().hex[:12]
         self._deadline = time.monotonic() + (options.budget or float("inf"))
         self._took: dict[str, list[float]] = {"": [options.seconds]}  # seconds per row, by suite; "": of all
         self._last_anchor = float("-inf")
 
-    def begin(self) -> None:
-        self._rows, self._problems = rows.read_all([self.options.output])
-        self._maker = self._started().maker
-        self._done = set() if self.options.again else done_before(self._rows, self._maker, self.options.retry)
-
     def run(self, tasks: Sequence[Task]) -> None:
         """Measure what has no rows yet, until the budget ends."""
-        self.left += len(tasks)
-        with contextlib.suppress(TimeoutError):  # at the deadline
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.enter_context(rows.one_run_at_a_time(self.options.output))
+            at_the_end.enter_context(contextlib.closing(self._progress))
+            at_the_end.callback(lambda: self._worker and self._worker.end())
+            at_the_end.enter_context(contextlib.suppress(TimeoutError))  # at the deadline
+            self._rows, self._problems = rows.read_all([self.options.output])
+            self._maker = self._started().maker
+            done = set() if self.options.again else done_before(self._rows, self._maker, self.options.retry)
+            self.left = len(tasks)
             for task in tasks:
-                missing = [pair for pair in self._pairs(task) if (task.key, pair) not in self._done]
+                missing = [pair for pair in self._pairs(task) if (task, pair) not in done]
                 if (count := len(missing)) == 0:
                     self.before, self.left = self.before + 1, self.left - 1
                     self._progress.total -= 1
@@ -195,13 +149,13 @@ class Runner:
         return providers.pairs_of(task, self._maker.device.type, self.options.provider)
 
     def _started(self) -> Any:
-        if self.worker is None:
+        if self._worker is None:
             try:
-                self.worker = self._new_worker(self.options, self._run)
+                self._worker = self._new_worker(self.options, self._run)
             except Died as death:
                 where = f"the measuring process does not start on {self.options.device!r}"
                 raise RuntimeError(f"{where}: {death}") from death
-        return self.worker
+        return self._worker
 
     def _measure(self, task: Task, left: list[Pair]) -> None:
         """Append a row for each provider and execution of `left`. Raises TimeoutError when the budget ends first."""
@@ -225,7 +179,7 @@ class Runner:
                         self._progress.show(f"{task.case.describe()} · {doing[0]}: {doing[2]}")
                 break
             except Died as death:
-                self.worker = None
+                self._worker = None
                 guilty = [pair for pair in left if pair[0] == doing[0]]
                 if not guilty and not any(row.status == "failed" for row in written[count:]):
                     guilty = list(left)  # nobody is named, and the worker has named no one itself

@@ -31,14 +31,14 @@ def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
 
     scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there are no graphs and no TF32.
     """
-    found: dict[tuple, tuple[float, Task]] = {}
+    found: dict[Task, tuple[float, Task]] = {}
     for suite in suites:
         sizes, blocks = SIZES[scale], _DECLARED["suites"][suite][1:]
         ordered = _real(sizes) if suite == "real" else (of for block in blocks for of in _crossed(suite, sizes, block))
         for order, task in ordered:
             if device_type == "cpu":
                 task = replace(task, executions=("eager",), case=replace(task.case, precision="ieee"))
-            found.setdefault(task.key, (order, task))
+            found.setdefault(task, (order, task))
     return [task for _, task in sorted(found.values(), key=lambda ordered: ordered[0])]
 
 

@@ -11,8 +11,11 @@ from .cases import Case
 from .providers import OURS, torchs
 from .rows import Row, number, words
 
-# This package is compared in two ways: its kernels, each forced, of which the fastest counts, and what auto takes.
-WAYS = {"kernels": "this package's kernels", "auto": "what is taken when no backend is asked for"}
+# The ways in which this package is compared.
+WAYS = {
+    "kernels": "the fastest of this package's Triton backends that is right, each forced",
+    "auto": "what is taken when no backend is asked for, which may be cuDNN itself",
+}
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -31,7 +34,7 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
 @dataclass(frozen=True)
 class Comparison:
     """Everyone's rows, by provider, of one case in one suite and execution; and of those the fastest of this package's Triton
-    backends, what auto takes, and torch's.
+    backends, what auto takes, and the fastest that torch alone can do.
     """
 
     suite: str
@@ -66,16 +69,13 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     for row in rows:
         if row.kind == "timing" and row.timing:
             found.setdefault((row.suite, row.case, row.execution), {})[row.provider] = row
-    return [
-        Comparison(
-            suite, case, execution, by, min(_kernels(by), key=_us, default=None), by.get(OURS), by.get(torchs(case))
-        )
-        for (suite, case, execution), by in found.items()
-    ]
-
-
-def _kernels(by: Mapping[str, Row]) -> list[Row]:
-    return [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
+    made = []
+    for key, by in found.items():
+        kernels = [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
+        theirs = [row for name, row in by.items() if name == torchs(key[1]) or name.startswith("torch by hand")]
+        fastest = (min(some, key=_us, default=None) for some in (kernels, [by[OURS]] if OURS in by else [], theirs))
+        made.append(Comparison(*key, by, *fastest))
+    return made
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
@@ -88,11 +88,6 @@ def frame(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
 def text(cell: Any) -> str:
     """A cell as text; a speed-up is marked where torch is ahead."""
     return f"{'▼ ' if cell < 1 else ''}{cell:.2f}" if isinstance(cell, float) else str(cell)
-
-
-def markdown(table: DataFrame) -> str:
-    lines = [[table.index.name, *table.columns], ["---", *["---:"] * len(table.columns)], *table.itertuples()]
-    return "\n".join(f"| {' | '.join(text(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def plain(table: DataFrame) -> str:
@@ -130,22 +125,11 @@ def timings(rows: Sequence[Row], found: Sequence[Comparison], base: str | None =
     )
 
 
-def beside_torch(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
-    """What auto takes beside the fastest that torch alone can do; ours / torch is a ratio of medians."""
-    lines = []
-    for c in sorted(found, key=lambda c: (c.case.hidden_size, c.case.mode)):
-        others = [row for name, row in c.rows.items() if not name.startswith("lstm_triton")]
-        if c.auto and others:
-            ours, best = _us(c.auto), min(others, key=_us)
-            line = {"case": str(c), "ours, us": number(ours), "torch, us": number(_us(best)), "by": best.provider}
-            lines.append(line | {"ours / torch": f"{ours / _us(best):.2f}"})
-    return frame(lines)
-
-
 def count_lost(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
     counts = {way: (sum(c.lost(way) for c in found), sum(c.ratio(way) is not None for c in found)) for way in WAYS}
-    return frame({"compared": WAYS[w], "torch is ahead in": f"{lost} of {n}"} for w, (lost, n) in counts.items() if n)
+    lines = {f"{way}: {WAYS[way]}": f"{lost} of {n}" for way, (lost, n) in counts.items() if n}
+    return frame({"compared": what, "torch is ahead in": count} for what, count in lines.items())
 
 
 def lost(
@@ -154,11 +138,12 @@ def lost(
     """Where torch (or only its provider `theirs`) is ahead, the worst first, with what the rows know of why; at most 60."""
     lines = []
     for way in ways:
-        worse = [c for c in found if c.lost(way) and theirs in (None, torchs(c.case))]
+        worse = [c for c in found if c.lost(way) and theirs in (None, c.torchs.provider)]
         for c in sorted(worse, key=lambda c: c.ratio(way) or 0.0)[:60]:
             mine, torch = getattr(c, way), c.torchs
             distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
-            why = mine.backend_reason, torch.algorithm and f"cuDNN: {torch.algorithm}", distance
+            beside = f"cuDNN: {torch.algorithm}" if torch.algorithm else f"beside {torch.provider}"
+            why = mine.backend_reason, beside, distance
             cells = {"case": str(c), "speed-up": c.ratio(way), "ours, us/step": number(mine.timing.us_per_step)}
             cells |= {"torch, us/step": number(torch.timing.us_per_step), "compared": way}
             cells |= {"what ran": mine.backend if way == "auto" else mine.provider}
@@ -197,14 +182,15 @@ def environment(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     rows = sorted(rows, key=lambda r: r.date)
     last, times = rows[-1], [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
     facts = {name: str(value) for name, value in (vars(last.device) | vars(last.versions)).items() if value is not None}
-    commits = {f"{r.source.commit or 'installed'}{' with changes' if r.source.dirty else ''}" for r in rows}
-    facts |= {"commits of the rows": ", ".join(sorted(commits)), "digest of the newest code": last.source.digest}
-    facts["rows"] = f"{len(rows)}, from {rows[0].date} to {last.date}"
-    facts["L2 cache"] = ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"
-    facts["commands"] = "; ".join(sorted({r.command for r in rows})[:8])
+    facts |= {"commits of the rows": ", ".join(sorted({str(r.source) for r in rows}))}
+    facts |= {
+        "digest of the newest code": last.source.digest,
+        "rows": f"{len(rows)}, from {rows[0].date} to {last.date}",
+    }
+    facts |= {"L2 cache": ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"}
+    facts |= {"commands": "; ".join(sorted({r.command for r in rows})[:8])}
     states = DataFrame([r.state for r in rows]).reindex(columns=["sm_clock_mhz", "power_w", "temperature_c"])
-    for name, seen in states.dropna(axis=1, how="all").items():
-        facts[str(name)] = f"{seen.min():g} to {seen.max():g}"
+    facts |= {str(name): f"{seen.min():g} to {seen.max():g}" for name, seen in states.dropna(axis=1, how="all").items()}
     if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
         moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
         facts["drift"] = f"the same anchor case, {moved}; smaller differences than that mean nothing here"

@@ -13,8 +13,8 @@ from lstm_triton.bench.by_hand import PROVIDERS as BY_HAND
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.problem import Built, Judge
 from lstm_triton.bench.problem import precision as torchs_precision
-from lstm_triton.bench.rows import Error
 from lstm_triton.kernels.inputs import Segments
+from lstm_triton.tolerance import Errors
 
 
 def truth(given):
@@ -38,7 +38,8 @@ def truth(given):
 def test_providers_agree_with_the_truth(options, by_hand):
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision="ieee", mode="train", **options)
     given = problem.make(case, CPU)
-    true = truth(given)
+    judge = Judge(given, providers.true(given.case))
+    true = judge.truth
     assert all(t.dtype == torch.float64 for t in true.values())
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(true)
     unable = set()
@@ -48,9 +49,9 @@ def test_providers_agree_with_the_truth(options, by_hand):
         except problem.Unavailable:
             unable.add(name)
             continue
-        found = {name: problem.error(t, true[name]) for name, t in built.results().items()}
+        found = judge.errors(built)
         assert set(found) >= set(true) - {"dh0", "dc0"}
-        assert max(e.max for e in found.values()) < 1e-5, (name, found)
+        assert max(e.largest for e in found.values()) < 1e-5, (name, found)
     assert {name.split()[-1] for name in BY_HAND.keys() - unable} == set(by_hand.split())
     assert unable - BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
 
@@ -337,14 +338,15 @@ def test_every_backend_is_a_provider_and_forced_on_a_gpu():
 
 
 def test_limits_of_what_is_wrong():
-    case = Case("a", 8, 2, 5, dtype="float32", precision="ieee")
-    torchs = {"y": Error(1e-6, 1e-7)}
-    assert problem.why_wrong(case, {"y": Error(7e-6, 0.0)}, torchs) is None
-    assert "y is off by 1.0e-03" in problem.why_wrong(case, {"y": Error(1e-3, 0.0)}, torchs)
-    assert "c_n is off" in problem.why_wrong(case, {"y": Error(1e-3, 0.0), "c_n": Error(2e-3, 0.0)}, None)
-    assert problem.why_wrong(case, {"y": Error(math.inf, 0.0)}, torchs)
-    assert problem.why_wrong(case, {"y": Error(1e-6, 0.0)}, None) is None
-    found = problem.error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0], dtype=torch.float64))
-    assert (found.max, found.rms) == (0.5, pytest.approx(0.5 / math.sqrt(2)))
-    by_tf32 = Case("a", 8, 1, 4, dtype="float32")
-    assert problem.why_wrong(by_tf32, {"y": Error(1e-3, 0.0)}, torchs) is None, "roundings to 11 bits, not 24"
+    def said(torchs=None, precision="ieee", **found):
+        given = problem.make(Case("a", 2, 1, 1, dtype="float32", precision=precision), CPU)
+        judge = Judge(given, providers.PROVIDERS["torch.nn.LSTM"])
+        judge.torchs = {"y": Errors(1, 1e-6, 1e-7)} if torchs is None else torchs
+        return judge.why_wrong({name: Errors(1, largest, 0.0) for name, largest in found.items()})
+
+    assert said(y=7e-6) is None
+    assert "y is off by 1.0e-03" in said(y=1e-3)
+    assert "c_n is off" in said({}, y=1e-3, c_n=2e-3)
+    assert "y is off by inf" in said(y=math.inf)
+    assert said({}, y=1e-6) is None
+    assert said(y=1e-3, precision="tf32") is None, "roundings to 11 bits, not 24"

@@ -23,7 +23,7 @@ def measure(device: torch.device, rows: list[Row], seconds: float, batch=32, siz
     """
     gpu, threads = device.type == "cuda", torch.get_num_threads()
     on = torch.cuda.get_device_name(device) if gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
-    yield f'Time per timestep, median · {on} · "step by step": Python calls the cells; else the sequence whole'
+    yield f'Time per timestep, median · {on} · "loop": Python calls the cells step by step; else the sequence whole'
     context = bench.Context(RowMaker(device, "lstm-triton demo", "demo"), timing.Clock(device), seconds / 8)
     for mode, (form, providers) in product(MODES, PROVIDERS.items()):
         case = Case("demo", size, batch, length, form, dtype="float32", precision="ieee", mode=mode)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lstm_triton.bench import __main__ as main
 from lstm_triton.bench import measure as measuring
 from lstm_triton.bench import progress, rows
 from lstm_triton.bench import run as running
@@ -52,7 +53,9 @@ def options(folder, **changes):
         "provider": (OURS, CUDNN),
         "anchors": False,
     }
-    return running.Options(output=folder, **(given | changes))
+    options = main.make_parser().parse_args([])
+    vars(options).update(given | changes, output=folder)
+    return options
 
 
 class Here:
@@ -82,8 +85,8 @@ class Forked(ForkedProcess):
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
-    with running.runner(options(folder, **changes), progress.Progress(len(tasks)), new_worker) as runner:
-        runner.run(tasks)
+    runner = running.Runner(options(folder, **changes), progress.Progress(len(tasks)), new_worker)
+    runner.run(tasks)
     return runner
 
 
