@@ -10,10 +10,8 @@ Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bi
 * inline assembly of one instruction runs if INLINE_ASM has that instruction;
 * `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
 * numpy does not warn of overflow and NaN inside a kernel, where they are no accident;
-* a sum, difference or product that does not fit in its signed integer type raises OverflowError;
 * a kernel's inner functions find triton.language as the launch has patched it, instead of searching it at each call, and what
-  Triton works out at each operation is worked out once, in a third less time (`interpreter_caches`);
-* on request every load, store and atomic is checked against the memory of the launch's tensors.
+  Triton works out at each operation is worked out once, in a third less time (`interpreter_caches`).
 
 float8 stays as Triton has it, and `libdevice` still does not run.
 """
@@ -21,9 +19,6 @@ float8 stays as Triton has it, and `libdevice` still does not run.
 from __future__ import annotations
 
 import contextlib
-import linecache
-import os
-import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -32,7 +27,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.runtime.errors import InterpreterError
 
 from . import interpreter_caches as caches
 
@@ -44,13 +38,7 @@ try:
 except ModuleNotFoundError:  # numpy: the interpreter needs it, but a GPU does not
     _StockBuilder = object
 
-_NOT_KERNEL_CODE = (os.path.dirname(triton.__file__) + os.sep, __file__)
-
 _repairs = contextlib.ExitStack()
-
-
-class OutOfBounds(IndexError):
-    """A load, store or atomic of a kernel touched memory outside every tensor of its launch."""
 
 
 _INTERPRETING = bool(triton.knobs.runtime.interpret)  # read once, before this package decorates a kernel
@@ -66,37 +54,32 @@ def programs_can_wait() -> bool:
     return not is_interpreting()
 
 
-def install(*, check_bounds: bool = False) -> None:
-    """Repair the interpreter for every kernel of this process; a second call changes nothing.
-
-    check_bounds: raise `OutOfBounds`, an IndexError that names the source line, where an unmasked lane of a load, store
-    or atomic lies outside the storages of the tensors given to the launch. Once asked for, it stays until `uninstall`.
-    """
+def install() -> None:
+    """Repair the interpreter for every kernel of this process; a second call changes nothing."""
     import triton.runtime.interpreter  # noqa: F401  without numpy this says so
 
-    _RepairedBuilder.check_bounds |= check_bounds
-    if not isinstance(stock.interpreter_builder, _RepairedBuilder):
-        _replace(stock.interpreter_builder, "__class__", lambda _: _RepairedBuilder)
-        _replace(stock.ReduceOps, "apply_impl", _in_float32)
-        _replace(stock.ScanOps, "apply_impl", _in_float32)
-        _replace(stock.InterpretedFunction, "run", _with_fresh_bounds_and_quiet_numpy)
-        _replace(stock, "_implicit_cvt", _noting_storages)
-        _replace(stock, "_patch_lang_tensor", _with_index_of_one_element)
-        _replace(stock, "_patch_lang", _once_a_launch)
-        _replace(stock, "_get_np_dtype", caches.once_a_type)
-        _replace(tl.block_type, "__init__", caches.once_a_shape)
-        _replace(tl.tensor, "__init__", caches.once_a_block)
-        _replace(stock.TritonSemantic, "broadcast_impl_value", caches.unless_alike)
-        _replace(stock.interpreter_builder, "options", lambda options: replace(options, sanitize_overflow=False))
+    if not isinstance(stock.interpreter_builder, RepairedBuilder):
+        replace_in(stock.interpreter_builder, "__class__", lambda _: RepairedBuilder)
+        replace_in(stock.ReduceOps, "apply_impl", _in_float32)
+        replace_in(stock.ScanOps, "apply_impl", _in_float32)
+        replace_in(stock.InterpretedFunction, "run", _with_quiet_numpy)
+        replace_in(stock, "_patch_lang_tensor", _with_index_of_one_element)
+        replace_in(stock, "_patch_lang", _once_a_launch)
+        replace_in(stock, "_get_np_dtype", caches.once_a_type)
+        replace_in(tl.block_type, "__init__", caches.once_a_shape)
+        replace_in(tl.tensor, "__init__", caches.once_a_block)
+        replace_in(stock.TritonSemantic, "broadcast_impl_value", caches.unless_alike)
+        # Its check of overflow works out every operation three times and then asserts nothing but in debug mode.
+        replace_in(stock.interpreter_builder, "options", lambda options: replace(options, sanitize_overflow=False))
 
 
 def uninstall() -> None:
     """Give the interpreter back as Triton made it."""
     _repairs.close()
-    _RepairedBuilder.check_bounds = False
 
 
-def _replace(owner: Any, name: str, repair: Callable) -> None:
+def replace_in(owner: Any, name: str, repair: Callable) -> None:
+    """owner.name = repair(owner.name), until `uninstall`."""
     original = getattr(owner, name)
     setattr(owner, name, repair(original))
     _repairs.callback(setattr, owner, name, original)
@@ -151,14 +134,7 @@ INLINE_ASM: dict[str, Callable[..., Any]] = {
 }
 
 
-_MAY_OVERFLOW = () if _StockBuilder is object else (np.add, np.subtract, np.multiply)
-
-
-class _RepairedBuilder(_StockBuilder):
-    check_bounds = False
-    # (first byte, byte past the end) of every storage of the launch, sorted; the first entry lies below all addresses.
-    storages: list[tuple[int, int]] = [(0, 0)]
-
+class RepairedBuilder(_StockBuilder):
     def get_bf16(self, value):
         return _encode(np.array([value], np.float64), tl.bfloat16)
 
@@ -175,20 +151,11 @@ class _RepairedBuilder(_StockBuilder):
 
     def binary_op(self, lhs, rhs, op):
         if not _is_bfloat16(lhs):
-            if op in _MAY_OVERFLOW and lhs.dtype.scalar.is_int_signed():
-                self._check_overflow(lhs.data, rhs.data, op)
             result = super().binary_op(lhs, rhs, op)
             # Triton 3.9 gives a comparison the dtype of its operands, and a mask of integers is refused when it is used.
             return stock.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
         result = op(_decode(lhs), _decode(rhs))
         return _encode(result, tl.int1 if result.dtype == np.bool_ else tl.bfloat16)
-
-    def _check_overflow(self, lhs, rhs, op):
-        # Triton's own check works out every operation three times and then asserts nothing but in debug mode.
-        if lhs.dtype.itemsize < 8:
-            wide, limits = op(lhs, rhs, dtype=np.int64), np.iinfo(lhs.dtype)
-            if wide.min(initial=0) < limits.min or wide.max(initial=0) > limits.max:
-                raise OverflowError(f"{lhs.dtype} overflow at {_kernel_line()}, program {self.grid_idx}")
 
     def unary_op(self, arg, op):
         return _encode(op(_decode(arg)), tl.bfloat16) if _is_bfloat16(arg) else super().unary_op(arg, op)
@@ -217,47 +184,6 @@ class _RepairedBuilder(_StockBuilder):
         result = flushed(INLINE_ASM[instruction](*(flushed(_decode(value)) for value in values)))
         return types.SimpleNamespace(get_result=[_encode(result, result_types[0])].__getitem__)
 
-    def create_masked_load(self, ptrs, mask, *args, **kwargs):
-        self._check("load", ptrs, mask)
-        return super().create_masked_load(ptrs, mask, *args, **kwargs)
-
-    def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
-        self._check("store", ptrs, mask)
-        return super().create_masked_store(ptrs, value, mask, *args, **kwargs)
-
-    def create_atomic_rmw(self, op, ptr, val, mask, *args):
-        self._check("atomic", ptr, mask)
-        return super().create_atomic_rmw(op, ptr, val, mask, *args)
-
-    def create_atomic_cas(self, ptr, *args):
-        self._check("atomic", ptr, types.SimpleNamespace(data=True))
-        return super().create_atomic_cas(ptr, *args)
-
-    def _check(self, access, pointers, mask):
-        if not self.check_bounds:
-            return
-        addresses = pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
-        starts, ends = np.array(self.storages, np.uint64).T
-        end = ends[np.searchsorted(starts, addresses, "right") - 1]
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        outside = (addresses >= end) | (end - addresses < size)  # unsigned: address + size might wrap around
-        if outside.any():
-            first = int(addresses[outside][0])
-            start, end = min(self.storages, key=lambda extent: max(extent[0] - first, first - extent[1]))
-            raise OutOfBounds(
-                f"{access} out of bounds at {_kernel_line()}, program {self.grid_idx}: {outside.sum()} of "
-                f"{addresses.size} elements, the first at byte {first - start} of a tensor of {end - start} bytes"
-            )
-
-
-def _kernel_line() -> str:
-    """Where the kernel is: the innermost frame outside Triton and this file."""
-    frame: Any = sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_NOT_KERNEL_CODE):
-        frame = frame.f_back
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    return f"{file}:{line} in {frame.f_code.co_name}: `{linecache.getline(file, line).strip()}`"
-
 
 def _in_float32(apply_impl):
     """Reductions and scans with a numpy function of their own: their only operand may be bfloat16."""
@@ -272,33 +198,11 @@ def _in_float32(apply_impl):
     return repaired
 
 
-def _with_fresh_bounds_and_quiet_numpy(run):
+def _with_quiet_numpy(run):
     def repaired(*args, **kwargs):
-        stock.interpreter_builder.storages = [(0, 0)]
-        try:
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # tl.max of nothing but NaN
-                return run(*args, **kwargs)
-        except InterpreterError as error:
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, OutOfBounds):
-                cause = cause.__cause__
-            if cause:
-                raise cause from None
-            raise
-
-    return repaired
-
-
-def _noting_storages(implicit_cvt):
-    """Every pointer a kernel gets is made here, once the arguments have reached their final place in memory."""
-
-    def repaired(arg):
-        if hasattr(arg, "data_ptr"):
-            storage = stock._unwrap_tensor(arg).untyped_storage()
-            extent = (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
-            stock.interpreter_builder.storages = sorted({extent, *stock.interpreter_builder.storages})
-        return implicit_cvt(arg)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # tl.max of nothing but NaN
+            return run(*args, **kwargs)
 
     return repaired
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support import bounds
 from triton.runtime import interpreter as stock
 
 from lstm_triton.kernels import interpreter
@@ -71,7 +72,7 @@ def _wide_load_kernel(x_ptr):
 
 def test_an_element_that_begins_inside_must_end_inside():
     _wide_load_kernel[(1,)](torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(interpreter.OutOfBounds):
+    with pytest.raises(bounds.OutOfBounds):
         _wide_load_kernel[(1,)](torch.zeros(1, dtype=torch.bfloat16))
 
 
@@ -80,7 +81,7 @@ def test_bounds_are_those_of_this_launch():
     _store_kernel[(1,)](other, 0, 8, 8)
     x = torch.zeros(8)
     elements_apart = (other.data_ptr() - x.data_ptr()) // 4
-    with pytest.raises(interpreter.OutOfBounds):
+    with pytest.raises(bounds.OutOfBounds):
         _store_kernel[(1,)](x, elements_apart, elements_apart + 8, 8)
 
 
@@ -98,11 +99,11 @@ def test_uninstall_gives_the_interpreter_back():
         return [*functions, type(stock.interpreter_builder)]
 
     repaired = current()
-    interpreter.install()
+    bounds.install()
     assert current() == repaired  # a second call does not wrap what the first has wrapped
     interpreter.uninstall()
     originals = current()
     assert stock.interpreter_builder.options.sanitize_overflow
-    interpreter.install(check_bounds=True)
+    bounds.install()
     assert not set(repaired) & set(originals)
     assert all(original.__module__.startswith("triton.") for original in originals)
