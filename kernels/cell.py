@@ -35,7 +35,7 @@ def _lstm_cell_forward_kernel(
     # sizes
     B, I, H,
     # strides
-    stride_x_b, stride_x_i, stride_h_b, stride_h_h, stride_c_b, stride_c_h,
+    stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h, stride_c_prev_b, stride_c_prev_h,
     stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
     # meta-parameters; STATES: those of a unit in c (states.py)
     FORWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,7 +51,7 @@ def _lstm_cell_forward_kernel(
 
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
     of_x = (x_ptr, w_ih_ptr, I, stride_x_b, stride_x_i, stride_w_ih_row, stride_w_ih_k)
-    of_h = (h_prev_ptr, w_hh_ptr, H, stride_h_b, stride_h_h, stride_w_hh_row, stride_w_hh_k)
+    of_h = (h_prev_ptr, w_hh_ptr, H, stride_h_prev_b, stride_h_prev_h, stride_w_hh_row, stride_w_hh_k)
     z = add_projections(z, offs_b, mask_b, rows, mask_rows, of_x, of_h, BLOCK_K, PRECISION)
     if b_ih_ptr is not None:
         z += tl.load(b_ih_ptr + rows.to(tl.int64) * stride_b_ih, mask=mask_rows, other=0.0).to(ACC)[None, :]
@@ -63,7 +63,7 @@ def _lstm_cell_forward_kernel(
     offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
     mask_c = mask_b[:, None] & (offs_c < STATES * H)[None, :]
     offs_b = offs_b.to(tl.int64)
-    c_prev_offsets = offs_b[:, None] * stride_c_b + offs_c.to(tl.int64)[None, :] * stride_c_h
+    c_prev_offsets = offs_b[:, None] * stride_c_prev_b + offs_c.to(tl.int64)[None, :] * stride_c_prev_h
     c_prev = tl.load(c_prev_ptr + c_prev_offsets, mask=mask_c, other=0.0).to(ACC)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
     at = None
@@ -99,49 +99,11 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
     if h.numel() == 0:
         return CellOutputs(h, c, gates)
     precision = matmul_precision(dtype, options.precision)
-    config = cell_forward_config(B, I, H, dtype, precision, multiprocessor_count(device))
-    stride_x_b, stride_x_i = x.stride()
-    stride_h_b, stride_h_h = h_prev.stride()
-    stride_c_b, stride_c_h = c_prev.stride()
-    stride_w_ih_row, stride_w_ih_k = w_ih.stride()
-    stride_w_hh_row, stride_w_hh_k = w_hh.stride()
-    _forward(
-        (cdiv(H, config.block_h) * cdiv(B, config.block_b), 1, 1),
-        config,
-        dict(
-            x_ptr=x,
-            h_prev_ptr=h_prev,
-            c_prev_ptr=c_prev,
-            w_ih_ptr=w_ih,
-            w_hh_ptr=w_hh,
-            b_ih_ptr=b_ih,
-            b_hh_ptr=b_hh,
-            seed_ptr=seed,
-            h_ptr=h,
-            c_ptr=c,
-            gates_ptr=gates,
-            B=B,
-            I=I,
-            H=H,
-            stride_x_b=stride_x_b,
-            stride_x_i=stride_x_i,
-            stride_h_b=stride_h_b,
-            stride_h_h=stride_h_h,
-            stride_c_b=stride_c_b,
-            stride_c_h=stride_c_h,
-            stride_w_ih_row=stride_w_ih_row,
-            stride_w_ih_k=stride_w_ih_k,
-            stride_w_hh_row=stride_w_hh_row,
-            stride_w_hh_k=stride_w_hh_k,
-            stride_b_ih=0 if b_ih is None else b_ih.stride(0),
-            stride_b_hh=0 if b_hh is None else b_hh.stride(0),
-            FORWARD=forward_of(options.cell),
-            STATES=states_of(options.cell),
-            ACC=accumulator(dtype),
-            PRECISION=precision,
-            BLOCK_B=config.block_b,
-            BLOCK_H=config.block_h,
-            BLOCK_K=config.block_k,
-        ),
-    )
+    config = cell_forward_config(B, H, dtype, precision, multiprocessor_count(device))
+    weights = dict(w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh)
+    arguments = dict(x_ptr=x, h_prev_ptr=h_prev, c_prev_ptr=c_prev, seed_ptr=seed, B=B, I=I, H=H, **weights)
+    outputs = dict(h_ptr=h, c_ptr=c, gates_ptr=gates)
+    cell = dict(FORWARD=forward_of(options.cell), STATES=states_of(options.cell))
+    grid = (cdiv(H, config.block_h) * cdiv(B, config.block_b), 1, 1)
+    _forward(grid, config, arguments | outputs | cell | dict(ACC=accumulator(dtype), PRECISION=precision))
     return CellOutputs(h, c, gates)

@@ -6,6 +6,7 @@ next to the products), so dz is never in memory, and nothing is accumulated acro
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 from .cell_equations import states_of
 from .cells import backward_of
 from .config import cdiv, cell_backward_config
-from .device import matmul_precision, multiprocessor_count
+from .device import matmul_precision
 from .gates import gate_rows, join_gates, load_gates
 from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
 from .launch import Launcher, accumulator
@@ -233,17 +234,18 @@ def _lstm_cell_backward_kernel(
     # sizes
     B, I, H,
     # strides
-    stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_b, stride_h_h,
-    stride_c_b, stride_c_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
+    stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h,
+    stride_c_prev_b, stride_c_prev_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
     # meta-parameters; STATES: those of a unit in c (states.py)
     BACKWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one timestep. The grid holds tiles of dW_hh | dW_ih, of dh_prev | dx, and of (dc_prev, db)."""
-    c_prev = (c_prev_ptr, stride_c_b, stride_c_h)
+    c_prev = (c_prev_ptr, stride_c_prev_b, stride_c_prev_h)
     dh, dc = (dh_ptr, stride_dh_b, stride_dh_h), (dc_ptr, stride_dc_b, stride_dc_h)
     step = (gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H)
-    dw_hh, dw_ih = (dw_hh_ptr, h_prev_ptr, H, stride_h_b, stride_h_h), (dw_ih_ptr, x_ptr, I, stride_x_b, stride_x_i)
+    dw_hh = (dw_hh_ptr, h_prev_ptr, H, stride_h_prev_b, stride_h_prev_h)
+    dw_ih = (dw_ih_ptr, x_ptr, I, stride_x_b, stride_x_i)
     dh_prev = (dh_prev_ptr, w_hh_ptr, H, stride_w_hh_row, stride_w_hh_k)
     dx = (dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k)
     tile = tl.program_id(0)
@@ -307,7 +309,7 @@ def lstm_cell_backward(
         if name in needs and t is not None
     }
     precision = matmul_precision(dtype, options.precision)
-    config = cell_backward_config(B, I, H, dtype, precision, multiprocessor_count(device))
+    config = cell_backward_config(B, dtype, precision)
     tiles_b, tiles_h = cdiv(B, config.block_b), cdiv(H, config.block_h)
     tiles_i_n, tiles_h_n = cdiv(I, config.block_n), cdiv(H, config.block_n)
     grid = (
@@ -319,51 +321,11 @@ def lstm_cell_backward(
     )
     if grid == 0:
         return found
-    _backward(
-        (grid, 1, 1),
-        config,
-        dict(
-            dh_ptr=dh,
-            dc_ptr=dc,
-            gates_ptr=gates,
-            x_ptr=x,
-            h_prev_ptr=h_prev,
-            c_prev_ptr=c_prev,
-            c_ptr=c,
-            w_ih_ptr=w_ih,
-            w_hh_ptr=w_hh,
-            seed_ptr=inputs.seed,
-            dx_ptr=found.get("x"),
-            dh_prev_ptr=found.get("h"),
-            dc_prev_ptr=found.get("c"),
-            dw_ih_ptr=found.get("w_ih"),
-            dw_hh_ptr=found.get("w_hh"),
-            db_ih_ptr=found.get("b_ih"),
-            db_hh_ptr=found.get("b_hh"),
-            B=B,
-            I=I,
-            H=H,
-            stride_dh_b=0 if dh is None else dh.stride(0),
-            stride_dh_h=0 if dh is None else dh.stride(1),
-            stride_dc_b=0 if dc is None else dc.stride(0),
-            stride_dc_h=0 if dc is None else dc.stride(1),
-            stride_x_b=x.stride(0),
-            stride_x_i=x.stride(1),
-            stride_h_b=h_prev.stride(0),
-            stride_h_h=h_prev.stride(1),
-            stride_c_b=c_prev.stride(0),
-            stride_c_h=c_prev.stride(1),
-            stride_w_ih_row=w_ih.stride(0),
-            stride_w_ih_k=w_ih.stride(1),
-            stride_w_hh_row=w_hh.stride(0),
-            stride_w_hh_k=w_hh.stride(1),
-            BACKWARD=backward_of(options.cell),
-            STATES=states_of(options.cell),
-            ACC=accumulator(dtype),
-            PRECISION=precision,
-            BLOCK_B=config.block_b,
-            BLOCK_H=config.block_h,
-            BLOCK_N=config.block_n,
-        ),
-    )
+    arguments: dict[str, Any] = dict(dh_ptr=dh, dc_ptr=dc, gates_ptr=gates, c_ptr=c, B=B, I=I, H=H)
+    arguments |= dict(x_ptr=x, h_prev_ptr=h_prev, c_prev_ptr=c_prev, w_ih_ptr=w_ih, w_hh_ptr=w_hh, seed_ptr=inputs.seed)
+    outputs = dict(dx_ptr=found.get("x"), dh_prev_ptr=found.get("h"), dc_prev_ptr=found.get("c"))
+    outputs |= dict(dw_ih_ptr=found.get("w_ih"), dw_hh_ptr=found.get("w_hh"))
+    outputs |= dict(db_ih_ptr=found.get("b_ih"), db_hh_ptr=found.get("b_hh"))
+    cell = dict(BACKWARD=backward_of(options.cell), STATES=states_of(options.cell))
+    _backward((grid, 1, 1), config, arguments | outputs | cell | dict(ACC=accumulator(dtype), PRECISION=precision))
     return found

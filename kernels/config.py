@@ -1,11 +1,12 @@
 """Launch configurations of cell and readout: pure functions from the problem and the device to tile sizes.
 
 No number here has been measured on a GPU yet. They come from counting programs and bytes and from what the compiler reports
-(registers, spills, shared memory) for sm_80 to sm_120; the tests compile every configuration that `all_cell_*_configs` lists.
+(registers, spills, shared memory) for sm_80 to sm_120; the tests compile every configuration that these functions return.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -26,6 +27,12 @@ class LaunchConfig:
         """Options of Triton's compiler, with those that change results, whatever its defaults are: a * b + c rounds once."""
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **limit}
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """The rest, which a kernel takes as meta-parameters of the same names, in capitals."""
+        shared = {field.name for field in fields(LaunchConfig)}
+        return {field.name.upper(): getattr(self, field.name) for field in fields(self) if field.name not in shared}
 
 
 @dataclass(frozen=True)
@@ -57,50 +64,32 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def cell_forward_config(
-    B: int, I: int, H: int, dtype: torch.dtype, precision: str, multiprocessors: int
-) -> CellForwardConfig:
-    """The tile for x [B, I], h [B, H]: as many units as leave at least one program for each SM.
+def cell_forward_config(B: int, H: int, dtype: torch.dtype, precision: str, multiprocessors: int) -> CellForwardConfig:
+    """The tile for h [B, H]: as many units as leave at least one program for each SM.
 
     Few units per program read h more often (from L2) but are what gives every SM a share of the weights, and at
     small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
     """
-    rows, large = _largest_cell_forward_tile(dtype, precision)
+    on_tensor_cores = uses_tensor_cores(dtype, precision)
+    # As many rows and units as spill nothing: fewer on CUDA cores and with tf32x3's three products at once.
+    rows, large = (64, 16) if on_tensor_cores and precision != "tf32x3" else (16 if dtype == torch.float64 else 32, 8)
     block_b, small = (16, 4) if B <= 16 else (rows, 8)
     block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
-    return _cell_forward_tile(block_b, block_h, dtype, precision)
-
-
-def _largest_cell_forward_tile(dtype: torch.dtype, precision: str) -> tuple[int, int]:
-    """Rows and units: as many as spill nothing, fewer on ordinary cores and with tf32x3's three products at once."""
-    if uses_tensor_cores(dtype, precision) and precision != "tf32x3":
-        return 64, 16
-    return (16 if dtype == torch.float64 else 32), 8
-
-
-def _cell_forward_tile(block_b: int, block_h: int, dtype: torch.dtype, precision: str) -> CellForwardConfig:
-    if uses_tensor_cores(dtype, precision):
-        # 128 bytes of each weight row a step. The narrow tile keeps more steps in flight: together about 3 MB over the device,
-        # what latency times memory bandwidth asks for.
-        stages = 6 if block_h == 4 else 4
-        warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
-        return CellForwardConfig(
-            warps, stages, block_b, block_h, 64 if dtype.itemsize == 2 else 32, max_registers=MAX_REGISTERS
-        )
-    # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill. At small batch
-    # many of them are in flight, for the same reason as above: 8 or 9 KB of float32 weights a program.
-    return CellForwardConfig(4, 10 if block_b == 16 else 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
+    if not on_tensor_cores:
+        # CUDA cores keep a whole step of both operands in registers: short steps, or they spill. At small batch many of them
+        # are in flight, for the same reason as below: 8 or 9 KB of float32 weights a program.
+        return CellForwardConfig(4, 10 if block_b == 16 else 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
+    # 128 bytes of each weight row a step. The narrow tile keeps more steps in flight: together about 3 MB over the device,
+    # what latency times memory bandwidth asks for.
+    stages, block_k = 6 if block_h == 4 else 4, 64 if dtype.itemsize == 2 else 32
+    warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
+    return CellForwardConfig(warps, stages, block_b, block_h, block_k, max_registers=MAX_REGISTERS)
 
 
 @functools.lru_cache(maxsize=4096)
-def cell_backward_config(
-    B: int, I: int, H: int, dtype: torch.dtype, precision: str, multiprocessors: int
-) -> CellBackwardConfig:
-    """Tiles for the gradients of x [B, I], h [B, H]."""
-    return _cell_backward_tile(16 if B <= 16 else 32, dtype, precision)
-
-
-def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
+def cell_backward_config(B: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
+    """Tiles for the gradients of h [B, H]."""
+    block_b = 16 if B <= 16 else 32
     if not uses_tensor_cores(dtype, precision):
         warps, block_n = (4, 32) if dtype == torch.float32 else (8, 16)
         return CellBackwardConfig(warps, 2, 16, 4, block_n, max_registers=MAX_REGISTERS)
@@ -109,18 +98,6 @@ def _cell_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> Cel
     if dtype == torch.float32:
         return CellBackwardConfig(4, 2, block_b, 16, 32, max_registers=MAX_REGISTERS)
     return CellBackwardConfig(4, 3, block_b, 16, 32 if block_b == 16 else 64)
-
-
-def all_cell_forward_configs(dtype: torch.dtype, precision: str) -> set[CellForwardConfig]:
-    """Every configuration that `cell_forward_config` can return for this dtype and precision."""
-    rows, large = _largest_cell_forward_tile(dtype, precision)
-    pairs = ((16, 4), (16, large), (rows, 8), (rows, large))
-    return {_cell_forward_tile(b, h, dtype, precision) for b, h in pairs}
-
-
-def all_cell_backward_configs(dtype: torch.dtype, precision: str) -> set[CellBackwardConfig]:
-    """Every configuration that `cell_backward_config` can return for this dtype and precision."""
-    return {_cell_backward_tile(b, dtype, precision) for b in (16, 32)}
 
 
 @dataclass(frozen=True)
@@ -179,62 +156,47 @@ def readout_forward_config(
     At small batch the kernel is a stream of the weight, and the number of programs decides: at B = 1, V = 128 K tiles
     of 128 columns make 1024. A tile that holds a whole row saves the second launch, worth more than a full GPU.
     """
-    sizes = _readout_tile_sizes(dtype, precision)
+    on_tensor_cores, half = uses_tensor_cores(dtype, precision), dtype.itemsize == 2
+    if half:
+        sizes = [(16, 32), (16, 128), (64, 128), (128, 128)]
+    elif dtype == torch.float64:
+        sizes = [(16, 32)]
+    else:
+        sizes = [(16, 64), *{"tf32": [(64, 128)], "ieee": [(64, 64)]}.get(precision, [])]
     sizes = [size for size in sizes if (size[0] == 16) == (B <= 16)] or sizes
     full = [(b, v) for b, v in sizes if cdiv(B, b) * cdiv(V, v) >= multiprocessors]
     whole_row = [(b, v) for b, v in sizes if V <= v]
     block_b, block_v = full[-1] if full else (whole_row or sizes)[0]
-    return _readout_forward_tile(block_b, block_v, dtype, precision)
+    if not on_tensor_cores:
+        # CUDA cores keep a whole step of both operands in registers: short steps, or they spill.
+        return ReadoutForwardConfig(4 if block_b == 16 else 8, 3, block_b, block_v, 16, 8)
+    # 128 bytes of each row a step; of the largest tile 64, or it spills where rows are not aligned.
+    block_k = 64 if half and block_b < 128 else 32
+    return ReadoutForwardConfig(8 if half and block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
 
 
-def _readout_tile_sizes(dtype: torch.dtype, precision: str) -> list[tuple[int, int]]:
-    """The sizes (block_b, block_v) of a tile of logits, from the smallest to the largest."""
-    if dtype.itemsize == 2:
-        return [(16, 32), (16, 128), (64, 128), (128, 128)]
-    if uses_tensor_cores(dtype, precision):
-        return [(16, 64), (64, 128)] if precision == "tf32" else [(16, 64)]
-    return [(16, 64), (64, 64)] if dtype == torch.float32 else [(16, 32)]
-
-
-def _readout_forward_tile(block_b: int, block_v: int, dtype: torch.dtype, precision: str) -> ReadoutForwardConfig:
-    if uses_tensor_cores(dtype, precision):
-        # 128 bytes of each row a step; of the largest tile 64, or it spills where rows are not aligned.
-        block_k = 64 if dtype.itemsize == 2 and block_b < 128 else 32
-        return ReadoutForwardConfig(8 if dtype.itemsize == 2 and block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
-    # Products on the ordinary cores keep a whole step of both operands in registers: short steps, or they spill.
-    return ReadoutForwardConfig(4 if block_b == 16 else 8, 3, block_b, block_v, 16, 8)
-
-
+@functools.lru_cache(maxsize=4096)
 def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -> ReadoutRescaleConfig:
     """Long pieces of a row where they fill the GPU, as each program reads the whole row's statistics; else short ones."""
-    return _readout_rescale_tile(4096 if B * cdiv(V, 4096) >= multiprocessors else 512, block_v)
+    elements, warps = (4096, 8) if B * cdiv(V, 4096) >= multiprocessors else (512, 2)
+    return ReadoutRescaleConfig(warps, 1, elements // block_v, 1024)
 
 
-def _readout_rescale_tile(elements: int, block_v: int) -> ReadoutRescaleConfig:
-    return ReadoutRescaleConfig(8 if elements == 4096 else 2, 1, elements // block_v, 1024)
-
-
-def readout_row_dots_config() -> ReadoutRowDotsConfig:
-    return ReadoutRowDotsConfig(4, 1, 1024)
+READOUT_ROW_DOTS = ReadoutRowDotsConfig(4, 1, 1024)
 
 
 @functools.lru_cache(maxsize=4096)
 def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
     """Tiles for the gradients of h [B, H] and W [V, H]."""
-    return _readout_backward_tile(16 if B <= 16 else 64, dtype, precision)
-
-
-def _readout_backward_tile(block_b: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
     # Wider tiles spill where rows are not aligned.
     if not uses_tensor_cores(dtype, precision) or precision == "tf32x3":
         return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
-    if block_b == 16:
+    if B <= 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
     return ReadoutBackwardConfig(8, 2, 32, 32, 128, 16)
 
 
-def readout_sum_parts_config() -> ReadoutSumPartsConfig:
-    return ReadoutSumPartsConfig(4, 1, 128, 16)
+READOUT_SUM_PARTS = ReadoutSumPartsConfig(4, 1, 128, 16)
 
 
 def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4) -> int:
@@ -244,19 +206,3 @@ def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4)
     """
     parts = min(cdiv(4 * multiprocessors, max(tiles, 1)), steps // least)
     return cdiv(steps, parts) if parts > 1 else max(steps, 1)
-
-
-def all_readout_forward_configs(dtype: torch.dtype, precision: str) -> set[ReadoutForwardConfig]:
-    """Every configuration that `readout_forward_config` can return for this dtype and precision."""
-    return {_readout_forward_tile(b, v, dtype, precision) for b, v in _readout_tile_sizes(dtype, precision)}
-
-
-def all_readout_rescale_configs(dtype: torch.dtype, precision: str) -> set[tuple[int, ReadoutRescaleConfig]]:
-    """Every (block_v of the first launch, configuration of the second) for this dtype and precision."""
-    blocks = {v for _, v in _readout_tile_sizes(dtype, precision)}
-    return {(v, _readout_rescale_tile(elements, v)) for v in blocks for elements in (512, 4096)}
-
-
-def all_readout_backward_configs(dtype: torch.dtype, precision: str) -> set[ReadoutBackwardConfig]:
-    """Every configuration that `readout_backward_config` can return for this dtype and precision."""
-    return {_readout_backward_tile(b, dtype, precision) for b in (16, 64)}

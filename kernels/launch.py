@@ -34,17 +34,22 @@ class Launcher:
         self.kernel = kernel
         self._compiled: dict[tuple, Any] = {}
         self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
-        if not self._is_compiled:
-            return
-        names = [p.name for p in kernel.params]
+        names = list(kernel.arg_names)
         pointers = [name for name in names if name.endswith("_ptr")]
-        integers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-        constants = [p.name for p in kernel.params if p.is_constexpr]
-        assert names == [*pointers, *(p.name for p in integers), *constants], f"{kernel.__name__}: order of parameters"
-        self._n_parameters, self._n_pointers = len(names), len(pointers)
-        self._in_order = _values_of(names)
-        self._specialized = _values_of([p.name for p in integers if not p.do_not_specialize] + constants)
-        self._unspecialized = _values_of([p.name for p in integers if p.do_not_specialize])
+        strides = [name for name in names if name.startswith("stride_")]
+        owners = [_owner(name, pointers) for name in strides]
+        if None in owners:  # the caller gives them
+            strides, owners = [], []
+        first = names.index(strides[0]) if strides else len(names)
+        self._before, self._after = _values_of(names[:first]), _values_of(names[first + len(strides) :])
+        self._strided = [(pointers.index(name), (0,) * owners.count(name)) for name in dict.fromkeys(owners)]
+        self._n_pointers, self._n_given = len(pointers), len(names) - len(strides)
+        if self._is_compiled:
+            kinds = [0 if name in pointers else 2 if p.is_constexpr else 1 for name, p in zip(names, kernel.params)]
+            assert kinds == sorted(kinds), f"{kernel.__name__}: order of parameters"
+            indices = range(len(pointers), len(names))
+            self._unspecialized = _values_of([i for i in indices if kernel.params[i].do_not_specialize])
+            self._specialized = _values_of([i for i in indices if not kernel.params[i].do_not_specialize])
 
     def __call__(
         self,
@@ -56,26 +61,33 @@ class Launcher:
     ) -> None:
         """Launch with the kernel's arguments by name, on the device of the first tensor.
 
-        arguments: one dict, since a call with so many keywords costs Python twice as much.
+        arguments: one dict, since a call with so many keywords costs Python twice as much. Two kinds are found here: the
+            configuration's own meta-parameters and, of a kernel that knows no others, strides. stride_<name>_<dimension> are
+            those of <name>_ptr, in the order of its dimensions; 0 for None.
         launch_cooperative_grid: refuse a grid whose programs cannot all run at once. It must follow from the arguments.
         """
         options = {"launch_cooperative_grid": True} if launch_cooperative_grid else {}
+        arguments = arguments | config.constants
+        if len(arguments) != self._n_given:
+            raise TypeError(f"{self.kernel.__name__} takes {self._n_given} arguments, got {len(arguments)}")
+        values = self._before(arguments)
+        strides: tuple[int, ...] = ()
+        for index, zeros in self._strided:
+            strides += zeros if values[index] is None else values[index].stride()
+        values += strides + self._after(arguments)
         if not self._is_compiled:
-            self.kernel[grid](**arguments, **options)
+            self.kernel[grid](*values, **options)
             return
-        if len(arguments) != self._n_parameters:
-            raise TypeError(f"{self.kernel.__name__} takes {self._n_parameters} arguments, got {len(arguments)}")
-        values = self._in_order(arguments)
         for tensor in values:
             if tensor is not None:
                 break
         device = tensor.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(device, grid, config, values, arguments, options)
-        return self._launch(device, grid, config, values, arguments, options)
+                return self._launch(device, grid, config, values, options)
+        return self._launch(device, grid, config, values, options)
 
-    def _launch(self, device, grid, config, values, arguments, options) -> None:
+    def _launch(self, device, grid, config, values, options) -> None:
         unaligned = 0  # a bit for each tensor
         dtypes: list[torch.dtype | None] = []
         for t in values[: self._n_pointers]:
@@ -84,9 +96,9 @@ class Launcher:
             else:
                 unaligned = unaligned << 1 | (t.data_ptr() & 15 != 0)
                 dtypes.append(t.dtype)
-        key = (device.index, *self._specialized(arguments), config.num_warps, config.num_stages, unaligned, *dtypes)
+        key = (device.index, *self._specialized(values), config.num_warps, config.num_stages, unaligned, *dtypes)
         # An integer that is not specialised still has a type: of 32 bits, or where it needs them of 64.
-        unspecialized = self._unspecialized(arguments)
+        unspecialized = self._unspecialized(values)
         if max(unspecialized, default=0) >= 2**31:
             key += unspecialized
         compiled = self._compiled.get(key)
@@ -112,12 +124,17 @@ def _launch_again(compiled: Any, grid: tuple[int, int, int], values: tuple) -> N
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
-def _values_of(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple]:
-    """A function that gives the values under these names, in this order."""
-    if len(names) == 1:
-        (name,) = names
-        return lambda arguments: (arguments[name],)
-    return operator.itemgetter(*names) if names else lambda arguments: ()
+def _owner(stride: str, pointers: Sequence[str]) -> str | None:
+    """The pointer whose stride it is, by their names."""
+    return max((p for p in pointers if f"{stride}_".startswith(f"stride_{p[:-4]}_")), key=len, default=None)
+
+
+def _values_of(keys: Sequence[Any]) -> Callable[[Any], tuple]:
+    """A function that gives the values under these names or indices, in this order."""
+    if len(keys) == 1:
+        (key,) = keys
+        return lambda values: (values[key],)
+    return operator.itemgetter(*keys) if keys else lambda values: ()
 
 
 @contextlib.contextmanager

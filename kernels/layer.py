@@ -137,19 +137,6 @@ def recurrent_weights(directions: Sequence[Direction]) -> dict[str, Tensor | Non
     return {"w_ptr": aligned(directions[0].w_hh), "w_reverse_ptr": reverse}
 
 
-def config_arguments(config: SequenceConfig) -> dict[str, Any]:
-    """The meta-parameters that both kernels take from their configuration."""
-    return {
-        "RESIDENT": config.persistent,
-        "BLOCK_B": config.block_b,
-        "BLOCK_H": config.block_h,
-        "SPLIT_K": config.split_k,
-        "BLOCK_K": config.block_k,
-        "IN_FLIGHT": config.in_flight,
-        "IN_BAND": config.in_band,
-    }
-
-
 def segment_arguments(segments: Segments) -> dict[str, Any]:
     """The arguments for resets, as integers that a kernel can load, and lengths."""
     flags, lengths = segments.resets, segments.lengths
@@ -234,7 +221,6 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             ACC=accumulator(dtype),
             PRECISION=precision,
             INDEX=index_type(pre, h, c),  # h is the longer one where H = 1
-            **config_arguments(config),
             **recurrent_weights(directions),
             **segment_arguments(segments),
             **state_strides("reset_h", reset_h),

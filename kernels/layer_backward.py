@@ -19,7 +19,6 @@ from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segme
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
     aligned,
-    config_arguments,
     index_type,
     launch,
     launches,
@@ -168,7 +167,6 @@ def _gate_gradients(
         PRECISION=precision,
         INDEX=index,
         ACTIVATED=gates is not None,
-        **config_arguments(config),
         **recurrent_weights(directions),
         **segment_arguments(segments),
         **state_strides("reset_c", reset_c),

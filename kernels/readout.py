@@ -153,47 +153,10 @@ def softmax_readout_forward(inputs: ReadoutInputs, options: ReadoutOptions, save
     acc = accumulator(h.dtype)
     tiles = cdiv(V, config.block_v)
     stats = torch.empty((B, tiles, 2), dtype=accumulator_dtype(h.dtype), device=h.device) if tiles > 1 else None
-    stride_h_b, stride_h_k = h.stride()
-    stride_weight_v, stride_weight_k = weight.stride()
-    _forward(
-        (cdiv(B, config.block_b) * tiles, 1, 1),
-        config,
-        dict(
-            h_ptr=h,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            y_ptr=y,
-            stats_ptr=stats,
-            B=B,
-            H=H,
-            V=V,
-            stride_h_b=stride_h_b,
-            stride_h_k=stride_h_k,
-            stride_weight_v=stride_weight_v,
-            stride_weight_k=stride_weight_k,
-            stride_bias=0 if bias is None else bias.stride(0),
-            ACC=acc,
-            PRECISION=precision,
-            BLOCK_B=config.block_b,
-            BLOCK_V=config.block_v,
-            BLOCK_K=config.block_k,
-            GROUP=config.group,
-        ),
-    )
+    arguments = dict(h_ptr=h, weight_ptr=weight, bias_ptr=bias, y_ptr=y, stats_ptr=stats, B=B, H=H, V=V)
+    _forward((cdiv(B, config.block_b) * tiles, 1, 1), config, arguments | dict(ACC=acc, PRECISION=precision))
     if stats is not None:
         rescale = readout_rescale_config(B, V, config.block_v, multiprocessors)
-        _rescale(
-            (B * cdiv(tiles, rescale.block_tiles), 1, 1),
-            rescale,
-            dict(
-                y_ptr=y,
-                stats_ptr=stats,
-                V=V,
-                tiles=tiles,
-                ACC=acc,
-                TILE_V=config.block_v,
-                BLOCK_TILES=rescale.block_tiles,
-                BLOCK_STATS=rescale.block_stats,
-            ),
-        )
+        arguments = dict(y_ptr=y, stats_ptr=stats, V=V, tiles=tiles, ACC=acc, TILE_V=config.block_v)
+        _rescale((B * cdiv(tiles, rescale.block_tiles), 1, 1), rescale, arguments)
     return ReadoutOutputs(y)

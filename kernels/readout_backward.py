@@ -250,39 +250,10 @@ def softmax_readout_backward(
     }
 
     dots = row_dots(dy, y)
-    in_parts = found | parts
-    _backward(
-        (grid, 1, 1),
-        config,
-        dict(
-            dy_ptr=dy,
-            y_ptr=y,
-            dots_ptr=dots,
-            h_ptr=h,
-            weight_ptr=weight,
-            dh_ptr=in_parts.get("h"),
-            dweight_ptr=in_parts.get("weight"),
-            dbias_ptr=in_parts.get("bias"),
-            B=B,
-            H=H,
-            V=V,
-            parts_dot=dots.shape[1],
-            part_b=part_b,
-            part_v=part_v,
-            stride_dy_b=dy.stride(0),
-            stride_dy_v=dy.stride(1),
-            stride_h_b=h.stride(0),
-            stride_h_k=h.stride(1),
-            stride_weight_v=weight.stride(0),
-            stride_weight_k=weight.stride(1),
-            ACC=acc,
-            PRECISION=precision,
-            BLOCK_B=config.block_b,
-            BLOCK_V=config.block_v,
-            BLOCK_N=config.block_n,
-            BLOCK_PARTS=config.block_parts,
-        ),
-    )
+    arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, h_ptr=h, weight_ptr=weight)
+    outputs = {f"d{name}_ptr": (found | parts).get(name) for name in ReadoutInputs._fields}
+    sizes = dict(B=B, H=H, V=V, parts_dot=dots.shape[1], part_b=part_b, part_v=part_v)
+    _backward((grid, 1, 1), config, arguments | outputs | sizes | dict(ACC=acc, PRECISION=precision))
     if parts:
         sum_parts(parts, {name: found[name] for name in parts})
     return found

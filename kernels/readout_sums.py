@@ -1,11 +1,13 @@
 """The sums of the readout's backward: one launch before its matrix products and one after them (see readout_backward)."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import cdiv, readout_row_dots_config, readout_sum_parts_config, steps_per_part
+from .config import READOUT_ROW_DOTS, READOUT_SUM_PARTS, cdiv, steps_per_part
 from .device import multiprocessor_count
 from .launch import Launcher, accumulator, accumulator_dtype
 from .tiles import load_tile
@@ -47,39 +49,25 @@ _dots = Launcher(_readout_row_dots_kernel)
 def row_dots(dy: Tensor, y: Tensor) -> Tensor:
     """sum_v dY * Y of dy [B, V], of any strides, and y [B, V], contiguous: [B, parts], which add up to it."""
     B, V = dy.shape
-    config = readout_row_dots_config()
+    config = READOUT_ROW_DOTS
     part_v = config.block_v * steps_per_part(B, cdiv(V, config.block_v), multiprocessor_count(dy.device), 1)
     dots = torch.empty((B, cdiv(V, part_v)), dtype=accumulator_dtype(y.dtype), device=y.device)
     if dots.numel():
-        _dots(
-            (dots.numel(), 1, 1),
-            config,
-            dict(
-                dy_ptr=dy,
-                y_ptr=y,
-                dots_ptr=dots,
-                B=B,
-                V=V,
-                part_v=part_v,
-                stride_dy_b=dy.stride(0),
-                stride_dy_v=dy.stride(1),
-                ACC=accumulator(y.dtype),
-                BLOCK_V=config.block_v,
-            ),
-        )
+        arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, B=B, V=V, part_v=part_v, ACC=accumulator(y.dtype))
+        _dots((dots.numel(), 1, 1), config, arguments)
     return dots
 
 
 @triton.jit
 def _sum_of_parts(
-    block, parts_ptr, out_ptr, parts, size, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr
+    block, parts_ptr, out_ptr, parts, size, ACC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Compute BLOCK elements of the sum of [parts, size] over parts."""
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, parts, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)
+    for first in range(0, parts, BLOCK_PARTS):
+        offs_p = first + tl.arange(0, BLOCK_PARTS)
         total += tl.sum(load_tile(parts_ptr, offs_p, offs_p < parts, offs, mask, size, 1), axis=0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -101,7 +89,7 @@ def _readout_sum_parts_kernel(
     parts_v,
     # meta-parameters
     ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add the parts of dh, dW and db; the grid holds the blocks of each in this order."""
@@ -109,16 +97,16 @@ def _readout_sum_parts_kernel(
     if dh_ptr is not None:
         blocks = tl.cdiv(size_h, BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_of_parts(block, dh_parts_ptr, dh_ptr, parts_v, size_h, ACC, BLOCK_P, BLOCK)
+            _sum_of_parts(block, dh_parts_ptr, dh_ptr, parts_v, size_h, ACC, BLOCK_PARTS, BLOCK)
         block -= blocks
     if dweight_ptr is not None:
         blocks = tl.cdiv(size_weight, BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_of_parts(block, dweight_parts_ptr, dweight_ptr, parts_b, size_weight, ACC, BLOCK_P, BLOCK)
+            _sum_of_parts(block, dweight_parts_ptr, dweight_ptr, parts_b, size_weight, ACC, BLOCK_PARTS, BLOCK)
         block -= blocks
     if dbias_ptr is not None:
         if (block >= 0) & (block < tl.cdiv(V, BLOCK)):
-            _sum_of_parts(block, dbias_parts_ptr, dbias_ptr, parts_b, V, ACC, BLOCK_P, BLOCK)
+            _sum_of_parts(block, dbias_parts_ptr, dbias_ptr, parts_b, V, ACC, BLOCK_PARTS, BLOCK)
 
 
 _sum_parts = Launcher(_readout_sum_parts_kernel)
@@ -126,29 +114,12 @@ _sum_parts = Launcher(_readout_sum_parts_kernel)
 
 def sum_parts(parts: dict[str, Tensor], out: dict[str, Tensor]) -> None:
     """out[name] = parts[name] [parts, ...], summed, for the names "h", "weight" and "bias" that there are."""
-    config = readout_sum_parts_config()
-    dtype = next(iter(out.values())).dtype
-
-    def size(name: str) -> int:
-        return out[name].numel() if name in out else 0
-
-    _sum_parts(
-        (sum(cdiv(size(name), config.block) for name in out), 1, 1),
-        config,
-        dict(
-            dh_parts_ptr=parts.get("h"),
-            dweight_parts_ptr=parts.get("weight"),
-            dbias_parts_ptr=parts.get("bias"),
-            dh_ptr=out.get("h"),
-            dweight_ptr=out.get("weight"),
-            dbias_ptr=out.get("bias"),
-            size_h=size("h"),
-            size_weight=size("weight"),
-            V=size("bias"),
-            parts_b=max((len(parts[name]) for name in ("weight", "bias") if name in parts), default=1),
-            parts_v=len(parts["h"]) if "h" in parts else 1,
-            ACC=accumulator(dtype),
-            BLOCK_P=config.block_parts,
-            BLOCK=config.block,
-        ),
-    )
+    config = READOUT_SUM_PARTS
+    sizes = {name: out[name].numel() if name in out else 0 for name in ("h", "weight", "bias")}
+    parts_b = max((len(parts[name]) for name in ("weight", "bias") if name in parts), default=1)
+    arguments: dict[str, Any] = {f"d{name}_parts_ptr": parts.get(name) for name in sizes}
+    arguments |= {f"d{name}_ptr": out.get(name) for name in sizes}
+    arguments |= dict(size_h=sizes["h"], size_weight=sizes["weight"], V=sizes["bias"])
+    arguments |= dict(parts_b=parts_b, parts_v=len(parts["h"]) if "h" in parts else 1)
+    blocks = sum(cdiv(size, config.block) for size in sizes.values())
+    _sum_parts((blocks, 1, 1), config, arguments | dict(ACC=accumulator(next(iter(out.values())).dtype)))

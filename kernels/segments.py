@@ -11,6 +11,13 @@ The recurrence of direction 0 runs through t = 0 ... T - 1, that of direction 1 
 import triton
 import triton.language as tl
 
+# Arguments of the sequence kernels that follow from T, B or the caller's layout: specialised, they would compile anew, and a
+# stride of 1 has no `.to`.
+_STEPS = ["T", "B", "first_step", "last_step", "first_group", "p_hi", "p_lo", "gates_t", "gates_reverse_t"]
+_DIMENSIONS = ["t", "b", "dy_t", "dy_b", "resets_t", "resets_b"]
+_DIMENSIONS += [f"{state}_{dimension}" for state in ("reset_h", "reset_c") for dimension in "tdb"]
+UNSPECIALIZED = [*_STEPS, *(f"stride_{name}" for name in _DIMENSIONS)]
+
 
 @triton.jit
 def row_lengths(lengths_ptr, rows_b, T):

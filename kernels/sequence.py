@@ -15,7 +15,7 @@ from .exchange import store_state
 from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores, rows_of_block
 from .gates import gate_rows, load_gates, split_gates, split_units, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import begins_at, reset_state_rows, resets_at, row_lengths
+from .segments import UNSPECIALIZED, begins_at, reset_state_rows, resets_at, row_lengths
 from .splits import chunk_offsets, product_of_arriving_rows, product_of_rows
 
 
@@ -75,29 +75,7 @@ def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
         return tl.load(pointers)
 
 
-# What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
-@triton.jit(
-    do_not_specialize=[
-        "T",
-        "B",
-        "first_step",
-        "last_step",
-        "first_group",
-        "p_hi",
-        "p_lo",
-        "stride_t",
-        "stride_b",
-        "stride_resets_t",
-        "stride_resets_b",
-        "stride_reset_h_t",
-        "stride_reset_h_d",
-        "stride_reset_h_b",
-        "stride_reset_c_t",
-        "stride_reset_c_d",
-        "stride_reset_c_b",
-    ],
-    do_not_specialize_on_alignment=["resets_ptr", "seed_ptr"],
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["resets_ptr", "seed_ptr"])
 def _lstm_sequence_forward_kernel(
     # pointers
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input

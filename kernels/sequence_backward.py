@@ -14,7 +14,7 @@ from .exchange import store_gates_of_units
 from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import begins_at, reset_state_rows, resets_at, row_lengths
+from .segments import UNSPECIALIZED, begins_at, reset_state_rows, resets_at, row_lengths
 from .splits import chunk_offsets, load_rows_chunk, product_of_arriving_rows, product_of_rows, sum_of_splits
 
 
@@ -27,30 +27,7 @@ def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: t
     return tl.load(w_ptr + offsets, mask=(n < 4 * H)[:, :, None] & mask_h[None, None, :], other=0.0)
 
 
-# What follows from T, B or the caller's layout is not specialised: it would compile anew, and a stride of 1 has no `.to`.
-@triton.jit(
-    do_not_specialize=[
-        "T",
-        "B",
-        "first_step",
-        "last_step",
-        "first_group",
-        "p_hi",
-        "p_lo",
-        "gates_t",
-        "gates_reverse_t",
-        "stride_t",
-        "stride_b",
-        "stride_dy_t",
-        "stride_dy_b",
-        "stride_resets_t",
-        "stride_resets_b",
-        "stride_reset_c_t",
-        "stride_reset_c_d",
-        "stride_reset_c_b",
-    ],
-    do_not_specialize_on_alignment=["dy_ptr", "resets_ptr", "seed_ptr"],
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["dy_ptr", "resets_ptr", "seed_ptr"])
 def _lstm_sequence_backward_kernel(
     # pointers
     dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped

@@ -3,8 +3,9 @@
 `search` lists the candidates and asks the compiler. No number here has been measured on a GPU yet.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,6 +76,11 @@ class SequenceConfig(LaunchConfig):
     persistent: bool
     in_band: bool = False
     launches: int = 1
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        tile = ("block_b", "block_h", "split_k", "block_k", "in_flight", "in_band")
+        return {"RESIDENT": self.persistent} | {name.upper(): getattr(self, name) for name in tile}
 
     @property
     def groups_at_once(self) -> int:

@@ -65,13 +65,7 @@ def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[An
         PRECISION=problem.precision,
         INDEX=tl.int64 if problem.long_offsets else tl.int32,
         ACTIVATED=not problem.recompute,
-        RESIDENT=config.persistent,
-        BLOCK_B=config.block_b,
-        BLOCK_H=config.block_h,
-        SPLIT_K=config.split_k,
-        BLOCK_K=config.block_k,
-        IN_FLIGHT=config.in_flight,
-        IN_BAND=config.in_band,
+        **config.constants,
         **dict.fromkeys(absent),
     )
 

@@ -3,6 +3,7 @@
 What runs without the interpreter runs in processes of its own: one per architecture, and one for the JIT's behaviour.
 """
 
+import itertools
 import re
 import sys
 
@@ -28,6 +29,7 @@ KINDS = [
     (torch.float64, "ieee"),
 ]
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+SIZES = (1, 16, 17, 64, 65, 128, 1000, 128 * 1024)
 INNERMOST = ("stride_h_k", "stride_weight_k", "stride_bias", "stride_dy_v")
 
 
@@ -67,27 +69,32 @@ def _signature(kernel, constants, dtype, result, aligned):
     return signature
 
 
+def _forward_configs(dtype, precision):
+    """Every configuration of the forward that any problem has on any device."""
+    problems = itertools.product(SIZES, SIZES, (1, 16, 84, 132, 192))
+    return sorted({configs.readout_forward_config(B, V, dtype, precision, n) for B, V, n in problems}, key=repr)
+
+
 def _products(dtype, precision):
     """(kernel, constants, configuration) of every launch that multiplies matrices."""
     common = {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "PRECISION": precision}
-    for c in configs.all_readout_forward_configs(dtype, precision):
-        tile = {"BLOCK_B": c.block_b, "BLOCK_V": c.block_v, "BLOCK_K": c.block_k, "GROUP": c.group}
-        yield readout._readout_forward_kernel, common | tile, c
-    for c in configs.all_readout_backward_configs(dtype, precision):
-        tile = {"BLOCK_B": c.block_b, "BLOCK_V": c.block_v, "BLOCK_N": c.block_n, "BLOCK_PARTS": c.block_parts}
-        yield readout_backward._readout_backward_kernel, common | tile, c
+    for c in _forward_configs(dtype, precision):
+        yield readout._readout_forward_kernel, common | c.constants, c
+    for c in sorted({configs.readout_backward_config(B, dtype, precision) for B in SIZES}, key=repr):
+        yield readout_backward._readout_backward_kernel, common | c.constants, c
 
 
 def _others(dtype):
     """The same of the other launches, which do not depend on the precision."""
     common = {"ACC": tl.float64 if dtype == torch.float64 else tl.float32}
-    for tile_v, c in configs.all_readout_rescale_configs(dtype, "ieee"):
-        tile = {"TILE_V": tile_v, "BLOCK_TILES": c.block_tiles, "BLOCK_STATS": c.block_stats}
-        yield readout._readout_rescale_kernel, common | tile, c
-    c = configs.readout_row_dots_config()
-    yield readout_sums._readout_row_dots_kernel, common | {"BLOCK_V": c.block_v}, c
-    c = configs.readout_sum_parts_config()
-    yield readout_sums._readout_sum_parts_kernel, common | {"BLOCK_P": c.block_parts, "BLOCK": c.block}, c
+    for tile_v in sorted({c.block_v for c in _forward_configs(dtype, "ieee")}):
+        for c in {configs.readout_rescale_config(B, 4096, tile_v, 132) for B in (1, 132)}:
+            yield readout._readout_rescale_kernel, common | c.constants | {"TILE_V": tile_v}, c
+    for kernel, c in (
+        (readout_sums._readout_row_dots_kernel, configs.READOUT_ROW_DOTS),
+        (readout_sums._readout_sum_parts_kernel, configs.READOUT_SUM_PARTS),
+    ):
+        yield kernel, common | c.constants, c
 
 
 def _cases(archs, everything):

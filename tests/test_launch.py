@@ -121,7 +121,7 @@ def test_outputs_own_dense_storage(device, without_kernels):
 class _StandIn:
     """For a compiled kernel: called as such, it notes its arguments; subscripted and called, it is compiled first."""
 
-    __name__ = "_some_kernel"
+    __name__, arg_names = "_some_kernel", ()
 
     def __init__(self):
         self.calls = []
@@ -139,11 +139,11 @@ def test_a_first_launch_is_not_captured(monkeypatch):
     monkeypatch.setattr(launch, "_launch_again", lambda compiled, grid, values: compiled[grid](*values))
     launcher = launch.Launcher(kernel)
     launcher._n_pointers = 1
-    launcher._specialized, launcher._unspecialized = (lambda arguments: (arguments["N"],)), (lambda arguments: ())
+    launcher._specialized, launcher._unspecialized = (lambda values: values[1:]), (lambda values: ())
 
     def call(n):
         device = torch.device("cuda", 0)
-        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {"N": n}, {})
+        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {})
 
     call(1)
     capturing = True

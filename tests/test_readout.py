@@ -89,8 +89,8 @@ def test_rows_longer_than_one_step(processors, device, multiprocessors, monkeypa
     """Statistics, dots and parts of sums that take several steps: with small steps, or V would have to be large."""
     multiprocessors(processors)
     monkeypatch.setattr(readout, "readout_rescale_config", lambda *_: configs.ReadoutRescaleConfig(1, 1, 2, 2))
-    monkeypatch.setattr(readout_sums, "readout_row_dots_config", lambda: configs.ReadoutRowDotsConfig(1, 1, 16))
-    monkeypatch.setattr(readout_sums, "readout_sum_parts_config", lambda: configs.ReadoutSumPartsConfig(1, 1, 16, 1))
+    monkeypatch.setattr(readout_sums, "READOUT_ROW_DOTS", configs.ReadoutRowDotsConfig(1, 1, 16))
+    monkeypatch.setattr(readout_sums, "READOUT_SUM_PARTS", configs.ReadoutSumPartsConfig(1, 1, 16, 1))
     _check((2, 3, 300), "fp32", device)
     rising = 10.0 * torch.arange(300, device=device)
     torch.testing.assert_close(_of_logits(rising), torch.softmax(rising, -1))

@@ -11,10 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lstm_triton
 from lstm_triton import SoftmaxReadout, dispatch, functional, operators
 from lstm_triton.kernels.config import (
-    all_readout_backward_configs,
-    all_readout_forward_configs,
-    all_readout_rescale_configs,
-    readout_backward_config,
     readout_forward_config,
     readout_rescale_config,
     steps_per_part,
@@ -285,22 +281,6 @@ def test_the_choice_of_backend_is_explained():
 
 PROBLEMS = [(dtype, "ieee") for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
 PROBLEMS += [(torch.float32, "tf32"), (torch.float32, "tf32x3")]
-SIZES = (1, 16, 17, 64, 65, 1000, 128 * 1024)
-
-
-@pytest.mark.parametrize("dtype, precision", PROBLEMS, ids=str)
-def test_all_configurations_are_listed_and_used(dtype, precision):
-    forward = {
-        (B, V, n): readout_forward_config(B, V, dtype, precision, n) for B in SIZES for V in SIZES for n in (1, 28, 132)
-    }
-    rescale = {
-        (c.block_v, readout_rescale_config(B, V, c.block_v, n)) for (B, V, n), c in forward.items() if V > c.block_v
-    }
-    assert set(forward.values()) == all_readout_forward_configs(dtype, precision)
-    assert rescale <= all_readout_rescale_configs(dtype, precision)
-    assert {readout_backward_config(B, dtype, precision) for B in SIZES} == all_readout_backward_configs(
-        dtype, precision
-    )
 
 
 @pytest.mark.parametrize("dtype, precision", PROBLEMS, ids=str)
