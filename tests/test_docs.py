@@ -133,3 +133,11 @@ def test_every_example_is_named_in_the_documentation():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for example in (ROOT / "examples").glob("*.py"):
         assert f"examples/{example.name}" in text, example.name
+
+
+def test_the_map_of_the_design_is_the_tree():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8").partition("## Memory layout")[0]
+    drawn = {word for line in page.splitlines() if line.startswith("      ") for word in line[26:].split()}
+    folders = ROOT / "kernels", ROOT / "lstm_triton"
+    files = {path.stem for folder in folders for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    assert drawn == files | {"cells/", "demo/"}
