@@ -157,7 +157,7 @@ def _measure(o: argparse.Namespace, started: float) -> int:
         print(f"{CPU_LABEL}.", flush=True)
     if absent := missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    runner = run.Runner(o, Progress(len(tasks)))
+    runner = run.Runner(o, Progress(len(tasks)), run.Worker)
     runner.run(tasks)
     print(runner.describe())
     if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):

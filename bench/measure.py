@@ -186,18 +186,14 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
     """
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
+        environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
         for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
-            values |= {f"{kind}_{name}": s for name, s in _new_process(case, provider, device, cache).items()}
+            child = process.Process(f"{__name__}:first_calls", (case, provider, device.type), environment)
+            try:
+                values |= {f"{kind}_{name}": seconds for name, seconds in child.receive(300.0).items()}
+            finally:
+                child.end()
     return values
-
-
-def _new_process(case: Case, provider: str, device: torch.device, cache: str) -> dict[str, float]:
-    environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
-    child = process.Process(f"{__name__}:first_calls", (case, provider, device.type), environment)
-    try:
-        return child.receive(300.0)
-    finally:
-        child.end()
 
 
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:

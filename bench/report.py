@@ -65,12 +65,12 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
     if problems:
         lead.append(f"{len(problems)} lines of the files are not rows, and left out. The first: {problems[0]}")
     lead += [] if rows else ["There are no rows yet."]
-    parts = [_part(machine, of, VIEWS) for machine, of in tables.newest(rows).items()]
+    parts = [_part(machine, of, VIEWS, draws=True) for machine, of in tables.newest(rows).items()]
     write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
 
 
-def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str = "") -> Part:
-    """One machine's. dtype: the only one that the headline is to show."""
+def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str = "", draws: bool = False) -> Part:
+    """One machine's, with its figures or without. dtype: the only one that the headline is to show."""
     last, found = max(rows, key=lambda row: row.date), tables.comparisons(rows)
     found = [c for c in found if not dtype or c.suite != "hidden-sizes" or c.case.dtype == dtype]
     notes = [CPU_LABEL] * (last.device.type == "cpu")
@@ -83,7 +83,7 @@ def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str
         its = [row for row in rows if suite in ("", row.suite)]
         compared = [c for c in found if suite in ("", c.suite)]
         command = f"lstm-triton bench --suite {suite}{options}" if suite else ""
-        drawn = list(draw(compared)) if draw else []
+        drawn = list(draw(compared)) if draw and draws else []
         sections.append(section._replace(figures=drawn, table=table(its, compared), command=command))
     return Part(sections, machine, "; ".join(notes), about)
 

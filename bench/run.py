@@ -88,7 +88,7 @@ class Runner:
     rows appended.
     """
 
-    def __init__(self, options: Namespace, progress: Progress, new_worker: Any = Worker) -> None:
+    def __init__(self, options: Namespace, progress: Progress, new_worker: Any) -> None:
         self.options, self._worker = options, cast(Any, None)
         self.measured = self.before = self.left = self.appended = 0
         self._progress, self._new_worker, self._run = progress, new_worker, uuid.uuid4().hex[:12]

@@ -1,56 +1,47 @@
 """What is measured and what it is held against: suites, their order, real workloads, cuDNN's algorithms, floors, statistics."""
 
+import csv
 import re
 
 import pytest
-from test_bench_rows import make_row
+from support.benches import make_row
 
 from lstm_triton import timing
 from lstm_triton.bench import providers, roofs, rows, suites
 from lstm_triton.bench.cases import Case
 
-H100 = (9, 0), 132
+STATIC, SMALL, STANDARD = "PERSIST_STATIC", "PERSIST_STATIC_SMALL_H", "STANDARD"
+ALGORITHMS = [
+    ({}, STATIC),
+    ({"batch": 128}, STATIC),
+    ({"batch": 136}, STANDARD),
+    ({"batch": 12}, STANDARD),
+    ({"hidden_size": 1024}, STATIC),
+    ({"hidden_size": 1152}, STANDARD),
+    ({"hidden_size": 500}, STANDARD),
+    ({"input_size": 100}, STANDARD),
+    ({"layers": 2}, STANDARD),
+    ({"bidirectional": True}, STANDARD),
+    ({"proj_size": 64}, STANDARD),
+    ({"rows": "packed"}, STANDARD),
+    ({"rows": "lengths"}, STANDARD),
+    ({"dtype": "bfloat16"}, STANDARD),
+    ({"dtype": "float32"}, STANDARD),
+    ({"hidden_size": 192, "dtype": "bfloat16"}, SMALL),
+    ({"hidden_size": 193, "dtype": "bfloat16"}, STANDARD),
+    ({"hidden_size": 128, "dtype": "float32", "mode": "train"}, SMALL),
+    ({"hidden_size": 192, "dtype": "float32", "mode": "train"}, f"{SMALL} forward, STANDARD backward"),
+    ({"hidden_size": 64, "dtype": "float64"}, STANDARD),
+    ({"hidden_size": 64, "rows": "packed"}, STANDARD),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "PERSIST_STATIC"),
-        ({"batch": 128}, "PERSIST_STATIC"),
-        ({"batch": 136}, "STANDARD"),
-        ({"batch": 12}, "STANDARD"),
-        ({"hidden_size": 1024}, "PERSIST_STATIC"),
-        ({"hidden_size": 1152}, "STANDARD"),
-        ({"hidden_size": 500}, "STANDARD"),
-        ({"input_size": 100}, "STANDARD"),
-        ({"layers": 2}, "STANDARD"),
-        ({"bidirectional": True}, "STANDARD"),
-        ({"proj_size": 64}, "STANDARD"),
-        ({"rows": "packed"}, "STANDARD"),
-        ({"rows": "lengths"}, "STANDARD"),
-        ({"dtype": "bfloat16"}, "STANDARD"),
-        ({"dtype": "float32"}, "STANDARD"),
-        ({"hidden_size": 192, "dtype": "bfloat16"}, "PERSIST_STATIC_SMALL_H"),
-        ({"hidden_size": 193, "dtype": "bfloat16"}, "STANDARD"),
-        ({"hidden_size": 128, "dtype": "float32", "mode": "train"}, "PERSIST_STATIC_SMALL_H"),
-        (
-            {"hidden_size": 192, "dtype": "float32", "mode": "train"},
-            "PERSIST_STATIC_SMALL_H forward, STANDARD backward",
-        ),
-        ({"hidden_size": 64, "dtype": "float64"}, "STANDARD"),
-        ({"hidden_size": 64, "rows": "packed"}, "STANDARD"),
-    ],
-)
-def test_cudnn_algorithm(changes, expected):
-    options = {"hidden_size": 768, "input_size": 768, "batch": 16, "length": 100, "dtype": "float16"} | changes
-    assert providers.algorithm(Case("a", **options), *H100) == expected
-
-
-def test_cudnn_algorithm_depends_on_the_gpu():
-    case = Case("a", 768, 16, 100, dtype="float16")
-    assert providers.algorithm(case, (8, 6), 108) == "STANDARD"
-    assert providers.algorithm(case, (8, 0), 97) == "STANDARD"
-    assert providers.algorithm(case, (8, 0), 98) == "PERSIST_STATIC"
+def test_cudnn_algorithm():
+    usual = {"hidden_size": 768, "input_size": 768, "batch": 16, "length": 100, "dtype": "float16"}
+    for changes, expected in ALGORITHMS:
+        assert providers.algorithm(Case("a", **(usual | changes)), (9, 0), 132) == expected, changes
+    for capability, sms, expected in (((8, 6), 108, STANDARD), ((8, 0), 97, STANDARD), ((8, 0), 98, STATIC)):
+        assert providers.algorithm(Case("a", **usual), capability, sms) == expected
 
 
 ROOFS = {
@@ -67,48 +58,37 @@ def test_floor_by_hand():
     assert found.tensor_us == pytest.approx(8 * 1024 * 1024 * 64 / 1e15 * 1e6)
     assert found.memory_us == pytest.approx((2 * 64 * 1024 * 2 + 8 * 1024 * 1024 * 2 / 100) / 1e12 * 1e6)
     assert found.us_per_step == pytest.approx(0.5 + max(found.tensor_us, found.memory_us))
-    training = roofs.floor(Case("a", 1024, 64, 100, mode="train"), ROOFS)
-    assert training.exchange_us == pytest.approx(1.0) and training.tensor_us == pytest.approx(3 * found.tensor_us)
+    for times, exchange_us, changes in (
+        (3, 1.0, {"mode": "train"}),
+        (0.75, 0.5, {"cell": "gru"}),
+        (4, 0.5, {"layers": 2, "bidirectional": True}),
+    ):
+        other = roofs.floor(Case("a", 1024, 64, 100, **changes), ROOFS)
+        assert other.tensor_us == pytest.approx(times * found.tensor_us)
+        assert other.exchange_us == pytest.approx(exchange_us)
 
 
-def test_floor_exchanges():
+def test_floor_exchanges_and_where_its_roofs_come_from():
     assert roofs.floor(Case("a", 128, 1, 100), ROOFS).exchange_us == roofs.LOCAL_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 1), ROOFS).exchange_us == 0
     unmeasured = {name: value for name, value in ROOFS.items() if name != "exchange_us"}
     assert roofs.floor(Case("a", 512, 1, 100), unmeasured).exchange_us == roofs.ASSUMED_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 100, dtype="float16"), ROOFS) is None
-    gru = roofs.floor(Case("a", 1024, 64, 100, cell="gru"), ROOFS)
-    assert gru.tensor_us == pytest.approx(0.75 * roofs.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
-    two = roofs.floor(Case("a", 1024, 64, 100, layers=2, bidirectional=True), ROOFS)
-    assert two.tensor_us == pytest.approx(4 * roofs.floor(Case("a", 1024, 64, 100), ROOFS).tensor_us)
-
-
-def test_roofs_from_rows():
-    row = make_row(kind="roof", suite="roofs", values=ROOFS)
-    failed = make_row(kind="roof", suite="roofs", values=ROOFS, status="failed")
+    row, failed = (make_row(kind="roof", suite="roofs", values=ROOFS, status=status) for status in ("ok", "failed"))
     assert roofs.from_rows([row], row.device.name) == ROOFS
-    assert roofs.from_rows([row], "another") == {}
-    assert roofs.from_rows([failed], row.device.name) == {}
+    assert roofs.from_rows([row], "another") == roofs.from_rows([failed], row.device.name) == {}
 
 
-def test_percentiles_of_known_samples():
+def test_statistics_of_known_samples():
     found = rows.Timing.of(timing.Samples(3, [4.0, 1, 3, 2, 5], [7.0]), 2, "a clock")
     assert (found.p20_us, found.p50_us, found.p80_us) == (pytest.approx(1.8), 3, pytest.approx(4.2))
     assert (found.us_per_step, found.wall_p50_us, found.samples, found.calls_per_sample) == (1.5, 7, 5, 3)
-
-
-def test_median_interval_of_known_samples():
     # from tables of the sign test: n = 6: ranks 1 and 6, 96.9 %; n = 10: 2 and 9, 97.9 %; n = 20: 6 and 15, 95.9 %
     for n, low, high, confidence in ((6, 1, 6, 0.96875), (10, 2, 9, 0.978515625), (20, 6, 15, 0.9586)):
         assert timing.median_interval(range(1, n + 1)) == (low, high, pytest.approx(confidence, abs=1e-4))
     assert timing.median_interval([3.0]) == (3.0, 3.0, 0.0)
     assert timing.median_interval([1, 2, 3])[2] == pytest.approx(0.75)
-
-
-def test_settled_is_for_steady_samples():
-    assert not timing.is_settled([1.0] * 5)
-    assert timing.is_settled([1.0] * 6)
-    assert not timing.is_settled([1.0, 2.0] * 20)
+    assert [timing.is_settled(values) for values in ([1.0] * 5, [1.0] * 6, [1.0, 2.0] * 20)] == [False, True, False]
 
 
 def test_every_suite_has_cases_at_every_scale():
@@ -117,19 +97,12 @@ def test_every_suite_has_cases_at_every_scale():
             for suite in suites.SUITES:
                 assert suites.tasks([suite], scale, device), (scale, device, suite)
             everything = suites.tasks(suites.SUITES, scale, device)
-            keys = everything
-            assert len(set(keys)) == len(keys)
-    assert set(suites.SUITES) >= {
-        "hidden-sizes",
-        "batch",
-        "length",
-        "cell",
-        "real",
-        "memory",
-        "accuracy",
-        "overhead",
-        "cold-start",
-    }
+            assert len(set(everything)) == len(everything)
+    named = "hidden-sizes batch length cell real memory accuracy overhead cold-start step features segments roofs"
+    assert set(suites.SUITES) == set(named.split())
+    for task in suites.tasks(suites.SUITES, "cpu", "cpu"):  # no graphs and no TF32 there, nor what takes minutes
+        assert task.executions == ("eager",)
+        assert task.case.precision in ("ieee", "") and task.case.flops() < 1e11
 
 
 def test_a_short_run_tells_the_story():
@@ -137,67 +110,54 @@ def test_a_short_run_tells_the_story():
     assert order[0].kind == "roof"
     headline = [t.case for t in order[1:7]]
     assert {(c.hidden_size, c.batch, c.length) for c in headline} == {(768, 16, 1024)}
-    assert {(c.dtype, c.mode) for c in headline} == {
-        (d, m) for d in ("bfloat16", "float16", "float32") for m in ("forward", "train")
-    }
-    assert {t.suite for t in order[:60]} >= {
-        "hidden-sizes",
-        "cell",
-        "accuracy",
-        "real",
-        "memory",
-        "overhead",
-        "features",
-    }
+    dtypes = "bfloat16", "float16", "float32"
+    assert {(c.dtype, c.mode) for c in headline} == {(d, m) for d in dtypes for m in ("forward", "train")}
+    early = "hidden-sizes cell accuracy real memory overhead features"
+    assert {t.suite for t in order[:60]} >= set(early.split())
     sizes = {t.case.hidden_size for t in order if t.suite == "hidden-sizes"}
     assert min(sizes) == 32 and max(sizes) == 4096
-    cells = {(t.case.hidden_size, t.case.batch) for t in order if t.suite == "cell"}
-    assert {(64, 1), (4096, 1024)} <= cells
     cell_tasks = [t for t in order if t.suite == "cell"]
+    cells = {(t.case.hidden_size, t.case.batch) for t in cell_tasks}
+    assert {(64, 1), (4096, 1024)} <= cells
     assert all(t.executions == ("eager", "graph") for t in cell_tasks)
     assert len(cells) == 35 and all("torch.compile" in t.providers for t in cell_tasks), "compiled at every size"
 
 
-def test_a_cpu_gets_neither_graphs_nor_tf32():
-    for task in suites.tasks(suites.SUITES, "cpu", "cpu"):
-        assert task.executions == ("eager",)
-        assert task.case.precision in ("ieee", "") and task.case.flops() < 1e11
-
-
-def test_float32_products_default_to_what_torch_does():
-    assert Case("a", 8, 1, 4, dtype="float32").precision == "tf32"
+def test_what_makes_a_case():
+    assert Case("a", 8, 1, 4, dtype="float32").precision == "tf32"  # as torch has it
     assert Case("a", 8, 1, 1, form="cell", dtype="float32").precision == "ieee"
     assert Case("a", 8, 1, 4, dtype="float16", precision="tf32").precision == ""
-
-
-@pytest.mark.parametrize("changes", [{"hidden_size": 0}, {"batch": -1}, {"length": 0}, {"resets": 2.0}, {"scale": 0.0}])
-def test_sizes_that_make_no_case(changes):
-    with pytest.raises(ValueError, match="case: .*, from 0|above 0|share"):
-        Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
-
-
-def test_what_makes_no_case():
-    with pytest.raises(ValueError, match="no dtype is 'float8'"):
-        Case("a", 8, 1, 1, dtype="float8")
-    with pytest.raises(ValueError, match="a cell is one step"):
-        Case("a", 8, 1, 2, form="cell")
-    with pytest.raises(ValueError, match="a GRU is a layer"):
-        Case("a", 8, 1, 2, rows="packed", cell="gru")
-    with pytest.raises(ValueError, match="a carried state"):
-        Case("a", 8, 1, 2, carried=True)
-
-
-def test_notes_make_no_other_problem():
     assert Case("a", 8, 1, 4, note="n") == Case("a", 8, 1, 4) != Case("a", 8, 1, 5)
+    unusual = Case("a", 8, 1, 4, "loop", 3, bidirectional=True, resets=0.5, dtype="float32")
+    assert unusual.describe() == "H8 B1 T4 loop input size 3 bidirectional resets 0.5 float32 ieee forward"
+    assert Case("a", 8, 1, 4, mode="train").describe() == "H8 B1 T4 bfloat16 train"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "above 0"),
+        ({"batch": -1}, "above 0"),
+        ({"length": 0}, "above 0"),
+        ({"scale": 0.0}, "above 0"),
+        ({"resets": 2.0}, "a share, from 0 to 1"),
+        ({"dtype": "float8"}, "no dtype is 'float8'"),
+        ({"form": "cell"}, "a cell is one step"),
+        ({"rows": "packed", "cell": "gru"}, "a GRU is a layer"),
+        ({"carried": True}, "a carried state"),
+    ],
+)
+def test_what_makes_no_case(changes, message):
+    with pytest.raises(ValueError, match=f"case: .*{message}"):
+        Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
 
 
 def test_what_users_ask_for_is_there():
     tasks = suites.tasks(suites.SUITES, "gpu", "cuda")
-    assert {(t.case.form, t.executions) for t in tasks if t.suite == "step"} == {
-        (form, ("eager", "graph")) for form in ("layer", "cell")
-    }
+    both = ("eager", "graph")
+    assert {(t.case.form, t.executions) for t in tasks if t.suite == "step"} == {("layer", both), ("cell", both)}
     carried = [t for t in tasks if t.case.carried]
-    assert all(t.executions == ("eager", "graph") for t in carried) and {t.suite for t in carried} == {"step", "real"}
+    assert all(t.executions == both for t in carried) and {t.suite for t in carried} == {"step", "real"}
     spoken = [t.case for t in tasks if t.case.name.startswith("diar_infer")]
     assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
         (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
@@ -208,23 +168,16 @@ def test_what_users_ask_for_is_there():
 
 
 def test_real_workloads_lie_in_their_ranges():
-    import csv
-
     with (suites.HERE / "real_workloads.csv").open(encoding="utf-8", newline="") as file:
         table = {row["id"]: row for row in csv.DictReader(file)}
     loaded = suites.workloads()
     assert len(loaded) == len(table) == 52
     run = [w for w in loaded if w.case is not None]
-    assert len(run) >= 24 and all(w.source for w in loaded)
+    assert len(run) >= 24 and all(w.source for w in loaded) and all(w.reason for w in loaded if w.case is None)
+    names = dict(input_size="input_size", hidden_size="hidden_size", layers="layers", B="batch", T="length")
     for w in run:
         row, case = table[w.id], w.case
-        for field, value in (
-            ("input_size", case.input_size),
-            ("hidden_size", case.hidden_size),
-            ("layers", case.layers),
-            ("B", case.batch),
-            ("T", case.length),
-        ):
+        for field, value in ((field, getattr(case, name)) for field, name in names.items()):
             given = [int(n) for n in re.findall(r"(?<!x)\d+", row[field].split("(")[0])]
             if ".." in row[field] and not row[field].endswith(".."):
                 assert given[0] <= value <= given[-1], (w.id, field)
@@ -236,4 +189,3 @@ def test_real_workloads_lie_in_their_ranges():
         assert (case.mode == "train") == ("bwd" in row["kind"] or w.id == "ts_tft"), w.id
     assert {w.case.rows for w in run} == {"padded", "packed", "lengths"}
     assert any(w.case.proj_size for w in run) and any(w.case.resets for w in run) and any(w.case.carried for w in run)
-    assert all(w.reason for w in loaded if w.case is None)

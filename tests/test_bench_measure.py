@@ -1,11 +1,12 @@
 """Measuring: the truth, checks before times, precision alike on both sides, providers that fail or cannot serve."""
 
+import functools
 import math
 import sys
 
 import pytest
 import torch
-from support.benches import CPU, run
+from support.benches import CPU, IEEE, run
 
 from lstm_triton import dispatch, reference
 from lstm_triton.bench import peers, problem, providers
@@ -15,10 +16,6 @@ from lstm_triton.bench.problem import Built, Judge
 from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.kernels.inputs import Segments
 from lstm_triton.tolerance import Errors
-
-
-def truth(given):
-    return Judge(given, providers.true(given.case)).truth
 
 
 @pytest.mark.parametrize(
@@ -36,7 +33,7 @@ def truth(given):
     ids=str,
 )
 def test_providers_agree_with_the_truth(options, by_hand):
-    case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision="ieee", mode="train", **options)
+    case = Case("a", 5, 3, 6, input_size=4, **IEEE, mode="train", **options)
     given = problem.make(case, CPU)
     judge = Judge(given, providers.true(given.case))
     true = judge.truth
@@ -61,62 +58,54 @@ def test_who_computes_the_truth(monkeypatch, options):
     asked = []
     for name in ("torch.nn.LSTM", "lstm_triton reference"):
         monkeypatch.setitem(providers.PROVIDERS, name, lambda given, name=name: asked.append((name, given.x.dtype)))
+    case = Case("a", 2, 1, **({"length": 3} | options))
     with pytest.raises(AttributeError):
-        truth(problem.make(Case("a", 2, 1, **({"length": 3} | options)), CPU))
+        Judge(problem.make(case, CPU), providers.true(case))
     assert asked == [("lstm_triton reference" if options else "torch.nn.LSTM", torch.float64)]
 
 
-def test_the_truth_of_plain_cases_is_the_specification():
-    case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
+def test_problems_and_their_truth():
+    case = Case("a", 5, 3, 6, **IEEE)
     given = problem.make(case, CPU)
     w = [given.weights[f"{name}_l0"].double() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    y, h_n, c_n, _ = reference.lstm_layer(given.x.double(), given.h0.double(), given.c0.double(), [w])
-    true = truth(given)
-    for name, t in (("y", y), ("h_n", h_n), ("c_n", c_n)):
+    *specified, _ = reference.lstm_layer(given.x.double(), given.h0.double(), given.c0.double(), [w])
+    true = Judge(given, providers.true(case)).truth
+    for name, t in zip(("y", "h_n", "c_n"), specified):
         torch.testing.assert_close(true[name], t)
+    double = problem.make(Case("a", 5, 3, 6, dtype="float64", mode="train"), CPU)
+    Judge(double, providers.true(double.case))  # leaves the problem alone
+    assert not double.x.requires_grad and not any(w.requires_grad for w in double.weights.values())
+    again, other = (problem.make(case, CPU, seed) for seed in (0, 1))
+    assert given.x.equal(again.x) and not given.x.equal(other.x)
+    assert problem.make(Case("a", 5, 3, 6, dtype="bfloat16"), CPU).x.dtype == torch.bfloat16
 
 
-def test_the_truth_leaves_a_float64_problem_alone():
-    given = problem.make(Case("a", 5, 3, 6, dtype="float64", mode="train"), CPU)
-    truth(given)
-    assert not given.x.requires_grad and not any(w.requires_grad for w in given.weights.values())
+def fail(text):
+    raise ValueError(text)
 
 
-def test_problems_are_the_same_for_one_seed():
-    case = Case("a", 5, 3, 6, dtype="bfloat16")
-    one, two, other = (problem.make(case, CPU, seed) for seed in (0, 0, 1))
-    assert one.x.equal(two.x) and not one.x.equal(other.x) and one.x.dtype == torch.bfloat16
+FAULTS = {
+    "output": lambda y: y * 1.001,
+    "row": lambda y: torch.cat((y[:, 1:], y[:, :1]), dim=1),
+    "gradient": lambda y: y.detach() + 1.001 * (y - y.detach()),
+    "NaN": lambda y: torch.where(torch.arange(y.shape[0])[:, None, None] == 0, math.nan, y),
+    "shape": lambda y: y[:-1],
+    "error": lambda y: fail("a fault\nof two lines"),
+    "backward": lambda y: FailsInBackward.apply(y),
+}
 
 
-def with_fault(what):
-    """torch.nn.LSTM with a fault in `what`."""
+def with_fault(given, fault):
+    """torch.nn.LSTM, `fault` applied to its output."""
+    model = providers.torchs_lstm(given)
+    right = model.run
 
-    def make(given):
-        model = providers.torchs_lstm(given)
-        right = model.run
+    def run(x, state):
+        y, state = right(x, state)
+        return fault(y), state
 
-        def run(x, state):
-            y, state = right(x, state)
-            if what == "output":
-                y = y * 1.001
-            if what == "row":
-                y = torch.cat((y[:, 1:], y[:, :1]), dim=1)
-            if what == "gradient":
-                y = y.detach() + 1.001 * (y - y.detach())
-            if what == "NaN":
-                y = torch.where(torch.arange(y.shape[0])[:, None, None] == 0, math.nan, y)
-            if what == "shape":
-                y = y[:-1]
-            if what == "error":
-                raise ValueError("a fault\nof two lines")
-            if what == "backward":
-                y = FailsInBackward.apply(y)
-            return y, state
-
-        model.run = run
-        return model
-
-    return make
+    model.run = run
+    return model
 
 
 class FailsInBackward(torch.autograd.Function):
@@ -129,27 +118,22 @@ class FailsInBackward(torch.autograd.Function):
         raise RuntimeError("does not compile")
 
 
-def also(monkeypatch, **makers):
-    for name, maker in makers.items():
-        monkeypatch.setitem(providers.PROVIDERS, name, maker)
-
-
-@pytest.mark.parametrize("what", ["output", "row", "gradient", "NaN", "error", "shape", "backward"])
+@pytest.mark.parametrize("what", FAULTS)
 def test_a_wrong_provider_gets_a_row_and_no_time(monkeypatch, what):
-    also(monkeypatch, wrong=with_fault(what))
-    case = Case("a", 8, 3, 6, dtype="float32", precision="ieee", mode="train")
-    found = run(Task("s", case), names=("wrong", "torch.nn.LSTM"))
+    monkeypatch.setitem(providers.PROVIDERS, "wrong", functools.partial(with_fault, fault=FAULTS[what]))
+    found = run(Task("s", Case("a", 8, 3, 6, mode="train", **IEEE)), names=("wrong", "torch.nn.LSTM"))
     bad = found["wrong"]
-    assert bad.status == ("failed" if what in ("error", "shape", "backward") else "wrong") and bad.timing is None
     said = {"error": "ValueError: a fault", "backward": "in its backward: RuntimeError: does not compile"}
-    assert bad.reason == said[what] if what in said else bad.reason
+    assert bad.timing is None and bad.status == ("failed" if what in ("shape", *said) else "wrong")
+    assert bad.reason == said.get(what, bad.reason)
+    assert what != "NaN" or ("y is off by inf" in bad.reason and "y" not in bad.errors), "JSON has no infinities"
     assert found["torch.nn.LSTM"].status == "ok" and found["torch.nn.LSTM"].timing.p50_us == 2.0
 
 
 @pytest.mark.parametrize("form", ["layer", "cell"])
 def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
-    given = problem.make(Case("a", 5, 3, 1, form=form, dtype="float32", precision="ieee", carried=True), CPU)
-    two = problem.make(Case("a", 5, 3, 2, dtype="float32", precision="ieee"), CPU)
+    given = problem.make(Case("a", 5, 3, 1, form=form, **IEEE, carried=True), CPU)
+    two = problem.make(Case("a", 5, 3, 2, **IEEE), CPU)
     name = "torch.nn.LSTM" if form == "layer" else "lstm_triton auto"
     built = Built(providers.PROVIDERS[name], given)
     first = built.results()
@@ -163,60 +147,43 @@ def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
     torch.testing.assert_close(carried[0], y[2])
 
 
-def test_missing_providers_are_skipped_with_the_reason():
-    case = Case("a", 8, 3, 6, dtype="float32", precision="ieee")
-    found = run(Task("s", case), names=("torchrl", "haste", "flashrnn", "fastlstm"))
-    for name in ("torchrl", "haste", "flashrnn", "fastlstm"):
-        assert found[name].status == "skipped" and "not installed" in found[name].reason
-
-
-def test_a_way_that_cannot_serve_is_skipped_not_failed():
-    case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3", mode="forward")
-    names = ("torch.nn.LSTM", "lstm_triton cudnn", "lstm_triton triton-persistent")
-    found = run(Task("s", case), names=names)
-    assert [found[name].status for name in names[:2]] == ["skipped", "skipped"]
+def test_who_cannot_serve_is_skipped_with_the_reason():
+    peer_names = ("torchrl", "haste", "flashrnn", "fastlstm")
+    found = run(Task("s", Case("a", 8, 3, 6, **IEEE)), names=(*peer_names, "lstm_triton cudnn"))
+    assert all(row.status == "skipped" for row in found.values())
+    assert all("not installed" in found[name].reason for name in peer_names)
+    assert "GPU" in found["lstm_triton cudnn"].reason
+    case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3")
+    found = run(Task("s", case), names=("torch.nn.LSTM", "lstm_triton cudnn", "lstm_triton triton-persistent"))
+    assert found["torch.nn.LSTM"].status == found["lstm_triton cudnn"].status == "skipped"
 
 
 def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
     calls = []
 
-    def late(given):
-        model = providers.torchs_lstm(given)
-        right = model.run
+    def tired(y):
+        calls.append(1)
+        return y if len(calls) <= 3 else fail("tired")
 
-        def run(*arguments):
-            calls.append(1)
-            if len(calls) > 3:
-                raise RuntimeError("tired")
-            return right(*arguments)
-
-        model.run = run
-        return model
-
-    also(monkeypatch, late=late)
-    found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("torch.nn.LSTM", "late"))
+    monkeypatch.setitem(providers.PROVIDERS, "late", functools.partial(with_fault, fault=tired))
+    found = run(Task("s", Case("a", 8, 3, 6, **IEEE)), names=("torch.nn.LSTM", "late"))
     assert found["late"].status == "failed" and "tired" in found["late"].reason
     assert found["torch.nn.LSTM"].status == "ok"
 
 
-def test_precision_is_set_alike_on_both_sides_and_put_back():
-    settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [s.fp32_precision for s in settings]
-    with torchs_precision(Case("a", 8, 1, 1, dtype="float32", precision="ieee")):
-        assert [s.fp32_precision for s in settings] == ["ieee", "ieee"]
-    with torchs_precision(Case("a", 8, 1, 1, dtype="bfloat16")):
-        assert [s.fp32_precision for s in settings] == ["tf32", "tf32"]
-    assert [s.fp32_precision for s in settings] == before
+@pytest.mark.parametrize("dtype, precision", [("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "")])
+def test_precision_is_set_alike_on_both_sides_and_put_back(dtype, precision):
+    """For libraries that read the older setting, too."""
 
+    def settings():
+        newer = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        return *newer, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_libraries_that_read_the_older_setting_of_precision_get_the_same_answer(precision):
-    older = torch.get_float32_matmul_precision()
-    with torchs_precision(Case("a", 8, 1, 1, dtype="float32", precision=precision)):
-        assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[precision]
-        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
-        assert torch.backends.cuda.matmul.fp32_precision == precision
-    assert torch.get_float32_matmul_precision() == older
+    before = settings()
+    with torchs_precision(Case("a", 8, 1, 1, dtype=dtype, precision=precision)):
+        ieee = precision == "ieee"
+        assert settings() == (("ieee", "ieee", "highest", False) if ieee else ("tf32", "tf32", "high", True))
+    assert settings() == before
 
 
 @pytest.fixture
@@ -321,7 +288,7 @@ def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkey
     (tmp_path / "fastlstm").mkdir()
     (tmp_path / "fastlstm" / "lstm.py").write_text("import torch; torch.backends.cudnn.rnn.fp32_precision = 'tf32'")
     monkeypatch.syspath_prepend(str(tmp_path))
-    case = Case("a", 5, 3, 6, dtype="float32", precision="ieee")
+    case = Case("a", 5, 3, 6, **IEEE)
     with torchs_precision(case):
         with pytest.raises(problem.Unavailable, match="computes in float16"):
             peers.fastlstm(problem.make(case, CPU))
@@ -333,8 +300,6 @@ def test_every_backend_is_a_provider_and_forced_on_a_gpu():
     chosen = providers.names_of(Task("s", Case("a", 512, 16, 1024)), "cuda", None)
     assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
     assert "lstm_triton cudnn" not in providers.names_of(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda", None)
-    found = run(Task("s", Case("a", 8, 3, 6, dtype="float32", precision="ieee")), names=("lstm_triton cudnn",))
-    assert found["lstm_triton cudnn"].status == "skipped" and "GPU" in found["lstm_triton cudnn"].reason
 
 
 def test_limits_of_what_is_wrong():

@@ -30,18 +30,23 @@ def check_host_times():
 def check_first_calls_in_new_processes():
     from unittest import mock
 
-    from lstm_triton.bench import measure
+    from support.benches import IEEE
 
-    case = Case("a", 16, 1, 1, form="cell", dtype="float32", precision="ieee")
-    caches, original = [], measure._new_process
-    with mock.patch.object(measure, "_new_process", lambda *given: caches.append(given[3]) or original(*given)):
-        found = run(Task("cold-start", case, "cold-start"))
+    from lstm_triton import process
+
+    caches, original = [], process.Process
     names = ("import_s", "first_call_s", "second_call_s")
-    ours, torchs = found["lstm_triton auto"], found["torch.nn.LSTMCell"]
-    assert set(ours.values) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, ours
-    assert set(torchs.values) == {f"empty_{name}" for name in names}
-    assert all(value > 0 for value in ours.values.values())
-    assert len(caches) == 3 and caches[0] == caches[1], "the second start finds the first one's kernels"
+
+    def new_process(function, argument, environment):
+        caches.append(environment["TRITON_CACHE_DIR"])
+        return original(function, argument, environment)
+
+    task = Task("cold-start", Case("a", 16, 1, 1, form="cell", **IEEE), "cold-start")
+    with mock.patch.object(process, "Process", new_process):
+        found = run(task, names=("lstm_triton auto",))["lstm_triton auto"].values
+    assert set(found) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, found
+    assert all(seconds > 0 for seconds in found.values())
+    assert len(caches) == 2 and caches[0] == caches[1], "the second start finds the first one's kernels"
 
 
 def check_the_latency_kernel_compiles():

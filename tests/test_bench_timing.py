@@ -1,14 +1,19 @@
-"""Timing: rounds, clocks, graphs, memory, the state of the machine; the parts that need a GPU with what stands in for one."""
+"""Timing: rounds, clocks, graphs, memory, the state of the machine, and whether the GPU still answers; with what stands in for
+one."""
+
+import contextlib
+import ctypes
+import types
 
 import pytest
 import torch
-from support.benches import CPU, FakeClock
+from support.benches import CPU, IEEE, FakeClock, context
 
-from lstm_triton import timing
+from lstm_triton import process, timing
 from lstm_triton.bench import device, grid_latency, measure, problem, providers, rows
-from lstm_triton.bench.cases import Case
+from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.problem import Built, Judge
-from lstm_triton.kernels import interpreter
+from lstm_triton.kernels import interpreter, stall
 
 
 def test_rounds_are_interleaved_and_shuffled():
@@ -62,7 +67,7 @@ def test_cuda_clock_with_fake_events(monkeypatch):
 @pytest.mark.parametrize("form", ["layer", "cell"])
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
-    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, dtype="float32", precision="ieee", mode=mode)
+    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, **IEEE, mode=mode)
     captured = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -92,7 +97,7 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
 
 
 def test_saved_bytes():
-    case = Case("a", 8, 2, 5, dtype="float32", precision="ieee", mode="train")
+    case = Case("a", 8, 2, 5, **IEEE, mode="train")
     given = problem.make(case, CPU)
     held = {}
     for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
@@ -115,7 +120,6 @@ def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
     monkeypatch.setattr(device, "_READERS", readers | {"sm_clock_mhz": missing})
     assert "pip install 'lstm-triton[bench]'" in device.state(cuda)["unread"]
     assert device.state(CPU)["load_1min"] >= 0
-    assert device.folder_name("NVIDIA H200") == "nvidia-h200"
 
 
 @pytest.mark.compiled
@@ -123,3 +127,82 @@ def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
 @pytest.mark.parametrize("programs", [2, 3])
 def test_every_exchange_arrives(programs, device):
     assert grid_latency.launch(programs, 6, device).tolist() == [6] * programs
+
+
+# ---- After an error the GPU is asked whether it still answers: the benchmark goes on in this process, or in another one.
+
+
+@pytest.fixture
+def gpu_says(monkeypatch):
+    """gpu_says(message): what waiting for the GPU raises from here on; None: nothing."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def say(message):
+        def synchronize(device=None):
+            if message:
+                raise RuntimeError(message)
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    "words", ["Triton Error [CUDA]: misaligned address", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "whatever"]
+)
+def test_an_error_is_fatal_where_the_device_is_lost(words, gpu_says, monkeypatch):
+    """Whatever its words: the device is asked."""
+    gpu_says("CUDA error: misaligned address\nCUDA kernel errors might be asynchronously reported")
+    with pytest.raises(process.Fatal, match="^CUDA error: misaligned address$") as fatal:
+        process.raise_if_lost(RuntimeError(words))
+    assert str(fatal.value.__cause__) == words
+    gpu_says(None)
+    process.raise_if_lost(RuntimeError(words))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    process.raise_if_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_a_kernel_that_gave_up_waiting_is_fatal(gpu_says, monkeypatch):
+    gpu_says(None)
+    monkeypatch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(7)})
+    with pytest.raises(process.Fatal, match="_some_kernel timed out, waiting for"):
+        process.raise_if_lost(ValueError("no"))
+
+
+def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):
+    gpu_says(None)
+
+    def graphed(call):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(measure, "graphed", graphed)
+    emitted, pairs = [], [("torch.nn.LSTM", execution) for execution in ("eager", "graph")]
+    measure.measure(Task("s", Case("a", 8, 3, 6, **IEEE)), context(), emitted.append, pairs)
+    found = {row.execution: row for row in emitted}
+    assert found["eager"].status == "ok" and found["eager"].timing
+    assert found["graph"].status == "failed" and "not permitted" in found["graph"].reason
+
+
+def test_a_capture_that_fails_leaves_the_stream_that_was(monkeypatch):
+    streams = ["the caller's"]
+
+    @contextlib.contextmanager
+    def graph(_):
+        streams.append("the capture's")
+        yield
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fake = dict(Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(), current_stream=lambda: stream)
+    fake |= dict(CUDAGraph=object, graph=graph, set_stream=streams.append)
+    for name, stand_in in fake.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        measure.graphed(call)
+    assert streams[-1] is stream

@@ -16,6 +16,8 @@ from packaging.utils import canonicalize_name
 
 import lstm_triton
 from lstm_triton import measurements
+from lstm_triton.bench import rows
+from lstm_triton.bench.__main__ import NO_LIBRARY
 
 pytestmark = pytest.mark.long
 
@@ -67,6 +69,8 @@ def test_every_module_is_in_the_wheel_once_and_in_its_place(wheel):
     expected += [f"lstm_triton/kernels/{name}" for name in _modules(ROOT / "kernels")]
     expected += [f"lstm_triton/bench/{name}" for name in _modules(ROOT / "bench")]
     assert sorted(code) == sorted(expected)
+    data = {path.name for path in (ROOT / "bench").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert {Path(name).name for name in names if name.startswith("lstm_triton/bench/") and name not in code} == data
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lstm_triton"}, (
         "one top-level package"
     )
@@ -108,7 +112,8 @@ def _link_distributions(names: list[str], folder: Path) -> None:
 
 @pytest.fixture
 def installed(wheel, tmp_path):
-    """The Python of a new environment: the wheel, torch, Triton and what they require; numpy, which the interpreter needs."""
+    """The Python of a new environment: the wheel, torch, Triton and what they require; numpy, which the interpreter needs. No
+    library that serves output alone can be imported there."""
     environment = tmp_path / "environment"
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
@@ -118,13 +123,18 @@ def installed(wheel, tmp_path):
     _link_distributions(["torch", "triton", "numpy"], libraries)
     (site_packages / "libraries.pth").write_text(f"{libraries}\n")
     _pip("--python", python, "install", wheel)  # without an index: what the wheel requires must be there
+    (site_packages / "sitecustomize.py").write_text(  # torch requires these two
+        "import sys\nsys.modules |= dict.fromkeys(('jinja2', 'markupsafe'))\n"
+    )
     return python
 
 
 def test_the_installed_wheel_works(installed, tmp_path):
+    """The command line imports no benchmark before it is asked for; rows need no library that serves output."""
     script = """
 import importlib, importlib.util, pathlib, pkgutil, sys
-import torch, lstm_triton
+import torch, lstm_triton.cli
+assert "lstm_triton.bench" not in sys.modules
 assert pathlib.Path(lstm_triton.__file__).is_relative_to(sys.prefix), lstm_triton.__file__
 for other in ("kernels", "bench", "pytest"):
     assert importlib.util.find_spec(other) is None, other
@@ -137,9 +147,22 @@ torch.testing.assert_close(found, torch.nn.LSTMCell.forward(cell, torch.ones(2, 
 found[0].sum().backward()
 from importlib.metadata import version
 assert version("lstm-triton") == lstm_triton.__version__
+measured = "--device cpu --scale tiny --seconds 0.001 --threads 1 --suite memory --suite length --mode train".split()
+for command in (measured, ["--validate", "lstm-triton-bench"], ["--report"], ["--compare", *["lstm-triton-bench"] * 2]):
+    print("exit code", lstm_triton.cli.main(["bench", *command]))
 """
     environment = _environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     for command in ([installed, "-c", script], [installed.with_name("lstm-triton"), "info"]):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        if command[0] == installed:
+            measured = done
+    codes = [line for line in measured.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == [f"exit code {code}" for code in (0, 0, NO_LIBRARY, NO_LIBRARY)]
+    assert "no tables without pandas" in measured.stdout and "no report without jinja2" in measured.stderr
+    (folder,) = (tmp_path / "lstm-triton-bench").iterdir()
+    found, problems = rows.read_all([folder])
+    assert {row.suite for row in found} == {"memory", "length", "anchor"} and not problems
+    assert {row.status for row in found} <= {"ok", "skipped"} and not (folder / "report.html").exists()
+    assert all(row.source.commit is None for row in found), "no checkout"
     assert f"lstm_triton  {lstm_triton.__version__}" in done.stdout

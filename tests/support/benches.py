@@ -1,11 +1,14 @@
-"""What the tests of the benchmark share: tasks measured with a clock that counts, and runs in this process on the CPU."""
+"""What the tests of the benchmark share: made-up rows, tasks measured with a clock that counts, and runs on the CPU."""
 
+import dataclasses
+import html.parser
 import time
 from pathlib import Path
 
 import torch
 
-from lstm_triton.bench import __main__ as main
+from lstm_triton import timing
+from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import measure as measuring
 from lstm_triton.bench import progress, rows
 from lstm_triton.bench import run as running
@@ -17,10 +20,23 @@ from support.process import ForkedProcess
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--device", "cpu", "--scale", "tiny", "--seconds", "0.001", "--threads", "1"]
 CPU = torch.device("cpu")
+FLOOR = rows.Floor(1.0, 0.5, 0.5, 0.1, "assumed")
+IEEE = dict(dtype="float32", precision="ieee")
+maker = RowMaker(CPU, "a test", "run", synthetic=True)
 
 
-def context():
-    return measuring.Context(RowMaker(CPU, "a test", "run", synthetic=True), FakeClock(), seconds=0.0)
+def make_row(
+    case=None, provider=OURS, us=10.0, suite="hidden-sizes", kind="timing", status="ok", execution="eager", **changes
+):
+    """A synthetic row: a timing of `us` microseconds a call."""
+    case = case or Case("H64", 64, 8, 16, **IEEE)
+    measured = {}
+    if kind in ("timing", "anchor", "overhead") and status == "ok":
+        samples = timing.Samples(1, [us * (1 + 0.001 * k) for k in range(-5, 6)], [us] * 11)
+        measured["timing"] = rows.Timing.of(samples, case.length, "a clock")
+    reason = None if status == "ok" else "a reason"
+    row = maker.make(Task(suite, case, kind), provider, execution, status, reason, state={}, **measured)
+    return dataclasses.replace(row, **changes)
 
 
 class FakeClock:
@@ -37,7 +53,12 @@ class FakeClock:
         return 2.0, 3.0
 
 
+def context():
+    return measuring.Context(maker, FakeClock(), seconds=0.0)
+
+
 def run(task, names=None):
+    """The rows of a task by provider."""
     found = []
     measuring.measure(task, context(), found.append, names and [(n, e) for n in names for e in task.executions])
     assert [rows.decode(row.encode().encode()) for row in found] == found
@@ -45,15 +66,8 @@ def run(task, names=None):
 
 
 def options(folder, **changes):
-    given = {
-        "device": "cpu",
-        "command": "a test",
-        "seconds": 0.001,
-        "threads": 1,
-        "provider": (OURS, CUDNN),
-        "anchors": False,
-    }
-    options = main.make_parser().parse_args([])
+    given = dict(device="cpu", command="a test", seconds=0.001, threads=1, provider=(OURS, CUDNN), anchors=False)
+    options = cli.make_parser().parse_args([])
     vars(options).update(given | changes, output=folder)
     return options
 
@@ -97,4 +111,36 @@ def rows_of(folder):
 
 
 def small(*sizes, **changes):
-    return [Task("batch", Case("a", H, 2, 3, dtype="float32", precision="ieee", **changes)) for H in sizes]
+    return [Task("batch", Case("a", H, 2, 3, **IEEE, **changes)) for H in sizes]
+
+
+class Page(html.parser.HTMLParser):
+    """A page taken apart: its tags, those that are open at the end, its text, and what a browser would fetch."""
+
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.fetched, self.ids, self.links = [], [], "", [], set(), set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data"):
+                self.links.add(value[1:]) if value.startswith("#") else self.fetched.append(value)
+            if name == "id":
+                assert value not in self.ids, f"two elements are called {value}"
+                self.ids.add(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
