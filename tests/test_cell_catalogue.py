@@ -164,36 +164,6 @@ def test_a_reset_state_broadcasts(backend, device):
     torch.testing.assert_close(y[2:], module(x[2:], again)[0], rtol=0, atol=1e-12)
 
 
-@SEVERAL
-def test_second_derivatives_and_transforms(name, device):
-    module, x, hx = _problem(name, device, "triton")
-    other, _, _ = _problem(name, device, "reference")
-    other.load_state_dict(module.state_dict())
-    second, batched = [], []
-    for of in (module, other):
-        (dx,) = torch.autograd.grad(of(x, hx)[0].square().sum(), x, create_graph=True)
-        second.append(torch.autograd.grad(dx.square().sum(), [x, *hx, *of.parameters()]))
-        batched.append(torch.func.vmap(lambda t, of=of: of(t, hx)[0])(torch.stack((x, 2 * x))))
-    torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(*batched, rtol=0, atol=1e-12)
-
-
-@pytest.mark.long
-@SEVERAL
-def test_compiled_and_exported(name, device):
-    module, x, hx = _problem(name, device, "triton")
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    results = []
-    for of in (compiled, module):
-        y, states = of(x, hx)
-        leaves = [x, *hx, *module.parameters()]
-        results.append([y, *states, *torch.autograd.grad(y.sum() + sum(s.square().sum() for s in states), leaves)])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-11)
-    module.backend = "reference"
-    exported = torch.export.export(module, (x.detach(), tuple(s.detach() for s in hx)))
-    torch.testing.assert_close(exported.module()(x, hx)[0], results[0][0], rtol=0, atol=1e-11)
-
-
 def test_errors_of_states(device):
     module, x, hx = _problem("slstm", device, "reference")
     with pytest.raises(TypeError, match=r"slstm has states c, n, m: hx must be a tuple of four Tensors \(h, c, n, m\)"):

@@ -149,25 +149,6 @@ def test_one_step_draws_as_a_layer_does(backend, device):
 # ---- what else runs modules ------------------------------------------------------------------------------------------
 
 
-@BACKENDS
-def test_second_derivatives(backend, device):
-    layer = _layer(device, backend, bidirectional=True)
-    x = _normal(device, T, B, I)
-    second = []
-    for of in (layer, _copied(layer, "reference")):
-        with philox.seeded(2):
-            y = of(x)[0]
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        second.append(torch.autograd.grad(dx.square().sum(), [x, *of.parameters()]))
-    torch.testing.assert_close(*second, rtol=1e-9, atol=1e-11)
-
-
-def _copied(layer: Recurrent, backend: str) -> Recurrent:
-    other = copy.deepcopy(layer)
-    other.backend = backend
-    return other
-
-
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_under_vmap(backend, device):
     layer = _layer(device, backend)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support import layers
-from torch.autograd import gradcheck, gradgradcheck
 
-from lstm_triton import LSTM, functional, operators
+from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer_backward
 
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
@@ -34,92 +33,6 @@ def function_of(problem, **options):
         return (result[0], *result[1], *result[2:])
 
     return layer, [t.detach().requires_grad_() for t in problem.inputs]
-
-
-@pytest.fixture
-def tiny(device):
-    return layers.draw(2, 2, 2, 2, 2, torch.float64, device=device, **SEGMENTS)
-
-
-@pytest.mark.long
-def test_gradients_by_differences(device):
-    """Of one direction; the slow test below has both, and test_sequence judges both by the tolerance rule."""
-    problem = layers.draw(2, 2, 2, 2, 1, torch.float64, device=device, **SEGMENTS)
-    assert gradcheck(*function_of(problem), fast_mode=True)
-
-
-@pytest.mark.long
-def test_some_second_derivatives_by_differences(device):
-    """Of x, c0, W_hh and the h of resets; the slow test below has all, test_second_derivatives_of_segments both directions."""
-    layer, leaves = function_of(layers.draw(2, 2, 2, 2, 1, torch.float64, device=device, **SEGMENTS))
-    for k, leaf in enumerate(leaves):
-        leaf.requires_grad_(k in (0, 2, 4, len(leaves) - 2))
-    assert leaves[4].shape == (8, 2), "w_hh"
-    assert gradgradcheck(layer, leaves, fast_mode=True)
-
-
-@pytest.mark.slow
-def test_every_derivative_by_differences(tiny):
-    assert gradcheck(*function_of(tiny))
-    assert gradgradcheck(*function_of(tiny))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_second_derivatives_equal_torchs(bias, device):
-    problem = layers.draw(3, 2, 3, 4, 2, torch.float64, bias=bias, device=device)
-    layer, leaves = function_of(problem)
-
-    def torchs(x, h0, c0, *weights):
-        return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, True, True, False)
-
-    def derivatives(layer):
-        first = torch.autograd.grad(layer(*leaves), leaves, problem.cotangents, create_graph=True)
-        return *first, *torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
-
-    torch.testing.assert_close(derivatives(layer), derivatives(torchs))
-
-
-INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "reset_h", "reset_c")
-
-
-@pytest.mark.parametrize("asked", [*INPUTS, "x h0", "w_ih b_hh"])
-def test_only_what_needs_a_gradient_is_computed(asked, device, monkeypatch):
-    problem = layers.draw(3, 2, 3, 4, 1, torch.float64, device=device, resets=True, reset_state="stored")
-    layer, leaves = function_of(problem)
-    expected = dict(zip(INPUTS, torch.autograd.grad(layer(*leaves), leaves, problem.cotangents)))
-    needs = []
-    launch = operators.lstm_layer.launch_backward
-
-    def launch_backward(grads, inputs, saved, names, options):
-        needs.append(names)
-        return launch(grads, inputs, saved, names, options)
-
-    monkeypatch.setattr(operators.lstm_layer, "launch_backward", launch_backward)
-    inputs = [t.detach().requires_grad_(name in asked.split()) for name, t in zip(INPUTS, leaves)]
-    wanted = [t for t in inputs if t.requires_grad]
-    found = torch.autograd.grad(layer(*inputs), wanted, problem.cotangents)
-    assert all(torch.equal(g, expected[name]) for g, name in zip(found, asked.split(), strict=True))
-    assert needs == [set(asked.split())]
-
-
-@pytest.mark.parametrize("used", ["y", "h_n", "c_n", "c"])
-def test_a_gradient_of_one_output_alone(used, device):
-    problem = layers.draw(3, 2, 3, 4, 2, torch.float64, device=device, cells=True)
-    layer, leaves = function_of(problem)
-    index = layers.OUTPUTS.index(used)
-    zeros = [g if k == index else torch.zeros_like(g) for k, g in enumerate(problem.cotangents)]
-    expected = torch.autograd.grad(layer(*leaves), leaves, zeros)
-    found = torch.autograd.grad(layer(*leaves)[index], leaves, problem.cotangents[index])
-    assert all(map(torch.equal, found, expected))
-
-
-def test_an_expanded_gradient_of_the_output(device):
-    """What y.sum() sends back has strides 0."""
-    layer, leaves = function_of(layers.draw(3, 2, 3, 4, 2, device=device, batch_major=True))
-    y = layer(*leaves)[0]
-    found = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
-    expected = torch.autograd.grad(y, leaves, torch.ones_like(y))
-    assert all(map(torch.equal, found, expected))
 
 
 def test_results_do_not_share_memory(device):
@@ -207,27 +120,6 @@ def test_recomputing_is_deterministic(device, short_ranges):
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
-
-
-def test_autocast_casts_before_the_layer(device):
-    problem = layers.draw(3, 2, 3, 4, 2, device=device, resets=True, reset_state="shared")
-    layer, leaves = function_of(problem)
-    low, low_leaves = function_of(problem.with_tensors([t.bfloat16() for t in (*problem.inputs, *problem.cotangents)]))
-    with torch.autocast(device.type, torch.bfloat16):
-        found = layer(*leaves)
-    expected = low(*low_leaves)
-    assert all(t.dtype == torch.bfloat16 for t in found) and all(map(torch.equal, found, expected))
-    cotangents = [g.bfloat16() for g in problem.cotangents]
-    gradients = torch.autograd.grad(found, leaves, cotangents)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, low_leaves, cotangents)):
-        assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
-
-
-def test_autocast_leaves_float64_alone(device):
-    layer, leaves = function_of(layers.draw(2, 2, 3, 4, 1, torch.float64, device=device))
-    with torch.autocast(device.type, torch.bfloat16):
-        found = layer(*leaves)
-    assert all(map(torch.equal, found, layer(*leaves)))
 
 
 @pytest.mark.parametrize("dtype, low", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])

@@ -236,27 +236,6 @@ def test_initial_and_reset_states_can_be_learned(backend, device):
     assert_close(gradients([both_halves], learned), gradients([torch.cat(halves)], learned))
 
 
-def test_second_derivatives_of_segments(device):
-    """Of every input, those of the reference, which autograd alone makes."""
-    drawn = {}
-    case = segmented.Case(T=3, B=2, num_layers=2, bidirectional=True, rows="lengths", resets="stored", cells=True)
-    for backend in ("triton", "reference"):
-        data = segmented.draw(case, device)
-        inputs = [t.requires_grad_() for t in data.inputs]
-        module = case.module(backend)
-        names = [name for name, _ in module.named_parameters()]
-        options = {"resets": data.resets, "reset_state": tuple(inputs[-2:]), "return_cell_states": True}
-        options["lengths"] = data.lengths.to(device)
-        call = (inputs[0], tuple(inputs[1:3]))
-        outputs = flat(torch.func.functional_call(module, dict(zip(names, inputs[3:])), call, options))
-        first = torch.autograd.grad([t.pow(2).sum() for t in outputs], inputs, create_graph=True)
-        drawn[backend] = [*first, *gradients([sum(g.pow(2).sum() for g in first)], inputs)]
-    for found, expected in zip(drawn["triton"], drawn["reference"], strict=True):
-        # Some ulps of the tensor's largest element: those of second order reach the thousands.
-        atol = 16 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 

@@ -128,49 +128,6 @@ def test_recompute_gives_the_same_gradients(backend, device):
     _assert_close(_trained(again, x, hx, (x, hx)), _trained(ours, x, hx, (x, hx)))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_second_derivatives(backend, device):
-    theirs, ours = _pair("gru", backend, device)
-    x = torch.randn(2, 2, I, dtype=torch.float64, device=device, requires_grad=True)
-    second = []
-    for module in (ours, theirs):
-        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
-        second.append(torch.autograd.grad(dx.square().sum(), [x, *module.parameters()]))
-    _assert_close(*second)
-
-
-def test_under_transforms(device):
-    _, ours = _pair("gru", "triton", device)
-    x = torch.randn(3, T, B, I, dtype=torch.float64, device=device)
-    _assert_close(torch.func.vmap(lambda t: ours(t)[0])(x), torch.stack([ours(t)[0] for t in x]))
-    _, tangent = torch.func.jvp(lambda t: ours(t)[0], (x[0],), (x[1],))
-    small = 1e-6
-    difference = (ours(x[0] + small * x[1])[0] - ours(x[0] - small * x[1])[0]) / (2 * small)
-    torch.testing.assert_close(tangent, difference, rtol=0, atol=1e-7)
-
-
-@pytest.mark.long
-def test_torch_compile_takes_it_whole(device):
-    _, ours = _pair("gru", "triton", device)
-    x = torch.randn(T, B, I, dtype=torch.float64, device=device, requires_grad=True)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    results = []
-    for module in (compiled, ours):
-        y, h = module(x)
-        results.append([y, h, *torch.autograd.grad(y.sum() + h.square().sum(), [x, *ours.parameters()])])
-    _assert_close(*results)
-
-
-@pytest.mark.long
-def test_an_exported_program_holds_for_other_sizes(device):
-    _, ours = _pair("gru", "reference", device)
-    x = torch.randn(T, B, I, dtype=torch.float64, device=device)
-    dynamic = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},)
-    program = torch.export.export(ours, (x,), dynamic_shapes={"input": dynamic[0]})
-    longer = torch.randn(T + 3, B + 2, I, dtype=torch.float64, device=device)
-    _assert_close(_flat(program.module()(longer)), _flat(ours(longer)))
-
-
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 

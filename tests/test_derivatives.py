@@ -1,0 +1,279 @@
+"""Every operator under autograd: derivatives of every order, partial ones, hooks, checkpoints, autocast, inference."""
+
+import warnings
+
+import pytest
+import torch
+from support.operations import cell, operations
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+three = operations("cell", "readout", "layer with segments")
+
+
+@pytest.fixture(autouse=True)
+def no_autograd_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*autograd kernel.*")
+        warnings.filterwarnings("error", ".*silently incorrect.*")
+        yield
+
+
+def _loss(results):
+    return sum((t**2).sum() + (t**3).sum() for t in results)
+
+
+# ---- derivatives of every order --------------------------------------------------------------------------------------
+
+
+@operations("cell", "readout")
+def test_derivatives_by_differences(operation, device):
+    """Those of a layer are in the slow test below; test_sequence and test_segments judge them by the tolerance rule."""
+    leaves, _ = operation.draw(device)
+    assert gradcheck(operation.run, leaves, fast_mode=True)
+    assert gradgradcheck(operation.run, leaves, fast_mode=True)
+
+
+@pytest.mark.slow
+@three
+def test_every_derivative_by_differences(operation, device):
+    leaves, _ = operation.draw(device)
+    assert gradcheck(operation.run, leaves)
+    assert gradgradcheck(operation.run, leaves)
+
+
+@operations()
+def test_derivatives_up_to_the_third(operation, device):
+    """Those of torch's own operator, or of the reference, which autograd alone makes."""
+    leaves, _ = operation.draw(device)
+
+    def derivatives(function):
+        results, orders = function(*leaves), []
+        for _ in range(3):
+            results = torch.autograd.grad(_loss(results), leaves, create_graph=True, materialize_grads=True)
+            orders.append(results)
+        return orders
+
+    expected = derivatives(_tuple(operation.torchs) if operation.torchs else operation.plain)
+    for found, wanted in zip(derivatives(operation.run), expected, strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            # Some ulps of the tensor's largest element: those of high order reach the thousands.
+            atol = 2**-40 * max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=atol)
+
+
+def _tuple(function):
+    def wrapped(*tensors):
+        found = function(*tensors)
+        return found if isinstance(found, tuple) else (found,)
+
+    return wrapped
+
+
+def test_second_derivatives_where_inputs_depend_on_each_other(device):
+    """One weight in both places, h = c, and x computed from h: each gradient is the total one."""
+    w = torch.randn(8, 2, dtype=torch.float64, device=device, requires_grad=True)
+    h = torch.randn(2, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def derivatives(function):
+        results = function(torch.tanh(h), h, h, w, w, None, None)
+        first = torch.autograd.grad(_loss(results), (w, h), create_graph=True)
+        return *first, *torch.autograd.grad(_loss(first), (w, h))
+
+    torch.testing.assert_close(derivatives(cell.run), derivatives(cell.torchs))
+
+
+# ---- partial ones ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """backwards(operator): a list that gets the gradients that arrive and the names needed, at each launch of its backward."""
+
+    def watch(operator):
+        seen, launch = [], operator.launch_backward
+
+        def launch_backward(grads, inputs, saved, names, options):
+            seen.append((grads, names))
+            return launch(grads, inputs, saved, names, options)
+
+        monkeypatch.setattr(operator, "launch_backward", launch_backward)
+        return seen
+
+    return watch
+
+
+@three
+def test_only_what_needs_a_gradient_is_computed(operation, device, backwards):
+    leaves, cotangents = operation.draw(device)
+    expected = dict(zip(operation.names, torch.autograd.grad(operation.run(*leaves), leaves, cotangents)))
+    seen = backwards(operation.operator)
+    reverse = {name for name in operation.names if name.endswith("_reverse")}
+    for asked in [{name} for name in operation.names if name not in reverse] + [set(operation.names[-2:]), reverse]:
+        inputs = [t.detach().requires_grad_(name in asked) for name, t in zip(operation.names, leaves)]
+        wanted = {name: t for name, t in zip(operation.names, inputs) if name in asked}
+        if not wanted:
+            continue
+        found = torch.autograd.grad(operation.run(*inputs), list(wanted.values()), cotangents)
+        assert seen.pop()[1] == asked and not seen
+        for name, gradient in zip(wanted, found, strict=True):
+            # Where others are left out, a kernel may sum in another order.
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-13, msg=name)
+
+
+@operations("cell", "layer with segments", "GRU layer", "sLSTM layer")
+def test_a_gradient_of_one_output_alone(operation, device, backwards):
+    leaves, cotangents = operation.draw(device)
+    outputs, seen = operation.run(*leaves), backwards(operation.operator)
+    for k, output in enumerate(outputs):
+        zeros = [g if k == j else torch.zeros_like(g) for j, g in enumerate(cotangents)]
+        given = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(output, leaves, cotangents[k], **given)
+        expected = torch.autograd.grad(outputs, leaves, zeros, **given)
+        assert all(map(torch.equal, found, expected))
+        if operation.names:
+            assert [g is not None for g in seen[0][0]] == [j == k for j in range(len(outputs))], "None, not zeros"
+        seen.clear()
+
+
+@operations("cell", "readout", "layer", "GRU layer")
+def test_an_expanded_gradient(operation, device):
+    """What y.sum() sends back has strides 0."""
+    leaves, _ = operation.draw(device, torch.float64)
+    y = operation.run(*leaves)[0]
+    given = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+    found, expected = (
+        torch.autograd.grad(of, leaves, g, **given) for of, g in ((y.sum(), None), (y, torch.ones_like(y)))
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+# ---- one graph -------------------------------------------------------------------------------------------------------
+
+
+@three
+def test_backward_twice_through_one_graph(operation, device):
+    leaves, cotangents = operation.draw(device)
+    results = operation.run(*leaves)
+    once = torch.autograd.grad(results, leaves, cotangents, retain_graph=True)
+    torch.autograd.backward(results, cotangents, retain_graph=True)
+    torch.autograd.backward(results, cotangents)
+    for t, gradient in zip(leaves, once):
+        torch.testing.assert_close(t.grad, 2 * gradient)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(results, leaves, cotangents)
+
+
+@three
+def test_results_changed_in_place_raise_or_do_not_matter(operation, device):
+    leaves, cotangents = operation.draw(device)
+    expected = torch.autograd.grad(operation.run(*leaves), leaves, cotangents)
+    for index in range(len(cotangents)):
+        results = operation.run(*leaves)
+        with torch.no_grad():
+            results[index].zero_()
+        try:
+            found = torch.autograd.grad(results, leaves, cotangents)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("order", ["reversed", "gaps"])
+@three
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_tensors_of_other_strides(recompute, operation, order, device):
+    """A hook may return any tensor of the same values. No input is saved that the backward does not read."""
+    if recompute and "h0" not in operation.names:
+        return
+    options = {"recompute": True} if recompute else {}
+    saved = []
+
+    def unpack(t):
+        saved.append(t)
+        if order == "gaps":
+            return t.repeat_interleave(2, -1)[..., ::2]
+        reverse = tuple(range(t.dim()))[::-1]
+        return t.permute(reverse).contiguous().permute(reverse)
+
+    tensors, cotangents = operation.draw(device)
+    expected = operation.trained(tensors, cotangents, **options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        found = operation.trained(tensors, cotangents, **options)
+    torch.testing.assert_close(found, expected)
+    if operation is cell:
+        assert len(saved) == 5 + 2, "neither bias, but c and gates"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@operations("cell", "readout", "layer with segments", "zoneout layer")
+def test_activation_checkpointing(operation, reentrant, device):
+    leaves, cotangents = operation.draw(device)
+    torch.autograd.backward(checkpoint(operation.run, *leaves, use_reentrant=reentrant), cotangents)
+    expected = torch.autograd.grad(operation.run(*leaves), leaves, cotangents)
+    assert all(torch.equal(t.grad, gradient) for t, gradient in zip(leaves, expected))
+
+
+# ---- inference, autocast, subclasses -------------------------------------------------------------------------------
+
+
+@three
+def test_inference_builds_no_graph_and_saves_nothing(operation, device, monkeypatch):
+    leaves, _ = operation.draw(device)
+    saved, forward = [], operation.operator.launch
+    monkeypatch.setattr(
+        operation.operator, "launch", lambda inputs, options, save: saved.append(save) or forward(inputs, options, save)
+    )
+    trained = operation.run(*leaves)
+    with torch.no_grad():
+        no_grad = operation.run(*leaves)
+    with torch.inference_mode():
+        inference = operation.run(*leaves)
+    frozen = operation.run(*(t.detach() for t in leaves))
+    assert saved == [True, False, False, False] and trained[0].grad_fn is not None
+    for results in (no_grad, inference, frozen):
+        assert all(t.grad_fn is None and not t.requires_grad for t in results)
+        assert all(map(torch.equal, results, trained))
+    assert inference[0].is_inference()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@operations("cell", "layer with segments", "GRU cell", "zoneout layer")
+def test_autocast_casts_before_the_kernels(operation, low, device):
+    """All results are in autocast's dtype, as of torch's own cell on a GPU; gradients are in the parameters'."""
+    leaves, cotangents = operation.draw(device, torch.float32)
+    cotangents = [g.to(low) for g in cotangents]
+    low_leaves = [t.detach().to(low).requires_grad_() for t in leaves]
+    with torch.autocast(device.type, low):
+        found = operation.run(*leaves)
+    expected = operation.run(*low_leaves)
+    assert all(t.dtype == low for t in found) and all(map(torch.equal, found, expected))
+    found, expected = (
+        torch.autograd.grad(of, given, cotangents) for of, given in ((found, leaves), (expected, low_leaves))
+    )
+    for gradient, wanted in zip(found, expected):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted.float(), rtol=0.02, atol=0.02)
+
+
+@operations("cell", "readout", "layer with segments", "GRU cell")
+def test_autocast_leaves_float64_alone(operation, device):
+    leaves, _ = operation.draw(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = operation.run(*leaves)
+    assert all(map(torch.equal, found, operation.run(*leaves)))
+
+
+@operations("cell", "readout", "layer without biases")
+def test_a_tensor_subclass_anywhere_passes_through_the_dispatcher(operation, device):
+    """A kernel takes the memory of plain tensors; a subclass must not reach it, wherever it stands."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    leaves, _ = operation.draw(device)
+    tensors = [t.detach() for t in leaves]
+    expected = operation.run(*tensors)
+    for position, t in enumerate(tensors):
+        found = operation.run(*tensors[:position], TwoTensor(t, t), *tensors[position + 1 :])
+        assert all(isinstance(result, TwoTensor) for result in found), position
+        assert all(torch.equal(result.a, wanted) for result, wanted in zip(found, expected))
