@@ -14,7 +14,10 @@ from .launch import Launcher, accumulator
 _BLOCK_H, _BLOCK_I = 8, 128
 
 
-@triton.jit(do_not_specialize_on_alignment=["b_ih_ptr", "b_hh_ptr", "b_ih_reverse_ptr", "b_hh_reverse_ptr"])
+@triton.jit(
+    do_not_specialize=["H"],  # alignment follows from I alone
+    do_not_specialize_on_alignment=["b_ih_ptr", "b_hh_ptr", "b_ih_reverse_ptr", "b_hh_reverse_ptr"],
+)
 def _lstm_input_weights_kernel(
     # pointers; those of direction 1 are None when D = 1
     w_ptr,  # [4H, I] W_ih of direction 0

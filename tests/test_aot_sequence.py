@@ -108,7 +108,8 @@ def _cases(arch, everything):
         n, turn = len(ARCHITECTURES), ARCHITECTURES.index(arch)
         yield from (case_of(ways[k // n % 2], *case) for k, case in enumerate(CASES) if k % n == turn)
         yield from further[turn : turn + 1]
-    yield from (case_of("forward", *case) for case in SHARING.get(arch, []))
+    sharing = SHARING.get(arch, [])
+    yield from (case_of("forward", *case) for case in (sharing if everything else sharing[:1]))
 
 
 def _compile_all(arch, everything):

@@ -74,7 +74,8 @@ def test_layers_whose_programs_wait_for_each_other(target, shape, options):
 @pytest.mark.parametrize(
     "target, shape, options",
     [
-        *((target, (3, 3, 5, 24, 2), {**FP32, **EVERY}) for target in ("sm_80", "sm_100", "sm_120")),
+        ("sm_80", (3, 3, 5, 24, 2), {**FP32, **EVERY}),  # two chunks backward; the other targets get the same code
+        *((target, (3, 3, 5, 12, 2), {**FP32, **EVERY}) for target in ("sm_100", "sm_120")),
         ("sm_80", (3, 3, 5, 80), TF32X3),
     ],
 )
