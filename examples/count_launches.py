@@ -125,9 +125,8 @@ def report(title: str, launches: list[tuple[str, int]], names: bool) -> None:
     print(f"\n{title:<30}{'launches':>10}{'MB':>10}")
     kinds = {"LSTM kernels": [], "GEMMs": [], "other": []}
     for name, moved in launches:
-        kinds["LSTM kernels" if name.startswith("_lstm_sequence") else "GEMMs" if name in GEMMS else "other"].append(
-            (name, moved)
-        )
+        ours = name.startswith(("_lstm_sequence", "_lstm_cell"))
+        kinds["LSTM kernels" if ours else "GEMMs" if name in GEMMS else "other"].append((name, moved))
     for kind, found in kinds.items():
         print_line(f"  {kind}", [moved for _, moved in found])
         for name in dict.fromkeys(name for name, _ in found) if names else ():

@@ -7,6 +7,7 @@ x W_ih^T and h W_hh^T, the bias, the activations and the update of c and h never
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .cell_equations import states_of
 from .cells import forward_of
@@ -15,7 +16,7 @@ from .device import matmul_precision, multiprocessor_count
 from .gates import gate_rows, split_gates, store_gates
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .launch import Launcher, accumulator
-from .tiles import add_projections
+from .tiles import add_projections, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -31,9 +32,11 @@ def _lstm_cell_forward_kernel(
     seed_ptr,  # [1] of the cell's masks, or None
     h_ptr,  # [B, H] out
     c_ptr,  # [B, STATES * H] out
-    gates_ptr,  # [B, H, 4] out, or None when no gradient will be asked for
-    # sizes
-    B, I, H,
+    y_ptr,  # [B, D, H] out: h once more, or None
+    cells_ptr,  # [B, D, STATES * H] out: c once more, or None
+    gates_ptr,  # [B, D, H, 4] out, or None when no gradient will be asked for
+    # sizes; D: directions of a layer, one of which this is, else 1
+    B, I, H, D,
     # strides
     stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h, stride_c_prev_b, stride_c_prev_h,
     stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
@@ -59,23 +62,24 @@ def _lstm_cell_forward_kernel(
         z += tl.load(b_hh_ptr + rows.to(tl.int64) * stride_b_hh, mask=mask_rows, other=0.0).to(ACC)[None, :]
 
     offs_h = first_unit + tl.arange(0, BLOCK_H)
-    mask = mask_b[:, None] & (offs_h < H)[None, :]
     offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
-    mask_c = mask_b[:, None] & (offs_c < STATES * H)[None, :]
+    mask_h, mask_c = offs_h < H, offs_c < STATES * H
     offs_b = offs_b.to(tl.int64)
-    c_prev_offsets = offs_b[:, None] * stride_c_prev_b + offs_c.to(tl.int64)[None, :] * stride_c_prev_h
-    c_prev = tl.load(c_prev_ptr + c_prev_offsets, mask=mask_c, other=0.0).to(ACC)
+    c_prev = load_tile(c_prev_ptr, offs_b, mask_b, offs_c, mask_c, stride_c_prev_b, stride_c_prev_h).to(ACC)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
     at = None
     if seed_ptr is not None:
         at = (tl.load(seed_ptr), 0, offs_b, offs_h)
     i, f, g, o, c, h = FORWARD(z_i, z_f, z_g, z_o, c_prev, at)
 
-    tl.store(h_ptr + offs_b[:, None] * H + offs_h[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
-    c_offsets = offs_b[:, None] * (STATES * H) + offs_c[None, :]
-    tl.store(c_ptr + c_offsets, c.to(c_ptr.dtype.element_ty), mask=mask_c)
+    store_tile(h_ptr, h, offs_b, mask_b, offs_h, mask_h, H)
+    store_tile(c_ptr, c, offs_b, mask_b, offs_c, mask_c, STATES * H)
+    if y_ptr is not None:
+        store_tile(y_ptr, h, offs_b, mask_b, offs_h, mask_h, D * H)
+    if cells_ptr is not None:
+        store_tile(cells_ptr, c, offs_b, mask_b, offs_c, mask_c, D * (STATES * H))
     if gates_ptr is not None:
-        store_gates(gates_ptr, i, f, g, o, offs_b, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        store_gates(gates_ptr, i, f, g, o, offs_b * D, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
 
 
 _forward = Launcher(_lstm_cell_forward_kernel)
@@ -91,19 +95,36 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
     Returns:
         All contiguous, in the dtype of x.
     """
+    x, shape = inputs.x, inputs.h.shape
+    h = torch.empty(shape, dtype=x.dtype, device=x.device)
+    c = torch.empty(inputs.c.shape, dtype=x.dtype, device=x.device)
+    gates = torch.empty((*shape, 4), dtype=x.dtype, device=x.device) if save else None
+    outputs = CellOutputs(h, c, gates)
+    if h.numel():
+        launch_step(inputs, options, outputs)
+    return outputs
+
+
+def launch_step(
+    inputs: CellInputs,
+    options: CellOptions,
+    outputs: CellOutputs,
+    y: Tensor | None = None,
+    cells: Tensor | None = None,
+    D: int = 1,
+) -> None:
+    """Launch the forward kernel once, into the memory of outputs.
+
+    Args:
+        y, cells: [B, H] and [B, STATES * H], h and c once more. D: in rows D times as long, as those of gates are then too.
+    """
     x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, seed = inputs
-    (B, I), H, dtype, device = x.shape, h_prev.shape[1], x.dtype, x.device
-    h = torch.empty((B, H), dtype=dtype, device=device)
-    c = torch.empty(c_prev.shape, dtype=dtype, device=device)
-    gates = torch.empty((B, H, 4), dtype=dtype, device=device) if save else None
-    if h.numel() == 0:
-        return CellOutputs(h, c, gates)
+    (B, I), H, dtype = x.shape, h_prev.shape[1], x.dtype
     precision = matmul_precision(dtype, options.precision)
-    config = cell_forward_config(B, H, dtype, precision, multiprocessor_count(device))
+    config = cell_forward_config(B, H, dtype, precision, multiprocessor_count(x.device))
     weights = dict(w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh)
-    arguments = dict(x_ptr=x, h_prev_ptr=h_prev, c_prev_ptr=c_prev, seed_ptr=seed, B=B, I=I, H=H, **weights)
-    outputs = dict(h_ptr=h, c_ptr=c, gates_ptr=gates)
+    arguments = dict(x_ptr=x, h_prev_ptr=h_prev, c_prev_ptr=c_prev, seed_ptr=seed, B=B, I=I, H=H, D=D, **weights)
+    results = dict(h_ptr=outputs.h, c_ptr=outputs.c, y_ptr=y, cells_ptr=cells, gates_ptr=outputs.gates)
     cell = dict(FORWARD=forward_of(options.cell), STATES=states_of(options.cell))
     grid = (cdiv(H, config.block_h) * cdiv(B, config.block_b), 1, 1)
-    _forward(grid, config, arguments | outputs | cell | dict(ACC=accumulator(dtype), PRECISION=precision))
-    return CellOutputs(h, c, gates)
+    _forward(grid, config, arguments | results | cell | dict(ACC=accumulator(dtype), PRECISION=precision))

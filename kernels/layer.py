@@ -11,13 +11,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import cells, device, grid_sync, search, stall
+from . import cells, device, grid_sync, layer_step, search, stall
 from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
 from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
+from .layer_step import OneStep, layer_step_forward
 from .layout import as_rows, is_time_major, new_states
 from .sequence import _lstm_sequence_forward_kernel
 from .sequence_config import Problem, SequenceConfig, exchanged_row
@@ -60,8 +61,15 @@ def padded(state: Tensor, units: int) -> Tensor:
     return torch.nn.functional.pad(once, (0, units - state.shape[-1])).expand(*state.shape[:-1], units)
 
 
-def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
+def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig | OneStep:
     """The configuration for T steps on this device, which is asked of the compiler once."""
+    if layer_step.serves(T, problem.features, problem.recompute):
+        return OneStep(problem.D)
+    return sequence_plan(problem, T, on)
+
+
+def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
+    """`plan` of the sequence kernels."""
     if T == 1 and problem.way == "forward" and exchanged_row(problem.H, problem.dtype) != problem.H:
         # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
         problem = problem._replace(stepwise=True)
@@ -73,7 +81,7 @@ def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
     return config
 
 
-def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig]:
+def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig | OneStep]:
     """`plan` of a call that records gradients, forward and backward; problem: of either, with what else the call has."""
     saved = TRAINING["forward"] - ({"gates"} if problem.recompute else set())
     forward = problem._replace(way="forward", features=problem.features | saved, recompute=False)
@@ -169,6 +177,9 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
     with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
         x, directions, segments = inputs.x, inputs.directions, inputs.segments
+        given = features(resets=segments.resets, lengths=segments.lengths, random=inputs.seed)
+        if layer_step.serves(len(x), given):
+            return layer_step_forward(inputs, options, precision, save)
         # Gates are rebuilt some steps at a time, which are contiguous where y is time-major.
         x = x.contiguous() if save and options.recompute else x
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
@@ -179,12 +190,11 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         c = new_states(x, time_major, T, B, D * inputs.c0.shape[2]) if save or options.return_cells else None
         gates = new_states(x, time_major, T, B, D, H, 4) if save and not options.recompute else None
         is_long = index_type(pre, c) == tl.int64
-        found = features(resets=segments.resets, lengths=segments.lengths, random=inputs.seed, dropout=dropped)
-        found |= features(cells=c, gates=gates)
+        found = given | features(dropout=dropped, cells=c, gates=gates)
         problem = Problem(
             "forward", B, H, D, dtype, precision, options.stepwise, found, long_offsets=is_long, cell=options.cell
         )
-        config = plan(problem, T, on)
+        config = sequence_plan(problem, T, on)
         row = exchanged_row(H, dtype) if config.persistent else H
         h = new_states(x, time_major, T, B, D * row)
         mark_as_absent(h, config)

@@ -15,7 +15,7 @@ from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
-from .inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+from .inputs import CellOptions, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
     aligned,
@@ -23,13 +23,14 @@ from .layer import (
     launch,
     launches,
     mark_as_absent,
-    plan,
     pre_activations,
     recurrent_weights,
     reset_state,
     segment_arguments,
+    sequence_plan,
     state_strides,
 )
+from .layer_step import layer_step_backward, serves
 from .layout import as_rows, is_time_major, new_states
 from .sequence_backward import _lstm_sequence_backward_kernel
 from .sequence_config import Problem
@@ -72,6 +73,9 @@ def lstm_layer_backward(
     """
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
     with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
+        given = features(resets=inputs.resets, lengths=inputs.lengths, random=inputs.seed)
+        if serves(len(inputs.x), given, saved.gates is None):
+            return layer_step_backward(grads, inputs, saved, needs, CellOptions(precision, options.cell))
         saved = _dense(saved)
         needs_resets = "reset_h" in needs or "reset_c" in needs
         dz, found = _gate_gradients(grads, inputs, saved, needs_resets, options)
@@ -135,7 +139,7 @@ def _gate_gradients(
     )
     problem = Problem("backward", B, H, D, dtype, precision, options.stepwise, found, gates is None, index == tl.int64)
     problem = problem._replace(cell=options.cell)
-    config = plan(problem, T, on)
+    config = sequence_plan(problem, T, on)
     mark_as_absent(dz, config)
     p_hi, p_lo = probability(options.dropout)
     stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()

@@ -123,11 +123,14 @@ def _details(plans: list[dict[str, Any]], launches: dict[str, int], T: int, on: 
     rows = [row for _, row in measurements.rows(on)]
     parts = []
     for way, config in plans[-1].items():
+        number = f"{launches[way]} launch{'es' * (launches[way] > 1)}"
+        if not hasattr(config, "block_b"):
+            parts.append(f"{way} {number} of the cell's kernel for 1 step")
+            continue
         source = (
             "measured" if asdict(config) in [getattr(row, way) for row in rows] else "by the model and the compiler"
         )
         tile = f"{config.block_b} rows x {config.block_h} units, chunks of {config.block_k}, {config.num_warps} warps"
-        number = f"{launches[way]} launch{'es' * (launches[way] > 1)}"
         parts.append(f"{way} {number} for {T} steps, {config.programs * config.groups} programs of {tile} ({source})")
     compiled = f"; it took {seconds:.1f} s to compile, once" if seconds > 0.5 else ""
     return "; " + ", ".join(parts) + compiled

@@ -60,9 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         shape = Shape(I, H, options.layers, directions, 0, options.batch, features, dtype, precision, options.train)
         shape = shape if options.cell is None else shape._replace(cell=options.cell.key)
         if options.dry_run:
-            names = dict.fromkeys(
-                name for way in WAYS[: 1 + shape.train] for name in tuning.contenders(shape, device, way)
-            )
+            ways = WAYS[: 1 + shape.train]
+            found = (tuning.contenders(shape, options.steps, device, way) for way in ways)
+            names = dict.fromkeys(name for of_way in found for name in of_way)
             print(f"{shape}, T = {options.steps}:", *names, sep="\n  ")
         else:
             print(tuning.tune_shape(shape, options.steps, device, options.budget))

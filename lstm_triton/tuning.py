@@ -84,7 +84,7 @@ def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float =
         for part, way in enumerate(ways, 1):
             trials.append(Trial())
             trials[-1].measure(
-                request, contenders(shape, device, way, forward), begin + budget_s * part / len(ways), say
+                request, contenders(shape, steps, device, way, forward), begin + budget_s * part / len(ways), say
             )
             for name, microseconds in trials[-1].times.items():
                 say(f"{name}: {microseconds:.1f} us")
@@ -129,9 +129,12 @@ if os.environ.get("LSTM_TRITON_TUNE") == "1":
     measurements.tune_first_call = _tune_first_call
 
 
-def contenders(shape: Shape, device: torch.device, way: str, forward: dict | None = None) -> dict[str, Contender]:
-    """What to try by name: cuDNN, one launch per step, the model's choice, and other configurations of the kernel of one way:
-    the cheapest by the model, no two of the same tile and warps. forward: what those of the backward are tried with."""
+def contenders(
+    shape: Shape, steps: int, device: torch.device, way: str, forward: dict | None = None
+) -> dict[str, Contender]:
+    """What to try by name: cuDNN, one launch per step, the model's choice, and of several steps other configurations of the
+    kernel of one way: the cheapest by the model, no two of the same tile and warps. forward: what those of the backward are
+    tried with."""
     from .kernels.device import device_figures
     from .kernels.search import candidates
 
@@ -141,7 +144,7 @@ def contenders(shape: Shape, device: torch.device, way: str, forward: dict | Non
     found |= {"triton-stepwise": Contender("triton-stepwise"), "triton": Contender("triton", forward)}
     tiles: dict[tuple[int, int, int], dict] = {}
     for c in candidates(measurements.problem_of(shape, way), device_figures(device)):
-        if c.persistent:
+        if c.persistent and steps > 1:
             tiles.setdefault((c.block_b, c.block_h, c.num_warps), asdict(c))
     for (block_b, block_h, num_warps), config in list(tiles.items())[:_CANDIDATES]:
         name = f"triton, {way} tile {block_b} x {block_h}, {num_warps} warps"

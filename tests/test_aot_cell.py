@@ -53,8 +53,9 @@ def test_enough_weights_are_in_flight_at_small_batch(kind, H, megabytes):
 POINTERS = {"fp32": "*fp32", "tf32": "*fp32", "tf32x3": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "fp64": "*fp64"}
 
 
-# What is None where no gradient is wanted and there is no bias, and in the last step of a classifier with frozen inputs.
-INFERENCE = ("b_ih_ptr", "b_hh_ptr", "gates_ptr")
+# What is None where no gradient is wanted, there is no bias and no layer, and in the last step of a classifier with frozen
+# inputs.
+INFERENCE = ("b_ih_ptr", "b_hh_ptr", "gates_ptr", "y_ptr", "cells_ptr")
 WEIGHTS_OF_H = ("dc_ptr", "dx_ptr", "dh_prev_ptr", "dc_prev_ptr")
 
 
@@ -78,6 +79,8 @@ def _signature(kernel, constants, pointer, aligned, absent=()):
             signature[name] = pointer + hint
         elif name.startswith("stride_"):
             signature[name] = "i32:1" if name.endswith(inner) and not name.endswith("_b_h") else "i32" + hint
+        elif name == "D":
+            signature[name] = "i32:1" if "y_ptr" in absent else "i32"
         elif name not in constants:
             signature[name] = "i32" if name == "B" else "i32" + hint
     return signature

@@ -83,7 +83,7 @@ def _measured(module, x, backend):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What runs: names of backends, and (way, configuration) of each launch."""
+    """What runs: names of backends, and (way, configuration) of each launch; of the cell's kernels one for each direction."""
     backends, launched = [], []
     original = dispatch.layer_backend
     monkeypatch.setattr(dispatch, "layer_backend", lambda *a, **k: backends.append(original(*a, **k)) or backends[-1])
@@ -94,6 +94,14 @@ def recorded(monkeypatch):
             return launch(launcher, config, *rest)
 
         monkeypatch.setattr(module, "launch", launch)
+        original_step = getattr(module, f"layer_step_{way}")
+
+        def step(first, *rest, way=way, original=original_step):
+            D = len((first if way == "forward" else rest[0]).directions)
+            launched.extend([(way, layer.OneStep(D))] * D)
+            return original(first, *rest)
+
+        monkeypatch.setattr(module, f"layer_step_{way}", step)
     monkeypatch.setattr(search, "remembered", {})
     return backends, launched
 

@@ -42,8 +42,11 @@ def recorded(monkeypatch, poisoned_outputs):
 
 @pytest.mark.parametrize("T", [1, 2])
 def test_one_step_waits_for_nothing(T, recorded):
-    """No counters to zero, and no cooperative launch, which a CUDA graph's conditional node could not hold."""
-    _run(T, 16, 256)
+    """No counters to zero, and no cooperative launch, which a CUDA graph's conditional node could not hold.
+
+    With resets, without which the kernels of the cell serve one step.
+    """
+    _run(T, 16, 256, resets=True)
     for launcher in recorded:
         ((grid, config, arguments),) = launcher.launches
         assert config.persistent and grid[0] > 1

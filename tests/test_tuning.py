@@ -190,11 +190,12 @@ def test_a_first_call_tunes_itself_where_that_is_asked_for(made_up, monkeypatch,
 
 def test_contenders_differ_in_more_than_chunks():
     shape = SHAPE._replace(hidden_size=512, batch=64)
-    found = tuning.contenders(shape, CPU, "backward", forward={"block_b": 16})
+    found = tuning.contenders(shape, 8, CPU, "backward", forward={"block_b": 16})
     assert list(found)[:3] == ["cudnn", "triton-stepwise", "triton"] and len(found) == 8
     assert all(c.forward == {"block_b": 16} for name, c in found.items() if name.startswith("triton,"))
-    assert "cudnn" not in tuning.contenders(shape._replace(features="resets"), CPU, "forward")
+    assert "cudnn" not in tuning.contenders(shape._replace(features="resets"), 8, CPU, "forward")
     assert found["cudnn"] == Contender("cudnn")
+    assert list(tuning.contenders(shape, 1, CPU, "backward")) == list(found)[:3], "one step has no tile of a sequence"
 
 
 # ---- what is measured is taken ---------------------------------------------------------------------------------------
