@@ -1,7 +1,7 @@
-"""One timestep of the LSTM forward, in a single launch.
+"""The forward of one timestep, in one launch.
 
-Every program owns a tile of BLOCK_B batch rows and BLOCK_H hidden units with all four gates of each, so the projections
-x W_ih^T and h W_hh^T, the bias, the activations and the update of c and h never leave registers.
+Every program owns BLOCK_B batch rows and BLOCK_H hidden units with all four gates, so the products x W_ih^T and h W_hh^T, the
+biases, the activations and the update of c and h stay in registers.
 """
 
 import torch
@@ -29,23 +29,23 @@ def _lstm_cell_forward_kernel(
     w_hh_ptr,  # [4H, H]
     b_ih_ptr,  # [4H] or None
     b_hh_ptr,  # [4H] or None
-    seed_ptr,  # [1] of the cell's masks, or None
+    seed_ptr,  # [1] seed of the cell's masks, or None
     h_ptr,  # [B, H] out
     c_ptr,  # [B, STATES * H] out
     y_ptr,  # [B, D, H] out: h once more, or None
     cells_ptr,  # [B, D, STATES * H] out: c once more, or None
-    gates_ptr,  # [B, D, H, 4] out, or None when no gradient will be asked for
+    gates_ptr,  # [B, D, H, 4] out, or None when no gradient is recorded
     # sizes; D: directions of a layer, one of which this is, else 1
     B, I, H, D,
     # strides
     stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h, stride_c_prev_b, stride_c_prev_h,
     stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k, stride_b_ih, stride_b_hh,
-    # meta-parameters; STATES: those of a unit in c (states.py)
+    # meta-parameters; STATES: states per unit in c (states.py)
     FORWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
-    # One axis: the others end at 65,535 programs.
+    # The grid has one axis, because CUDA limits the others to 65,535 programs.
     tiles_h = tl.cdiv(H, BLOCK_H)
     first_unit = (tl.program_id(0) % tiles_h) * BLOCK_H
     offs_b = (tl.program_id(0) // tiles_h) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -89,11 +89,11 @@ def lstm_cell_forward(inputs: CellInputs, options: CellOptions = CellOptions(), 
     """Launch the forward kernel once.
 
     Args:
-        inputs: of one floating-point dtype and device, any strides; shapes are the caller's responsibility.
+        inputs: tensors of one floating-point dtype and device, of any strides. The caller checks them.
         save: also return the activated gates, which `lstm_cell_backward` needs.
 
     Returns:
-        All contiguous, in the dtype of x.
+        h [B, H], c [B, STATES * H] and gates [B, H, 4] or None, contiguous, in the dtype of x.
     """
     x, shape = inputs.x, inputs.h.shape
     h = torch.empty(shape, dtype=x.dtype, device=x.device)

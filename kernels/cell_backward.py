@@ -1,8 +1,8 @@
-"""One timestep of the LSTM backward, in a single launch.
+"""The backward of one timestep, in one launch.
 
-Programs of three kinds share the grid and do not depend on one another: tiles of the weight gradients, tiles of the input
-gradients, and slices of (dc_prev, db). Each recomputes the gate gradients dz it needs from the saved gates (elementwise, cheap
-next to the products), so dz is never in memory, and nothing is accumulated across programs: two runs agree bit for bit.
+Programs of three kinds share the grid and do not depend on one another: for tiles of the weight gradients, for tiles of the
+input gradients, and for slices of (dc_prev, db). Each recomputes the dz that it needs from the saved gates (elementwise, cheap
+beside the products), so dz is never in memory. Nothing is summed across programs, so two runs agree bit for bit.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit
 def _load(matrix, offs_b, mask_b, offs_h, mask_h, ACC: tl.constexpr):
-    """A tile of (pointer, its strides), of zeros where the pointer is None."""
+    """Load a tile of matrix, (pointer, its strides); zeros where the pointer is None."""
     ptr, stride_b, stride_h = matrix
     tile = tl.zeros((offs_b.shape[0], offs_h.shape[0]), ACC)
     if ptr is not None:
@@ -44,8 +44,7 @@ def _gate_gradients(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """dz_i, dz_f, dz_g, dz_o [BLOCK_B, BLOCK_H] and dc_prev [BLOCK_B, STATES * BLOCK_H]; past B and H all are 0, as is what is
-    loaded there."""
+    """Return dz_i, dz_f, dz_g, dz_o [BLOCK_B, BLOCK_H] and dc_prev [BLOCK_B, STATES * BLOCK_H]; all are 0 past B and H."""
     gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H = step
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_h = first_unit + tl.arange(0, BLOCK_H)
@@ -66,7 +65,7 @@ def _gate_gradients(
 
 @triton.jit
 def _tiles_n(of_h, of_x, BLOCK_N: tl.constexpr):
-    """Tiles of columns of two gradients side by side; each is (out or None, factor, N, strides of the factor)."""
+    """Return how many tiles of columns two gradients side by side have; each is (out or None, factor, N, factor's strides)."""
     tiles = 0
     if of_h[0] is not None:
         tiles += tl.cdiv(of_h[2], BLOCK_N)
@@ -77,8 +76,10 @@ def _tiles_n(of_h, of_x, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _chosen(tile_n, of_h, of_x, BLOCK_N: tl.constexpr):
-    """Which of the two a tile of columns belongs to, and its first column there. Code for one and the other would take twice as
-    long to compile."""
+    """Return which of the two a tile of columns belongs to, and its first column there.
+
+    It is chosen by values, because code for each of the two would take twice as long to compile.
+    """
     if of_h[0] is None:
         chosen = of_x
     elif of_x[0] is None:
@@ -97,7 +98,7 @@ def _chosen(tile_n, of_h, of_x, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _weight_gradient_tile(
-    chosen,  # (out, a, N, the strides of a)
+    chosen,  # (out, a, N, strides of a)
     first_n,
     first_unit,
     step,
@@ -109,7 +110,7 @@ def _weight_gradient_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_hh (a = h_prev, N = H) or of dW_ih (a = x, N = I)."""
+    """Compute one [4 * BLOCK_H, BLOCK_N] tile of dz^T a: of dW_hh (a = h_prev, N = H) or of dW_ih (a = x, N = I)."""
     out_ptr, a_ptr, N, stride_a_b, stride_a_n = chosen
     B, H = step[-2], step[-1]
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -121,7 +122,7 @@ def _weight_gradient_tile(
         )
         dz = join_gates(dz_i, dz_f, dz_g, dz_o, BLOCK_B, BLOCK_H)
         offs_b = first_row + tl.arange(0, BLOCK_B)
-        # This changes nothing. For sm_100, Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly.
+        # dz is 0 there already, but Triton 3.6 and 3.7 cannot compile a reshape that feeds the product directly for sm_100.
         dz = tl.where((offs_b < B)[:, None], dz, 0.0)
         a = load_tile(a_ptr, offs_b, offs_b < B, offs_n, mask_n, stride_a_b, stride_a_n)
         acc = tl.dot(tl.trans(dz).to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -131,7 +132,7 @@ def _weight_gradient_tile(
 
 @triton.jit
 def _input_gradient_tile(
-    chosen,  # (out, W, N, the strides of W)
+    chosen,  # (out, W, N, strides of W)
     first_n,
     first_row,
     step,
@@ -143,7 +144,7 @@ def _input_gradient_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One [BLOCK_B, BLOCK_N] tile of dz W: of dh_prev (W = W_hh, N = H) or of dx (W = W_ih, N = I)."""
+    """Compute one [BLOCK_B, BLOCK_N] tile of dz W: of dh_prev (W = W_hh, N = H) or of dx (W = W_ih, N = I)."""
     out_ptr, w_ptr, N, stride_w_row, stride_w_k = chosen
     B, H = step[-2], step[-1]
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -176,7 +177,7 @@ def _state_gradient_tile(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
+    """Compute dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
     first_unit = tile * BLOCK_H
     offs_h = first_unit + tl.arange(0, BLOCK_H)
     offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
@@ -195,7 +196,7 @@ def _state_gradient_tile(
         db_f += tl.sum(dz_f, axis=0)
         db_g += tl.sum(dz_g, axis=0)
         db_o += tl.sum(dz_o, axis=0)
-    # Each bias has a gradient of its own, as a caller may change one in place.
+    # Each bias has a gradient of its own, because a caller may change one in place.
     if db_ih_ptr is not None:
         _store_bias_gradient(db_ih_ptr, db_i, db_f, db_g, db_o, offs_h, H)
     if db_hh_ptr is not None:
@@ -212,7 +213,7 @@ def _store_bias_gradient(db_ptr, db_i, db_f, db_g, db_o, offs_h, H):
 
 @triton.jit(do_not_specialize=["B"])
 def _lstm_cell_backward_kernel(
-    # pointers: what arrives and what was saved
+    # pointers: incoming gradients, inputs and saved tensors
     dh_ptr,  # [B, H] or None
     dc_ptr,  # [B, STATES * H] or None
     gates_ptr,  # [B, H, 4]
@@ -222,8 +223,8 @@ def _lstm_cell_backward_kernel(
     c_ptr,  # [B, STATES * H], contiguous
     w_ih_ptr,  # [4H, I]
     w_hh_ptr,  # [4H, H]
-    seed_ptr,  # [1] of the cell's masks, or None
-    # pointers: the gradients, each contiguous, or None when not asked for
+    seed_ptr,  # [1] seed of the cell's masks, or None
+    # pointers: gradients out, each contiguous, or None where not needed
     dx_ptr,  # [B, I]
     dh_prev_ptr,  # [B, H]
     dc_prev_ptr,  # [B, STATES * H]
@@ -236,11 +237,11 @@ def _lstm_cell_backward_kernel(
     # strides
     stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h,
     stride_c_prev_b, stride_c_prev_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
-    # meta-parameters; STATES: those of a unit in c (states.py)
+    # meta-parameters; STATES: states per unit in c (states.py)
     BACKWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one timestep. The grid holds tiles of dW_hh | dW_ih, of dh_prev | dx, and of (dc_prev, db)."""
+    """Compute all gradients of one timestep. The grid holds tiles of dW_hh | dW_ih, of dh_prev | dx, and of (dc_prev, db)."""
     c_prev = (c_prev_ptr, stride_c_prev_b, stride_c_prev_h)
     dh, dc = (dh_ptr, stride_dh_b, stride_dh_h), (dc_ptr, stride_dc_b, stride_dc_h)
     step = (gates_ptr, c_ptr, c_prev, dh, dc, seed_ptr, B, H)
@@ -289,12 +290,12 @@ def lstm_cell_backward(
     """Launch the backward kernel once.
 
     Args:
-        grads: any strides.
-        inputs, options: what `lstm_cell_forward` was given. saved: of its outputs.
-        needs: the names of the inputs whose gradients to compute.
+        grads: dh [B, H] and dc [B, STATES * H], of any strides, or None.
+        inputs, options: those of `lstm_cell_forward`. saved: from its outputs.
+        needs: the names of the inputs whose gradients are computed.
 
     Returns:
-        Those gradients by name, contiguous, each with memory of its own.
+        These gradients by name, contiguous, each with memory of its own.
     """
     (dh, dc), (x, h_prev, c_prev, w_ih, w_hh, *_) = grads, inputs
     # A hook on saved tensors may return any strides.

@@ -1,7 +1,7 @@
-"""The LSTM, once: the equations every kernel computes, on values in registers, with no pointer in sight.
+"""The equations of the LSTM, which every kernel computes: functions of values in registers, without pointers.
 
-Gate order and names are PyTorch's (i, f, g, o: input/update, forget, candidate, output/result). All functions compute
-in the dtype of their arguments: float32, or float64 when the tensors are float64.
+Order and names of the gates are PyTorch's (i, f, g, o: input, forget, candidate, output). All functions compute in the dtype of
+their arguments: float64 for float64 tensors, else float32. docs/derivation.md derives them line by line.
 
 Forward, given the pre-activations z = x W_ih^T + h_prev W_hh^T + b:
 
@@ -9,8 +9,8 @@ Forward, given the pre-activations z = x W_ih^T + h_prev W_hh^T + b:
     c = f * c_prev + i * g
     h = o * tanh(c)
 
-Backward, given dh and dc from the output and from the step after (each line is the chain rule applied to one line above,
-read upwards):
+Backward, given dh and dc from the output and from the step after (the chain rule, applied to one line of the forward at a time,
+from the last to the first):
 
     h = o * tanh(c)          do = dh * tanh(c)             dc += dh * o * (1 - tanh(c)^2)
     c = f * c_prev + i * g   df = dc * c_prev              dc_prev = dc * f
@@ -20,7 +20,7 @@ read upwards):
     f = sigmoid(z_f)         dz_f = df * f * (1 - f)
     i = sigmoid(z_i)         dz_i = di * i * (1 - i)
 
-and, by the matrix products of the kernels, dx = dz W_ih, dh_prev = dz W_hh, dW_ih = dz^T x, dW_hh = dz^T h_prev, db = sum dz.
+Matrix products in the kernels give the rest: dx = dz W_ih, dh_prev = dz W_hh, dW_ih = dz^T x, dW_hh = dz^T h_prev, db = sum dz.
 """
 
 import triton
@@ -29,9 +29,8 @@ import triton.language as tl
 
 @triton.jit
 def _exp(x):
-    # In float32 a GPU has instructions for 2^x and 1 / x, within 2 ulp and 1 ulp where arguments and results are normal.
-    # tl.exp and the division use them too, beside code for subnormal numbers, which are zero here: a gate below 2^-126, of
-    # z < -87.3, is closed. That is no error that the dtype or the tolerance rule could see, 2^-103 ulp of 1 in float32.
+    # The PTX instructions for 2^x and 1 / x in float32 are within 2 ulp and 1 ulp. tl.exp and the division add code for
+    # subnormal numbers. Here these are 0: a gate of z < -87.3 is closed, an error of less than 2^-103 ulp of 1.
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -46,26 +45,26 @@ def _reciprocal(x):
         return 1.0 / x
     else:
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        # A step of Newton's method leaves the error of a rounding. Without the minimum inf * 0 would be NaN.
+        # A step of Newton's method corrects r to about one rounding. Without the minimum, inf * 0 would be NaN.
         return tl.fma(tl.fma(-tl.minimum(x, 3e38), r, 1.0), r, r)
 
 
 @triton.jit
 def sigmoid(x):
     if x.dtype == tl.float64:
-        # 1 / (1 + e) would round twice; near 1 the derivative s (1 - s) multiplies the error of s.
+        # 1 / (1 + e) would round twice, and near s = 1 the derivative s (1 - s) magnifies the error of s.
         e = tl.exp(-tl.abs(x))
         r = e / (1.0 + e)
         return tl.where(x < 0, r, 1.0 - r)
-    # exp(-x) overflows to inf for very negative x, and 1 / inf = 0 is the right answer.
+    # For very negative x, exp(-x) overflows to inf, and 1 / inf = 0 is right.
     return _reciprocal(1.0 + _exp(-x))
 
 
 @triton.jit
 def tanh(x):
     # The exponent is never positive, so nothing overflows; (1 - exp(-2x)) / (1 + exp(-2x)) would be inf / inf at x = -45.
-    # Near zero, where subtracting from 1 would leave an absolute error only, the odd polynomial a + a^3 p(a^2) keeps all
-    # digits: p interpolates (tanh(a) / a - 1) / a^2 at the Chebyshev nodes of 0 <= a^2 <= 1/4.
+    # Near zero, 1 - 2 e / (1 + e) would lose relative accuracy. The odd polynomial a + a^3 p(a^2) keeps it: p interpolates
+    # (tanh(a) / a - 1) / a^2 at the Chebyshev nodes of 0 <= a^2 <= 1/4.
     a = tl.abs(x)
     e = _exp(-2.0 * a)
     t = tl.where(a < 0.5, _tanh_near_zero(a), 1.0 - 2.0 * (e * _reciprocal(1.0 + e)))
@@ -95,7 +94,7 @@ def _tanh_near_zero(a):
 
 @triton.jit
 def expm1(x):
-    # The rounding error of e is in e - 1 and in log(e) alike, and their quotient has none of it.
+    # Kahan's method: the rounding error of e enters e - 1 and log(e) alike, and cancels in their quotient.
     e = tl.exp(x)
     near = (e - 1.0) * (x / tl.log(e))
     return tl.where(e == 1.0, x, tl.where(tl.abs(x) < 1.0, near, e - 1.0))
@@ -103,7 +102,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    # Likewise.
+    # Kahan's method, as in expm1.
     y = 1.0 + x
     near = tl.log(y) * (x / (y - 1.0))
     return tl.where(y == 1.0, x, tl.where(tl.abs(x) < 1.0, near, tl.log(y)))
@@ -111,19 +110,19 @@ def log1p(x):
 
 @triton.jit
 def d_sigmoid(s):
-    """Derivative of sigmoid, from its value s."""
+    """Return the derivative of sigmoid, from its value s."""
     return s * (1.0 - s)
 
 
 @triton.jit
 def d_tanh(t):
-    """Derivative of tanh, from its value t."""
+    """Return the derivative of tanh, from its value t."""
     return 1.0 - t * t
 
 
 @triton.jit
 def gate_activations(z_i, z_f, z_g, z_o):
-    """The gates from their pre-activations: returns i, f, g, o."""
+    """Activate the gates. Returns i, f, g, o."""
     i = sigmoid(z_i)
     f = sigmoid(z_f)
     g = tanh(z_g)
@@ -133,7 +132,7 @@ def gate_activations(z_i, z_f, z_g, z_o):
 
 @triton.jit
 def lstm_forward(z_i, z_f, z_g, z_o, c_prev):
-    """One timestep from the pre-activations: returns i, f, g, o, c, h."""
+    """Compute one timestep from the pre-activations. Returns i, f, g, o, c, h."""
     i, f, g, o = gate_activations(z_i, z_f, z_g, z_o)
     c = f * c_prev + i * g
     h = o * tanh(c)
@@ -142,7 +141,7 @@ def lstm_forward(z_i, z_f, z_g, z_o, c_prev):
 
 @triton.jit
 def lstm_backward(i, f, g, o, c_prev, c, dh, dc):
-    """Back through one timestep: returns dz_i, dz_f, dz_g, dz_o, dc_prev."""
+    """Compute the gradients of one timestep. Returns dz_i, dz_f, dz_g, dz_o, dc_prev."""
     tanh_c = tanh(c)
     do = dh * tanh_c
     dc += dh * o * d_tanh(tanh_c)

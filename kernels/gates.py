@@ -1,13 +1,13 @@
-"""Four gates in one tile: how BLOCK_H hidden units, with all four gates each, become 4 * BLOCK_H rows or columns.
+"""Four gates in one tile: the order in which BLOCK_H hidden units with four gates each are 4 * BLOCK_H rows or columns.
 
-Two orders of the 4 * BLOCK_H entries n of a tile are in use; nothing outside this file knows them.
+There are two orders of the 4 * BLOCK_H entries n of a tile:
 
-*Fragment order*, for operands and results of matrix products: n = 16 * block + 8 * hi + 2 * lane + lo stands for unit
-4 * block + lane, gate 2 * hi + lo. In a tensor-core accumulator one thread holds columns 2 * lane, 2 * lane + 1 of each group
-of eight, hence all four gates of a unit, and `split_gates` moves no data between threads.
+*Fragment order*, for operands and results of matrix products: n = 16 * block + 8 * hi + 2 * lane + lo is unit 4 * block + lane,
+gate 2 * hi + lo. In a tensor-core accumulator one thread holds columns 2 * lane and 2 * lane + 1 of each group of eight, hence
+all four gates of a unit, and `split_gates` moves no data between threads.
 
-*Memory order*, for pre-activations and saved gates, [..., H, 4] in memory: n = 4 * unit + gate. All four gates of a unit are
-one 8- or 16-byte access.
+*Memory order*, for pre-activations and saved gates, [..., H, 4] in memory: n = 4 * unit + gate. One access of 8 or 16 bytes
+takes all four gates of a unit.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def gate_rows(first_unit, H, BLOCK_H: tl.constexpr):
-    """Rows of a [4H, ...] weight that make up the tile of units first_unit ... + BLOCK_H, in fragment order.
+    """Return the rows of a [4H, ...] weight for the units first_unit ... first_unit + BLOCK_H - 1, in fragment order.
 
     Returns rows [4 * BLOCK_H] and their mask (False for units past H). BLOCK_H is a multiple of 4.
     """
@@ -28,7 +28,7 @@ def gate_rows(first_unit, H, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[BLOCK_B, 4 * BLOCK_H] in fragment order -> four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
+    """Split [BLOCK_B, 4 * BLOCK_H] in fragment order into four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
     tile = tl.reshape(tile, (BLOCK_B, BLOCK_H // 4, 2, 4, 2))
     tile = tl.permute(tile, (0, 1, 3, 2, 4))
     return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
@@ -36,13 +36,13 @@ def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def split_units(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[BLOCK_B, 4 * BLOCK_H] in memory order -> four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
+    """Split [BLOCK_B, 4 * BLOCK_H] in memory order into four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
     return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
 
 
 @triton.jit
 def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Four [BLOCK_B, BLOCK_H] tiles -> [BLOCK_B, 4 * BLOCK_H] in fragment order."""
+    """Join four [BLOCK_B, BLOCK_H] tiles to [BLOCK_B, 4 * BLOCK_H] in fragment order."""
     tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
     tile = tl.permute(tile, (0, 1, 3, 2, 4))
     return tl.reshape(tile, (BLOCK_B, 4 * BLOCK_H))
@@ -52,9 +52,9 @@ def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 def load_gates(
     ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ALL_UNITS: tl.constexpr = False
 ):
-    """Load i, f, g, o of the given rows from [rows, H, 4] in memory order; entries outside the masks are 0.
+    """Load i, f, g, o of these batch rows from [rows, H, 4] in memory order; entries outside the masks are 0.
 
-    mask_rows None promises that all rows exist; ALL_UNITS, heeded only without mask_rows, that all units do.
+    mask_rows None promises that all rows exist. ALL_UNITS, used only without mask_rows, promises that all units do.
     """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
     offsets = rows[:, None] * (4 * H) + n[None, :]
@@ -82,7 +82,7 @@ def store_gates(
     BLOCK_H: tl.constexpr,
     ALL_UNITS: tl.constexpr = False,
 ):
-    """Store i, f, g, o of the given rows to [rows, H, 4] in memory order, rounded to the dtype there.
+    """Store i, f, g, o of these batch rows to [rows, H, 4] in memory order, rounded to the dtype there.
 
     ALL_UNITS promises that all units exist.
     """
@@ -96,7 +96,7 @@ def store_gates(
 
 @triton.jit
 def _split_pairs(tile):
-    # [..., hi, lo] with gate = 2 * hi + lo; split takes the last axis, so lo falls first.
+    # [..., hi, lo] with gate = 2 * hi + lo; tl.split splits the last axis, lo, first.
     ig, fo = tl.split(tile)
     i, g = tl.split(ig)
     f, o = tl.split(fo)

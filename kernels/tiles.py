@@ -1,4 +1,4 @@
-"""Tiles of matrices in memory, of any strides: loading and storing one, and multiplying a row of them with a column of them."""
+"""Load and store tiles of matrices of any strides, and multiply a row of tiles by a column of tiles."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(ptr, rows, mask_rows, columns, mask_columns, stride_row, stride_column):
-    """The entries at rows x columns of a matrix, 0 where a mask is False. Offsets are of 64 bits."""
+    """Load the entries at rows x columns of a matrix, 0 where a mask is False. Offsets are of 64 bits."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(ptr + offsets, mask=mask_rows[:, None] & mask_columns[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, tile, rows, mask_rows, columns, mask_columns, stride_row):
-    """Store at rows x columns of a matrix, whose columns are adjacent, in its dtype. Offsets are of 64 bits."""
+    """Store a tile at rows x columns of a matrix with adjacent columns, rounded to its dtype. Offsets are of 64 bits."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_columns[None, :])
 
@@ -25,14 +25,14 @@ def add_projections(
     mask_b,
     rows,
     mask_rows,
-    first,  # (a [B, K], W [N, K], K, the strides of a, of W)
-    second,  # the same of other a, W and K, or None
+    first,  # (a [B, K], W [N, K], K, strides of a, strides of W)
+    second,  # the same for another a, W and K, or None
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + a W^T, and the second a W^T, for one tile of rows of a and one of rows of W.
+    """Return acc + a W^T of the first and of the second product, for a tile of rows of a and a tile of rows of W.
 
-    One loop for both: what the second product needs is on its way while the first is computed.
+    One loop computes both, so that the loads of the second product begin during the first.
     """
     steps_of_first = tl.cdiv(first[2], BLOCK_K)
     steps = steps_of_first
