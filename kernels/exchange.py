@@ -1,24 +1,24 @@
 """How programs of one launch exchange their state without a barrier, and why it is correct.
 
-The tensor through which they exchange h or dz has an address of its own for every step, and all its bits are set before the
-launch. A program stores its slice in words of 32 bits; who needs a word loads it again and again until it is not as it was.
-So the data says itself that it is there: nobody counts arrivals, and no fence waits until stores are acknowledged.
+The tensor through which they exchange h or dz has an address of its own for every step. Before the launch it is filled: all
+its bits are set. A program stores its slice in words of 32 bits. A program that needs a word loads it until it differs from
+the fill. So the data itself shows that it has arrived: no counter counts arrivals, and no fence waits until stores are
+acknowledged.
 
 Why a reader sees what was stored (PTX memory model):
-1. Every word is written by the fill, in an earlier kernel of the same stream, which happens before all of this launch, and
-   once in this launch. The accesses to it in this launch are relaxed, at gpu scope, of 32 bits and of the same address: they
-   are morally strong, so nothing races, and single-copy atomic, so a load returns all of the fill or all of the value. A
-   vector is several such accesses, in no order: each word is looked at by itself. Where two programs store the same word
+1. Every word is written by the fill, an earlier kernel of the same stream, which happens before all of this launch, and once
+   in this launch. The accesses to it in this launch are relaxed, at gpu scope, of 32 bits and of the same address. They are
+   morally strong, so nothing races, and single-copy atomic, so a load returns all of the fill or all of the value. A vector
+   access is several such accesses in no order, so each word is tested by itself. Where two programs store the same word
    (slices of units may overlap), they store the same bits.
-2. No value is mistaken for the fill: a word whose bits are all set is stored as 0x7FFFFFFF instead. Both are NaN, of float32
-   as well as of the 16-bit types, in both halves.
-3. What was loaded is itself what is computed with. No other memory is read because of it, so no order among addresses is
-   needed. Threads wait each for their own words; in a program the barriers of the compiler order what passes through shared
-   memory.
+2. No value is mistaken for the fill: a word whose bits are all set is stored as 0x7FFFFFFF instead. Both are NaN, as float32
+   and, in both halves, as the 16-bit types.
+3. A thread computes with the very words that it has tested. It reads no other memory because of them, so no order among
+   addresses is needed. Each thread waits for its own words; the compiler's barriers order what passes through shared memory.
 
 Why it ends: a word of step s is stored by a program that has read step s - 1 and waits for nothing else, so by induction over
-s all are stored, provided all programs run at the same time; what `grid_sync` says of that holds here too. Rows whose state
-does not come from another program are read once, whatever bits they hold. Nothing is overwritten: no address is used twice.
+s all words are stored, provided all programs run at the same time (see `grid_sync`). Batch rows whose state does not come from
+another program are read once, whatever bits they hold. Nothing is overwritten: no address is used twice.
 """
 
 import triton
@@ -29,9 +29,9 @@ from .grid_sync import MAX_POLLS
 
 @triton.constexpr_function
 def _waiting_loads(rows, chunks, stride, left_before, max_polls):
-    """PTX that loads of each of `rows` rows `chunks` vectors of four words, `stride` bytes apart, until all are there.
+    """Return PTX that loads `chunks` vectors of four words, `stride` bytes apart, of each of `rows` rows until all are there.
 
-    left_before: elements before the last vector, which is loaded only where more are left; None if it always is.
+    left_before: the last vector is loaded only where more elements than these are left; None if it always is.
     """
     words = 4 * rows * chunks
     address, waits, left, stall = words, words + rows, words + 2 * rows, words + 2 * rows + 1
@@ -47,7 +47,8 @@ def _waiting_loads(rows, chunks, stride, left_before, max_polls):
             lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{vector}}}, [${address + row} + {chunk * stride}];")
     registers = 0
     for row in range(rows):
-        # The largest word of a row, as an unsigned number, is the fill if any is. In pairs: a chain would take longer.
+        # The largest word of a row, as an unsigned number, is the fill if any word is. Maxima in pairs take less time than a
+        # chain.
         names = [f"${4 * (chunk * rows + row) + k}" for chunk in range(chunks) for k in range(4)]
         while len(names) > 1:
             pairs = [(names[k], names[k + 1]) for k in range(0, len(names) - 1, 2)]
@@ -88,11 +89,11 @@ def types_of_words(words):
 
 @triton.jit
 def load_words(starts, waits, left, stall_ptr, STRIDE: tl.constexpr, LEFT_BEFORE: tl.constexpr, CHUNKS: tl.constexpr):
-    """Words that other programs store meanwhile: a tuple, for each chunk and each row, of four adjacent ones of 32 bits.
+    """Load words that other programs are still storing: a tuple of four adjacent words of 32 bits for each chunk and each row.
 
-    starts: for each row pointers to the first ones; those of the next chunk lie STRIDE bytes further on. waits: likewise -1
-    where another program stores the row, 0 where what is there is right. left: how many elements there are; the last chunk is
-    loaded where more than LEFT_BEFORE are, if that is not None. stall_ptr: the word of `stall.word`, None where nobody waits.
+    starts: for each row pointers to its first words; those of the next chunk lie STRIDE bytes further on. waits: for each row
+    -1 where another program stores it, 0 where it is ready. left: how many elements the row has from there on; the last chunk
+    is loaded where these are more than LEFT_BEFORE, if that is not None. stall_ptr: `stall.word`, None where no program waits.
     """
     ROWS: tl.constexpr = len(starts)
     addresses = ()
@@ -103,14 +104,14 @@ def load_words(starts, waits, left, stall_ptr, STRIDE: tl.constexpr, LEFT_BEFORE
         _operands(4 * ROWS * CHUNKS, ROWS),
         addresses + waits + (left, stall_ptr.to(tl.int64) if stall_ptr is not None else tl.cast(0, tl.int64)),
         dtype=types_of_words(4 * ROWS * CHUNKS),
-        is_pure=True,  # or the compiler, which gives it another layout, would keep the one it had as well
+        is_pure=True,  # else the compiler, when it changes the layout, would keep the loads in the old layout too
         pack=1,
     )
 
 
 @triton.jit
 def word_of(a, b):
-    """Two tensors of 16 bits as one of 32, a below."""
+    """Pack two tensors of 16 bits into one of 32, a in the lower half."""
     return (a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
@@ -130,7 +131,7 @@ def _store_operands(words):
 
 @triton.jit
 def store_words(pointers, words, mask):
-    """Store a tuple of 1, 2 or 4 adjacent words, tensors of int32, at each pointer, for `load_fragments` of other programs."""
+    """Store a tuple of 1, 2 or 4 adjacent int32 words at each pointer, for `load_words` of other programs."""
     stored = ()
     for k in tl.static_range(len(words)):
         stored = stored + (tl.where(words[k] == -1, 0x7FFFFFFF, words[k]),)  # type: ignore[assignment]
@@ -146,7 +147,7 @@ def store_words(pointers, words, mask):
 
 @triton.jit
 def store_state(ptr, h, rows, offs_h, mask):
-    """Store h [rows, units], rounded, at ptr + rows[:, None] + offs_h[None, :]; of adjacent units either both or none exist."""
+    """Store h [rows, units], of ptr's dtype, at ptr + rows[:, None] + offs_h[None, :]. In 16 bits units are masked in pairs."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     pointers = ptr + (rows[:, None] + offs_h[None, :])
     if dtype.primitive_bitwidth == 16:
@@ -161,7 +162,7 @@ def store_state(ptr, h, rows, offs_h, mask):
 
 @triton.jit
 def store_gates_of_units(pointers, i, f, g, o, mask):
-    """Store i, f, g, o [rows, units], rounded, each unit's in this order from its pointer on: two words or four."""
+    """Store i, f, g, o [rows, units], rounded, from each unit's pointer on: two words or four."""
     dtype: tl.constexpr = pointers.dtype.element_ty
     i, f, g, o = i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype)
     if dtype.primitive_bitwidth == 16:

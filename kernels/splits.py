@@ -1,7 +1,7 @@
 """A product whose inner dimension is split among the warps of a program, for tiles of few rows and columns.
 
-Each warp reads its own part of both operands and no other, and has a chain of sums that is as many times shorter; the sums of
-all warps then meet. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension, a part for each warp.
+Each warp reads only its own part of both operands, so its chain of sums is SPLIT_K times shorter. At the end the partial sums
+of all warps are added up. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension: BLOCK_K for each warp.
 """
 
 import triton
@@ -17,14 +17,17 @@ def _bits(number):
 
 @triton.jit
 def chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[SPLIT_K, BLOCK_K] places of a chunk in the inner dimension."""
+    """Return the indices [SPLIT_K, BLOCK_K] of a chunk in the inner dimension."""
     splits = chunk * SPLIT_K + tl.arange(0, SPLIT_K)
     return splits[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
 def load_rows_chunk(rows, exists, chunk, N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[SPLIT_K, rows, BLOCK_K] of rows of N elements; 0 past their end, and everywhere unless `exists`, None where true."""
+    """Load a chunk [SPLIT_K, rows, BLOCK_K] of rows of N elements; 0 past their end.
+
+    exists: where it is False all is 0; None stands for True.
+    """
     n = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     pointers = rows[None, :, None] + n[:, None, :]
     if exists is not None:
@@ -39,8 +42,10 @@ def load_rows_chunk(rows, exists, chunk, N: tl.constexpr, SPLIT_K: tl.constexpr,
 def product_of_rows(
     rows, exists, weights, N: tl.constexpr, IN_FLIGHT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
 ):
-    """[rows, columns]: rows of N elements in memory, as `load_rows_chunk` takes them, times weights, a tuple of chunks
-    [SPLIT_K, BLOCK_K, columns]."""
+    """Return [rows, columns], the product of rows of N elements in memory and weights.
+
+    rows, exists: as for `load_rows_chunk`. weights: a tuple of chunks [SPLIT_K, BLOCK_K, columns].
+    """
     CHUNKS: tl.constexpr = len(weights)
     SPLIT_K: tl.constexpr = weights[0].shape[0]
     BLOCK_K: tl.constexpr = weights[0].shape[1]
@@ -48,7 +53,7 @@ def product_of_rows(
     COLUMNS: tl.constexpr = weights[0].shape[2]
     parts = tl.zeros((SPLIT_K, BLOCK_B, COLUMNS), ACC)
     for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
-        # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
+        # Issue all loads before using the first, so that they share one L2 round trip.
         state = ()
         for k in tl.static_range(IN_FLIGHT):
             if first + k < CHUNKS:
@@ -70,7 +75,7 @@ def product_of_arriving_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """`product_of_rows` of rows that other programs store meanwhile, as `load_fragments` takes them; weights in registers."""
+    """Return `product_of_rows` for rows that other programs are still storing (`load_fragments`); weights are in registers."""
     FULL: tl.constexpr = on_cuda_cores(rows[0].dtype.element_ty, PRECISION)
     CHUNKS: tl.constexpr = len(weights)
     SPLIT_K: tl.constexpr = rows[0].shape[0]
@@ -93,7 +98,7 @@ def product_of_arriving_rows(
             else:
                 parts = tl.dot(weights[first + k], state[k], parts, input_precision=PRECISION, out_dtype=ACC)
     if FULL:
-        # A thread has its own part of a sum, too: four of them in each warp.
+        # On CUDA cores each warp has four partial sums of every result, in four threads.
         parts = tl.reshape(joined(parts), (SPLIT_K, 8, 4, COLUMNS, BLOCK_B // 8))
         parts = tl.reshape(tl.permute(parts, (0, 2, 3, 4, 1)), (4 * SPLIT_K, COLUMNS, BLOCK_B))
     return tl.trans(sum_of_splits(parts, parts.shape[0], COLUMNS, BLOCK_B))  # type: ignore[union-attr]
@@ -101,7 +106,7 @@ def product_of_arriving_rows(
 
 @triton.jit
 def _full_products(parts, weights, state):
-    """parts, () for zeros: for each column and each eight rows a tensor; plus the products of the elements of a chunk."""
+    """Return parts plus the products of one chunk. parts: a tensor for each column and each eight rows, or () for zeros."""
     for k in tl.static_range(4):
         sums = ()
         for column in tl.static_range(len(weights) // 4):
@@ -116,10 +121,10 @@ def _full_products(parts, weights, state):
 
 @triton.jit
 def sum_of_splits(parts, SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr):
-    """[SPLIT_K, BLOCK_B, COLUMNS] -> [BLOCK_B, COLUMNS], each entry summed by one thread.
+    """Sum [SPLIT_K, BLOCK_B, COLUMNS] over the splits: [BLOCK_B, COLUMNS], each entry in one thread.
 
-    The parts of an entry, one in each warp, move to one thread, which adds them up in pairs. tl.sum would leave all of the sum
-    in every warp, and each would go on to compute all units.
+    The partial sums of an entry, one in each warp, move to one thread, which adds them in pairs. tl.sum would leave the result
+    in every warp, and each warp would then compute all units.
     """
     rest = tl.permute(parts, (1, 2, 0))
     for halving in tl.static_range(1, _bits(SPLIT_K)):

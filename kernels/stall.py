@@ -1,6 +1,6 @@
 """Names the kernel that timed out while it waited.
 
-A kernel that waits too long (`grid_sync.wait`, `exchange.load_fragments`) stops the device with a trap. CUDA then reports only
+A kernel that waits too long (`grid_sync.wait`, `exchange.load_words`) stops the device with a trap. CUDA then reports only
 an "unspecified launch failure", from whichever call comes next. Before the trap the kernel therefore writes to a word of pinned
 host memory, which outlives the CUDA context. The next layer names the kernel, or else the end of the process does.
 """
