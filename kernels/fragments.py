@@ -1,18 +1,17 @@
-"""The operands of the product of what programs exchange (exchange.py), loaded into the registers that multiply them.
+"""The operands of the product without a barrier (exchange.py), loaded straight into the registers that multiply them.
 
-The words are loaded in the order in which tensor cores take them. The rows are columns of the product's right operand, of
-which a thread, `lane` of its warp, holds row lane // 4 of each eight, and of 64 bytes of it those elements whose number, in the
-order in which they are multiplied, is
+The exchanged batch rows are columns of the right operand of the product. Of each eight rows the tensor cores take row lane // 4
+from thread `lane` of a warp, and of 64 bytes of that row the elements with these indices in the inner dimension:
 
     k = 8 * LO * hi + 2 * LO * (lane % 4) + LO * register + lo    hi, register: 0, 1; LO elements to a word, two of 16 bits
 
 up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`ADJACENT_WORDS`).
-The inner dimension may be run through in any order that both operands agree on. So a thread loads 16 adjacent bytes of each
-row, which are numbered so that they are the ones it holds, and W_hh likewise, which stays in registers: no data moves between
-threads.
+A product may take the inner dimension in any order that both operands share. So a thread loads 16 adjacent bytes of each row,
+and the order is such that these are the elements it has to hold. It loads W_hh, which stays in registers, in the same order. No
+data moves between threads.
 
-CUDA cores multiply full float32. There each thread multiplies the words that it has loaded of a row itself, by the same columns
-of every row of W_hh: those weights it holds too, as do the seven other threads with the same columns of other rows.
+CUDA cores multiply full float32. There each thread multiplies the words of a row that it has loaded by the same columns of
+every row of W_hh. It holds these weights too, as do the seven threads that load the same columns of other rows.
 """
 
 import triton
@@ -20,26 +19,26 @@ import triton.language as tl
 
 from .exchange import load_words, types_of_words
 
-# Of the words that a thread holds of a row of an operand, those whose columns are adjacent. Triton decides on it, for operands
-# that were joined from parts, and says so only in what it has compiled; any other order costs a move for each element.
+# How many of the words that a thread holds of a row have adjacent columns. Triton chooses this for operands that are joined
+# from parts, and it shows only in the compiled code; any other order costs a move for each element.
 ADJACENT_WORDS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1)
 
 
 @triton.constexpr_function
 def on_cuda_cores(dtype, precision):
-    """Whether the product of what was exchanged runs on CUDA cores, and not on tensor cores."""
+    """Return whether CUDA cores compute the product, and not tensor cores."""
     return dtype == tl.float32 and precision == "ieee"
 
 
 @triton.jit
 def fragment_rows(first_row, SPLIT_K: tl.constexpr, ROWS: tl.constexpr = 8):
-    """[SPLIT_K, 8, 4]: for every thread its row among the eight from first_row on, or where ROWS is 1 that row itself."""
+    """Return [SPLIT_K, 8, 4], for every thread: its row of the eight from first_row on, or first_row where ROWS is 1."""
     return tl.broadcast_to(first_row + tl.arange(0, ROWS)[None, :, None], (SPLIT_K, 8, 4))
 
 
 @triton.jit
 def rows_of_block(flags, block: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Of flags, one for each row of the program, those of `fragment_rows` of its eight rows number `block`."""
+    """Return the flags of eight-row block `block` in the order of `fragment_rows`. flags: one for each batch row."""
     BLOCKS: tl.constexpr = flags.shape[0] // 8
     here = (tl.arange(0, BLOCKS) == block)[:, None]
     eight = tl.sum(tl.where(here, tl.reshape(flags.to(tl.int32), (BLOCKS, 8)), 0), axis=0)
@@ -48,11 +47,11 @@ def rows_of_block(flags, block: tl.constexpr, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def load_fragments(rows, waits, first, stall_ptr, N: tl.constexpr, CHUNKS: tl.constexpr, FULL: tl.constexpr):
-    """A tuple of CHUNKS right operands [SPLIT_K, BLOCK_K, rows], from chunk `first` on, of rows of N elements.
+    """Load CHUNKS right operands [SPLIT_K, BLOCK_K, rows] from chunk `first` on, of rows of N elements that arrive meanwhile.
 
-    rows: for each eight of them pointers to where they begin, as `fragment_rows` has them. waits: likewise -1 where another
-    program stores the row, 0 where what is there is right. stall_ptr: the word of `stall.word`, None where nobody waits.
-    FULL: for CUDA cores, a tuple for each chunk instead: of each eight rows the four elements that a thread holds.
+    rows: for each eight rows, pointers to their beginnings in the order of `fragment_rows`. waits: in the same order, -1 where
+    another program stores the row, 0 where it is ready. stall_ptr: `stall.word`, None where no program waits. FULL: for CUDA
+    cores, each chunk is a tuple of the four elements of each eight rows that a thread multiplies.
     """
     ROWS: tl.constexpr = len(rows)
     SPLIT_K: tl.constexpr = rows[0].shape[0]
@@ -86,7 +85,7 @@ def _right_operand(words, first: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.c
 
 @triton.constexpr_function
 def _weight_loads(itemsize, unit_bytes, gate_bytes):
-    """PTX that loads four words of weights: adjacent elements, or all gates of a unit, or of two, that lie so far apart."""
+    """Return PTX that loads four words of weights: adjacent elements, or all gates of one unit or two at these distances."""
     if gate_bytes == itemsize:
         loads = "@exists ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
     else:
@@ -115,11 +114,11 @@ def load_weight_fragments(
     unit: tl.constexpr = 4,
     gate: tl.constexpr = 1,
 ):
-    """A tuple of CHUNKS left operands [SPLIT_K, rows, BLOCK_K] in registers, of rows of N elements.
+    """Load CHUNKS left operands [SPLIT_K, rows, BLOCK_K] into registers, of rows of N elements.
 
-    rows: for each eight of them pointers to where they begin, as `fragment_rows` has them. The elements are adjacent, or
-    element 4 * u + g lies unit * u + gate * g further on. FULL: for CUDA cores, a tuple for each chunk instead: of each row,
-    of which rows has one after the other, the four elements that a thread multiplies.
+    rows: for each eight rows, pointers to their beginnings in the order of `fragment_rows`. The elements are adjacent, or
+    element 4 * u + g lies unit * u + gate * g further on. FULL: for CUDA cores, rows has one pointer for each row, and each
+    chunk is a tuple of the four elements of each row that a thread multiplies.
     """
     LO: tl.constexpr = BLOCK_K // 16
     dtype: tl.constexpr = rows[0].dtype.element_ty
@@ -133,7 +132,7 @@ def load_weight_fragments(
         words = ()
         for row in tl.static_range(len(rows)):
             if FULL:
-                # Loads, because inline assembly has no layout of its own, and the compiler would find one for each sum.
+                # tl.load fixes a layout. For inline assembly, which has none, the compiler would choose one for each sum.
                 for k in tl.static_range(4):
                     word = tl.load(rows[row] + at + k * gate, mask=n < N, other=0.0)
                     words = words + (word,)  # type: ignore[assignment]
@@ -169,7 +168,7 @@ def _floats(words, first: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _tile(words, first: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """[SPLIT_K, 8, 4, ROWS, register of two, hi, lo] elements, of four words for each eight rows."""
+    """Return elements [SPLIT_K, 8, 4, ROWS, register, hi, lo] from four words for each eight rows."""
     parts = ()
     for k in tl.static_range(4 * ROWS):
         parts = parts + _elements(words[first + k], dtype)
@@ -186,7 +185,7 @@ def _elements(word, dtype: tl.constexpr):
 
 @triton.jit
 def joined(parts):
-    """2^n tensors as one with n more axes, of which the first tells the first half from the second."""
+    """Join 2^n tensors to one with n more axes, of which the first new axis separates the first half from the second."""
     for _ in tl.static_range(len(parts).bit_length() - 1):
         joined = ()
         for i in tl.static_range(len(parts) // 2):

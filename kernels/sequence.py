@@ -1,10 +1,10 @@
-"""A whole sequence forward in one launch: the recurrence, given the pre-activations x W_ih^T + b of all steps.
+"""The forward of a whole sequence in one launch: the recurrence, given the pre-activations x W_ih^T + b of all steps.
 
 A program owns BLOCK_H hidden units with all four gates, for BLOCK_B batch rows of one direction. Its slice of W_hh stays on
-chip for the whole launch (RESIDENT); c stays in registers. The programs that own the units of the same rows exchange h
-through y itself, which has a fresh address for every step, and wait for one another once a step (grid_sync). Rows and
-directions never wait for each other. Where the programs cannot all run at once, or W_hh does not fit, the same kernel runs
-once per step.
+chip for the whole launch (RESIDENT); c stays in registers. The programs of a group, which own the units of the same batch rows
+and direction, exchange h through y, which has an address of its own for every step. They wait for one another once a step
+(`exchange`, `grid_sync`); groups never do. Where the programs cannot all run at once, or W_hh does not fit, the same kernel is
+launched once per step.
 """
 
 import triton
@@ -30,7 +30,7 @@ def _load_weight_chunk(w_ptr, rows, mask_rows, k, H: tl.constexpr, BLOCK_K: tl.c
 def _load_split_weight_chunk(
     w_ptr, chunk, first_unit, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """[SPLIT_K, BLOCK_K, 4 * BLOCK_H], transposed, in memory order."""
+    """Load a chunk [SPLIT_K, BLOCK_K, 4 * BLOCK_H] of W_hh^T, columns in memory order."""
     n = 4 * first_unit + tl.arange(0, 4 * BLOCK_H)
     k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * H + k[:, :, None]
@@ -43,7 +43,7 @@ def _rows_before(
     stride_b, h_step_size, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b,
     ROW: tl.constexpr, D: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the h before step t of batch rows rows_b, and whether it comes from outside of y."""
+    """Return pointers to the h before step t of batch rows rows_b, and whether it comes from outside of y."""
     t_prev = t - 1 + 2 * direction
     previous_ptr = y_ptr + t_prev * h_step_size
     output_rows = rows_b.to(INDEX) * stride_b * D + direction
@@ -52,7 +52,7 @@ def _rows_before(
     if not HAS_LENGTHS:
         h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * ROW
     else:
-        # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
+        # Batch rows that have not begun would read past the end of y: they load the initial state instead, and do not use it.
         begins |= (t_prev < 0) | (t_prev >= T)
         h_rows = tl.where(begins, h0_ptr + state_rows * ROW, previous_ptr + output_rows * ROW)
     if resets is not None:
@@ -66,7 +66,7 @@ def _rows_before(
 
 @triton.jit
 def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_K, rows] of a state whose units are contiguous: transposed, the right operand of W h^T."""
+    """Load [BLOCK_K, rows] of a state whose units are contiguous: the right operand of W h^T, transposed."""
     offs_k = k + tl.arange(0, BLOCK_K)
     pointers = rows[None, :] + offs_k[:, None]
     if ROW % BLOCK_K != 0:
@@ -85,32 +85,32 @@ def _lstm_sequence_forward_kernel(
     c_in_ptr,  # [D, B, STATES * H] c before first_step
     resets_ptr,  # [T, B] integers, or None
     reset_h_ptr,  # [T, D, B, ROW] broadcast, or None where resets are
-    reset_c_ptr,  # [T, D, B, STATES * H] likewise
+    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None where resets are
     lengths_ptr,  # [B] or None
     y_ptr,  # [T, B, D, ROW] out, and the buffer through which programs exchange h
-    h_n_ptr,  # [D, B, H] out; rows of length 0 are left as they are
+    h_n_ptr,  # [D, B, H] out; batch rows of length 0 are not written
     c_out_ptr,  # [D, B, STATES * H] out: c after last_step
     c_ptr,  # [T, B, D, STATES * H] out, or None
     gates_ptr,  # [T, B, D, H, 4] out, or None
-    seed_ptr,  # [1] of dropout and of the cell's masks, or None
+    seed_ptr,  # [1] seed of dropout and of the cell's masks, or None
     dropped_ptr,  # [T, B, D, H] out: y after dropout, or None
-    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another, or IN_BAND
-    stall_ptr,  # [1] the word of `stall.word`, or None when no program waits for another
+    counters_ptr,  # [groups, 32] zeros, and zeros again after the launch; None where no program waits for another, or IN_BAND
+    stall_ptr,  # [1] `stall.word`, or None where no program waits for another
     # sizes
     T, B, first_step, last_step,
-    first_group,  # of those that share the work; this launch has as many as its programs make up
+    first_group,  # the first group of this launch, which has as many groups as its programs make up
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
-    # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one row
+    # strides; all [T, B, D, ...] tensors have the same, in units of D rows; those of reset states are in units of one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
-    # STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep; IN_BAND: h is
-    # exchanged without a barrier (exchange.py), and all bits of y are set before
+    # STATES: states per unit in c (states.py); INDEX: integer type of offsets within one timestep; IN_BAND: h is exchanged
+    # without a barrier (exchange.py), and all bits of y are set before the launch
     FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr, IN_BAND: tl.constexpr,
 ):  # fmt: skip
-    """Steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
+    """Compute steps first_step ... last_step - 1 of h_t, c_t = LSTM(pre_t, h_{t-1}, c_{t-1}) for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
     CHUNKS: tl.constexpr = (H + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K)
     ALL_UNITS: tl.constexpr = H % BLOCK_H == 0
@@ -145,7 +145,7 @@ def _lstm_sequence_forward_kernel(
                 else _load_split_weight_chunk(w_ptr, chunk, first_unit, H, BLOCK_H, SPLIT_K, BLOCK_K),
             )
 
-    # Rows past the batch load the last row again: a load without a mask needs fewer registers, and only stores count.
+    # Rows past the batch load its last row again, because masks would take registers; only stores are masked.
     rows_b = tl.minimum(offs_b, B - 1)
     step_size = stride_t.to(tl.int64) * (D * H)
     h_step_size = stride_t.to(tl.int64) * (D * ROW)
@@ -158,7 +158,7 @@ def _lstm_sequence_forward_kernel(
     c_state_offsets = state_rows[:, None] * (STATES * H) + offs_c[None, :]
     lengths = row_lengths(lengths_ptr, rows_b, T)
     last_arrival = (last_step - first_step) * PROGRAMS - 1
-    # Of h this thread loads its rows of each eight, or the program all of them.
+    # Batch rows whose h is loaded: IN_BAND this thread's row of each eight, else all rows of the program.
     gathered, row_ends = (rows_b,), (lengths,)
     if IN_BAND:
         gathered, row_ends = (), ()  # type: ignore[assignment]
@@ -175,8 +175,8 @@ def _lstm_sequence_forward_kernel(
     if resets_ptr is not None:
         resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
 
-    # num_stages=1: the software pipeliner would move the loads of h above the wait. disable_licm: out of the loop, each address
-    # of W_hh in shared memory would take a register.
+    # num_stages=1, because the software pipeliner would move the loads of h above the wait. disable_licm, because outside of
+    # the loop each address of W_hh in shared memory would take a register.
     for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = step + direction * (T - 1 - 2 * step)
         h_rows, awaits = (), ()
@@ -197,15 +197,15 @@ def _lstm_sequence_forward_kernel(
             reset_c = tl.load(reset_c_rows[:, None] + offs_c[None, :], mask=mask_c & resets[:, None], other=0.0)
             c = tl.where(resets[:, None], reset_c.to(ACC), c)
 
-        # The next step's input does not depend on h: ask for it before waiting. The last step asks for its own again.
+        # The next step's input does not depend on h, so load it before the wait. The last step loads its own again.
         n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
         if resets_ptr is not None:
-            # Also: loaded in the step that uses them, these bytes would decide how the compiler lays the operands out.
+            # If these bytes were loaded in the step that uses them, the compiler would choose the operands' layout by them.
             resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
         at = None
         if seed_ptr is not None:
-            # Not before the loop: all the random numbers need from the seed would stay in registers.
+            # In the loop, because what follows from the seed would otherwise stay in registers.
             seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
             at = (seed, t, rows_b, direction * H + offs_h)
         if RESIDENT:
@@ -225,7 +225,7 @@ def _lstm_sequence_forward_kernel(
             z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
             if RESIDENT:
                 for first in tl.static_range(0, CHUNKS, IN_FLIGHT):
-                    # All asked for before the first is used: they take one way to the L2 cache and back, not one each.
+                    # Issue all loads before using the first, so that they share one L2 round trip.
                     state = ()
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
@@ -256,16 +256,16 @@ def _lstm_sequence_forward_kernel(
 
         h = h.to(y_ptr.dtype.element_ty)
         if ROW != H:
-            h = tl.where((offs_h < H)[None, :], h, 0.0)  # not so by itself: an infinite state times W's zeros is NaN
+            h = tl.where((offs_h < H)[None, :], h, 0.0)  # an infinite state times zeros of W_hh is NaN
         mask_h = mask_b[:, None] & (offs_h < ROW)[None, :]
         if IN_BAND:
             store_state(y_ptr + t * h_step_size, h, output_rows * ROW, offs_h, mask_h)
         else:
             tl.store(y_ptr + t * h_step_size + h_offsets, h, mask=mask_h)
         if counters_ptr is not None:
-            arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)  # first let the others go on, then save
+            arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)  # before the stores that no program waits for
         elif not IN_BAND:
-            tl.debug_barrier()  # a program that is alone with its rows reads its own h in the next step
+            tl.debug_barrier()  # the only program of a group reads its own h in the next step
 
         if c_ptr is not None:
             tl.store(c_ptr + t * step_size * STATES + c_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask_c)

@@ -1,9 +1,9 @@
-"""A whole sequence backward in one launch: from the gradients of y, h_n, c_n to the gate gradients dz of all steps.
+"""The backward of a whole sequence in one launch: from the gradients of y, h_n and c_n to the gate gradients dz of all steps.
 
-A program owns BLOCK_H hidden units for BLOCK_B batch rows of one direction. It gathers: with the columns of W_hh that belong to
-its units on chip, dh_t = dy_t + dz_{t+1} W_hh for those units, from the dz_{t+1} of all programs of its group, which they
-exchange through the output dz itself. dc stays in registers. No accumulation across programs: two runs agree bit for bit. The
-gradients of weights, biases and inputs are then single matrix products over all steps.
+A program owns BLOCK_H hidden units for BLOCK_B batch rows of one direction, and keeps the columns of W_hh of these units on
+chip. It computes dh_t = dy_t + dz_{t+1} W_hh for its units from the dz_{t+1} of its whole group; the programs exchange dz
+through the output dz itself. dc stays in registers. Nothing is summed across programs, so two runs agree bit for bit. The
+gradients of weights, biases and inputs are then products and sums over all steps (`layer_backward`).
 """
 
 import triton
@@ -20,7 +20,7 @@ from .splits import chunk_offsets, load_rows_chunk, product_of_arriving_rows, pr
 
 @triton.jit
 def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[SPLIT_K, BLOCK_K, BLOCK_H] of W_hh: rows in the order of dz in memory, 4 * unit + gate."""
+    """Load a chunk [SPLIT_K, BLOCK_K, BLOCK_H] of W_hh, with rows in the order of dz in memory, 4 * unit + gate."""
     n = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     rows = (n % 4) * H + n // 4
     offsets = rows.to(tl.int64)[:, :, None] * H + offs_h[None, None, :]
@@ -30,12 +30,12 @@ def _load_weight_chunk(w_ptr, chunk, offs_h, mask_h, H: tl.constexpr, SPLIT_K: t
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["dy_ptr", "resets_ptr", "seed_ptr"])
 def _lstm_sequence_backward_kernel(
     # pointers
-    dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of what was dropped
-    seed_ptr,  # [1] of dropout and of the cell's masks, or None
+    dy_ptr,  # [T, B, D, H] or None; with dropout the gradient of y after dropout
+    seed_ptr,  # [1] seed of dropout and of the cell's masks, or None
     dc_states_ptr,  # [T, B, D, STATES * H] or None: the gradient of every c_t
     dh_n_ptr,  # [D, B, H] or None
     dc_in_ptr,  # [D, B, STATES * H] or None: the gradient of c after the last step of this launch
-    gates_ptr,  # [.., B, D, H, 4] activated gates, or pre-activations to activate, from t = gates_t on
+    gates_ptr,  # [.., B, D, H, 4] gates (ACTIVATED) or pre-activations, from t = gates_t on
     c_ptr,  # [T, B, D, STATES * H]
     c0_ptr,  # [D, B, STATES * H]
     w_ptr,  # [4H, H] W_hh of direction 0, contiguous
@@ -45,33 +45,34 @@ def _lstm_sequence_backward_kernel(
     lengths_ptr,  # [B] or None
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
     dc_out_ptr,  # [D, B, STATES * H] out: the gradient of c before the first step of this launch
-    dreset_c_ptr,  # [T, B, D, STATES * H] out, zeros before, or None
-    counters_ptr,  # [groups, 32] zeros, which the launch leaves; None when no program waits for another
-    stall_ptr,  # [1] the word of `stall.word`, or None likewise
+    dreset_c_ptr,  # [T, B, D, STATES * H] out, zeros before the launch, or None
+    counters_ptr,  # [groups, 32] zeros, and zeros again after the launch; None where no program waits for another, or IN_BAND
+    stall_ptr,  # [1] `stall.word`, or None where no program waits for another
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step,
-    first_group,  # of those that share the work; this launch has as many as its programs make up
+    first_group,  # the first group of this launch, which has as many groups as its programs make up
     p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
     gates_t, gates_reverse_t,
-    # strides; those of [T, B, ...] tensors are common to all of them and count D rows, those of reset states one
+    # strides; all [T, B, D, ...] tensors but dy have the same, in units of D rows; reset states in units of one row
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; STATES: those of a unit in c (states.py); INDEX is the integer type of offsets within one timestep
+    # meta-parameters; STATES: states per unit in c (states.py); INDEX: integer type of offsets within one timestep; IN_BAND: dz
+    # is exchanged without a barrier (exchange.py), and all bits of dz are set before the launch
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
     IN_BAND: tl.constexpr,
 ):  # fmt: skip
-    """Steps first_step ... last_step - 1, back through time, of D directions."""
+    """Compute dz of steps first_step ... last_step - 1, backward in time, for D directions."""
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # of one barrier group
     group = tl.program_id(0) // PROGRAMS + first_group
     direction = group % D
     offs_b = (group // D) * BLOCK_B + tl.arange(0, BLOCK_B)
-    # Rows past the batch load the last row again, and only stores count: masks take registers, of which there are too few.
+    # Rows past the batch load its last row again, because masks would take registers; only stores are masked.
     rows_b = tl.minimum(offs_b, B - 1)
     mask_b = offs_b < B
-    # For the same reason, where the units do not fill the last program, it computes some of the one before, too, and both store
-    # the same bits. Not where each step is a launch of its own: those update dc in place.
+    # For the same reason, where the units do not fill the last program, it computes some units of the one before too, and both
+    # store the same bits. Where each step is a launch of its own this is not possible, because it updates dc in place.
     ALL_UNITS: tl.constexpr = H % BLOCK_H == 0 or (RESIDENT and H > BLOCK_H)
     first_unit = (tl.program_id(0) % PROGRAMS) * BLOCK_H
     if ALL_UNITS:
@@ -127,13 +128,13 @@ def _lstm_sequence_backward_kernel(
             t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
         )
 
-    # As forward: nothing moves above the wait, nor addresses out of the loop.
+    # num_stages and disable_licm: as in the forward.
     for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = T - 1 - step + direction * (2 * step - T + 1)
         t_prev = t - 1 + 2 * direction  # the step before in the recurrence, the next one here
         t_next = t + 1 - 2 * direction
 
-        # Everything that does not depend on the other programs: ask for it before waiting.
+        # Load everything that does not depend on other programs before the wait.
         i, f, g, o = load_gates(
             gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
         )
@@ -142,7 +143,8 @@ def _lstm_sequence_backward_kernel(
         if lengths_ptr is None:
             c_rows = tl.where(begins, c0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * (STATES * H)
         else:
-            # Rows that have not begun would look past the end: they load the initial state too, and do not use it.
+            # Batch rows that have not begun would read past the end of c: they load the initial state instead, and do not use
+            # it.
             begins |= (t_prev < 0) | (t_prev >= T)
             c_rows = tl.where(begins, c0_ptr + state_rows * (STATES * H), previous_ptr + output_rows * (STATES * H))
         c_previous = tl.load(c_rows[:, None] + offs_c[None, :], mask=mask_c_loads, other=0.0)
@@ -158,7 +160,7 @@ def _lstm_sequence_backward_kernel(
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         at = None
         if seed_ptr is not None:
-            # Not before the loop: all the random numbers need from the seed would stay in registers.
+            # In the loop, because what follows from the seed would otherwise stay in registers.
             seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
             at = (seed, t, rows_b, direction * H + offs_h)
         if dy_ptr is not None:
@@ -178,7 +180,7 @@ def _lstm_sequence_backward_kernel(
 
         next_rows = dz_ptr + t_next * step_size * 4 + output_rows * (4 * H)
         if IN_BAND:
-            # In the first step there is nothing to gather, and what is loaded is not used.
+            # In the first step there is no dz to read: what is loaded is not used.
             source = dz_ptr + tl.where(step > 0, t_next, t) * step_size * 4
             next_blocks, awaits = (), ()
             for block in tl.static_range(BLOCK_B // 8):
@@ -199,7 +201,7 @@ def _lstm_sequence_backward_kernel(
                 parts = tl.dot(dz, w, parts, input_precision=PRECISION, out_dtype=ACC)
             dh_next = sum_of_splits(parts, SPLIT_K, BLOCK_B, BLOCK_H)
         if resets_ptr is not None:
-            # A state that was cleared before the step t_next passes no gradient back to here.
+            # Where the state was reset before step t_next, no gradient passes back to step t.
             dh_next = tl.where(resets_next[:, None], 0.0, dh_next)
             resets_next = resets
         dh += dh_next
@@ -228,7 +230,7 @@ def _lstm_sequence_backward_kernel(
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)
         elif not IN_BAND:
-            tl.debug_barrier()  # a program that is alone with its rows reads its own dz in the next step
+            tl.debug_barrier()  # the only program of a group reads its own dz in the next step
 
         if resets_ptr is not None:
             if dreset_c_ptr is not None:
