@@ -1,7 +1,7 @@
-"""One LSTM layer over a whole sequence, in one or two directions: the forward kernel and the GEMM of the library before it.
+"""The forward of one LSTM layer over a whole sequence, in one or two directions: a cuBLAS GEMM, then the sequence kernel.
 
-One GEMM gives the pre-activations of all steps and directions, one launch the recurrence. A small launch before them brings
-W_ih and the biases from gate-major to the unit-major order [H, 4] of the pre-activations (`input_weights`).
+The GEMM computes the pre-activations of all steps and directions, the kernel the recurrence. A small launch before them copies
+W_ih and the biases from gate-major order to the unit-major order [H, 4] of the pre-activations (`input_weights`).
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,21 @@ from .specialization import TRAINING, features
 
 _forward = Launcher(_lstm_sequence_forward_kernel)
 
-# Arrival counters are int32: steps times programs of a group stay below this.
+# Arrival counters are int32: steps times programs of a group are at most this.
 _MAX_ARRIVALS = 2**31 - 1
 
 
 def aligned(t: Tensor) -> Tensor:
-    """Contiguous, from a 16-byte boundary on: elsewhere, as one layer's part of all states may be, it takes another kernel."""
+    """Return t, contiguous and beginning at a multiple of 16 bytes, as a copy if need be; else it would take another kernel."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def reset_state(resets: Tensor | None, state: Tensor | None, initial: Tensor) -> Tensor | None:
-    """`state`, reset_h or reset_c, as a kernel takes it; zeros where there are resets without one. initial: h0 or c0.
+    """Return `state`, which is reset_h or reset_c, as a kernel takes it; zeros where there are resets without one.
 
-    Its rows lie at multiples of their length from a 16-byte boundary: as it is, or else a copy, broadcast again.
+    The rows of the result lie at multiples of their length from a 16-byte boundary: `state` itself, or else a copy, broadcast
+    again. initial: h0 or c0.
     """
     if resets is None:
         return None
@@ -54,7 +55,7 @@ def reset_state(resets: Tensor | None, state: Tensor | None, initial: Tensor) ->
 
 
 def padded(state: Tensor, units: int) -> Tensor:
-    """A state [..., H] with rows of `units` units, those past H zero; what is broadcast stays so."""
+    """Return a state [..., H] with rows of `units` units, those past H zero. Broadcast dimensions remain broadcast."""
     if state.shape[-1] == units:
         return state
     once = state[tuple(slice(None if s else 1) for s in state.stride()[:-1])]
@@ -62,16 +63,16 @@ def padded(state: Tensor, units: int) -> Tensor:
 
 
 def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig | OneStep:
-    """The configuration for T steps on this device, which is asked of the compiler once."""
+    """Return the configuration for T steps on this device. The first call for a problem may compile kernels."""
     if layer_step.serves(T, problem.features, problem.recompute):
         return OneStep(problem.D)
     return sequence_plan(problem, T, on)
 
 
 def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
-    """`plan` of the sequence kernels."""
+    """Return `plan` for the sequence kernels."""
     if T == 1 and problem.way == "forward" and exchanged_row(problem.H, problem.dtype) != problem.H:
-        # Rows of any other width would be exchanged element by element; for a single step it is not worth the copies.
+        # Padding such rows takes copies, which a single step does not repay.
         problem = problem._replace(stepwise=True)
     figures = device.device_figures(on)
     figures = figures._replace(sms=max(figures.sms - device.FREE_MULTIPROCESSORS, 1))
@@ -82,7 +83,7 @@ def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
 
 
 def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig | OneStep]:
-    """`plan` of a call that records gradients, forward and backward; problem: of either, with what else the call has."""
+    """Return `plan` of a call that records gradients, forward and backward. problem: either way, with its other features."""
     saved = TRAINING["forward"] - ({"gates"} if problem.recompute else set())
     forward = problem._replace(way="forward", features=problem.features | saved, recompute=False)
     backward = problem._replace(way="backward", features=problem.features | TRAINING["backward"])
@@ -90,8 +91,8 @@ def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, Sequ
 
 
 def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, arguments: dict[str, Any]) -> None:
-    """Launch a sequence kernel for the steps in its arguments, all of them but those of its groups and what these wait with."""
-    # A launch of one step waits for nothing, and any CUDA graph may hold it.
+    """Launch a sequence kernel for the steps in its arguments. Counters, stall word and first group are added here."""
+    # No program of a launch of one step waits, so the launch need not be cooperative.
     waits = config.waits and arguments["last_step"] - arguments["first_step"] > 1
     counters = stalled = None
     if waits:
@@ -112,7 +113,7 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
         grid_sync.forget_counters()
         if not waits or not any(words in str(error) for words in ("cooperative launch", "operation not supported")):
             raise
-        # A part of a GPU that its properties do not tell: of a green context, or a client of MPS; or a virtual one.
+        # The GPU's properties do not show that a green context, MPS or virtualisation leaves this process only a part of it.
         raise RuntimeError(
             f"{launcher.kernel.__name__} needs {programs} programs that run at the same time, and this process may use fewer"
             " multiprocessors, or launch none so: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
@@ -121,32 +122,31 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
 
 
 def mark_as_absent(exchanged: Tensor, config: SequenceConfig) -> None:
-    """Set all bits of what programs are going to exchange, where these say whether it is there: see `exchange`."""
+    """Fill the tensor through which programs will exchange their state without a barrier: set all its bits (`exchange`)."""
     if config.in_band and exchanged.shape[0] > 1:
         exchanged.view({2: torch.int16, 4: torch.int32}[exchanged.itemsize]).fill_(-1)
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:
-    """The integer type of offsets within one timestep of tensors [T, B, ...], in elements."""
+    """Return the integer type of offsets within one timestep of tensors [T, B, ...], in elements."""
     last = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:])) for t in tensors if t is not None)
     return tl.int32 if last < 2**31 else tl.int64
 
 
 def state_strides(name: str, state: Tensor | None) -> dict[str, int]:
-    """The arguments stride_<name>_t, _d and _b of a reset state [T, D, B, n], in rows."""
+    """Return the arguments stride_<name>_t, _d and _b of a reset state [T, D, B, n], in rows."""
     t, d, b = (0, 0, 0) if state is None else (s // state.shape[3] for s in state.stride()[:3])
     return {f"stride_{name}_t": t, f"stride_{name}_d": d, f"stride_{name}_b": b}
 
 
 def recurrent_weights(directions: Sequence[Direction]) -> dict[str, Tensor | None]:
-    """The arguments for W_hh of each direction: the kernels know one layout, and what does not have it is copied, once for all
-    steps."""
+    """Return the arguments for W_hh of each direction, copied once for all steps if they are not contiguous and aligned."""
     reverse = aligned(directions[1].w_hh) if len(directions) == 2 else None
     return {"w_ptr": aligned(directions[0].w_hh), "w_reverse_ptr": reverse}
 
 
 def segment_arguments(segments: Segments) -> dict[str, Any]:
-    """The arguments for resets, as integers that a kernel can load, and lengths."""
+    """Return the arguments for resets, viewed as integers that a kernel can load, and for lengths."""
     flags, lengths = segments.resets, segments.lengths
     stride_t, stride_b = (0, 0) if flags is None else flags.stride()
     return {
@@ -158,7 +158,7 @@ def segment_arguments(segments: Segments) -> dict[str, Any]:
 
 
 def pre_activations(x: Tensor, w: Tensor, b: Tensor | None, D: int) -> Tensor:
-    """x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps: [T, B, D, H, 4], in one GEMM; w, b: by `input_weights`."""
+    """Compute x W_ih^T + b_ih + b_hh of x [T, B, I] for all steps in one GEMM: [T, B, D, H, 4]. w, b: from `input_weights`."""
     T, B, _ = x.shape
     time_major = is_time_major(x)
     rows = as_rows(x, time_major)
@@ -170,8 +170,8 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
     """Run one layer.
 
     Args:
-        inputs: of one floating-point dtype and device, T and B at least 1. The memory of x is time-major or batch-major (others
-            are copied), which the outputs then follow.
+        inputs: tensors of one floating-point dtype and device, T and B at least 1. The outputs are time-major or batch-major in
+            memory as x is; x in any other order is copied.
         save: also return what `lstm_layer_backward` needs.
     """
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
@@ -180,7 +180,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         given = features(resets=segments.resets, lengths=segments.lengths, random=inputs.seed)
         if layer_step.serves(len(x), given):
             return layer_step_forward(inputs, options, precision, save)
-        # Gates are rebuilt some steps at a time, which are contiguous where y is time-major.
+        # Pre-activations are recomputed for some steps at a time, which are contiguous where y is time-major.
         x = x.contiguous() if save and options.recompute else x
         (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
         pre = pre_activations(x, *input_weights(directions), D)
@@ -248,7 +248,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
 
 
 def launches(config: SequenceConfig, state_in: Tensor | None, state_out: Tensor, first: int, last: int) -> list[tuple]:
-    """(first step, last step, state in, state out) of each launch; between launches the state is kept unrounded."""
+    """Return (first step, last step, state in, state out) of each launch. Between launches the state is not rounded."""
     if config.persistent or last - first == 1:
         return [(first, last, state_in, state_out)]
     kept = torch.empty_like(state_out, dtype=accumulator_dtype(state_out.dtype))

@@ -1,7 +1,7 @@
-"""One LSTM layer back through time: the backward kernel and the GEMMs of the library after it.
+"""The backward of one LSTM layer over a whole sequence: the sequence kernel, then cuBLAS GEMMs.
 
-One launch gives the gate gradients dz of all steps; from them one GEMM each gives dx, dW_ih and dW_hh. Rows of weight gradients
-are put back from the unit-major order of dz to gate-major.
+One launch computes the gate gradients dz of all steps; from them one GEMM each computes dx and dW_ih, and one or two dW_hh.
+Then the rows of the weight gradients are copied from the unit-major order of dz to gate-major order.
 """
 
 from collections.abc import Collection
@@ -43,12 +43,12 @@ _WEIGHTS = frozenset(name for name in LayerInputs._fields if name.startswith(("w
 
 
 def _unit_major(w: Tensor) -> Tensor:
-    """Rows gate * H + unit -> 4 * unit + gate."""
+    """Reorder rows from gate * H + unit to 4 * unit + gate."""
     return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _gate_major(w: Tensor) -> Tensor:
-    """The inverse of `_unit_major`, always a copy: a caller may change the gradient of one bias in place."""
+    """Undo `_unit_major`, always as a copy, because a caller may change the gradient of one bias in place."""
     gates = w.unflatten(0, (-1, 4)).transpose(0, 1)
     return gates.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
@@ -60,16 +60,16 @@ def lstm_layer_backward(
     needs: Collection[str],
     options: LayerOptions = LayerOptions(),
 ) -> dict[str, Tensor]:
-    """Back through `lstm_layer_forward`.
+    """Compute the gradients of `lstm_layer_forward`.
 
     Args:
-        grads: any strides.
-        inputs, options: what it was given. saved: of its outputs. Without gates, these are rebuilt by GEMMs, some steps at a
-            time.
-        needs: the names of the inputs whose gradients to compute.
+        grads: tensors of any strides, or None for zero. inputs, options: those of the forward. saved: from its outputs; where
+        it has no gates, GEMMs compute pre-activations again,
+            some steps at a time.
+        needs: the names of the inputs whose gradients are computed.
 
     Returns:
-        Those gradients by name, and perhaps others; each with memory of its own.
+        These gradients by name, and perhaps others; each with memory of its own.
     """
     precision = matmul_precision(inputs.x.dtype, options.precision, recurrent=True)
     with stall.names_the_kernel, torch_products(inputs.x.dtype, precision):
@@ -98,9 +98,9 @@ def lstm_layer_backward(
 
 
 def _dense(saved: LayerSaved) -> LayerSaved:
-    """All in one dense memory order, that of h, and time-major where the gates are to be rebuilt.
+    """Return the saved tensors in one dense memory order, that of h, and time-major where there are no gates.
 
-    They were, but a hook on saved tensors may return any strides.
+    The forward saves them so, but a hook on saved tensors may return any strides.
     """
     h, c, gates = saved
     if gates is None or is_time_major(h):
@@ -111,7 +111,7 @@ def _dense(saved: LayerSaved) -> LayerSaved:
 def _gate_gradients(
     grads: LayerGradients, inputs: LayerInputs, saved: LayerSaved, needs_resets: bool, options: LayerOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """dz [T, B, D, H, 4], by the kernel; and the gradients that come with it: of c0, and where needed of reset_c."""
+    """Compute dz [T, B, D, H, 4] by the kernel. Returns it and the gradients of c0 and, where needed, of reset_c."""
     x, (h, c, gates), directions, segments = inputs.x, saved, inputs.directions, inputs.segments
     (T, B, _), (D, _, H), dtype, on = x.shape, inputs.h0.shape, x.dtype, x.device
     time_major = is_time_major(h)
@@ -188,14 +188,14 @@ def _gate_gradients(
             held = dict(gates_ptr=pieces, gates_t=starts[0], gates_reverse_t=starts[1])
             launch(_backward, config, on, arguments | steps | held)
         state_in = state_out
-        del pieces, held  # else what was rebuilt is held while the next is
+        del pieces, held  # else these pre-activations would be kept while the next are computed
     return dz, {"c0": dc0} if dreset_c is None else {"c0": dc0, "reset_c": dreset_c.permute(0, 2, 1, 3)}
 
 
 def _weight_gradients(
     dz: Tensor, rows: Tensor, inputs: LayerInputs, h: Tensor, needs: Collection[str]
 ) -> dict[str, Tensor]:
-    """Those of both directions; rows: dz as a matrix, of T * B rows."""
+    """Compute the gradients of weights and biases of all directions. rows: dz as a matrix [T * B, D * 4H]."""
     D, segments, time_major = dz.shape[2], inputs.segments, is_time_major(h)
     x_rows = _rows_within(inputs.x, segments.lengths, time_major)
     dw_ih, db = (rows.t() @ x_rows).chunk(D), rows.sum(0).chunk(D)
@@ -211,7 +211,7 @@ def _weight_gradients(
 
 
 def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
-    """`as_rows` of x with zeros past its rows' ends: dz is zero there, but in a product zero times NaN is NaN."""
+    """Return `as_rows` of x with zeros past each batch row's length: dz is zero there, but zero times NaN is NaN."""
     rows = as_rows(x, time_major)
     if lengths is None:
         return rows
@@ -220,7 +220,7 @@ def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
 
 
 def recomputed_ranges(T: int) -> list[tuple[int, int]]:
-    """Steps whose gates are held at the same time: an eighth of them, or 32 where that is more."""
+    """Return the ranges of steps whose pre-activations are kept at the same time: an eighth of T, but at least 32."""
     size = max(-(-T // 8), 32)
     return [(first, min(first + size, T)) for first in range(0, T, size)]
 
@@ -228,7 +228,7 @@ def recomputed_ranges(T: int) -> list[tuple[int, int]]:
 def _rebuilt_pre_activations(
     inputs: LayerInputs, weights: tuple[Tensor, Tensor | None], h0: Tensor, y: Tensor, starts: tuple[int, int], n: int
 ) -> Tensor:
-    """[n, B, D, H, 4]: of direction d, n steps from t = starts[d] on; weights: by `input_weights`."""
+    """Return pre-activations [n, B, D, H, 4]; direction d has n steps from t = starts[d] on. weights: from `input_weights`."""
     pieces = []
     for d, direction in enumerate(inputs.directions):
         w, b = weights[0].chunk(len(h0))[d], None if weights[1] is None else weights[1].chunk(len(h0))[d]
@@ -240,7 +240,7 @@ def _rebuilt_pre_activations(
 
 
 def _cleared_before(segments: Segments, d: int, start: int, n: int) -> Tensor:
-    """[n, B] whether direction d clears its state before steps t = start ... start + n - 1: `segments.resets_at` for all."""
+    """Return [n, B], whether direction d resets its state before steps t = start ... start + n - 1 (`segments.resets_at`)."""
     resets = segments.resets
     assert resets is not None
     flags = resets[start + d : start + n + d]
@@ -253,10 +253,10 @@ def _cleared_before(segments: Segments, d: int, start: int, n: int) -> Tensor:
 
 
 def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: int, n: int) -> Tensor:
-    """[n, B, H]: the h that direction d had before steps t = start ... start + n - 1."""
+    """Return [n, B, H], the h of direction d before steps t = start ... start + n - 1."""
     T, H = y.shape[0], h0.shape[2]
     y = y[:, :, d * H : (d + 1) * H]
-    # A row without steps does not use its initial state, which may be anything.
+    # A batch row of length 0 does not use its initial state, which may hold anything.
     initial = h0[d] if segments.lengths is None else torch.where((segments.lengths > 0)[:, None], h0[d], 0.0)
     at_edge = start == 0 if d == 0 else start + n == T
     if d == 0:
@@ -276,11 +276,11 @@ def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: i
 def _recurrent_weight_gradient(
     dz: Tensor, h0: Tensor, y: Tensor, d: int, segments: Segments, time_major: bool
 ) -> Tensor:
-    """dW_hh [4H, H] of direction d: the sum over steps of dz_t^T h_{t-1}."""
+    """Return dW_hh [4H, H] of direction d: the sum over steps of dz_t^T h_{t-1}."""
     T, H = y.shape[0], h0.shape[2]
     dz = dz[:, :, d].flatten(2)
     if segments.resets is None and segments.lengths is None and time_major:
-        # h_{t-1} is y, shifted by a step, and h0: two products instead of a copy.
+        # h_{t-1} is y, shifted by a step, and h0. Two products avoid a copy of it.
         later, earlier = slice(1, T), slice(0, T - 1)
         steps, states, edge = (later, earlier, 0) if d == 0 else (earlier, later, T - 1)
         dw = dz[steps].flatten(0, 1).t() @ y[states, :, d * H : (d + 1) * H].flatten(0, 1)
@@ -290,14 +290,14 @@ def _recurrent_weight_gradient(
 
 
 def _gradient_at_resets(dz: Tensor, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
-    """[T, B, H]: the gradient of the state that direction d was reset to, 0 where there was no reset."""
+    """Return [T, B, H], the gradient of the h that direction d was reset to; 0 where there was no reset."""
     flags = _cleared_before(segments, d, 0, dz.shape[0])
     dh = dz[:, :, d].flatten(2) @ _unit_major(w_hh)
     return torch.where(flags[..., None], dh, dh.new_zeros(()))
 
 
 def _initial_state_gradient(dz: Tensor, dh_n: Tensor | None, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
-    """dh0 [B, H] of direction d."""
+    """Return dh0 [B, H] of direction d."""
     T, B = dz.shape[:2]
     if d == 0 or segments.lengths is None:
         first = dz[0 if d == 0 else T - 1, :, d]
@@ -307,5 +307,5 @@ def _initial_state_gradient(dz: Tensor, dh_n: Tensor | None, w_hh: Tensor, d: in
     if segments.resets is not None:
         dh0 = torch.where(_cleared_before(segments, d, 0 if d == 0 else T - 1, 1)[0][:, None], dh0.new_zeros(()), dh0)
     if segments.lengths is not None and dh_n is not None:
-        dh0 = torch.where((segments.lengths == 0)[:, None], dh_n[d], dh0)  # a row without steps ends where it begins
+        dh0 = torch.where((segments.lengths == 0)[:, None], dh_n[d], dh0)  # for a batch row of length 0, h_n is h0
     return dh0

@@ -1,6 +1,6 @@
-"""One LSTM layer for a single step, by the kernels of the cell: one launch for each direction, each way.
+"""One LSTM layer for a single step, by the kernels of the cell: one launch for each direction, forward and backward.
 
-Nothing is left for other programs to wait for, so the products of x need no launch of their own, nor memory between two.
+No program waits for another, so the products of x need no launch of their own and no memory between launches.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ from .inputs import (
 )
 from .layout import new_states
 
-# Features of a call that the kernels of a cell do not have, or draw otherwise.
+# Features of a call that the kernels of a cell lack, or whose random numbers they draw differently.
 _BEYOND_A_CELL = frozenset({"resets", "lengths", "random", "dropout"})
 
 
@@ -38,7 +38,7 @@ class OneStep:
 
 
 def serves(T: int, features: Collection[str], recompute: bool = False) -> bool:
-    """Whether this is how a layer runs. features: of `sequence_config.Problem`. recompute: without saved gates, backward."""
+    """Return whether the cell kernels run a layer. features: of `Problem`. recompute: the backward has no saved gates."""
     return T == 1 and not recompute and _BEYOND_A_CELL.isdisjoint(features)
 
 
@@ -48,12 +48,12 @@ def _of_direction(inputs: LayerInputs, d: int) -> CellInputs:
 
 
 def _part(t: Tensor, D: int, d: int) -> Tensor:
-    """Direction d of [1, B, D * n] or [1, B, D, ...]: [B, n] or [B, ...]."""
+    """Return direction d of [1, B, D * n] or [1, B, D, ...]: [B, n] or [B, ...]."""
     return (t if t.dim() > 3 else t.unflatten(2, (D, -1)))[0, :, d]
 
 
 def layer_step_forward(inputs: LayerInputs, options: LayerOptions, precision: str, save: bool) -> LayerOutputs:
-    """`lstm_layer_forward` where `serves` says so. precision: of the products."""
+    """Run `lstm_layer_forward` where `serves` is true. precision: of the products."""
     x, (D, B, H), size = inputs.x, inputs.h0.shape, inputs.c0.shape[2]
     y, h_n, c_n = (new_states(x, True, *shape) for shape in ((1, B, D * H), (D, B, H), (D, B, size)))
     c = new_states(x, True, 1, B, D * size) if save or options.return_cells else None
@@ -68,7 +68,7 @@ def layer_step_forward(inputs: LayerInputs, options: LayerOptions, precision: st
 def layer_step_backward(
     grads: LayerGradients, inputs: LayerInputs, saved: LayerSaved, needs: Collection[str], options: CellOptions
 ) -> dict[str, Tensor]:
-    """`lstm_layer_backward` where `serves` says so. options: with the precision of the products."""
+    """Run `lstm_layer_backward` where `serves` is true. options: with the precision of the products."""
     D, found, of_directions = len(inputs.h0), dict[str, Tensor](), []
     assert saved.gates is not None
     for d in range(D):
@@ -90,7 +90,7 @@ def layer_step_backward(
 
 
 def _sum(every: Tensor | None, last: Tensor | None, D: int, d: int) -> Tensor | None:
-    """The gradient of direction d's state, from those of the one step and of the last: [1, B, D * n] and [D, B, n]."""
+    """Return the gradient of direction d's state: the sum of those of y or cells [1, B, D * n] and of h_n or c_n [D, B, n]."""
     if every is None:
         return None if last is None else last[d]
     return _part(every, D, d) if last is None else _part(every, D, d) + last[d]
