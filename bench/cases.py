@@ -1,6 +1,6 @@
 """Cases: the problems that are timed, each with every parameter that decides it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -122,5 +122,5 @@ class Task:
     suite: str
     case: Case
     kind: Kind = "timing"
-    executions: tuple[Execution, ...] = field(default=("eager",), compare=False)
-    providers: tuple[str, ...] | None = field(default=None, compare=False)  # None: those chosen for the run
+    executions: Sequence[Execution] = field(default=("eager",), compare=False)
+    providers: Sequence[str] | None = field(default=None, compare=False)  # None: those chosen for the run

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,13 +114,6 @@ class RowMaker:
         others = platform.python_version(), installed.triton_version(), torch.version.cuda, cudnn
         self.versions = Versions(own, str(torch.__version__), *others, f"{platform.system()} {platform.machine()}")
         self._given: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
-        self._state: tuple[float, dict[str, Any]] = float("-inf"), {}
-
-    def state(self) -> dict[str, Any]:
-        """Clocks, power, temperature, read at most every two seconds, since asking takes a while."""
-        if (now := time.monotonic()) - self._state[0] > 2.0:
-            self._state = now, state(self.on)
-        return self._state[1]
 
     def make(
         self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
@@ -135,7 +127,8 @@ class RowMaker:
         backends: Any = torch.backends
         precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
         labels = [CPU_LABEL if self.device.type == "cpu" else "", task.case.note]
-        measured.setdefault("state", self.state() if status == "ok" else {})
+        if "state" not in measured:
+            measured["state"] = state(self.on) if status == "ok" else {}
         return Row(
             **dict(kind=task.kind, suite=task.suite, case=task.case, provider=provider, execution=execution),
             **dict(device=self.device, versions=self.versions, source=self.source, status=status, reason=reason),

@@ -47,7 +47,7 @@ def curves(
     axes: Any = figure.subplots()
     for (name, points), (ink, marker, dash) in zip(series.items(), itertools.cycle(_LOOKS)):
         if points:
-            style = dict(color=ink, marker=marker, linestyle=dash, markersize=5, linewidth=1.8)
+            style = dict(color=ink, marker=marker, linestyle=dash, markersize=5, linewidth=1.8, clip_on=False)
             axes.plot(*zip(*sorted(points.items())), label=name, **style)
     if level is not None:
         axes.axhline(level[0], color=TEXT, linewidth=1, linestyle=(0, (6, 4)))

@@ -19,6 +19,7 @@ from . import problem as problems
 from . import providers, roofs
 from .cases import Case, Pair, Task
 from .device import RowMaker
+from .device import state as state_of
 from .problem import Built, Judge, Unavailable
 from .rows import Row, Timing
 
@@ -43,10 +44,9 @@ def measure(task: Task, context: Context, emit: Callable[[Row], None], pairs: Se
 
     Raises Fatal, after its row, when the device is lost.
     """
+    pairs = providers.pairs_of(task, context.maker.on.type) if pairs is None else pairs
     with problems.precision(task.case):
-        _Measurement(task, context, emit).run(
-            providers.pairs_of(task, context.maker.on.type) if pairs is None else pairs
-        )
+        _Measurement(task, context, emit).run(pairs)
 
 
 class _Measurement:
@@ -130,7 +130,7 @@ class _Measurement:
             self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
             return raise_if_lost(cause)
         figures = {} if self.task.kind == "overhead" else context.roofs
-        floor, state = roofs.floor(case, figures), context.maker.state()
+        floor, state = roofs.floor(case, figures), state_of(context.maker.on)
         for pair, sample in samples.items():
             built, found, _ = self.ready.pop(pair)
             took = Timing.of(sample, case.length, clock.name)

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from .cases import Case, Task
+from .cases import Case, Execution, Task
 
 HERE = Path(__file__).parent
 _DECLARED = json.loads((HERE / "suites.json").read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
         ordered = _real(sizes) if suite == "real" else (of for block in blocks for of in _crossed(suite, sizes, block))
         for order, task in ordered:
             if device_type == "cpu":
-                task = replace(task, executions=("eager",), case=replace(task.case, precision="ieee"))
+                task = replace(task, executions=["eager"], case=replace(task.case, precision="ieee"))
             found.setdefault(task, (order, task))
     return [task for _, task in sorted(found.values(), key=lambda ordered: ordered[0])]
 
@@ -46,7 +46,6 @@ def _crossed(suite: str, sizes: dict[str, Any], block: dict[str, Any]) -> Iterat
     """The tasks of one block: every combination of a value for each of the axes, which are one or more fields of a case."""
     axes = [(axis, sizes[of[1:]] if isinstance(of, str) else of) for axis, of in block["cross"].items()]
     options = {name: block[name] for name in ("kind", "executions", "providers") if name in block}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for chosen in product(*(enumerate(values) for _, values in axes)):
         case, order = dict(block.get("case", {})), block["order"]
         for (axis, _), (rank, value) in zip(axes, chosen):
@@ -61,7 +60,7 @@ def _real(sizes: dict[str, Any]) -> Iterator[tuple[float, Task]]:
     for workload in workloads():
         turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
         if workload.case is not None:
-            executions: Any = ("eager", "graph") if workload.case.carried else ("eager",)
+            executions: list[Execution] = ["eager", "graph"] if workload.case.carried else ["eager"]
             yield 2.2 + 0.3 * turn, Task("real", _shrunk(workload.case, sizes["most flops"]), executions=executions)
 
 
@@ -69,10 +68,8 @@ def _shrunk(case: Case, most: float) -> Case:
     """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
     if case.flops() <= most:
         return case
-    sizes = (
-        ["batch"] if case.batch > 1 else ["length"] if case.length > 4 else ["hidden_size", "input_size", "proj_size"]
-    )
-    smaller: dict[str, Any] = {name: (getattr(case, name) + 1) // 2 for name in sizes}
+    sizes = "batch" if case.batch > 1 else "length" if case.length > 4 else "hidden_size input_size proj_size"
+    smaller: dict[str, Any] = {name: (getattr(case, name) + 1) // 2 for name in sizes.split()}
     smaller |= {} if _SMALLER in case.note else {"note": "; ".join(filter(None, (_SMALLER, case.note)))}
     return _shrunk(replace(case, **smaller), most)
 
