@@ -1,8 +1,8 @@
-"""Which configuration runs a sequence kernel: the cheapest by the model of those that the compiler compiles well.
+"""The choice of a configuration for a sequence kernel: the cheapest candidate, by the cost model, that compiles well.
 
-How many registers a tile takes only the compiler knows, and each version of it answers anew for each architecture. So it is
-asked at the first launch of a problem: candidates are compiled, cheapest first, until one has registers enough. Nothing is
-launched, and what is chosen is remembered.
+Only the compiler knows how many registers a tile takes, and each version of it decides anew for each architecture. So at the
+first launch of a problem candidates are compiled, cheapest first, until one spills little. None of them is launched, and the
+choice is remembered.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ from .figures import DeviceFigures
 from .sequence_config import CHUNK_BYTES, Problem, SequenceConfig, cost, registers, shared_memory, tensor_memory
 from .specialization import KERNELS, compile_for
 
-# Compilations of one choice, in all and of kernels that run every step: about two seconds each.
+# The most compilations of one choice, in all and of kernels that run every step. Each takes about two seconds.
 MOST_COMPILATIONS, _MOST_PERSISTENT = 6, 4
-# Words of local memory per thread. A few cost nothing in a step of thousands of cycles, and differ from process to process;
-# some still cost less than a launch for each step.
+# Words of local memory per thread. A few cost little in a step of thousands of cycles, and their number differs between
+# processes; some still cost less than a launch for each step. Neither has been measured.
 _FEW_WORDS, _SOME_WORDS = 8, 32
 _MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 _TILES = tuple(itertools.product((8, 16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
 _TILES_ON_CUDA_CORES = tuple(itertools.product((8, 16, 32, 64), (4, 8, 16, 32), (4, 8)))
-# Of the exchanged state, for each thread to load at once: a quarter as many registers.
+# Bytes of the exchanged state that each thread loads at once; they take a quarter as many registers.
 _BYTES_IN_FLIGHT = (256, 192, 128)
 _IN_BAND = (True, False)  # how programs exchange their state: without a barrier, and with one
-_IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # straight into the registers of the product
-# More chunks are more code than is worth compiling; more round trips to the L2 cache take longer than a launch for each step.
+_IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # loaded straight into the registers of the product
+# More chunks take too long to compile. More L2 round trips take longer than a launch for each step.
 _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
 _MOST_LAUNCHES = 4  # of all steps each, one after the other
 
 
 def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
-    """All that fit the device: first those that run every step in one launch, by cost; then those of one launch per step.
+    """Return all configurations that fit the device, in this order, and each kind by cost:
 
-    Between them come those whose programs do not all fit at once, in a few launches of every step, if these cost less than a
-    launch for each step.
+    those that run all steps in one launch; those that run all steps in a few launches, because their programs do not all fit at
+    once, if they cost less than one launch per step; those of one launch per step.
     """
     costs: dict[SequenceConfig, float] = {}
     if problem.dtype != torch.float64 and not problem.stepwise:
@@ -56,8 +56,8 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
-        # Of equal cost, what leaves half of the registers to the rest, few programs, and chunks near 4 KiB: shorter ones are
-        # more code. The last three leave nothing to chance.
+        # Among equal costs, prefer at most 128 registers for what the model counts, few programs, and chunks near 4 KiB
+        # (shorter ones are more code). The last three make the order unique.
         preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
         return (
             _stage(config),
@@ -74,11 +74,11 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
 def _persistent(
     problem: Problem, device: DeviceFigures, block_b: int, block_h: int, num_warps: int
 ) -> Iterator[SequenceConfig]:
-    """This tile with W_hh on chip, in chunks of every size, of which more or fewer are in flight."""
+    """Yield this tile with W_hh on chip, with chunks of every size and different numbers of them in flight."""
     if block_b * block_h > 2048 or 16 < block_b >= 2 * problem.B or 8 < block_h >= 2 * problem.H:
         return
     programs, groups = cdiv(problem.H, block_h), cdiv(problem.B, block_b) * problem.D
-    # Programs of a group wait for one another, so all have to run.
+    # Programs of a group wait for one another, so all of them have to run at the same time.
     launches = cdiv(groups, device.sms // programs) if 1 < programs <= device.sms else 1
     if launches > _MOST_LAUNCHES or programs > device.sms:
         return
@@ -87,7 +87,7 @@ def _persistent(
     depths = (16, 32, 64, 128, 256, 512, 1024)
     for split_k, block_k, (in_band, bytes_each) in itertools.product(split, depths, in_flight):
         if in_band and (split_k == 1 or block_k * problem.dtype.itemsize != CHUNK_BYTES):
-            continue  # the code of `fragments` is for such chunks alone
+            continue  # `fragments` loads only chunks of CHUNK_BYTES
         chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
         free = device.shared_memory - (0 if in_band else chunks * chunk * problem.columns * block_h)
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
@@ -97,12 +97,12 @@ def _persistent(
 
 
 def _stage(config: SequenceConfig) -> int:
-    """0: all steps in one launch; 1: in a few; 2: one launch per step."""
+    """Return 0 for all steps in one launch, 1 for all steps in a few launches, 2 for one launch per step."""
     return min(config.launches - 1, 1) if config.persistent else 2
 
 
 def _has_form(problem: Problem, config: SequenceConfig) -> bool:
-    """Whether the kernels have code for it: in band by loads of 16 bytes (`fragments`), otherwise for 16 rows or more."""
+    """Return whether the kernels have code for it: in band for loads of 16 bytes (`fragments`), else for 16 rows or more."""
     if not config.in_band:
         return config.block_b >= 16 and not problem.only_in_band
     itemsize = problem.dtype.itemsize
@@ -112,7 +112,7 @@ def _has_form(problem: Problem, config: SequenceConfig) -> bool:
 
 
 def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
-    """One launch per step, with W_hh read again in each: first by more rows, which read it less often."""
+    """Yield configurations of one launch per step, in which each launch reads W_hh: more rows, which read it less, first."""
     block_k = (64 if problem.dtype.itemsize == 2 else 32) if problem.on_tensor_cores else 16
     for block_b, num_warps in itertools.product((32, 16) if problem.B > 16 else (16,), (4, 8)):
         tile = (block_b, 16, 1, block_k, 1, cdiv(problem.H, 16), cdiv(problem.B, block_b) * problem.D)
@@ -120,7 +120,7 @@ def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
 
 
 def _fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
-    """Whether shared memory and registers may suffice."""
+    """Return whether shared memory, registers and tensor memory may suffice."""
     size = shared_memory(problem, config)
     if size > device.shared_memory or registers(problem, config, device) > MAX_REGISTERS:
         return False
@@ -130,9 +130,9 @@ def _fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bo
 def _has_columns(
     config: SequenceConfig, device: DeviceFigures, columns: int, shared_memory: int, registers: int = 0
 ) -> bool:
-    """Whether the columns of tensor memory suffice for every program that may share an SM with one that waits (grid_sync).
+    """Return whether tensor memory suffices for all programs that may share an SM with one that waits (`grid_sync`).
 
-    An SM has room for 64 warps, for 64 K registers, and for as much shared memory as one program may have and 1 KiB for each.
+    An SM has room for 64 warps, 64 K registers, and as much shared memory as one program may have and 1 KiB for each program.
     """
     if not config.waits:
         return columns <= device.tensor_memory
@@ -143,10 +143,10 @@ def _has_columns(
 
 
 def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> SequenceConfig:
-    """What was measured for this problem on this device, or else found by `search`; remembered for all calls alike.
+    """Return the configuration that was measured for this problem on this device, or else that of `search`, and remember it.
 
     Raises:
-        RuntimeError: in the capture of a CUDA graph, if there is none to remember.
+        RuntimeError: during the capture of a CUDA graph, if none is remembered.
     """
     key = problem, device, on.index, interpreter.programs_can_wait()
     config = remembered.get(key)
@@ -165,17 +165,17 @@ remembered: dict[tuple, SequenceConfig] = {}
 
 
 def _may_wait(problem: Problem, config: SequenceConfig) -> bool:
-    """Whether the programs of a launch run at the same time, or need not."""
+    """Return whether the programs of a launch run at the same time where they have to."""
     return not config.waits or problem.single_step or interpreter.programs_can_wait()
 
 
 def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
-    """The configuration for this problem on the current device, of the figures given.
+    """Return the configuration for this problem on the current device, whose figures are `device`.
 
-    It follows from the problem, the device and the compiler alone, so that every process with the same ones chooses alike.
+    Problem, device and compiler determine it, so every process with the same ones chooses alike.
     """
     found = candidates(problem, device)
-    if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter: there is no compiler to ask
+    if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter compiles nothing
         return next(c for c in found if _may_wait(problem, c))
     asked: dict[SequenceConfig, float] = {}  # words of local memory; infinite where the kernel cannot be used
     limits = (_MOST_PERSISTENT, _SOME_WORDS), (_MOST_PERSISTENT, _SOME_WORDS), (MOST_COMPILATIONS, 1 << 20)
@@ -197,13 +197,13 @@ def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
 def _spills_too(
     problem: Problem, device: DeviceFigures, config: SequenceConfig, other: SequenceConfig, words: float
 ) -> bool:
-    """Whether `config` saves less than half of the registers for want of which the other one spilled: likely in vain."""
+    """Return whether `config` likely spills too: it saves less than half of the registers that `other` lacked."""
     most = registers(problem, other, device) - words / 2
     return _FEW_WORDS < words < math.inf and registers(problem, config, device) > most
 
 
 def _words(problem: Problem, device: DeviceFigures, config: SequenceConfig) -> float:
-    """Words of local memory of each thread; infinite if the kernel has lost its product, or what its programs wait for."""
+    """Return words of local memory per thread; infinite if the kernel has no matrix instruction or too little tensor memory."""
     kernel = compile_for(problem, config)
     if kernel is None or not _has_columns(
         config, device, kernel.metadata.tmem_size, kernel.metadata.shared, kernel.n_regs

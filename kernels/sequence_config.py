@@ -1,6 +1,6 @@
-"""Launch configurations of the sequence kernels: the problem, what a candidate takes, and the cost of a step by a model.
+"""Launch configurations of the sequence kernels: the problem, memory and registers of a candidate, and the cost model of a step.
 
-`search` lists the candidates and asks the compiler. No number here has been measured on a GPU yet.
+`search` lists the candidates and compiles them. No number here has been measured on a GPU yet.
 """
 
 import functools
@@ -12,15 +12,17 @@ import torch
 from .config import LaunchConfig, cdiv, uses_tensor_cores
 from .figures import DeviceFigures
 
-# Of the inner dimension, for each warp and chunk, where state is exchanged without a barrier: 16 for each of four threads.
+# Bytes of the inner dimension per warp and chunk where state is exchanged without a barrier: 16 for each of four threads.
 CHUNK_BYTES = 64
 
 
 class Problem(NamedTuple):
-    """What a configuration depends on, besides the device: B batch rows, H units and D directions, "forward" or "backward".
-    stepwise: one launch per step, even where one could run them all. The rest changes the code alone: features, those of
-    `specialization.POINTERS` that a call has; recompute, whether the backward is given pre-activations, not gates;
-    long_offsets, whether a step's tensors have 2^31 elements; single_step, whether it is one step; the cell's name."""
+    """What a configuration depends on besides the device: B batch rows, H units, D directions, "forward" or "backward".
+
+    stepwise: one launch per step is requested. The rest changes only the code. features: those of `specialization.POINTERS`
+    that the call has. recompute: the backward takes pre-activations, not gates. long_offsets: a step's tensors have 2^31
+    elements or more. single_step: T = 1. cell: its name.
+    """
 
     way: str
     B: int
@@ -42,7 +44,7 @@ class Problem(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Columns of W_hh of one unit."""
+        """Columns of the product for each unit."""
         return 4 if self.way == "forward" else 1
 
     @property
@@ -51,19 +53,20 @@ class Problem(NamedTuple):
 
     @property
     def only_in_band(self) -> bool:
-        """Whether one launch of all steps needs W_hh in registers: for CUDA cores, or in two parts, of TF32 each."""
+        """Whether one launch of all steps needs W_hh in registers: CUDA cores do, and tf32x3, which splits W_hh in two."""
         return self.dtype == torch.float32 and self.precision != "tf32"
 
 
 @dataclass(frozen=True)
 class SequenceConfig(LaunchConfig):
-    """Tile of one program of a sequence kernel, and how the launch runs.
+    """The tile of one program of a sequence kernel, and how the launch runs.
 
-    A program owns block_b rows x block_h units; the recurrent product takes chunks of split_k x block_k of its inner dimension
-    (H forward, 4H backward). persistent: W_hh stays on chip and all steps run in one launch, in which `groups` groups (row
-    blocks times directions) of `programs` programs exchange their state, and load in_flight chunks of it at once; otherwise
-    one launch computes one step. in_band: they exchange it without a barrier (exchange.py), and W_hh stays in registers.
-    launches: how many, of all steps each, share the groups where their programs cannot all run at once.
+    A program owns block_b rows x block_h units. The recurrent product takes its inner dimension (H forward, 4H backward) in
+    chunks of split_k x block_k. There are `groups` groups (row blocks times directions) of `programs` programs. persistent:
+    W_hh stays on chip and all steps run in one launch, in which the programs of a group exchange their state and load
+    in_flight chunks of it at once; otherwise one launch computes one step. in_band: the exchange has no barrier (exchange.py),
+    and W_hh stays in registers. launches: over how many launches, each of all steps, the groups are divided where their
+    programs cannot all run at once.
     """
 
     block_b: int
@@ -87,24 +90,24 @@ class SequenceConfig(LaunchConfig):
         return cdiv(self.groups, self.launches)
 
     @property
-    def waits(self) -> bool:  # for one another, in a launch of several steps
+    def waits(self) -> bool:  # whether programs wait for one another in a launch of several steps
         return self.persistent and self.programs > 1
 
     def chunks(self, inner: int) -> int:
         return cdiv(inner, self.split_k * self.block_k)
 
     def rounds(self, inner: int) -> int:
-        """How often a step waits for loads of the exchanged state, of an inner dimension of this size."""
+        """L2 round trips of a step for the exchanged state, for an inner dimension of this size."""
         return cdiv(self.chunks(inner), self.in_flight)
 
 
 def exchanged_row(H: int, dtype: torch.dtype) -> int:
-    """Units from a row of h to the next where programs exchange it: each row begins at a multiple of 16 bytes."""
+    """Return the units from a row of h to the next where programs exchange it: each row begins at a multiple of 16 bytes."""
     return H if H * dtype.itemsize % 16 == 0 else cdiv(H, 8) * 8
 
 
 def shared_memory(problem: Problem, config: SequenceConfig) -> int:
-    """Bytes of a program: W_hh, and in one place the chunks in flight or the sums on their way between threads."""
+    """Return the bytes of a program: W_hh, and one buffer for the chunks in flight or for sums that move between threads."""
     chunk, columns = config.split_k * config.block_k * problem.dtype.itemsize, problem.columns * config.block_h
     state, sums = config.in_flight * config.block_b * chunk, 4 * parts(problem, config) * config.block_b * columns
     if config.in_band:
@@ -113,17 +116,17 @@ def shared_memory(problem: Problem, config: SequenceConfig) -> int:
 
 
 def parts(problem: Problem, config: SequenceConfig) -> int:
-    """Of which each sum is made up: one of each warp that has a part of the inner dimension, or on CUDA cores four."""
+    """Return the number of partial sums of each result: one for each split of the inner dimension, or four on CUDA cores."""
     return config.split_k * (1 if problem.on_tensor_cores else 4)
 
 
 def is_wide(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
-    """Whether the product runs on wgmma or tcgen05, with W_hh from shared memory; mma.sync takes it through registers."""
+    """Return whether the product runs on wgmma or tcgen05, which read W_hh from shared memory; mma.sync reads registers."""
     return device.wide_rate > 0 and config.split_k == 1 and problem.columns * config.block_h >= 64
 
 
 def tensor_memory(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> int:
-    """Columns, of 128 lanes of float32, that a program allocates at most: for sums [4 * block_h, block_b] of each chunk."""
+    """Return the most columns, of 128 lanes of float32, of a program: for sums [4 * block_h, block_b] of each chunk."""
     if device.tensor_memory == 0 or not is_wide(problem, config, device):
         return 0
     columns = config.chunks(problem.inner) * config.block_b * config.block_h // 32
@@ -131,8 +134,11 @@ def tensor_memory(problem: Problem, config: SequenceConfig, device: DeviceFigure
 
 
 def registers(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
-    """Those of a thread that grow with tile and chunks, to compare candidates by: the chunks in flight, the sums, c, the gates
-    of this step and the next, and for mma.sync a chunk of W_hh, or all of it."""
+    """Estimate the registers of a thread that grow with tile and chunks, to compare candidates.
+
+    They hold the chunks in flight, the sums, c, the gates of this step and the next, and for mma.sync a chunk of W_hh, or all
+    of it.
+    """
     itemsize, columns = problem.dtype.itemsize, problem.columns * config.block_h
     depth, tile = config.split_k * config.block_k, config.block_b * config.block_h
     state, sums = (
@@ -146,25 +152,30 @@ def registers(problem: Problem, config: SequenceConfig, device: DeviceFigures) -
 
 
 def readers_of_weights(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
-    """How often a step reads all of W_hh from shared memory: by each warpgroup, where wgmma has no 64 rows of it for each."""
+    """Return how often a step reads W_hh from shared memory: more than once where it has too few rows for all warpgroups."""
     if device.tensor_memory or not is_wide(problem, config, device):
         return 1
     return max(config.num_warps / 4 * 64 / (problem.columns * config.block_h), 1)
 
 
 def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> float:
-    """Cycles of a step, by a model: the barrier between programs, or the way of what they store to the L2 cache, or a launch;
-    the cache's latency for each round of loads, and its throughput; the slowest of shared memory, from which tensor cores
-    take W_hh, the cores themselves, and the chain of sums in one of them, in which each chunk of wgmma or tcgen05 ends
-    before the next begins; the way of the sums through shared memory; the gates."""
+    """Estimate the cycles of a step by a model, the sum of
+
+    * the barrier, or the time until stores are visible without one, or a launch;
+    * the L2 latency of each round of loads, and the L2 throughput;
+    * the slowest of shared memory, from which tensor cores read W_hh; the products; and the chain of sums in one tensor core,
+      in which each chunk of wgmma or tcgen05 ends before the next begins;
+    * moving partial sums through shared memory;
+    * the gates.
+    """
     chunks, columns = config.chunks(problem.inner), problem.columns * config.block_h
     row_bytes = chunks * config.split_k * config.block_k * problem.dtype.itemsize
     launched = config.programs * config.groups_at_once
-    share = max(device.sms / launched, 1)  # of the SMs, for each program
+    share = max(device.sms / launched, 1)  # SMs for each program
     wide = is_wide(problem, config, device)
     rate, latency = (device.wide_rate, device.wide_latency) if wide else (device.mma_rate, device.mma_latency)
     if not problem.on_tensor_cores:
-        rate, latency = 2 * device.fma_rate, device.fma_latency  # rates are of two bytes
+        rate, latency = 2 * device.fma_rate, device.fma_latency  # rates count elements of two bytes
     products, chain = config.block_b * columns * row_bytes / 2 / rate, row_bytes / config.split_k / 32 * latency
     if problem.precision == "tf32x3":
         products, chain = 3 * products, 3 * chain
@@ -173,17 +184,17 @@ def cost(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> flo
         0 if config.persistent else columns
     )  # rows of the state, and W_hh if it is not on chip
     state = from_cache * row_bytes / min(device.l2_share * share, device.l2_most)
-    # Ten special functions a unit; the arithmetic beside them takes as long. A thread without a unit repeats another's, and
-    # what it loads and stores goes through shared memory.
+    # Ten special functions per unit; other arithmetic is taken to overlap them. A thread without a unit repeats another's, and
+    # its loads and stores go through shared memory.
     tile, threads = config.block_b * config.block_h, 32 * config.num_warps
     gates = 10 * max(tile, threads) / device.special_functions + (device.scattered if tile < threads else 0)
     exchange = device.store if config.in_band else device.barrier
     latencies = (exchange if config.waits else 0) + config.rounds(problem.inner) * device.l2_latency
     if not config.persistent:
-        latencies = device.l2_latency  # one, of loads in a pipeline
+        latencies = device.l2_latency  # once, because the loads are pipelined
     readers = 0 if config.in_band else readers_of_weights(problem, config, device)
     weights = readers * columns * row_bytes / device.shared_bytes
     sums = 8 * parts(problem, config) * config.block_b * columns / device.shared_bytes
     step = latencies + state + max(weights, products, chain) + sums + gates
-    total = step * cdiv(launched, device.sms) * config.launches  # programs that are alone with their rows may queue
+    total = step * cdiv(launched, device.sms) * config.launches  # programs that do not wait may queue for an SM
     return total + (0 if config.persistent else device.launch)
