@@ -1,4 +1,4 @@
-"""What the device is, and in which precision torch multiplies on it. Needs no triton."""
+"""Figures of the device, and the precision of torch's products on it. This module needs no triton."""
 
 import contextlib
 import functools
@@ -18,17 +18,19 @@ def _cuda_figures(index: int) -> DeviceFigures:
     return figures(gpu.multi_processor_count, gpu.shared_memory_per_block_optin, (gpu.major, gpu.minor))
 
 
-_cpu_figures = figures(132, 227 * 1024, (9, 0))  # an H100's; see `launch.cpu_as`
+_cpu_figures = figures(132, 227 * 1024, (9, 0))  # those of an H100; see `launch.cpu_as`
 
 
 def device_figures(device: torch.device) -> DeviceFigures:
-    """Of a GPU, or of its share of one (MIG); on a CPU, of the GPU that it stands for."""
+    """Return the figures of a GPU or MIG instance; for a CPU, those of the GPU that it stands for (`launch.cpu_as`)."""
     return _cuda_figures(device.index) if device.type == "cuda" else _cpu_figures
 
 
 def measured(problem: Any, on: torch.device) -> Any:
-    """The configuration of a sequence kernel that was fastest for this problem on this device, or None: nothing is known. To
-    be replaced by who has measured."""
+    """Return the configuration that was measured fastest for this problem of a sequence kernel, or None.
+
+    `lstm_triton.measurements` replaces this function, because this package does not read its files.
+    """
     return None
 
 
@@ -40,7 +42,7 @@ def _free_multiprocessors() -> int:
     return int(value)
 
 
-# SMs that programs which wait for one another leave to kernels that run at the same time, such as communication.
+# SMs that are left to kernels which run at the same time, such as NCCL's. Programs that wait for one another use the others.
 FREE_MULTIPROCESSORS = _free_multiprocessors()
 
 
@@ -49,7 +51,7 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 def refuse_capture(kernel: str) -> None:
-    """RuntimeError while a CUDA graph is captured on the current stream: what a first launch asks of CUDA breaks a capture."""
+    """Raise RuntimeError while the current stream is captured in a CUDA graph: loading a kernel would break the capture."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{kernel} is launched with these sizes and dtypes for the first time, which compiles and loads it: that cannot be"
@@ -57,21 +59,21 @@ def refuse_capture(kernel: str) -> None:
         )
 
 
-# What torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.rnn.fp32_precision read, through layers of Python
-# that cost more than the rest of a call's checks together.
+# torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.rnn.fp32_precision read this through layers of Python that
+# take longer than the rest of a call's checks together.
 _torch_precision = torch._C._get_fp32_precision_getter
 
 
-# torch's settings belong to the process, and the threads of torch.nn.DataParallel or of autograd change them at the same time:
-# while one has them its own way, the others wait.
+# torch's settings are global, and threads of torch.nn.DataParallel or of autograd may change them at the same time. A thread
+# that changes them holds this lock, and the others wait.
 _settings = threading.RLock()
 
 
 @contextlib.contextmanager
 def torch_products(dtype: torch.dtype, precision: str) -> Iterator[None]:
-    """Inside, torch's own products keep their dtype, and float32 ones on a GPU are in TF32 only where the kernels' are.
+    """Let torch's products keep their dtype, and use TF32 for float32 on a GPU exactly where the kernels do.
 
-    Arguments were cast before, and a backward may be called under autocast.
+    Autocast is off, because the arguments have been cast, and a backward may be called under autocast.
     """
     outside_autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else contextlib.nullcontext()
     with outside_autocast:
@@ -93,7 +95,7 @@ _cudnn_setting = threading.RLock()
 
 @contextlib.contextmanager
 def cudnn_precision(precision: str | None) -> Iterator[None]:
-    """Inside, cuDNN's recurrent layers on float32 compute in this precision, or for None in what torch's setting says."""
+    """Let cuDNN's recurrent layers compute float32 in this precision; None leaves torch's setting."""
     if precision is None:
         yield
         return
@@ -103,20 +105,20 @@ def cudnn_precision(precision: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fp32_precision(setting: Any, wanted: str) -> Iterator[None]:
-    """`wanted` in one of torch.backends' settings, inside; afterwards it inherits from the others again if it did."""
+    """Set one of torch.backends' settings to `wanted`, and restore it afterwards, inheritance from other settings included."""
     before, setting.fp32_precision = setting.fp32_precision, wanted
     try:
         yield
     finally:
-        setting.fp32_precision = "none"  # as inherited from other settings, which it would no longer follow
+        setting.fp32_precision = "none"  # inherit from other settings, which an explicit value would not follow
         if setting.fp32_precision != before:
             setting.fp32_precision = before
 
 
 def matmul_precision(dtype: torch.dtype, precision: str | None, *, recurrent: bool = False) -> str:
-    """The tl.dot input precision: the given one, or for None what torch would use.
+    """Return the input precision of tl.dot: for float32 `precision`, or for None torch's setting; "ieee" for other dtypes.
 
-    That is the setting of torch.backends.cuda.matmul for a cell, of torch.backends.cudnn.rnn for a recurrent layer.
+    torch's setting is that of torch.backends.cudnn.rnn if `recurrent`, else that of torch.backends.cuda.matmul.
     """
     if dtype != torch.float32:
         return "ieee"

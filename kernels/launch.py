@@ -1,4 +1,4 @@
-"""From a launch configuration to a running kernel, with nothing done per call that can be done once."""
+"""Launch a compiled kernel with a configuration, doing nothing per call that can be done once."""
 
 import contextlib
 import operator
@@ -16,15 +16,15 @@ from .config import LaunchConfig
 from .device import refuse_capture
 from .figures import DeviceFigures
 
-_MAX_KEPT = 4096  # compiled-kernel references kept per kernel; a workload with more distinct shapes starts over
+_MAX_KEPT = 4096  # references to compiled kernels, for each kernel; when there are more, all are dropped
 
 
 class Launcher:
-    """Calls one @triton.jit kernel, whose parameters are pointers, named ..._ptr, then integers, then meta-parameters.
+    """Launches one @triton.jit kernel, whose parameters are pointers, named ..._ptr, then integers, then meta-parameters.
 
-    Triton's own launch works out, on every call, which specialization the arguments need. It depends on dtypes, 16-byte
-    alignment, meta-parameters and the integers that the kernel specialises, at most: the compiled kernel is kept under those,
-    and later called directly.
+    Triton's own launch works out on every call which specialisation the arguments need. That depends at most on dtypes,
+    16-byte alignment, meta-parameters and the integers that the kernel specialises. A launcher keeps the compiled kernel under
+    these and later calls it directly.
     """
 
     _all: weakref.WeakSet["Launcher"] = weakref.WeakSet()
@@ -33,7 +33,7 @@ class Launcher:
         self._all.add(self)
         self.kernel = kernel
         self._compiled: dict[tuple, Any] = {}
-        self._is_compiled = isinstance(kernel, JITFunction)  # else Triton's interpreter runs it
+        self._is_compiled = isinstance(kernel, JITFunction)  # False in Triton's interpreter
         names = list(kernel.arg_names)
         pointers = [name for name in names if name.endswith("_ptr")]
         strides = [name for name in names if name.startswith("stride_")]
@@ -61,10 +61,16 @@ class Launcher:
     ) -> None:
         """Launch with the kernel's arguments by name, on the device of the first tensor.
 
-        arguments: one dict, since a call with so many keywords costs Python twice as much. Two kinds are found here: the
-            configuration's own meta-parameters and, of a kernel that knows no others, strides. stride_<name>_<dimension> are
-            those of <name>_ptr, in the order of its dimensions; 0 for None.
-        launch_cooperative_grid: refuse a grid whose programs cannot all run at once. It must follow from the arguments.
+        arguments: one dict, since a call with as many keywords takes Python twice as long. The launcher adds the
+        meta-parameters of
+            the configuration and, where each stride_<name>_<dimension> belongs to a <name>_ptr, all strides in the order of
+            their dimensions; 0 for None.
+        launch_cooperative_grid: let the driver refuse a grid whose programs cannot all run at once. The arguments that select
+            the compiled kernel must determine it.
+
+        Raises:
+            TypeError: a wrong number of arguments. RuntimeError: the first launch of its kind during the capture of a CUDA
+            graph.
         """
         options = {"launch_cooperative_grid": True} if launch_cooperative_grid else {}
         arguments = arguments | config.constants
@@ -97,7 +103,7 @@ class Launcher:
                 unaligned = unaligned << 1 | (t.data_ptr() & 15 != 0)
                 dtypes.append(t.dtype)
         key = (device.index, *self._specialized(values), config.num_warps, config.num_stages, unaligned, *dtypes)
-        # An integer that is not specialised still has a type: of 32 bits, or where it needs them of 64.
+        # An integer that is not specialised still has a type, of 32 bits, or of 64 from 2^31 on.
         unspecialized = self._unspecialized(values)
         if max(unspecialized, default=0) >= 2**31:
             key += unspecialized
@@ -114,7 +120,7 @@ class Launcher:
 
 
 def _launch_again(compiled: Any, grid: tuple[int, int, int], values: tuple) -> None:
-    """compiled[grid](*values), without what Triton prepares for hooks where there are none."""
+    """Run compiled[grid](*values), without preparing what Triton passes to launch hooks if there are none."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if any(hook is not None and getattr(hook, "calls", True) for hook in hooks):
         compiled[grid](*values)
@@ -125,12 +131,12 @@ def _launch_again(compiled: Any, grid: tuple[int, int, int], values: tuple) -> N
 
 
 def _owner(stride: str, pointers: Sequence[str]) -> str | None:
-    """The pointer whose stride it is, by their names."""
+    """Return the pointer whose stride this is, by their names."""
     return max((p for p in pointers if f"{stride}_".startswith(f"stride_{p[:-4]}_")), key=len, default=None)
 
 
 def _values_of(keys: Sequence[Any]) -> Callable[[Any], tuple]:
-    """A function that gives the values under these names or indices, in this order."""
+    """Return a function that gives the values under these names or indices, in this order."""
     if len(keys) == 1:
         (key,) = keys
         return lambda values: (values[key],)
@@ -139,7 +145,7 @@ def _values_of(keys: Sequence[Any]) -> Callable[[Any], tuple]:
 
 @contextlib.contextmanager
 def cpu_as(figures: DeviceFigures) -> Iterator[None]:
-    """Inside, the CPU stands for a GPU with these figures: for a driver of Triton that takes CPU tensors."""
+    """Let the CPU stand for a GPU with these figures, for a driver of Triton that takes CPU tensors."""
     before, device_module._cpu_figures = device_module._cpu_figures, figures
     for launcher in Launcher._all:
         launcher._compiled.clear()
@@ -152,10 +158,10 @@ def cpu_as(figures: DeviceFigures) -> Iterator[None]:
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which products are summed and c is carried."""
+    """Return the dtype in which products are summed and c is carried."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The same, of torch: of what is kept unrounded between launches."""
+    """Return torch's dtype for `accumulator`, in which state is kept between launches."""
     return torch.float64 if dtype == torch.float64 else torch.float32

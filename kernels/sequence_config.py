@@ -1,4 +1,4 @@
-"""Launch configurations of the sequence kernels: the problem, memory and registers of a candidate, and the cost model of a step.
+"""Launch configurations of the sequence kernels: the problem, the resources of a candidate, and the cost model of a step.
 
 `search` lists the candidates and compiles them. No number here has been measured on a GPU yet.
 """
