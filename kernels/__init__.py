@@ -1,7 +1,6 @@
 """Triton kernels of the LSTM and their launchers: tensors in, tensors out, no autograd.
 
-All but `inputs` need triton. Under TRITON_INTERPRET=1 the kernels run on CPU tensors, in Triton's interpreter with the repairs
-of `interpreter`.
+Under TRITON_INTERPRET=1 the kernels run on CPU tensors, in Triton's interpreter with the repairs of `interpreter`.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The cells besides the LSTM, by name; no triton here."""
+"""The cells besides the LSTM, by name. This module needs no triton."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class CellEquations(NamedTuple):
-    """One step of a cell, twice: in torch, and as the source of two @triton.jit functions, `cells.forward_of` and backward_of.
+    """One step of a cell, in torch and as the source of two @triton.jit functions, `cells.forward_of` and `cells.backward_of`.
 
     step: (z0, z1, z2, z3, state before, masks) -> (h, state), of pre-activations [B, H] and a state [B, states * H] as in
         `states`; masks [n, B, H], or None for their expectations.
-    states: of each unit. probabilities: with which each of the n masks is 1.
+    states: the number of states per unit. probabilities: with which each of the n masks is 1.
     """
 
     step: Callable[..., tuple[Tensor, Tensor]]
@@ -24,7 +24,10 @@ generated: dict[str, CellEquations] = {}
 
 
 def step_of(name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`CellEquations.step`; None for the LSTM."""
+    """Return `CellEquations.step` of the cell of this name; None for the LSTM.
+
+    Raises RuntimeError if no cell of this name is declared in this process.
+    """
     if name == "lstm":
         return None
     if name not in generated:
@@ -33,10 +36,10 @@ def step_of(name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def states_of(name: str) -> int:
-    """How many states of a unit the kernels carry."""
+    """Return the number of states per unit that the kernels carry."""
     return 1 if name == "lstm" else generated[name].states
 
 
 def probabilities_of(name: str) -> tuple[float, ...]:
-    """Those of the masks that each step of the cell draws in training."""
+    """Return the probabilities of the masks that each step of the cell draws in training."""
     return () if name == "lstm" else generated[name].probabilities

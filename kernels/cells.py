@@ -1,12 +1,12 @@
-"""What a kernel computes of one step, by the name of the cell: the LSTM's equations, or those generated of another cell.
+"""The step functions that kernels call, by the name of the cell: the LSTM's equations, or code generated for another cell.
 
 forward(z0, z1, z2, z3, before, at) -> saved0, saved1, saved2, saved3, state, h
 backward(saved0, saved1, saved2, saved3, before, state, dh, d_state, at) -> dz0, dz1, dz2, dz3, d_before
 
-From zeros backward gives zeros: kernels mask what they load, and rely on it.
+All are tiles [BLOCK_B, BLOCK_H]; z are four pre-activations of each unit. before, state and their gradients are wider and hold
+all states of a unit (`states`). at: (seed, t, batch rows, units) for random masks, as in `dropout`; None without masks.
 
-Tiles [BLOCK_B, BLOCK_H] of four pre-activations of each unit; before, state and their gradients hold all states of a unit
-(`states`). at: for random masks (seed, t, rows of the batch, units), as in `dropout`; None where nothing is random.
+Kernels mask what they load with zeros, and rely on backward(zeros) being zeros.
 """
 
 import linecache
@@ -35,7 +35,7 @@ _functions: dict[str, tuple[Any, Any]] = {"lstm": (_lstm_forward, _lstm_backward
 
 
 def forward_of(name: str) -> Any:
-    """The @triton.jit function of the cell of this name."""
+    """Return the @triton.jit function `forward` of the cell of this name."""
     return _functions_of(name)[0]
 
 
@@ -50,7 +50,7 @@ def _functions_of(name: str) -> tuple[Any, Any]:
 
 
 def _compiled(name: str, source: str) -> tuple[Any, Any]:
-    # Triton reads the source of a function again, as of a file.
+    # Triton reads the source of a function again, so linecache has to know it as a file.
     file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "expm1": expm1, "log1p": log1p}

@@ -16,7 +16,7 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What every launch has: warps per program, depth of the software pipeline, and the most registers of a thread."""
+    """The figures of every launch: warps per program, depth of the software pipeline, and the most registers per thread."""
 
     num_warps: int
     num_stages: int
@@ -24,13 +24,13 @@ class LaunchConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """Options of Triton's compiler, with those that change results, whatever its defaults are: a * b + c rounds once."""
+        """Options of Triton's compiler. enable_fp_fusion, by which a * b + c rounds once, is set because it changes results."""
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **limit}
 
     @functools.cached_property
     def constants(self) -> dict[str, Any]:
-        """The rest, which a kernel takes as meta-parameters of the same names, in capitals."""
+        """The other fields, which a kernel takes as meta-parameters under their names in capitals."""
         shared = {field.name for field in fields(LaunchConfig)}
         return {field.name.upper(): getattr(self, field.name) for field in fields(self) if field.name not in shared}
 
@@ -54,7 +54,7 @@ class CellBackwardConfig(LaunchConfig):
 
 
 def cdiv(n: int, block: int) -> int:
-    """How many blocks cover n. Triton's own costs microseconds a call on the host."""
+    """Return how many blocks cover n. Triton's own cdiv takes microseconds of host time per call."""
     return -(-n // block)
 
 
@@ -65,35 +65,35 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def cell_forward_config(B: int, H: int, dtype: torch.dtype, precision: str, multiprocessors: int) -> CellForwardConfig:
-    """The tile for h [B, H]: as many units as leave at least one program for each SM.
+    """Return the tile for h [B, H]: as many units as leave at least one program for each SM.
 
-    Few units per program read h more often (from L2) but are what gives every SM a share of the weights, and at
-    small batch the kernel is a stream of the weights: at B = 16, H = 1024 four units make 256 programs.
+    With few units per program h is read more often (from L2), but every SM reads a share of the weights, and at small batch
+    reading the weights takes most of the time: at B = 16, H = 1024 four units per program make 256 programs.
     """
     on_tensor_cores = uses_tensor_cores(dtype, precision)
-    # As many rows and units as spill nothing: fewer on CUDA cores and with tf32x3's three products at once.
+    # The most rows and units without spills: fewer on CUDA cores, and with tf32x3, which computes three products at once.
     rows, large = (64, 16) if on_tensor_cores and precision != "tf32x3" else (16 if dtype == torch.float64 else 32, 8)
     block_b, small = (16, 4) if B <= 16 else (rows, 8)
     block_h = large if cdiv(H, large) * cdiv(B, block_b) >= multiprocessors else small
     if not on_tensor_cores:
-        # CUDA cores keep a whole step of both operands in registers: short steps, or they spill. At small batch many of them
-        # are in flight, for the same reason as below: 8 or 9 KB of float32 weights a program.
+        # On CUDA cores a whole step of both operands is in registers, so longer steps would spill. At small batch many steps
+        # are in flight, for the same reason as below: 8 or 9 KB of float32 weights per program.
         return CellForwardConfig(4, 10 if block_b == 16 else 3, block_b, block_h, 16, max_registers=MAX_REGISTERS)
-    # 128 bytes of each weight row a step. The narrow tile keeps more steps in flight: together about 3 MB over the device,
-    # what latency times memory bandwidth asks for.
+    # A step takes 128 bytes of each weight row. The narrow tile keeps more steps in flight, about 3 MB on the whole device,
+    # which is latency times memory bandwidth.
     stages, block_k = 6 if block_h == 4 else 4, 64 if dtype.itemsize == 2 else 32
-    warps = 8 if block_b * block_h == 64 * 16 else 4  # with four, unaligned rows spill
+    warps = 8 if block_b * block_h == 64 * 16 else 4  # with four warps the large tile spills where rows are unaligned
     return CellForwardConfig(warps, stages, block_b, block_h, block_k, max_registers=MAX_REGISTERS)
 
 
 @functools.lru_cache(maxsize=4096)
 def cell_backward_config(B: int, dtype: torch.dtype, precision: str) -> CellBackwardConfig:
-    """Tiles for the gradients of h [B, H]."""
+    """Return the tiles for the gradients of h [B, H]."""
     block_b = 16 if B <= 16 else 32
     if not uses_tensor_cores(dtype, precision):
         warps, block_n = (4, 32) if dtype == torch.float32 else (8, 16)
         return CellBackwardConfig(warps, 2, 16, 4, block_n, max_registers=MAX_REGISTERS)
-    if precision == "tf32x3":  # three products' operands at once: wider tiles spill
+    if precision == "tf32x3":  # wider tiles spill, because the operands of three products are held at once
         return CellBackwardConfig(4, 2, 16, 16, 32, max_registers=MAX_REGISTERS)
     if dtype == torch.float32:
         return CellBackwardConfig(4, 2, block_b, 16, 32, max_registers=MAX_REGISTERS)
@@ -150,11 +150,11 @@ class ReadoutSumPartsConfig(LaunchConfig):
 def readout_forward_config(
     B: int, V: int, dtype: torch.dtype, precision: str, multiprocessors: int
 ) -> ReadoutForwardConfig:
-    """The tile of logits [B, V]: the largest that gives every SM a program, else one that holds a row, else
-    the smallest.
+    """Return the tile of logits [B, V]: the largest with a program for every SM, else one that holds a row, else the smallest.
 
-    At small batch the kernel is a stream of the weight, and the number of programs decides: at B = 1, V = 128 K tiles
-    of 128 columns make 1024. A tile that holds a whole row saves the second launch, worth more than a full GPU.
+    At small batch reading the weight takes most of the time, and the number of programs decides: at B = 1, V = 128 K tiles of
+    128 columns make 1024 programs. A tile that holds a whole row saves the second launch, which is assumed to save more than a
+    full GPU does.
     """
     on_tensor_cores, half = uses_tensor_cores(dtype, precision), dtype.itemsize == 2
     if half:

@@ -1,9 +1,9 @@
 """Random masks inside a layer's kernels, of dropout and of cells: pure functions of a seed and of an element's position.
 
-No mask is in memory: backward the same random numbers are drawn again. They are those of Philox-4x32-10 under the seed, at the
-counter (direction * H + unit, row, step, 0), so they depend neither on tiles nor on the memory order of a tensor. Each draw
-gives four numbers: the first is that of dropout, for which the forward kernel stores each h a second time, dropped, and the
-backward drops the gradient alike; the others are those of the masks of a cell.
+No mask is in memory: the backward draws the same random numbers again. They are those of Philox-4x32-10 under the seed, at the
+counter (direction * H + unit, batch row, step, 0), so they depend neither on tiles nor on the memory order of a tensor. Each
+draw gives four numbers. The first is for dropout: the forward kernel stores each h a second time, dropped, and the backward
+drops the gradient likewise. The others are for the masks of a cell.
 """
 
 import torch
@@ -16,14 +16,14 @@ from .launch import Launcher
 
 
 def probability(p: float) -> tuple[int, int]:
-    """p as two integers hi * 2^-30 + lo * 2^-53: a float argument has 24 bits, and a constant would compile for each p."""
+    """Return p as integers hi * 2^-30 + lo * 2^-53. A float argument has 24 bits; a constexpr would compile for each p."""
     scaled = round(p * 2**53)
     return scaled >> 23, scaled & (2**23 - 1)
 
 
 @triton.jit
 def begin(seed_ptr, p_hi, p_lo, ACC: tl.constexpr):
-    """(seed, p, 1 / (1 - p) or 0 for p = 1)."""
+    """Return seed, p and the scale 1 / (1 - p), which is 0 for p = 1."""
     p = p_hi.to(tl.float64) * 2.0**-30 + p_lo.to(tl.float64) * 2.0**-53
     scale = tl.where(p < 1.0, 1.0 / tl.where(p < 1.0, 1.0 - p, 1.0), 0.0)
     return tl.load(seed_ptr), p.to(tl.float32), scale.to(ACC)
@@ -31,7 +31,7 @@ def begin(seed_ptr, p_hi, p_lo, ACC: tl.constexpr):
 
 @triton.jit
 def _uniform(at, number: tl.constexpr):
-    """The random numbers [BLOCK_B, BLOCK_H] in [0, 1), at (seed, t, rows [BLOCK_B], units [BLOCK_H]); number: 0 ... 3."""
+    """Return random numbers [BLOCK_B, BLOCK_H] in [0, 1). at: (seed, t, rows [BLOCK_B], units [BLOCK_H]); number: 0 ... 3."""
     seed, t, rows_b, units = at
     random = tl.philox(seed, units[None, :].to(tl.int32), rows_b[:, None].to(tl.int32), t, 0)
     return tl.uint_to_uniform_float(random[number])
@@ -39,13 +39,13 @@ def _uniform(at, number: tl.constexpr):
 
 @triton.jit
 def drop(values, at, p, scale):
-    """values [BLOCK_B, BLOCK_H] at (seed, t, rows, units): a NaN stays one, dropped or not."""
+    """Drop values [BLOCK_B, BLOCK_H] at (seed, t, rows, units). A NaN stays NaN, dropped or not."""
     return values * tl.where(_uniform(at, 0) >= p, scale, 0.0)
 
 
 @triton.jit
 def mask(like, at, number: tl.constexpr, p: tl.constexpr):
-    """1 with probability p and else 0, or where `at` is None p itself, as a tile like another; number: 1 ... 3."""
+    """Return a tile like `like`: 1 with probability p and else 0, or p itself where at is None. number: 1 ... 3."""
     if at is None:
         return tl.full(like.shape, p, like.dtype)
     else:
@@ -75,10 +75,10 @@ _kept = Launcher(_lstm_kept_kernel)
 
 
 def kept(seed: Tensor, p: float, shape: tuple[int, int, int], number: int = 0) -> Tensor:
-    """Return the mask [T, B, N] bool that the sequence kernels apply to outputs of this shape, for other ways to compute them.
+    """Return the mask [T, B, N] bool that the sequence kernels apply to outputs of this shape, for the reference.
 
-    Each element is False with probability p, by the random numbers of seed [1] int64. number: of the four of each draw; where
-    those of dropout are kept, the masks of a cell are 0.
+    Each element is False with probability p, by the random numbers of seed [1] int64. number: which of the four of each draw. A
+    mask of a cell is 1 where this mask is False.
     """
     T, B, N = shape
     result = torch.empty(shape, dtype=torch.bool, device=seed.device)

@@ -1,4 +1,4 @@
-"""W_ih and the biases of a layer in the order of its pre-activations: both directions in one launch."""
+"""Copy W_ih and the biases of a layer, of both directions in one launch, into the order of its pre-activations."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def _lstm_input_weights_kernel(
     # meta-parameters
     ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Rows gate * H + unit -> 4 * unit + gate, of BLOCK_H units of one direction and BLOCK_I columns."""
+    """Copy rows gate * H + unit to rows 4 * unit + gate, for BLOCK_H units of one direction and BLOCK_I columns."""
     blocks = tl.cdiv(H, BLOCK_H)
     direction = tl.program_id(0) // blocks
     n = (tl.program_id(0) % blocks) * (4 * BLOCK_H) + tl.arange(0, 4 * BLOCK_H)
@@ -58,7 +58,7 @@ _launch = Launcher(_lstm_input_weights_kernel)
 
 
 def input_weights(directions: Sequence[Direction], biases: bool = True) -> tuple[Tensor, Tensor | None]:
-    """W_ih of all directions [D * 4H, I], rows in the order d, unit, gate; b_ih + b_hh [D * 4H] likewise, or None."""
+    """Return W_ih of all directions [D * 4H, I] in the order d, unit, gate, and b_ih + b_hh [D * 4H] likewise, or None."""
     D, (rows, I), like = len(directions), directions[0].w_ih.shape, directions[0].w_ih
     w = torch.empty((D * rows, I), dtype=like.dtype, device=like.device)
     has_biases = biases and directions[0].b_ih is not None

@@ -1,4 +1,4 @@
-"""What the launchers take and return, under names. A flat tuple each, as operators and autograd need it; no triton here."""
+"""The NamedTuples that launchers take and return: flat, as operators and autograd need them. This module needs no triton."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Records(NamedTuple):
-    """The types of what an operator takes and returns.
+    """The types of an operator's arguments and results.
 
-    inputs, options: its arguments: tensors, and what is no tensor. outputs: tensors. gradients: those of the first outputs,
-    which are the differentiable ones. saved: what of the outputs the backward takes.
+    inputs: its tensors. options: its other arguments. outputs: tensors. gradients: those of the first outputs, which are the
+    differentiable ones. saved: the outputs that the backward takes.
     """
 
     inputs: Any
@@ -27,8 +27,8 @@ class Records(NamedTuple):
 class CellInputs(NamedTuple):
     """x [B, I]; h [B, H] and c [B, STATES * H] before the step; w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
 
-    STATES, of a unit, is 1 for the LSTM; their order is that of `states`. seed: [1] int64 of the cell's masks, or None for
-    their expectations.
+    STATES, the number of states per unit, is 1 for the LSTM; `states` has their order. seed: [1] int64, seed of the cell's
+    masks, or None for their expectations.
     """
 
     x: Tensor
@@ -42,7 +42,7 @@ class CellInputs(NamedTuple):
 
 
 class CellOptions(NamedTuple):
-    """precision of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting; the name of the cell."""
+    """precision: of float32 products, "ieee", "tf32", "tf32x3", or None for torch's setting. cell: its name."""
 
     precision: str | None = None
     cell: str = "lstm"
@@ -89,7 +89,7 @@ class Direction(NamedTuple):
 
 
 def split_weights(weights: Sequence[Tensor], layers: int, directions: int) -> list[list[Direction]]:
-    """torch.nn.LSTM's flat list of weights -> those of each layer and direction."""
+    """Split torch.nn.LSTM's flat list of weights by layer and direction."""
     n = len(weights) // (layers * directions)
     by_direction = []
     for first in range(0, len(weights), n):
@@ -112,14 +112,14 @@ class Segments(NamedTuple):
     lengths: Tensor | None = None
 
     def of_rows(self, rows: slice) -> "Segments":
-        """Those of some of the D layers and directions."""
+        """Return the segments with the reset states of some layers and directions."""
         reset_h, reset_c = (None if s is None else s[:, rows] for s in (self.reset_h, self.reset_c))
         return Segments(self.resets, reset_h, reset_c, self.lengths)
 
 
 class LayerInputs(NamedTuple):
-    """x [T, B, I]; h0 [D, B, H]; c0 [D, B, STATES * H]; the weights of one `Direction` or two; `Segments`; the seed [1] of
-    dropout and of the cell's masks, or None for neither."""
+    """x [T, B, I]; h0 [D, B, H]; c0 [D, B, STATES * H]; the weights of one `Direction` or two; `Segments`; the seed [1] int64
+    of dropout and of the cell's masks, or None without either."""
 
     x: Tensor
     h0: Tensor
@@ -167,7 +167,7 @@ class LayerOptions(NamedTuple):
 
     precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
     dropout: the probability with which each element of y is zero, for the layer that follows; with a seed only.
-    return_cells: whether c of every step is wanted. recompute: save no gates for the backward, rebuild them by a GEMM.
+    return_cells: return c of every step. recompute: save no gates for the backward, which computes them again by a GEMM.
     stepwise: one launch per step, even where one launch could run them all. cell: its name.
     """
 
@@ -182,7 +182,7 @@ class LayerOptions(NamedTuple):
 class LayerOutputs(NamedTuple):
     """y [T, B, D * H]; h_n, c_n, as h0 and c0; c of every step [T, B, D * STATES * H] and gates [T, B, D, H, 4] or None.
 
-    h: y before dropout, or None where there was none.
+    h: y before dropout, or None without dropout.
     """
 
     y: Tensor
@@ -203,7 +203,7 @@ class LayerGradients(NamedTuple):
 
 
 class LayerSaved(NamedTuple):
-    """What the backward needs of `LayerOutputs`: y before dropout; c; gates, or None where they are to be rebuilt."""
+    """What the backward needs of `LayerOutputs`: y before dropout; c; gates, or None if it is to compute them again."""
 
     h: Tensor
     c: Tensor
@@ -224,7 +224,7 @@ class ReadoutInputs(NamedTuple):
 
 
 class ReadoutOptions(NamedTuple):
-    """precision as in `CellOptions`; the dtype of the result."""
+    """precision: as in `CellOptions`. dtype: of the result."""
 
     precision: str | None
     dtype: torch.dtype

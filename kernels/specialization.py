@@ -1,4 +1,4 @@
-"""What the code of a sequence kernel depends on besides its configuration, and the kernel compiled for it without a launch."""
+"""Compile a sequence kernel for a problem and a configuration without a launch, and what its code depends on."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .sequence_config import Problem, SequenceConfig, exchanged_row
 
 KERNELS: dict[str, Any] = {"forward": _lstm_sequence_forward_kernel, "backward": _lstm_sequence_backward_kernel}
 
-# The pointers that are None without a feature of a call. The backward has gates and c always.
+# The pointers that are None unless a call has the feature. The backward always has gates and c.
 _SEGMENTS = {"resets": {"resets_ptr", "reset_h_ptr", "reset_c_ptr"}, "lengths": {"lengths_ptr"}, "random": {"seed_ptr"}}
 _FORWARD = {"dropout": {"dropped_ptr"}, "cells": {"c_ptr"}, "gates": {"gates_ptr"}}
 _GRADIENTS = {"dy": {"dy_ptr"}, "dh_n": {"dh_n_ptr"}, "dc_n": {"dc_in_ptr"}, "reset_gradients": {"dreset_c_ptr"}}
@@ -29,12 +29,12 @@ _DTYPES = {"resets_ptr": torch.uint8, **_INT32, **dict.fromkeys(("lengths_ptr", 
 
 
 def features(**given: Any) -> frozenset[str]:
-    """The names under which there is something: those of `Problem.features`."""
+    """Return the names of the arguments that are neither None nor False, as `Problem.features`."""
     return frozenset(name for name, value in given.items() if value is not None and value is not False)
 
 
 def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
-    """Triton's compiled kernel, as a launch on the current device would have it; None if it cannot be loaded there."""
+    """Return Triton's compiled kernel for a launch on the current device, or None if it cannot be loaded there."""
     waits = config.waits and not problem.single_step
     options = {"launch_cooperative_grid": True} if waits else {}
     arguments = _stand_ins(problem, config, waits)
@@ -47,7 +47,7 @@ def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
 
 
 def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[Any]:
-    """For the arguments of a launch: for an aligned tensor its dtype; for an integer that is not specialised, any."""
+    """Return stand-ins for the arguments of a launch: a dtype for an aligned tensor, 2 for an unspecialised integer."""
     pointers = POINTERS[problem.way].items()
     absent = {name for feature, names in pointers if feature not in problem.features for name in names}
     absent |= set() if problem.D == 2 else {"w_reverse_ptr"}

@@ -1,7 +1,7 @@
 """Several states of a unit in one tile: [BLOCK_B, STATES * BLOCK_H], column STATES * unit + state; [..., H, STATES] in memory.
 
-What is done to all of them alike, loads, stores, resets and the ends of rows, sees one wide state; only a cell's equations take
-them apart. STATES is a power of two.
+Loads, stores, resets and ends of batch rows treat all states alike, as one wide state; only a cell's equations split them.
+STATES is a power of two.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def split_states(tile, STATES: tl.constexpr):
-    """[BLOCK_B, STATES * BLOCK_H] -> a tuple of STATES tiles [BLOCK_B, BLOCK_H]."""
+    """Split [BLOCK_B, STATES * BLOCK_H] into a tuple of STATES tiles [BLOCK_B, BLOCK_H]."""
     if STATES == 1:
         return (tile,)
     if STATES == 2:
@@ -29,13 +29,13 @@ def split_states(tile, STATES: tl.constexpr):
 
 @triton.jit
 def _split(tile):
-    """Into the states of even number and those of odd number."""
+    """Split into the states of even index and those of odd index."""
     return tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
 
 
 @triton.jit
 def join_states(states, STATES: tl.constexpr):
-    """The inverse of `split_states`."""
+    """Undo `split_states`."""
     if STATES == 1:
         return states[0]
     if STATES == 2:
