@@ -87,8 +87,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Kernels of sources long changed must not fill the disk."""
     first = not hasattr(session.config, "workerinput")  # of pytest-xdist's processes
-    if first and sum(file.stat().st_size for file in COMPILED.glob("*/*")) > 4 << 30:
-        shutil.rmtree(COMPILED)
+    for folder in (COMPILED, COMPILED.with_name("executed")) if first else ():
+        if sum(file.stat().st_size for file in folder.glob("*/*")) > 2 << 30:
+            shutil.rmtree(folder)
 
 
 def pytest_sessionfinish() -> None:

@@ -218,6 +218,15 @@ def executing(
     driver: one that is there already, instead of target, seed and programs_per_sm.
     """
     driver = driver or ExecutingDriver(int(target.removeprefix("sm_")), seed, programs_per_sm)
-    with knobs.cache.scope(), active(driver):
-        knobs.cache.dir = str(CACHE / "triton")
+    with knobs.cache.scope(), knobs.runtime.scope(), active(driver):
+        knobs.cache.dir, knobs.runtime.add_stages_inspection_hook = str(CACHE / "executed"), _without_ptxas
         yield driver
+
+
+def _without_ptxas(*compilation: Any) -> tuple[str, str] | None:
+    """A hook of Triton's compiler: of what is compiled, nothing behind the PTX is executed."""
+    if not compilation:
+        return "", ""  # what is added to the keys of caches; these kernels lie in a folder of their own
+    _, stages, *_ = compilation
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
