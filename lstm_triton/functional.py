@@ -1,4 +1,4 @@
-"""Functions: the LSTM cell, an LSTM layer and the softmax readout, on explicit weights."""
+"""The LSTM cell, an LSTM layer and the softmax readout as functions of explicit weights."""
 
 import functools
 import math
@@ -28,23 +28,24 @@ def lstm_cell(
     precision: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One LSTM timestep, as torch.nn.LSTMCell computes it; on an NVIDIA GPU in one kernel launch each way.
+    """Compute one LSTM timestep, as torch.nn.LSTMCell; on an NVIDIA GPU in one kernel launch forward and one backward.
 
     Args:
         x: [B, I], or [I] unbatched.
         hx: (h, c), each [B, H], or [H] unbatched.
         w_ih, w_hh: [4H, I] and [4H, H], gates in the order i, f, g, o; b_ih, b_hh: [4H] or None.
-            All of one floating-point dtype on one device, any strides; under autocast all are cast to its dtype.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cuda.matmul says ("ieee" unless you changed it).
+            All tensors have one floating-point dtype and device, and any strides; under autocast they are cast to its dtype.
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cuda.matmul
+            ("ieee" unless you changed it).
         backend: "auto", "triton" (the kernels, or an error), "reference" (plain PyTorch).
 
     Returns:
-        (h, c), the next states, shaped like the given ones. Twice differentiable.
+        (h, c) after the step, of the shapes of hx, in the dtype of x (or of autocast). Twice differentiable.
 
     Raises:
         ValueError: x, h or c of a wrong rank; unknown precision or backend.
-        RuntimeError: sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+        RuntimeError: sizes, dtypes or devices that do not fit; a named backend that cannot run the call.
+        TypeError: no tensor where one is expected.
     """
     dispatch.check_precision(precision)
     if isinstance(hx, Tensor):
@@ -57,7 +58,7 @@ def lstm_cell(
 
 
 def cell_inputs(x: Tensor, hx: tuple[Tensor, Tensor], *weights: Tensor | None) -> CellInputs:
-    """Of a batch, of one row where the input has none; ValueError for tensors of a wrong rank."""
+    """Return the inputs with a batch dimension, of 1 where the input has none. Raises ValueError for a wrong rank."""
     if x.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {x.dim()}D instead")
     for index, state in enumerate(hx):
@@ -70,11 +71,11 @@ def cell_inputs(x: Tensor, hx: tuple[Tensor, Tensor], *weights: Tensor | None) -
 def step(
     inputs: CellInputs, precision: str | None, backend: str, cell: str = "lstm", draws: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(h, c) of a batch, by the equations of the cell of this name; draws: whether its masks are random."""
+    """Compute (h, c) of a batch by the equations of the cell of this name. draws: whether its masks are random."""
     x = inputs.x
     chosen = dispatch.cell_backend(backend, x.device, x.dtype)
     if chosen == "torch" and cell == "lstm":
-        check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of what does not fit
+        check_cell(inputs, dtypes=False)  # torch's kernel may read past the end of tensors of wrong sizes
         return torch.lstm_cell(x, (inputs.h, inputs.c), inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh)
     if casting.is_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -99,7 +100,7 @@ def _require_tensors(function: str, arguments: Iterable[tuple[str, object]]) -> 
 
 
 def check_cell(inputs: CellInputs, dtypes: bool = True, states: int = 1) -> None:
-    """One pass over good arguments; the first fault raises with torch's own words."""
+    """Check the arguments in one pass; the first wrong one raises with torch's own message."""
     x, h, c, w_ih, w_hh, b_ih, b_hh, _ = inputs
     B, I = x.shape
     H = w_hh.shape[-1]
@@ -122,7 +123,7 @@ def _raise_cell_sizes(inputs: CellInputs) -> None:
         if w.dim() != 2:
             raise RuntimeError(f"{name} must be 2D, got {w.dim()}D instead")
     if I != w_ih.shape[1] or any(state.shape[:2] != (B, H) for state in (h, c)):
-        # torch checks these sizes before it computes, and says so in the words of its version.
+        # Let this version of torch raise its own message: it checks sizes before it computes.
         meta: Any = [None if t is None else t.detach().to("meta") for t in (x, h, c, w_ih, w_hh, *biases)]
         torch.lstm_cell(meta[0], meta[1:3], *meta[3:])
     for index, state in enumerate((h, c)):
@@ -140,16 +141,16 @@ def softmax_readout(
     precision: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(h W^T + b), as torch.softmax(torch.nn.functional.linear(h, weight, bias), -1) computes it.
+    """Compute softmax(h W^T + b), as torch.softmax(torch.nn.functional.linear(h, weight, bias), -1).
 
-    On an NVIDIA GPU: in at most two kernel launches, with no other tensor of the result's size, the logits in float32.
+    On an NVIDIA GPU this takes at most two kernel launches and no other tensor of the result's size; logits are in float32.
 
     Args:
         h: [..., H].
-        weight: [V, H]; bias: [V] or None. All of one floating-point dtype on one device, any strides; under autocast
-            all are cast to its dtype.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cuda.matmul says ("ieee" unless you changed it).
+        weight: [V, H]; bias: [V] or None. All tensors have one floating-point dtype and device, and any strides; under autocast
+            they are cast to its dtype.
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cuda.matmul
+            ("ieee" unless you changed it).
         backend: "auto", "triton" (the kernels, or an error), "reference" (plain PyTorch).
 
     Returns:
@@ -158,7 +159,8 @@ def softmax_readout(
 
     Raises:
         ValueError: unknown precision or backend.
-        RuntimeError: ranks, sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit; a named backend that cannot run the call.
+        TypeError: no tensor where one is expected.
     """
     dispatch.check_precision(precision)
     _require_tensors("softmax_readout", (("h", h), ("weight", weight)))
@@ -184,7 +186,7 @@ def softmax_readout(
 
 
 def _check_readout(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Good arguments pass; the first fault raises as torch.nn.functional.linear does."""
+    """Check the arguments; the first wrong one raises as torch.nn.functional.linear does."""
     if h.dim() == 0 or weight.dim() != 2:
         raise RuntimeError(f"h must be [..., H] and weight [V, H], but they are {h.dim()}D and {weight.dim()}D")
     if h.shape[-1] != weight.shape[1]:

@@ -1,4 +1,4 @@
-"""`LSTM`: torch.nn.LSTM, and what it cannot do."""
+"""`LSTM`, a replacement for torch.nn.LSTM with resets, lengths, cell states and recomputation."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .modes import is_jit_tracing
 from .modules import check_options, is_proxy, leaf, options_repr, scripted_as, scripted_lstm
 from .shapes import cell_of
 
-# Taken before `hooks` may replace it.
+# torch's own forward, taken before `hooks` may replace it.
 _torchs_forward = torch.nn.LSTM.forward
 
 
@@ -28,7 +28,7 @@ def forward(
     lengths: Tensor | None = None,
     return_cell_states: bool = False,
 ):
-    """`LSTM.forward` of any torch.nn.RNNBase with mode "LSTM" that has the options: an `LSTM`, or a converted torch.nn.LSTM."""
+    """Run `LSTM.forward` for a torch.nn.RNNBase of mode "LSTM" that has the options: `LSTM` or a converted torch.nn.LSTM."""
     if is_proxy(input):
         options = dict(resets=resets, reset_state=reset_state, lengths=lengths, return_cell_states=return_cell_states)
         return leaf(module, input, hx, **options)
@@ -58,10 +58,10 @@ def forward(
 
 
 def _is_torchs(module, input) -> bool:
-    """Whether torch's own forward does all that a plain call needs, checks included: on a CPU, where "auto" always takes it,
-    outside compilers, traces and transforms. In few words of Python: torch's kernel may take as little time."""
+    """Return whether torch's own forward, with its checks, runs this plain call: on a CPU with "auto", outside of compilers,
+    traces and transforms. This takes little Python, because torch's kernel may take as little time."""
     x = input.data if isinstance(input, PackedSequence) else input
-    # A forced backend may be impossible, which is said after faults of the arguments.
+    # A named backend may be impossible; that error comes after those for wrong arguments.
     if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto":
         return False
     if cell_of(module) is not None:
@@ -69,7 +69,7 @@ def _is_torchs(module, input) -> bool:
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if x is input and not module.proj_size and _is_autocast_to_float16():
-        return False  # which oneDNN knows on few CPUs
+        return False  # oneDNN has float16 on few CPUs only
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not measurements.rows(x.device)
@@ -80,7 +80,7 @@ def _is_autocast_to_float16() -> bool:
 
 
 def _time_major(module, input, hx, resets):
-    """Input, states and resets, checked as torch does; for batch_first views, whose strides the kernels follow."""
+    """Return input, states and resets, checked as by torch; with batch_first as views, whose strides the kernels take."""
     if hx is None:
         module.check_input(input, None)
         hx = shapes.zero_state(module, input, input.shape[0 if module.batch_first else 1])
@@ -101,7 +101,7 @@ def _check_ranks(hx, n: int, kind: str) -> None:
 
 
 def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states):
-    """A batch of one; resets are [T], lengths a single number, reset_state broadcasts as in a batch."""
+    """Run an input without a batch dimension. resets: [T]; lengths: []; reset_state: broadcast as for a batch of one."""
     if hx is not None:
         _check_ranks(hx, 2, "unbatched")
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
@@ -114,17 +114,17 @@ def _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_c
 
 
 def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cell_states):
-    """resets [T, B] ([B, T] with batch_first) and reset_state are in the caller's order of rows, as hx is."""
+    """Run a PackedSequence. resets [T, B] ([B, T] with batch_first), reset_state and hx are in the caller's order of rows."""
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if lengths is not None:
         raise ValueError("LSTM: a PackedSequence has lengths of its own, got lengths too")
-    # torch.jit.trace records these two, so that the trace holds for any number of steps and rows.
+    # torch.jit.trace records these two operations, so that the trace holds for any number of steps and batch rows.
     T, B = batch_sizes.shape[0], batch_sizes[0] if is_jit_tracing() else int(batch_sizes[0])
     hx = shapes.zero_state(module, data, B) if hx is None else module.permute_hidden(hx, sorted_indices)
     layers.check_pair(hx)
     weight = module._flat_weights[0]
     if data.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
-        # Here torch has no check of its own, and fails otherwise than for a padded input.
+        # torch does not check this for packed input, and would fail with another error than for padded input.
         casting.check_alike("PackedSequence", data, [("weights", weight)])
     module.check_forward_args(data, hx, batch_sizes)
     features = ",".join(filter(None, (shapes.features(resets, reset_state, None, return_cell_states), "packed")))
@@ -135,7 +135,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
         weights = module._flat_weights
         if chosen == "cudnn":
             data, hx, _, weights = layers.autocast(data, hx, None, weights)
-        # On a CPU torch's autocast has no rule for packed input. On a GPU it would make float16 of bfloat16.
+        # On a CPU torch's autocast has no rule for packed input. On a GPU it would cast bfloat16 to float16.
         with casting.without_autocast("cuda"):
             y, *hidden = torch_ops.packed_lstm(data, batch_sizes, hx, weights, torch_ops.options_of(module))
     else:
@@ -148,7 +148,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
             reset_state = tuple(
                 s.index_select(-2, sorted_indices) if s.dim() > 1 and s.shape[-2] == B else s for s in reset_state
             )
-        # Row b has as many steps as there are entries of batch_sizes above b: known on the host, no waiting for the GPU.
+        # Batch row b has as many steps as batch_sizes has entries above b. The host knows these without waiting for the GPU.
         lengths = segments.sent((batch_sizes[None, :] > segments.range_of(B)[:, None]).sum(1), data.device)
         at = segments.sent(segments.packed_rows(batch_sizes, B), data.device)
         x = data.new_zeros(T * B, data.shape[1]).index_copy(0, at, data).view(T, B, data.shape[1])
@@ -162,7 +162,7 @@ def _forward_packed(module, packed, hx, resets, reset_state, lengths, return_cel
 
 
 def _check_states(module, packed: PackedSequence, hx) -> None:
-    """As torch checks those of padded input; where it is packed, torch's kernel may read past the end of what does not fit."""
+    """Check the states of packed input as torch checks those of padded input; its kernel could read past their end."""
     hx = module.permute_hidden(hx, packed.sorted_indices)
     layers.check_pair(hx)
     for k, size_of in enumerate((module.get_expected_hidden_size, module.get_expected_cell_size)):
@@ -186,9 +186,9 @@ def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
 
 
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen=None):
-    """All layers on x [T, B, I]: y [T, B, D * H], (h_n, c_n), and with return_cell_states c of the last layer.
+    """Run all layers on x [T, B, I]. Returns y [T, B, D * H], (h_n, c_n) and with return_cell_states c of the last layer.
 
-    chosen: the backend, where that does not follow from the other arguments.
+    chosen: the backend, or None to choose it here.
     """
     cell = cell_of(module)
     of_units = () if cell is None else module.unit_parameters()
@@ -199,7 +199,7 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
         chosen = _choose(module, x, features, x.shape[0], x.shape[1])
     if chosen == "cudnn" or (chosen == "torch" and not features and cell is None):
         y, h_n, c_n = torch_ops.lstm(x, hx, weights, torch_ops.options_of(module))
-        if chosen == "torch" and module.proj_size:  # torch's own leaves c out of the autocast on a CPU
+        if chosen == "torch" and module.proj_size:  # torch's autocast on a CPU does not cast c
             c_n = c_n.to(torch.promote_types(c_n.dtype, c_dtype))
         return y, (h_n, c_n)
     directions = 2 if module.bidirectional else 1
@@ -232,7 +232,7 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
 
 
 def layer_options(module, k: int, chosen: str, return_cell_states: bool) -> LayerOptions:
-    """Those of layer k, run by this backend."""
+    """Return the options of layer k, run by this backend."""
     is_last, cell = k == module.num_layers - 1, cell_of(module)
     dropout = float(module.dropout) if module.training and not is_last else 0.0
     cells, name = return_cell_states and is_last, "lstm" if cell is None else cell.key
@@ -240,39 +240,43 @@ def layer_options(module, k: int, chosen: str, return_cell_states: bool) -> Laye
 
 
 class LSTM(torch.nn.RNNBase):
-    """torch.nn.LSTM, with the whole sequence of a layer in one kernel launch on NVIDIA GPUs, and what cuDNN cannot do.
+    """A replacement for torch.nn.LSTM, with the whole sequence of a layer in one kernel launch on NVIDIA GPUs.
 
-    Same constructor, parameters, initial values for one seed, state_dict and errors as torch.nn.LSTM.
+    It has the constructor, parameters, initial values for a given seed, state_dict and errors of torch.nn.LSTM.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as there.
-            I, H, and D = 2 if bidirectional, else 1. With proj_size the outputs have size proj_size in place of H.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cudnn.rnn says ("tf32" unless you changed it), as torch.nn.LSTM does.
-        backend: "auto" (the fastest known to be right; `lstm_triton.explain(lstm)` says which and why), "triton",
-            "triton-persistent", "triton-stepwise", "cudnn", "reference".
-        recompute: keep outputs and c for the backward but rebuild the gates, 4/7 of the memory, by a GEMM. On a CPU,
-            where torch's own kernels run, it changes nothing.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
+            torch.nn.LSTM. Below, I and H are the sizes, and D is 2 if bidirectional, else 1. With proj_size, h and output have
+            size proj_size in place of H.
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cudnn.rnn
+            ("tf32" unless you changed it), as torch.nn.LSTM.
+        backend: "auto" (`lstm_triton.explain(lstm)` says which it takes, and why), "triton", "triton-persistent",
+            "triton-stepwise", "cudnn", "reference".
+        recompute: keep outputs and c for the backward, but compute the gates (4/7 of the memory where I = H) again by GEMMs. On
+            a CPU, where torch's own kernels run, it changes nothing.
 
     Inputs:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         hx: (h_0, c_0), each [num_layers * D, B, H], or [num_layers * D, H] unbatched; zeros when None.
-        resets: [T, B] bool ([B, T] with batch_first). resets[t, b] starts a new segment of row b at t; the result equals that
-            of the segments run one by one, in both directions.
-        reset_state: (h, c), what a reset sets the states to instead of zero, broadcastable to [T, num_layers * D, B, H].
-        lengths: [B] integers: the steps of each row, without sorting or packing. Outputs past them are zero, h_n and c_n are
-            those of each row's last step, and the reverse direction starts there.
+        resets: [T, B] bool ([B, T] with batch_first). resets[t, b] starts a new segment of batch row b at t; the result equals
+            that of the segments run one by one, in both directions.
+        reset_state: (h, c), to which a reset sets the states instead of zeros, broadcastable to [T, num_layers * D, B, H].
+        lengths: [B] integers, the steps of each batch row, without sorting or packing. Outputs past them are zero, h_n and c_n
+            are those of each row's last step, and the reverse direction starts there.
         return_cell_states: also return every c_t of the last layer.
 
-    Outputs: output, (h_n, c_n) as torch.nn.LSTM, and with return_cell_states cell_states, shaped like output before projection.
+    Outputs: output [T, B, D * H] and (h_n, c_n), as torch.nn.LSTM, in the dtype of the input (or of autocast); with
+    return_cell_states also
+        cell_states, shaped like output before projection.
 
-    Raises ValueError, TypeError and RuntimeError where torch.nn.LSTM does; for resets, lengths and reset_state as
-    `functional.lstm` does. Unlike cuDNN it runs backward in evaluation mode.
+    Raises ValueError, TypeError and RuntimeError where torch.nn.LSTM does, for resets, lengths and reset_state as
+    `functional.lstm` does, and RuntimeError if a named backend cannot run the call. Unlike cuDNN it runs backward in
+    evaluation mode.
 
-    It is no instance of torch.nn.LSTM, which torch.compile refuses; `convert` makes those that are.
+    It is no instance of torch.nn.LSTM, because torch.compile refuses these; `convert` keeps the class of a module.
     """
 
-    # Those of instances pickled before an option existed.
+    # The values of instances that were pickled before these options existed.
     precision: str | None = None
     backend: str = "auto"
     recompute: bool = False

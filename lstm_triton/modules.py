@@ -1,4 +1,4 @@
-"""Modules: drop-ins for torch.nn.LSTMCell, and the softmax readout."""
+"""Modules: `LSTMCell`, a replacement for torch.nn.LSTMCell, and `SoftmaxReadout`."""
 
 import inspect
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def options_repr(module: torch.nn.Module) -> str:
 
 
 def scripted_as(source: Callable) -> Callable:
-    """A decorator of methods that TorchScript cannot read: it compiles the source of another, with this module's names."""
+    """Return a decorator by which TorchScript compiles `source`, with this module's names, instead of the method."""
 
     def decorate(method: Callable) -> Callable:
         method.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def scripted_as(source: Callable) -> Callable:
 
 
 def scripted_lstm(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What TorchScript compiles of `LSTM.forward`: torch's own kernels, on a padded or an unbatched input."""
+    """Run torch's own kernels on a padded or an unbatched input; TorchScript compiles this in place of `LSTM.forward`."""
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batch_dim = 0 if self.batch_first else 1
@@ -64,12 +64,12 @@ def scripted_lstm(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) 
 
 
 def is_proxy(input: object) -> bool:
-    """Whether torch.fx.symbolic_trace records the call."""
+    """Return whether torch.fx.symbolic_trace is recording the call."""
     return isinstance(input, torch.fx.Proxy)
 
 
 def leaf(module: torch.nn.Module, input: Any, *args, **kwargs) -> Any:
-    """The call as one node of the graph that torch.fx records, as that of a module of torch.nn is."""
+    """Record the call as one node of torch.fx's graph, as for a module of torch.nn."""
     tracer: Any = input.tracer
     if module is tracer.root:
         raise torch.fx.proxy.TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a model that holds it")
@@ -78,21 +78,21 @@ def leaf(module: torch.nn.Module, input: Any, *args, **kwargs) -> Any:
 
 
 class LSTMCell(torch.nn.LSTMCell):
-    """torch.nn.LSTMCell with each step in one kernel launch on NVIDIA GPUs, forward and backward.
+    """A replacement for torch.nn.LSTMCell, with each step in one kernel launch on NVIDIA GPUs, forward and backward.
 
-    Same constructor, parameters, initial values for one seed, state_dict and errors as torch.nn.LSTMCell.
+    It has the constructor, parameters, initial values for a given seed, state_dict and errors of torch.nn.LSTMCell.
 
     Args:
         input_size, hidden_size: I and H.
         bias: whether there are biases.
         device, dtype: of the parameters.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.LSTMCell does.
-        backend: "auto" (the kernels where they can run, else torch's own; `lstm_triton.explain(cell)` says which and why),
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cuda.matmul
+            ("ieee" unless you changed it), as torch.nn.LSTMCell.
+        backend: "auto" (the kernels on a GPU that runs them, else torch's own; `lstm_triton.explain(cell)` says which and why),
             "triton", "reference".
 
     Inputs: input [B, I] or [I]; hx: (h, c), each [B, H] or [H], zeros when None.
-    Outputs: (h, c) of the next step, shaped alike. Twice differentiable.
+    Outputs: (h, c) after the step, of the shapes of hx, in the dtype of the input (or of autocast). Twice differentiable.
 
     Raises ValueError for ranks and RuntimeError for sizes, dtypes and devices that do not fit, as torch.nn.LSTMCell does.
     """
@@ -138,20 +138,21 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 class SoftmaxReadout(torch.nn.Linear):
-    """Y = softmax(h W^T + b) in at most two launches on NVIDIA GPUs: torch.nn.Linear and torch.nn.Softmax(-1) in one.
+    """The readout Y = softmax(h W^T + b), torch.nn.Linear and torch.nn.Softmax(-1), in at most two launches on NVIDIA GPUs.
 
-    Same constructor, parameters, initial values for one seed and state_dict as torch.nn.Linear.
+    It has the constructor, parameters, initial values for a given seed and state_dict of torch.nn.Linear.
 
     Args:
         in_features, out_features: H and V.
         bias: whether there is a bias.
         device, dtype: of the parameters.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cuda.matmul says ("ieee" unless you changed it), as torch.nn.Linear does.
-        backend: "auto" (the kernels where they can run, else torch's own; `lstm_triton.explain(readout)` says which and why),
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cuda.matmul
+            ("ieee" unless you changed it), as torch.nn.Linear.
+        backend: "auto" (the kernels on a GPU that runs them, else torch's own; `lstm_triton.explain(readout)` says which and
+        why),
             "triton", "reference".
 
-    Input: [..., H]. Output: [..., V], each row of which sums to 1. Twice differentiable.
+    Input: [..., H]. Output: [..., V], each row of which sums to 1, in the dtype of the input. Twice differentiable.
 
     Raises RuntimeError for ranks, sizes, dtypes and devices that do not fit, as torch.nn.Linear does.
     """
@@ -176,7 +177,7 @@ class SoftmaxReadout(torch.nn.Linear):
         return super().extra_repr() + options_repr(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # TorchScript compiles this branch alone
+        if torch.jit.is_scripting():  # TorchScript compiles only this branch
             return torch.nn.functional.linear(input, self.weight, self.bias).softmax(-1)
         elif is_proxy(input):
             return leaf(self, input)
