@@ -20,7 +20,7 @@ from .device import matmul_precision
 from .gates import gate_rows, join_gates, load_gates
 from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
 from .launch import Launcher, accumulator
-from .tiles import load_tile, store_tile
+from .tiles import choose_tile, count_tiles, load_tile, store_tile
 
 
 @triton.jit
@@ -61,39 +61,6 @@ def _gate_gradients(
     if seed_ptr is not None:
         at = (tl.load(seed_ptr), 0, offs_b, offs_h)
     return BACKWARD(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c, dh, dc, at)
-
-
-@triton.jit
-def _tiles_n(of_h, of_x, BLOCK_N: tl.constexpr):
-    """Return how many tiles of columns two gradients side by side have; each is (out or None, factor, N, factor's strides)."""
-    tiles = 0
-    if of_h[0] is not None:
-        tiles += tl.cdiv(of_h[2], BLOCK_N)
-    if of_x[0] is not None:
-        tiles += tl.cdiv(of_x[2], BLOCK_N)
-    return tiles
-
-
-@triton.jit
-def _chosen(tile_n, of_h, of_x, BLOCK_N: tl.constexpr):
-    """Return which of the two a tile of columns belongs to, and its first column there.
-
-    It is chosen by values, because code for each of the two would take twice as long to compile.
-    """
-    if of_h[0] is None:
-        chosen = of_x
-    elif of_x[0] is None:
-        chosen = of_h
-    else:
-        out_h, factor_h, H, stride_h_row, stride_h_n = of_h
-        out_x, factor_x, I, stride_x_row, stride_x_n = of_x
-        tiles_h = tl.cdiv(H, BLOCK_N)
-        is_h = tile_n < tiles_h
-        out, factor, N = tl.where(is_h, out_h, out_x), tl.where(is_h, factor_h, factor_x), tl.where(is_h, H, I)
-        stride_row, stride_n = tl.where(is_h, stride_h_row, stride_x_row), tl.where(is_h, stride_h_n, stride_x_n)
-        chosen = out, factor, N, stride_row, stride_n
-        tile_n = tl.where(is_h, tile_n, tile_n - tiles_h)
-    return chosen, tile_n * BLOCK_N
 
 
 @triton.jit
@@ -251,20 +218,20 @@ def _lstm_cell_backward_kernel(
     dx = (dx_ptr, w_ih_ptr, I, stride_w_ih_row, stride_w_ih_k)
     tile = tl.program_id(0)
     if dw_hh_ptr is not None or dw_ih_ptr is not None:
-        tiles_n = _tiles_n(dw_hh, dw_ih, BLOCK_N)
+        tiles_n = count_tiles(dw_hh, dw_ih, BLOCK_N)
         tiles = tl.cdiv(H, BLOCK_H) * tiles_n
         if tile < tiles:
-            chosen, first_n = _chosen(tile % tiles_n, dw_hh, dw_ih, BLOCK_N)
+            chosen, first_n = choose_tile(tile % tiles_n, dw_hh, dw_ih, BLOCK_N)
             first_unit = tile // tiles_n * BLOCK_H
             _weight_gradient_tile(
                 chosen, first_n, first_unit, step, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N
             )
         tile -= tiles
     if dh_prev_ptr is not None or dx_ptr is not None:
-        tiles_n = _tiles_n(dh_prev, dx, BLOCK_N)
+        tiles_n = count_tiles(dh_prev, dx, BLOCK_N)
         tiles = tl.cdiv(B, BLOCK_B) * tiles_n
         if (tile >= 0) & (tile < tiles):
-            chosen, first_n = _chosen(tile % tiles_n, dh_prev, dx, BLOCK_N)
+            chosen, first_n = choose_tile(tile % tiles_n, dh_prev, dx, BLOCK_N)
             first_row = tile // tiles_n * BLOCK_B
             _input_gradient_tile(
                 chosen, first_n, first_row, step, BACKWARD, STATES, ACC, PRECISION, BLOCK_B, BLOCK_H, BLOCK_N

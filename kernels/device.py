@@ -18,7 +18,7 @@ def _cuda_figures(index: int) -> DeviceFigures:
     return figures(gpu.multi_processor_count, gpu.shared_memory_per_block_optin, (gpu.major, gpu.minor))
 
 
-_cpu_figures = figures(132, 227 * 1024, (9, 0))  # those of an H100; see `launch.cpu_as`
+_cpu_figures = figures(132, 227 * 1024, (9, 0))  # those of an H100
 
 
 def device_figures(device: torch.device) -> DeviceFigures:
@@ -88,19 +88,6 @@ def torch_products(dtype: torch.dtype, precision: str) -> Iterator[None]:
             else:
                 with fp32_precision(matmul, wanted):
                     yield
-
-
-_cudnn_setting = threading.RLock()
-
-
-@contextlib.contextmanager
-def cudnn_precision(precision: str | None) -> Iterator[None]:
-    """Let cuDNN's recurrent layers compute float32 in this precision; None leaves torch's setting."""
-    if precision is None:
-        yield
-        return
-    with _cudnn_setting, fp32_precision(torch.backends.cudnn.rnn, precision):
-        yield
 
 
 @contextlib.contextmanager

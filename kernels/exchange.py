@@ -96,9 +96,7 @@ def load_words(starts, waits, left, stall_ptr, STRIDE: tl.constexpr, LEFT_BEFORE
     is loaded where these are more than LEFT_BEFORE, if that is not None. stall_ptr: `stall.word`, None where no program waits.
     """
     ROWS: tl.constexpr = len(starts)
-    addresses = ()
-    for row in tl.static_range(ROWS):
-        addresses = addresses + (starts[row].to(tl.int64),)  # type: ignore[assignment]
+    addresses = [start.to(tl.int64) for start in starts]
     return tl.inline_asm_elementwise(
         _waiting_loads(ROWS, CHUNKS, STRIDE, LEFT_BEFORE, MAX_POLLS),
         _operands(4 * ROWS * CHUNKS, ROWS),
@@ -132,13 +130,11 @@ def _store_operands(words):
 @triton.jit
 def store_words(pointers, words, mask):
     """Store a tuple of 1, 2 or 4 adjacent int32 words at each pointer, for `load_words` of other programs."""
-    stored = ()
-    for k in tl.static_range(len(words)):
-        stored = stored + (tl.where(words[k] == -1, 0x7FFFFFFF, words[k]),)  # type: ignore[assignment]
+    stored = [tl.where(word == -1, 0x7FFFFFFF, word) for word in words]
     tl.inline_asm_elementwise(
         _store(len(words)),
         _store_operands(len(words)),
-        (pointers.to(tl.int64),) + stored + (mask.to(tl.int32),),
+        (pointers.to(tl.int64),) + stored + (mask.to(tl.int32),),  # type: ignore[operator]
         dtype=tl.int32,
         is_pure=False,
         pack=1,

@@ -61,17 +61,18 @@ def load_fragments(rows, waits, first, stall_ptr, N: tl.constexpr, CHUNKS: tl.co
     STRIDE: tl.constexpr = SPLIT_K * BLOCK_K
     columns = tl.arange(0, SPLIT_K)[:, None, None] * BLOCK_K + tl.arange(0, 4)[None, None, :] * (4 * LO)
     columns = tl.broadcast_to(columns, (SPLIT_K, 8, 4)) + first * STRIDE
-    starts = ()
-    for row in tl.static_range(ROWS):
-        starts = starts + (rows[row] + columns,)  # type: ignore[assignment]
+    starts = [row + columns for row in rows]
     LEFT_BEFORE: tl.constexpr = None if (first + CHUNKS) * STRIDE <= N else (CHUNKS - 1) * STRIDE
     words = load_words(starts, waits, N - columns, stall_ptr, STRIDE * (4 // LO), LEFT_BEFORE, CHUNKS)
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        chunks = chunks + (  # type: ignore[assignment]
-            _floats(words, 4 * ROWS * chunk, 4 * ROWS)
-            if FULL
-            else _right_operand(words, 4 * ROWS * chunk, ROWS, BLOCK_K, dtype),
+        chunks = (
+            chunks
+            + (  # type: ignore[assignment]
+                [word.to(tl.float32, bitcast=True) for word in words[4 * ROWS * chunk : 4 * ROWS * (chunk + 1)]]
+                if FULL
+                else _right_operand(words, 4 * ROWS * chunk, ROWS, BLOCK_K, dtype),
+            )
         )
     return chunks
 
@@ -156,14 +157,6 @@ def _left_operand(words, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.co
     tile = _tile(words, 0, ROWS, dtype)
     tile = tl.permute(tile, (0, 3, 1, 5, 2, 4, 6) if ADJACENT_WORDS == 2 else (0, 3, 1, 4, 5, 2, 6))
     return tl.reshape(tile, (words[0].shape[0], 8 * ROWS, BLOCK_K))
-
-
-@triton.jit
-def _floats(words, first: tl.constexpr, COUNT: tl.constexpr):
-    floats = ()
-    for k in tl.static_range(COUNT):
-        floats = floats + (words[first + k].to(tl.float32, bitcast=True),)  # type: ignore[assignment]
-    return floats
 
 
 @triton.jit

@@ -249,21 +249,3 @@ class ReadoutSaved(NamedTuple):
 
 
 READOUT = Records(ReadoutInputs, ReadoutOptions, ReadoutOutputs, ReadoutGradients, ReadoutSaved)
-
-# ---- the product of a projection: [M, K] and [K, N] to [M, N] --------------------------------------------------------
-
-
-class Product(NamedTuple):
-    a: Tensor
-    b: Tensor
-
-
-class ProductOutputs(NamedTuple):
-    ab: Tensor
-
-
-class ProductSaved(NamedTuple):
-    """Nothing but the inputs."""
-
-
-PRODUCT = Records(Product, CellOptions, ProductOutputs, ReadoutGradients, ProductSaved)

@@ -1,9 +1,8 @@
 """Launch a compiled kernel with a configuration, doing nothing per call that can be done once."""
 
-import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-from . import device as device_module
 from .config import LaunchConfig
 from .device import refuse_capture
-from .figures import DeviceFigures
 
 _MAX_KEPT = 4096  # references to compiled kernels, for each kernel; when there are more, all are dropped
 
@@ -141,20 +138,6 @@ def _values_of(keys: Sequence[Any]) -> Callable[[Any], tuple]:
         (key,) = keys
         return lambda values: (values[key],)
     return operator.itemgetter(*keys) if keys else lambda values: ()
-
-
-@contextlib.contextmanager
-def cpu_as(figures: DeviceFigures) -> Iterator[None]:
-    """Let the CPU stand for a GPU with these figures, for a driver of Triton that takes CPU tensors."""
-    before, device_module._cpu_figures = device_module._cpu_figures, figures
-    for launcher in Launcher._all:
-        launcher._compiled.clear()
-    try:
-        yield
-    finally:
-        device_module._cpu_figures = before
-        for launcher in Launcher._all:
-            launcher._compiled.clear()
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -55,7 +55,7 @@ def reset_state(resets: Tensor | None, state: Tensor | None, initial: Tensor) ->
 
 
 def padded(state: Tensor, units: int) -> Tensor:
-    """Return a state [..., H] with rows of `units` units, those past H zero. Broadcast dimensions remain broadcast."""
+    """Return a state or matrix [..., H] with rows of `units` units, zeros past H. Broadcast dimensions remain broadcast."""
     if state.shape[-1] == units:
         return state
     once = state[tuple(slice(None if s else 1) for s in state.stride()[:-1])]
@@ -71,12 +71,10 @@ def plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig | OneStep
 
 def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
     """Return `plan` for the sequence kernels."""
-    if T == 1 and problem.way == "forward" and exchanged_row(problem.H, problem.dtype) != problem.H:
-        # Padding such rows takes copies, which a single step does not repay.
-        problem = problem._replace(stepwise=True)
     figures = device.device_figures(on)
     figures = figures._replace(sms=max(figures.sms - device.FREE_MULTIPROCESSORS, 1))
-    config = search.choose(problem._replace(single_step=T == 1), figures, on)
+    # A single step is one launch either way, and reads W_hh once.
+    config = search.choose(problem._replace(stepwise=problem.stepwise or T == 1), figures, on)
     if config.waits and not config.in_band and T * config.programs > _MAX_ARRIVALS:
         return search.choose(problem._replace(stepwise=True), figures, on)
     return config
@@ -139,10 +137,13 @@ def state_strides(name: str, state: Tensor | None) -> dict[str, int]:
     return {f"stride_{name}_t": t, f"stride_{name}_d": d, f"stride_{name}_b": b}
 
 
-def recurrent_weights(directions: Sequence[Direction]) -> dict[str, Tensor | None]:
-    """Return the arguments for W_hh of each direction, copied once for all steps if they are not contiguous and aligned."""
-    reverse = aligned(directions[1].w_hh) if len(directions) == 2 else None
-    return {"w_ptr": aligned(directions[0].w_hh), "w_reverse_ptr": reverse}
+def recurrent_weights(directions: Sequence[Direction], row: int) -> dict[str, Tensor | None]:
+    """Return the arguments for W_hh of each direction, in rows of `row` elements, those past H zero.
+
+    W_hh is copied once for all steps if it is not so, contiguous and aligned.
+    """
+    reverse = aligned(padded(directions[1].w_hh, row)) if len(directions) == 2 else None
+    return {"w_ptr": aligned(padded(directions[0].w_hh, row)), "w_reverse_ptr": reverse}
 
 
 def segment_arguments(segments: Segments) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
             ACC=accumulator(dtype),
             PRECISION=precision,
             INDEX=index_type(pre, h, c),  # h is the longer one where H = 1
-            **recurrent_weights(directions),
+            **recurrent_weights(directions, row),
             **segment_arguments(segments),
             **state_strides("reset_h", reset_h),
             **state_strides("reset_c", reset_c),

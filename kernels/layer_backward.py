@@ -171,7 +171,7 @@ def _gate_gradients(
         PRECISION=precision,
         INDEX=index,
         ACTIVATED=gates is not None,
-        **recurrent_weights(directions),
+        **recurrent_weights(directions, H),
         **segment_arguments(segments),
         **state_strides("reset_c", reset_c),
     )

@@ -18,7 +18,8 @@ from . import interpreter
 from .config import MAX_REGISTERS, cdiv
 from .device import refuse_capture
 from .figures import DeviceFigures
-from .sequence_config import CHUNK_BYTES, Problem, SequenceConfig, cost, registers, shared_memory, tensor_memory
+from .sequence_config import Problem, SequenceConfig
+from .sequence_cost import cost, fits, has_columns, registers
 from .specialization import KERNELS, compile_for
 
 # The most compilations of one choice, in all and of kernels that run every step. Each takes about two seconds.
@@ -30,10 +31,13 @@ _MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 _TILES = tuple(itertools.product((8, 16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
 _TILES_ON_CUDA_CORES = tuple(itertools.product((8, 16, 32, 64), (4, 8, 16, 32), (4, 8)))
+_DEPTHS = (16, 32, 64, 128, 256, 512, 1024)  # block_k
 # Bytes of the exchanged state that each thread loads at once; they take a quarter as many registers.
 _BYTES_IN_FLIGHT = (256, 192, 128)
 _IN_BAND = (True, False)  # how programs exchange their state: without a barrier, and with one
 _IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # loaded straight into the registers of the product
+# Bytes of the inner dimension per warp and chunk where state is exchanged without a barrier: 16 for each of four threads.
+_CHUNK_BYTES = 64
 # More chunks take too long to compile. More L2 round trips take longer than a launch for each step.
 _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
 _MOST_LAUNCHES = 4  # of all steps each, one after the other
@@ -48,27 +52,20 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     costs: dict[SequenceConfig, float] = {}
     if problem.dtype != torch.float64 and not problem.stepwise:
         for tile in _TILES if problem.on_tensor_cores else _TILES_ON_CUDA_CORES:
-            forms = (c for c in _persistent(problem, device, *tile) if _has_form(problem, c))
-            costs |= {c: cost(problem, c, device) for c in forms if _fits(problem, c, device)}
+            found = (c for c in _persistent(problem, device, *tile) if fits(problem, c, device))
+            costs |= {c: cost(problem, c, device) for c in found}
     stepwise = list(_stepwise(problem))
     least = min(cost(problem, config, device) for config in stepwise)
-    found = [config for config in costs if config.launches == 1 or costs[config] < least]
+    kept = [config for config in costs if config.launches == 1 or costs[config] < least]
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
         # Among equal costs, prefer at most 128 registers for what the model counts, few programs, and chunks near 4 KiB
         # (shorter ones are more code). The last three make the order unique.
         preferred = max(registers(problem, config, device), 128), config.programs * config.groups, max(chunk, 1 / chunk)
-        return (
-            _stage(config),
-            costs[config],
-            *preferred,
-            -config.num_warps,
-            config.block_k,
-            config.in_flight,
-        )
+        return _stage(config), costs[config], *preferred, -config.num_warps, config.block_k, config.in_flight
 
-    return [*sorted(found, key=rank), *stepwise]
+    return [*sorted(kept, key=rank), *stepwise]
 
 
 def _persistent(
@@ -82,33 +79,29 @@ def _persistent(
     launches = cdiv(groups, device.sms // programs) if 1 < programs <= device.sms else 1
     if launches > _MOST_LAUNCHES or programs > device.sms:
         return
-    split = (1, num_warps) if problem.way == "forward" else (num_warps,)
-    in_flight = [(in_band, n) for in_band in _IN_BAND for n in (_IN_FLIGHT_IN_BAND if in_band else _BYTES_IN_FLIGHT)]
-    depths = (16, 32, 64, 128, 256, 512, 1024)
-    for split_k, block_k, (in_band, bytes_each) in itertools.product(split, depths, in_flight):
-        if in_band and (split_k == 1 or block_k * problem.dtype.itemsize != CHUNK_BYTES):
-            continue  # `fragments` loads only chunks of CHUNK_BYTES
+    for in_band, split_k, block_k, bytes_each in _forms(problem, block_b, block_h, num_warps):
         chunks, chunk = cdiv(problem.inner, split_k * block_k), split_k * block_k * problem.dtype.itemsize
         free = device.shared_memory - (0 if in_band else chunks * chunk * problem.columns * block_h)
         at_once = min(free, bytes_each * 32 * num_warps) // (block_b * chunk)
-        if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once):
+        if at_once > 0 and chunks <= min(_MOST_CHUNKS, _MOST_ROUNDS * at_once) and programs > in_band:
             tile = (block_b, block_h, split_k, block_k, cdiv(chunks, cdiv(chunks, at_once)), programs, groups)
             yield SequenceConfig(num_warps, 1, *tile, True, in_band, launches, max_registers=MAX_REGISTERS)
+
+
+def _forms(problem: Problem, block_b: int, block_h: int, num_warps: int) -> Iterator[tuple[bool, int, int, int]]:
+    """Yield in_band, split_k, block_k and bytes in flight per thread, of all that the kernels have code for."""
+    itemsize, forward = problem.dtype.itemsize, problem.way == "forward"
+    enough = problem.columns * block_h >= 16 or not problem.on_tensor_cores
+    # In band, `fragments` loads 16 bytes; forward, rows are padded for that (`exchanged_row`).
+    if True in _IN_BAND and enough and (forward or 4 * problem.H * itemsize % 16 == 0):
+        yield from itertools.product([True], [num_warps], [_CHUNK_BYTES // itemsize], _IN_FLIGHT_IN_BAND)
+    if False in _IN_BAND and block_b >= 16 and not problem.only_in_band:
+        yield from itertools.product([False], [1, num_warps] if forward else [num_warps], _DEPTHS, _BYTES_IN_FLIGHT)
 
 
 def _stage(config: SequenceConfig) -> int:
     """Return 0 for all steps in one launch, 1 for all steps in a few launches, 2 for one launch per step."""
     return min(config.launches - 1, 1) if config.persistent else 2
-
-
-def _has_form(problem: Problem, config: SequenceConfig) -> bool:
-    """Return whether the kernels have code for it: in band for loads of 16 bytes (`fragments`), else for 16 rows or more."""
-    if not config.in_band:
-        return config.block_b >= 16 and not problem.only_in_band
-    itemsize = problem.dtype.itemsize
-    aligned = problem.H % (16 // itemsize) == 0 if problem.way == "forward" else 4 * problem.H * itemsize % 16 == 0
-    wide_enough = problem.columns * config.block_h >= 16 or not problem.on_tensor_cores
-    return config.waits and not problem.single_step and aligned and wide_enough
 
 
 def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
@@ -117,29 +110,6 @@ def _stepwise(problem: Problem) -> Iterator[SequenceConfig]:
     for block_b, num_warps in itertools.product((32, 16) if problem.B > 16 else (16,), (4, 8)):
         tile = (block_b, 16, 1, block_k, 1, cdiv(problem.H, 16), cdiv(problem.B, block_b) * problem.D)
         yield SequenceConfig(num_warps, 3, *tile, False, max_registers=MAX_REGISTERS)
-
-
-def _fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> bool:
-    """Return whether shared memory, registers and tensor memory may suffice."""
-    size = shared_memory(problem, config)
-    if size > device.shared_memory or registers(problem, config, device) > MAX_REGISTERS:
-        return False
-    return _has_columns(config, device, tensor_memory(problem, config, device), size)
-
-
-def _has_columns(
-    config: SequenceConfig, device: DeviceFigures, columns: int, shared_memory: int, registers: int = 0
-) -> bool:
-    """Return whether tensor memory suffices for all programs that may share an SM with one that waits (`grid_sync`).
-
-    An SM has room for 64 warps, 64 K registers, and as much shared memory as one program may have and 1 KiB for each program.
-    """
-    if not config.waits:
-        return columns <= device.tensor_memory
-    sharing = min((device.shared_memory + 1024) // (shared_memory + 1024), 64 // config.num_warps)
-    if registers:
-        sharing = min(sharing, 65536 // (32 * config.num_warps * registers))
-    return columns * sharing <= device.tensor_memory
 
 
 def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> SequenceConfig:
@@ -155,7 +125,7 @@ def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> Sequenc
             if on.type == "cuda":
                 refuse_capture(KERNELS[problem.way].__name__)
             config = device_module.measured(problem, on)
-            if config is None or config not in candidates(problem, device) or not _may_wait(problem, config):
+            if config is None or config not in candidates(problem, device) or not _may_wait(config):
                 config = search(problem, device)
         remembered[key] = config
     return config
@@ -164,9 +134,9 @@ def choose(problem: Problem, device: DeviceFigures, on: torch.device) -> Sequenc
 remembered: dict[tuple, SequenceConfig] = {}
 
 
-def _may_wait(problem: Problem, config: SequenceConfig) -> bool:
+def _may_wait(config: SequenceConfig) -> bool:
     """Return whether the programs of a launch run at the same time where they have to."""
-    return not config.waits or problem.single_step or interpreter.programs_can_wait()
+    return not config.waits or interpreter.programs_can_wait()
 
 
 def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
@@ -176,7 +146,7 @@ def search(problem: Problem, device: DeviceFigures) -> SequenceConfig:
     """
     found = candidates(problem, device)
     if not isinstance(KERNELS[problem.way], JITFunction):  # Triton's interpreter compiles nothing
-        return next(c for c in found if _may_wait(problem, c))
+        return next(c for c in found if _may_wait(c))
     asked: dict[SequenceConfig, float] = {}  # words of local memory; infinite where the kernel cannot be used
     limits = (_MOST_PERSISTENT, _SOME_WORDS), (_MOST_PERSISTENT, _SOME_WORDS), (MOST_COMPILATIONS, 1 << 20)
     for stage, (most, enough) in enumerate(limits):
@@ -205,7 +175,7 @@ def _spills_too(
 def _words(problem: Problem, device: DeviceFigures, config: SequenceConfig) -> float:
     """Return words of local memory per thread; infinite if the kernel has no matrix instruction or too little tensor memory."""
     kernel = compile_for(problem, config)
-    if kernel is None or not _has_columns(
+    if kernel is None or not has_columns(
         config, device, kernel.metadata.tmem_size, kernel.metadata.shared, kernel.n_regs
     ):
         return math.inf

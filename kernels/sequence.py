@@ -20,21 +20,20 @@ from .splits import chunk_offsets, product_of_arriving_rows, product_of_rows
 
 
 @triton.jit
-def _load_weight_chunk(w_ptr, rows, mask_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_weight_chunk(w_ptr, rows, mask_rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_k = k + tl.arange(0, BLOCK_K)
-    offsets = rows.to(tl.int64)[:, None] * H + offs_k[None, :]
-    return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < H)[None, :], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * ROW + offs_k[None, :]
+    return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < ROW)[None, :], other=0.0)
 
 
 @triton.jit
 def _load_split_weight_chunk(
-    w_ptr, chunk, first_unit, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
+    w_ptr, chunk, n, H: tl.constexpr, ROW: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Load a chunk [SPLIT_K, BLOCK_K, 4 * BLOCK_H] of W_hh^T, columns in memory order."""
-    n = 4 * first_unit + tl.arange(0, 4 * BLOCK_H)
+    """Load a chunk [SPLIT_K, BLOCK_K, columns] of W_hh^T, of columns n in memory order."""
     k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
-    offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * H + k[:, :, None]
-    return tl.load(w_ptr + offsets, mask=(k < H)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
+    offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * ROW + k[:, :, None]
+    return tl.load(w_ptr + offsets, mask=(k < ROW)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
 
 
 @triton.jit
@@ -79,8 +78,8 @@ def _load_state_chunk(rows, k, ROW: tl.constexpr, BLOCK_K: tl.constexpr):
 def _lstm_sequence_forward_kernel(
     # pointers
     pre_ptr,  # [T, B, D, H, 4] pre-activations from the input
-    w_ptr,  # [4H, H] W_hh of direction 0, contiguous
-    w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
+    w_ptr,  # [4H, ROW] W_hh of direction 0, contiguous
+    w_reverse_ptr,  # [4H, ROW] W_hh of direction 1, or None when D = 1
     h0_ptr,  # [D, B, ROW]
     c_in_ptr,  # [D, B, STATES * H] c before first_step
     resets_ptr,  # [T, B] integers, or None
@@ -103,7 +102,7 @@ def _lstm_sequence_forward_kernel(
     # strides; all [T, B, D, ...] tensors have the same, in units of D rows; those of reset states are in units of one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; ROW: units from a row of h to the next, at least H and at most PROGRAMS * BLOCK_H, those past H zero;
+    # meta-parameters; ROW: units from a row of h or W_hh to the next, H to PROGRAMS * BLOCK_H, those past H zero;
     # STATES: states per unit in c (states.py); INDEX: integer type of offsets within one timestep; IN_BAND: h is exchanged
     # without a barrier (exchange.py), and all bits of y are set before the launch
     FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
@@ -135,14 +134,15 @@ def _lstm_sequence_forward_kernel(
         for first in tl.static_range(0, 4 * BLOCK_H, EACH):
             n = fragment_rows(4 * first_unit + first, SPLIT_K, EACH)
             n = tl.minimum((n % 4) * H + n // 4, 4 * H - 1)
-            gate_blocks = gate_blocks + (w_ptr + n.to(tl.int64) * H,)  # type: ignore[assignment]
-        weights = load_weight_fragments(gate_blocks, H, SPLIT_K, BLOCK_K, CHUNKS, FULL)
+            gate_blocks = gate_blocks + (w_ptr + n.to(tl.int64) * ROW,)  # type: ignore[assignment]
+        weights = load_weight_fragments(gate_blocks, ROW, SPLIT_K, BLOCK_K, CHUNKS, FULL)
     elif RESIDENT:
+        columns = 4 * first_unit + tl.arange(0, 4 * BLOCK_H)
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
-                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, H, BLOCK_K)
+                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, ROW, BLOCK_K)
                 if SPLIT_K == 1
-                else _load_split_weight_chunk(w_ptr, chunk, first_unit, H, BLOCK_H, SPLIT_K, BLOCK_K),
+                else _load_split_weight_chunk(w_ptr, chunk, columns, H, ROW, SPLIT_K, BLOCK_K),
             )
 
     # Rows past the batch load its last row again, because masks would take registers; only stores are masked.
@@ -229,15 +229,14 @@ def _lstm_sequence_forward_kernel(
                     state = ()
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
-                            state = state + (  # type: ignore[assignment]
-                                _load_state_chunk(h_rows[0], (first + k) * BLOCK_K, ROW, BLOCK_K),  # type: ignore[misc]
-                            )
+                            loaded = _load_state_chunk(h_rows[0], (first + k) * BLOCK_K, ROW, BLOCK_K)  # type: ignore[misc]
+                            state = state + (loaded,)  # type: ignore[assignment]
                     for k in tl.static_range(IN_FLIGHT):
                         if first + k < CHUNKS:
                             z = tl.dot(weights[first + k], state[k], z, input_precision=PRECISION, out_dtype=ACC)
             else:
                 for k in range(0, H, BLOCK_K):
-                    w = _load_weight_chunk(w_ptr, rows, mask_rows, k, H, BLOCK_K)
+                    w = _load_weight_chunk(w_ptr, rows, mask_rows, k, ROW, BLOCK_K)
                     h_prev = _load_state_chunk(h_rows[0], k, ROW, BLOCK_K)  # type: ignore[misc]
                     z = tl.dot(w, h_prev, z, input_precision=PRECISION, out_dtype=ACC)
 

@@ -182,14 +182,9 @@ def _lstm_sequence_backward_kernel(
         if IN_BAND:
             # In the first step there is no dz to read: what is loaded is not used.
             source = dz_ptr + tl.where(step > 0, t_next, t) * step_size * 4
-            next_blocks, awaits = (), ()
-            for block in tl.static_range(BLOCK_B // 8):
-                next_blocks = next_blocks + (source + blocks[block],)  # type: ignore[assignment]
-                waits = tl.where(step > 0, -1, 0)
-                awaits = awaits + (tl.broadcast_to(waits, blocks[block].shape),)  # type: ignore[assignment]
-            dh_next = product_of_arriving_rows(
-                next_blocks, awaits, stall_ptr, weights, 4 * H, IN_FLIGHT, PRECISION, ACC
-            )
+            sources = [source + eight for eight in blocks]  # type: ignore[var-annotated]
+            awaits = [tl.broadcast_to(tl.where(step > 0, -1, 0), eight.shape) for eight in blocks]  # type: ignore[var-annotated]
+            dh_next = product_of_arriving_rows(sources, awaits, stall_ptr, weights, 4 * H, IN_FLIGHT, PRECISION, ACC)
             dh_next = tl.where(step > 0, dh_next, 0.0)
         elif RESIDENT:
             dh_next = product_of_rows(next_rows, step > 0, weights, 4 * H, IN_FLIGHT, PRECISION, ACC)

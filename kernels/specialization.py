@@ -35,10 +35,8 @@ def features(**given: Any) -> frozenset[str]:
 
 def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
     """Return Triton's compiled kernel for a launch on the current device, or None if it cannot be loaded there."""
-    waits = config.waits and not problem.single_step
-    options = {"launch_cooperative_grid": True} if waits else {}
-    arguments = _stand_ins(problem, config, waits)
-    compiled = KERNELS[problem.way].warmup(*arguments, grid=(1,), **config.options, **options)
+    options = {"launch_cooperative_grid": True} if config.waits else {}
+    compiled = KERNELS[problem.way].warmup(*_stand_ins(problem, config), grid=(1,), **config.options, **options)
     try:
         compiled._init_handles()  # for n_regs and n_spills, as in Triton's tutorial 02
     except OutOfResources:
@@ -46,13 +44,13 @@ def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
     return compiled
 
 
-def _stand_ins(problem: Problem, config: SequenceConfig, waits: bool) -> list[Any]:
+def _stand_ins(problem: Problem, config: SequenceConfig) -> list[Any]:
     """Return stand-ins for the arguments of a launch: a dtype for an aligned tensor, 2 for an unspecialised integer."""
     pointers = POINTERS[problem.way].items()
     absent = {name for feature, names in pointers if feature not in problem.features for name in names}
     absent |= set() if problem.D == 2 else {"w_reverse_ptr"}
-    absent |= set() if waits else {"stall_ptr"}
-    absent |= set() if waits and not config.in_band else {"counters_ptr"}
+    absent |= set() if config.waits else {"stall_ptr"}
+    absent |= set() if config.waits and not config.in_band else {"counters_ptr"}
     values = dict(
         stride_dy_h=0 if "dy_ptr" in absent else 1,
         FORWARD=forward_of(problem.cell),

@@ -57,7 +57,8 @@ def product_of_rows(
         state = ()
         for k in tl.static_range(IN_FLIGHT):
             if first + k < CHUNKS:
-                state = state + (load_rows_chunk(rows, exists, first + k, N, SPLIT_K, BLOCK_K),)  # type: ignore[assignment]
+                loaded = load_rows_chunk(rows, exists, first + k, N, SPLIT_K, BLOCK_K)
+                state = state + (loaded,)  # type: ignore[assignment]
         for k in tl.static_range(IN_FLIGHT):
             if first + k < CHUNKS:
                 parts = tl.dot(state[k], weights[first + k], parts, input_precision=PRECISION, out_dtype=ACC)

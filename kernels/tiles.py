@@ -1,4 +1,4 @@
-"""Load and store tiles of matrices of any strides, and multiply a row of tiles by a column of tiles."""
+"""Load and store tiles of matrices of any strides, multiply a row of tiles by a column, and number those of two products."""
 
 import triton
 import triton.language as tl
@@ -59,3 +59,35 @@ def add_projections(
         w = load_tile(w_ptr, offs_k, mask_k, rows, mask_rows, stride_w_k, stride_w_row)
         acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def count_tiles(first, second, BLOCK_N: tl.constexpr):
+    """Return how many tiles of columns two products side by side have; each is (out or None, factor, N, factor's strides)."""
+    tiles = 0
+    if first[0] is not None:
+        tiles += tl.cdiv(first[2], BLOCK_N)
+    if second[0] is not None:
+        tiles += tl.cdiv(second[2], BLOCK_N)
+    return tiles
+
+
+@triton.jit
+def choose_tile(tile, first, second, BLOCK_N: tl.constexpr):
+    """Return which of the two a tile of columns belongs to, and its first column there.
+
+    It is chosen by values, because code for each of the two would take twice as long to compile.
+    """
+    if first[0] is None:
+        chosen = second
+    elif second[0] is None:
+        chosen = first
+    else:
+        out_1, factor_1, N_1, stride_row_1, stride_n_1 = first
+        out_2, factor_2, N_2, stride_row_2, stride_n_2 = second
+        is_1 = tile < tl.cdiv(N_1, BLOCK_N)
+        out, factor, N = tl.where(is_1, out_1, out_2), tl.where(is_1, factor_1, factor_2), tl.where(is_1, N_1, N_2)
+        stride_row, stride_n = tl.where(is_1, stride_row_1, stride_row_2), tl.where(is_1, stride_n_1, stride_n_2)
+        chosen = out, factor, N, stride_row, stride_n
+        tile = tl.where(is_1, tile, tile - tl.cdiv(N_1, BLOCK_N))
+    return chosen, tile * BLOCK_N

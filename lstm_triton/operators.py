@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,10 +153,25 @@ softmax_readout = Operator(
 # ---- the product of a projection: torch's own GEMM, in the precision of the kernels' ---------------------------------
 
 
-def _product(inputs: records.Product, options: records.CellOptions, save: bool) -> records.ProductOutputs:
+class Product(NamedTuple):
+    """a [M, K] and b [K, N]."""
+
+    a: Tensor
+    b: Tensor
+
+
+class ProductOutputs(NamedTuple):
+    ab: Tensor
+
+
+class ProductSaved(NamedTuple):
+    """Nothing but the inputs."""
+
+
+def _product(inputs: Product, options: records.CellOptions, save: bool) -> ProductOutputs:
     a, b = inputs
     with product.reference_precision(a.dtype, options.precision):
-        return records.ProductOutputs(a @ b)
+        return ProductOutputs(a @ b)
 
 
 def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
@@ -167,13 +183,11 @@ def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]
 
 product = Operator(
     "lstm_product",
-    records.PRODUCT,
+    records.Records(Product, records.CellOptions, ProductOutputs, records.ReadoutGradients, ProductSaved),
     _product,
     _product_backward,
-    save=lambda outputs: records.ProductSaved(),
-    fake=lambda inputs, options, save: records.ProductOutputs(
-        inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))
-    ),
+    save=lambda outputs: ProductSaved(),
+    fake=lambda inputs, options, save: ProductOutputs(inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))),
     reference=lambda inputs, options: (inputs.a @ inputs.b,),
     recurrent=True,
 )

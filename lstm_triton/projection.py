@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .kernels.inputs import CellOptions, Direction, LayerInputs, LayerOptions, Product, Segments
+from .kernels.inputs import CellOptions, Direction, LayerInputs, LayerOptions, Segments
 
 
 def lstm_layer(
@@ -24,7 +24,7 @@ def lstm_layer(
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         """a @ b of [m, k] and [k, n], it and its derivatives with the precision of the kernels' products."""
-        return operators.product(Product(a, b), CellOptions(options.precision))[0]
+        return operators.product(operators.Product(a, b), CellOptions(options.precision))[0]
 
     combined = []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions):

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from .autograd import Operator
 from .kernels.cell_equations import step_of
-from .kernels.inputs import CellOptions, Direction, LayerGradients, ProductSaved, Records, Segments
+from .kernels.inputs import CellOptions, Direction, LayerGradients, Records, Segments
 from .modes import is_jit_tracing
 
 
@@ -53,6 +53,10 @@ class _Outputs(NamedTuple):
     c: Tensor
 
 
+class _Saved(NamedTuple):
+    """Nothing but the inputs."""
+
+
 def _reference(inputs: _Inputs, options: CellOptions) -> tuple[Tensor, ...]:
     states, segments = (inputs.h0, inputs.c0), Segments(inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
     step = step_of(options.cell)
@@ -76,10 +80,10 @@ def _fake(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
 
 _operator = Operator(
     "lstm_reference",
-    Records(_Inputs, CellOptions, _Outputs, LayerGradients, ProductSaved),
+    Records(_Inputs, CellOptions, _Outputs, LayerGradients, _Saved),
     _forward,
     _backward,
-    save=lambda outputs: ProductSaved(),
+    save=lambda outputs: _Saved(),
     fake=_fake,
     reference=_reference,
 )

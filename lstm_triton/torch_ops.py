@@ -4,7 +4,9 @@ Traced, the CPU's kernel fails under aot_eager and inductor; as one operator who
 everywhere.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import casting
-from .kernels.device import cudnn_precision
+from .kernels.device import fp32_precision
 from .library import implements, library
 from .modes import is_jit_tracing
+
+_cudnn_setting = threading.RLock()
+
+
+@contextlib.contextmanager
+def cudnn_precision(precision: str | None) -> Iterator[None]:
+    """Inside, cuDNN's recurrent layers on float32 compute in this precision, or for None in what torch's setting says."""
+    if precision is None:
+        yield
+        return
+    with _cudnn_setting, fp32_precision(torch.backends.cudnn.rnn, precision):
+        yield
+
 
 # tensors: x, h0, c0, then the weights.
 library.define(

@@ -70,7 +70,7 @@ def _loading_weights_in_every_step(source):
 
 
 def _loading_chunk_by_chunk(source):
-    [load] = re.findall(r"state = state \+ \((load_rows_chunk\(.*\)),\)", source)
+    [load] = re.findall(r"loaded = (load_rows_chunk\(.*\))\n", source)
     return source.replace("tl.dot(state[k], weights", f"tl.dot({load}, weights")
 
 

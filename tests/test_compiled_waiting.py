@@ -10,7 +10,8 @@ from support.aot_sequence import DEVICES
 
 from lstm_triton import functional
 from lstm_triton.kernels import interpreter, search
-from lstm_triton.kernels.sequence_config import Problem, SequenceConfig, tensor_memory
+from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
+from lstm_triton.kernels.sequence_cost import tensor_memory
 
 pytestmark = [
     pytest.mark.compiled,

@@ -9,7 +9,8 @@ import torch
 from lstm_triton.kernels import device as device_module
 from lstm_triton.kernels import interpreter, search
 from lstm_triton.kernels.device import device_figures
-from lstm_triton.kernels.sequence_config import Problem, registers
+from lstm_triton.kernels.sequence_config import Problem
+from lstm_triton.kernels.sequence_cost import registers
 
 CPU = torch.device("cpu")
 H100 = device_figures(CPU)
@@ -135,8 +136,6 @@ def test_the_interpreter_is_not_asked(monkeypatch):
     waiting, *_ = found = search.candidates(PROBLEM, H100)
     alone = PROBLEM._replace(H=64)
     assert waiting.waits and not search.search(PROBLEM, H100).persistent
-    single = PROBLEM._replace(single_step=True)
-    assert search.search(single, H100) == search.candidates(single, H100)[0] and search.search(single, H100).waits
     assert search.search(alone, H100).programs == 1 and search.search(alone, H100).persistent
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
     assert search.search(PROBLEM, H100) == found[0]

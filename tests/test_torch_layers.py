@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lstm_triton import LSTM, functional, torch_ops
-from lstm_triton.kernels.device import cudnn_precision
+from lstm_triton.torch_ops import cudnn_precision
 
 
 class _OnGPU(torch.Tensor):

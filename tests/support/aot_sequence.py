@@ -13,7 +13,8 @@ from lstm_triton.kernels import search
 from lstm_triton.kernels.config import cdiv
 from lstm_triton.kernels.figures import figures
 from lstm_triton.kernels.fragments import ADJACENT_WORDS
-from lstm_triton.kernels.sequence_config import Problem, SequenceConfig, cost
+from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
+from lstm_triton.kernels.sequence_cost import cost
 from lstm_triton.kernels.specialization import POINTERS, TRAINING
 
 from .aot import SHARED_MEMORY_PER_BLOCK, Report
@@ -39,7 +40,6 @@ class Case(NamedTuple):
     precision: str
     features: tuple[str, ...] = ("training",)
     recompute: bool = False
-    single_step: bool = False  # nothing to wait for
     cell: str = "lstm"
 
     @property
@@ -47,7 +47,7 @@ class Case(NamedTuple):
         always = TRAINING[self.way] if "training" in self.features else set()
         features = always | set(POINTERS[self.way]).intersection(self.features)
         problem = Problem(self.way, self.B, self.H, self.D, self.dtype, self.precision, features=frozenset(features))
-        return problem._replace(recompute=self.recompute, single_step=self.single_step, cell=self.cell)
+        return problem._replace(recompute=self.recompute, cell=self.cell)
 
 
 class Choice(NamedTuple):
@@ -111,8 +111,7 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
     computed = sum("MUFU.EX2" in instruction.text for instruction in report.in_loops)
     if case.dtype != torch.float64 and computed > expected:
         yield f"{computed} exponentials, not {expected}: is a unit computed by several threads?"
-    waits = config.waits and not case.single_step
-    if waits and report.tensor_memory * report.blocks_per_sm() > 512:
+    if config.waits and report.tensor_memory * report.blocks_per_sm() > 512:
         yield f"{report.tensor_memory} columns of tensor memory, of which {report.blocks_per_sm()} blocks may share an SM's 512"
     exchanged, own = loads_of_a_step(case, config)
     exact = case.features == ("training",) and case.H % 16 == 0
@@ -127,7 +126,7 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
         if exact and len(loads) - len(strong) != own:
             yield f"{len(loads) - len(strong)} loads in the time loop, not {own}: is W_hh among them?"
         return
-    if waits:
+    if config.waits:
         yield from lint_grid_barrier(report)
         # Features and odd rows make more loads of it, never fewer.
         loaded = loads_behind_grid_barrier(report)
@@ -139,7 +138,7 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
             yield f"{loaded} loads at once, in more than {rounds} rounds"
     data = [text for text in loads if ".STRONG.GPU" not in text]
     polls = len(loads) - len(data)
-    if polls > (2 if waits else 0):
+    if polls > (2 if config.waits else 0):
         yield f"{polls} polls"
     if exact and not exchanged[0] <= len(data) - own <= exchanged[-1]:
         yield f"{len(data)} loads in the time loop, not {own} + {' to '.join(map(str, exchanged))}: is W_hh among them?"

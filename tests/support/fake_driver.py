@@ -25,7 +25,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver as drivers
 
 from lstm_triton import dispatch
-from lstm_triton.kernels import launch, search
+from lstm_triton.kernels import device, launch, search
 from lstm_triton.kernels.figures import figures
 
 from .aot import SHARED_MEMORY_PER_BLOCK
@@ -103,12 +103,20 @@ def active(driver: _Driver) -> Iterator[_Driver]:
         with (
             mock.patch.object(dispatch, "_why_no_kernels", lambda *arguments: None),
             mock.patch.dict(search.remembered, clear=True),
-            launch.cpu_as(driver.figures),
+            mock.patch.object(device, "_cpu_figures", driver.figures),
         ):
+            _forget_compiled()
             yield driver
     finally:
+        _forget_compiled()
         dispatch._remembered.cache_clear()
         drivers.set_active(previous)
+
+
+def _forget_compiled() -> None:
+    """Kernels that were compiled for what the CPU stood for."""
+    for launcher in launch.Launcher._all:
+        launcher._compiled.clear()
 
 
 class Launch(NamedTuple):
