@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: pure functions of what is known before the call, to be read and tested anywhere."""
+"""The choice of the backend that runs a call, with its reason: pure functions of what is known before the call."""
 
 import functools
 import importlib.util
@@ -15,7 +15,10 @@ PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CUDNN_MAX_STEPS = 65535
-_MIN_CAPABILITY = (8, 0)  # what the kernels are compiled and checked for: bfloat16 and TF32 products begin there
+_MIN_CAPABILITY = (
+    8,
+    0,
+)  # the first with bfloat16 and TF32 products, and the first for which the tests compile the kernels
 
 
 def check_precision(precision: str | None) -> None:
@@ -30,14 +33,14 @@ def check_backend(backend: str) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves a call, one of the backends or "torch" for its own kernels on a CPU, and the reason in one sentence."""
+    """The backend that runs a call, or "torch" for torch's own kernels on a CPU, and the reason in one sentence."""
 
     backend: str
     reason: str
 
 
 class Measured(NamedTuple):
-    """The backend that was fastest for such a call on this device, and how that is known."""
+    """The backend that was measured fastest for such a call on this device, and the measurement in words."""
 
     backend: str
     reason: str
@@ -45,7 +48,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Environment:
-    """What the choice depends on besides the call: is triton installed, is it interpreting, what the GPU can do."""
+    """What the choice depends on besides the call: whether Triton is installed and interpreting, and the GPU's capability."""
 
     has_triton: bool
     interpreting: bool
@@ -68,7 +71,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> str | None:
-    """Why the Triton kernels cannot serve, or None when they can."""
+    """Return why the Triton kernels cannot run, or None if they can."""
     if not env.has_triton:
         return "triton is not installed"
     if dtype not in _KERNEL_DTYPES:
@@ -87,23 +90,23 @@ def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> s
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot serve on this device, or None when they can."""
+    """Return why the Triton kernels cannot run on this device, or None if they can."""
     return _why_no_kernels(device.type, dtype, environment(device))
 
 
 def choose_cell(backend: str, device_type: str, dtype: torch.dtype, env: Environment) -> Choice:
-    """The backend of one LSTM cell call.
+    """Choose the backend of one LSTM cell call.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: a forced backend that cannot serve, with the reason.
+        RuntimeError: a named backend that cannot run the call, with the reason.
     """
     no_cudnn = "cuDNN has no LSTM cell, only whole sequences"
     return _choose(backend, device_type, dtype, env, no_cudnn, "one fused launch computes the step", "cell")
 
 
 def choose_readout(backend: str, device_type: str, dtype: torch.dtype, env: Environment) -> Choice:
-    """The backend of one softmax readout; raises as `choose_cell` does."""
+    """Choose the backend of one softmax readout; raises as `choose_cell` does."""
     fused = "at most two fused launches compute it"
     return _choose(backend, device_type, dtype, env, "cuDNN has no such readout", fused, "linear layer and softmax")
 
@@ -111,7 +114,7 @@ def choose_readout(backend: str, device_type: str, dtype: torch.dtype, env: Envi
 def _choose(
     backend: str, device_type: str, dtype: torch.dtype, env: Environment, no_cudnn: str, fused: str, torchs: str
 ) -> Choice:
-    """What `choose_cell` and `choose_readout` share; no_cudnn, fused and torchs (what torch has) word the reasons."""
+    """Choose a backend for `choose_cell` and `choose_readout`; no_cudnn, fused and torchs word the reasons."""
     check_backend(backend)
     if backend == "reference":
         return Choice("reference", "asked for")
@@ -132,7 +135,7 @@ def _choose(
 class Call:
     """What the choice for a layer depends on besides device and dtype."""
 
-    plain: bool  # no resets, lengths, cell states or recomputation: what cuDNN and torch's CPU kernels can do
+    plain: bool  # no resets, lengths, cell states or recomputation, so that cuDNN and torch's CPU kernels can run it
     long: bool  # more steps than cuDNN takes
     precision: str | None
     projected: bool = False  # proj_size
@@ -140,7 +143,7 @@ class Call:
 
 
 def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Environment, call: Call) -> Choice:
-    """The backend of one LSTM layer: "triton", "triton-persistent", "triton-stepwise", "cudnn", "torch" or "reference".
+    """Choose the backend of an LSTM layer: "triton", "triton-persistent", "triton-stepwise", "cudnn", "torch" or "reference".
 
     Raises as `choose_cell` does.
     """
@@ -194,24 +197,24 @@ def _remembered(choose, backend: str, device: torch.device, dtype: torch.dtype, 
 
 
 def is_long(T: int, device: torch.device) -> bool:
-    """`Call.long`; a truth value also for the symbolic T of a compiler, which is then told no more about T than needed."""
+    """Return `Call.long`, a bool for the symbolic T of a compiler too. On a CPU it puts no guard on T."""
     return device.type == "cuda" and bool(T > CUDNN_MAX_STEPS)
 
 
 def _constant_to_compilers(function):
-    """torch.compiler.assume_constant_result, which would import the compiler: seconds for those who need none."""
+    """Mark as torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds."""
     function._dynamo_marked_constant = True
     return function
 
 
 def _transformable(backend: str, chosen: str) -> str:
-    """What "auto" takes under vmap and forward-mode AD: torch's own kernels have no rules for them."""
+    """Return "reference" for "auto" under vmap and forward-mode AD, for which torch's own kernels have no rules."""
     return "reference" if backend == "auto" and chosen in ("torch", "cudnn") and takes_reference() else chosen
 
 
 @_constant_to_compilers
 def cell_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`choose_cell` for tensors of this device and dtype, remembered."""
+    """Return the backend of `choose_cell` for tensors of this device and dtype, remembered."""
     return _transformable(backend, _remembered(choose_cell, backend, device, dtype))
 
 
@@ -226,12 +229,12 @@ def layer_backend(
     projected: bool = False,
     measured: Measured | None = None,
 ) -> str:
-    """`choose_layer` for tensors of this device and dtype and a `Call` of these, remembered."""
+    """Return the backend of `choose_layer` for tensors of this device and dtype and this `Call`, remembered."""
     chosen = _remembered(choose_layer, backend, device, dtype, plain, long, precision, projected, measured)
     return _transformable(backend, chosen)
 
 
 @_constant_to_compilers
 def readout_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`choose_readout` for tensors of this device and dtype, remembered."""
+    """Return the backend of `choose_readout` for tensors of this device and dtype, remembered."""
     return _remembered(choose_readout, backend, device, dtype)

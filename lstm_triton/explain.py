@@ -1,4 +1,4 @@
-"""`explain`: what a module's backend comes to on a call, and why."""
+"""`explain`: which backend a call of a module would use, and why."""
 
 import inspect
 import time
@@ -41,8 +41,8 @@ def _in_launches(config: Any) -> str:
 
 
 class Explanation(NamedTuple):
-    """What serves a call. plans: the configurations by way of each layer that the kernels run, empty for other backends;
-    launches: those of recurrent kernels, by way."""
+    """The backend that runs a call. plans: for each layer that the kernels run, its configurations forward and backward.
+    launches: the number of launches of recurrent kernels forward and backward."""
 
     subject: str
     choice: Choice
@@ -55,7 +55,7 @@ class Explanation(NamedTuple):
 
 
 def explain_call(module: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """`explain` for the arguments of a call, in parts."""
+    """Return `explain` for the arguments of a call, in parts."""
     kind: Any = hooks.kind(module)
     if kind is LSTM or hooks.cell_of(module) is not None:
         inspect.signature(kind.forward).bind(module, *args, **kwargs)  # TypeError for what it does not take
@@ -81,7 +81,7 @@ def _choice(module: Any, shape: shapes.Shape, T: int, on: torch.device) -> Choic
 
 
 def _explain_layer(module: Any, input: Any, hx: Any = None, **features: Any) -> Explanation:
-    """Of an `LSTM` or a `Recurrent`."""
+    """Explain a call of an `LSTM` or a `Recurrent`."""
     is_packed = isinstance(input, PackedSequence)
     module._update_flat_weights()
     (shape, T, on), cell = shapes.of_call(module, input, hx, **features), shapes.cell_of(module)
@@ -146,23 +146,28 @@ def explain(
     batch: int = 1,
     **options: Any,
 ) -> str:
-    """What the module's backend ("auto" unless you chose another) comes to on a call, and why, in one sentence.
+    """Say in one sentence which backend a call would use, and why.
 
-    With the arguments of the very call, `explain(module, input, hx, resets=...)`, it says of a layer also how many launches of
-    the recurrent kernels the call takes, their configuration and who chose it. For that it may compile, but never launches.
+    With the arguments of a call, `explain(module, input, hx, resets=...)`, it also says how many launches of the recurrent
+    kernels the call takes, with which configuration, and whether that was measured. For this it may compile kernels, but
+    launches none.
 
     Args:
-        module: an `LSTM`, `Recurrent`, `GRU`, a cell of these, a `SoftmaxReadout`, or a converted module of torch's. A model
-            that holds some gives a line for each, and for each module of torch's that has not been converted.
-        call, options: the arguments of the call, which stand in for all that follow. Gradients are recorded as they would be
-            now; the backward is explained for gradients of all outputs.
-        device, dtype: those of the tensors; by default those of the module's parameters.
-        steps, segments, batch: for a layer: the length of the sequence; whether the call has resets, lengths or cell
-            states; its rows, on which it depends whether the kernels run all steps in one launch.
+        module: an `LSTM`, `Recurrent`, `GRU`, a cell of these, a `SoftmaxReadout`, or a converted module of torch's. For a
+        model
+            that holds some there is a line for each, and for each module of torch's that is not converted.
+        call, options: the arguments of the call, in place of those below. Gradients are recorded if they would be now; the
+            backward is explained for gradients of all outputs.
+        device, dtype: those of the tensors; by default those of the module's parameters. steps, segments, batch: for a layer:
+        T; whether the call has resets, lengths or cell states; B, which decides whether the
+            kernels run all steps in one launch.
+
+    Returns:
+        "Name(sizes) on device, dtype: backend: reason.", or a line of this form for each module of a model.
 
     Raises:
-        TypeError: a module that is and holds none of these, or a model with the arguments of a call, in which its modules take
-            others. RuntimeError: a forced backend that cannot serve, with the reason.
+        TypeError: a module that neither is nor holds one of these; a model with the arguments of a call.
+        RuntimeError: a named backend that cannot run the call, with the reason.
     """
     if call or options:
         return str(explain_call(module, *call, **options))

@@ -39,37 +39,37 @@ def lstm(  # noqa: PLR0913
     precision: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """One layer of torch.nn.LSTM over a sequence, in one direction (D = 1) or both (D = 2).
+    """Compute one layer of torch.nn.LSTM over a sequence, in one direction (D = 1) or both (D = 2).
 
     Args:
         x: [T, B, I], T at least 1.
         hx: (h0, c0), each [D, B, H]; None for zeros.
         weights: w_ih [4H, I] and w_hh [4H, H], with biases also b_ih and b_hh [4H], of the forward direction, then for D = 2
-            those of the reverse one. Gates in the order i, f, g, o. One floating-point dtype and device for all; under
-            autocast all are cast to its dtype.
-        resets: [T, B] bool. resets[t, b] starts a new segment of row b at t: the result equals that of the segments run one
-            by one, in both directions. No gradient passes from one segment to another.
-        reset_state: (h, c), what a reset sets the state to instead of zero, each broadcastable to [T, D, B, H]: that of the
-            step at which the direction enters the segment.
-        lengths: [B] integers, 0 ... T: the steps of each row. Outputs and cell states past them are zero, h_n and c_n are those
-            of each row's last step, and the reverse direction starts there.
-        return_cell_states: also return c of every step.
-        recompute: hold y and c for the backward, but not the gates, 4/7 of the memory; it costs a GEMM to rebuild them.
-            On a CPU, where torch's own kernels run, it changes nothing.
-        precision: how float32 products are computed on a GPU: "ieee", "tf32", "tf32x3", or None for what
-            torch.backends.cudnn.rnn says ("tf32" unless you changed it).
+            those of the reverse direction. Gates are in the order i, f, g, o. All tensors have one floating-point dtype and
+            device; under autocast they are cast to its dtype.
+        resets: [T, B] bool. resets[t, b] starts a new segment of batch row b at t: the result equals that of the segments run
+            one by one, in both directions. No gradient passes from one segment to another.
+        reset_state: (h, c), to which a reset sets the state instead of zeros, each broadcastable to [T, D, B, H]. A direction
+            takes the entry of the step at which it enters the segment.
+        lengths: [B] integers, 0 ... T: the steps of each batch row. Outputs and cell states past them are zero, h_n and c_n are
+            those of each row's last step, and the reverse direction starts there.
+        return_cell_states: also return c of every step. recompute: keep y and c for the backward, but compute the gates (4/7
+        of the memory where I = H) again by GEMMs. On a CPU,
+            where torch's own kernels run, it changes nothing.
+        precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cudnn.rnn
+            ("tf32" unless you changed it).
         backend: "auto", "triton" (one launch where it fits, else one per step), "triton-persistent" (one launch, or an
             error), "triton-stepwise" (one per step), "cudnn", "reference" (plain PyTorch).
 
     Returns:
-        y [T, B, D * H], (h_n, c_n) each [D, B, H], and with return_cell_states c [T, B, D * H]. Twice differentiable, except
-        through cuDNN, which raises an error there.
+        y [T, B, D * H], (h_n, c_n) each [D, B, H], and with return_cell_states c [T, B, D * H], in the dtype of x (or of
+        autocast). Twice differentiable, except through cuDNN, which raises an error.
 
     Raises:
-        ValueError: x of a wrong rank; unknown precision or backend; reset_state without resets; lengths below 0 or above T,
-            if on the CPU (on a GPU they are clamped, as checking would wait for it).
-        TypeError: resets that are not bool, lengths that are not integers.
-        RuntimeError: T = 0; sizes, dtypes or devices that do not fit; a forced backend that cannot serve.
+        ValueError: x of a wrong rank; unknown precision or backend; reset_state without resets; lengths on the CPU below 0 or
+            above T (on a GPU they are clamped, because a check would wait for it).
+        TypeError: resets that are not bool, lengths that are not integers, no tensor where one is expected.
+        RuntimeError: T = 0; sizes, dtypes or devices that do not fit; a named backend that cannot run the call.
     """
     dispatch.check_precision(precision)
     for t in (x, *weights):
@@ -121,7 +121,7 @@ def run(
     options: LayerOptions,
     draws: bool = False,
 ) -> Sequence[Any]:
-    """y, h_n, c_n, c, and perhaps more, of one layer through the kernels or the reference, from checked arguments.
+    """Run one layer through the kernels or the reference, from checked arguments. Returns y, h_n, c_n, c, and perhaps more.
 
     draws: whether the cell's masks, if it has any, are random.
     """

@@ -266,8 +266,7 @@ class LSTM(torch.nn.RNNBase):
         return_cell_states: also return every c_t of the last layer.
 
     Outputs: output [T, B, D * H] and (h_n, c_n), as torch.nn.LSTM, in the dtype of the input (or of autocast); with
-    return_cell_states also
-        cell_states, shaped like output before projection.
+        return_cell_states also cell_states, shaped like output before projection.
 
     Raises ValueError, TypeError and RuntimeError where torch.nn.LSTM does, for resets, lengths and reset_state as
     `functional.lstm` does, and RuntimeError if a named backend cannot run the call. Unlike cuDNN it runs backward in

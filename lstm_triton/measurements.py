@@ -173,7 +173,7 @@ def _plain(problem: Any) -> Any:
 
 
 def configuration(problem: Any, on: torch.device) -> Any:
-    """That of a kernel's launch: `kernels.search.measured`."""
+    """Return the measured configuration of a kernel's launch, or None; it replaces `kernels.device.measured`."""
     from .kernels.sequence_config import SequenceConfig
 
     training = problem.way == "backward" or "gates" in problem.features

@@ -1,6 +1,6 @@
-"""`tune`: find what runs a call of an `LSTM` or a `Recurrent` fastest on this device, and keep it.
+"""`tune`: measure which backend and tiles run a call of an `LSTM` or a `Recurrent` fastest on this device, and record it.
 
-cuDNN, one launch per step and the kernels in a few configurations take turns in a process of their own (`trial`).
+cuDNN, one launch per step and a few configurations of the kernels are timed in turns, in a process of their own (`trial`).
 """
 
 import os
@@ -18,32 +18,31 @@ from .process import Died, Process
 from .shapes import Shape
 from .trial import WAYS, Contender
 
-_CANDIDATES = 5  # of each way, besides that of the model
+_CANDIDATES = 5  # configurations forward, and as many backward, besides those that the cost model chooses
 SERVE = "lstm_triton.trial:serve"  # what the measuring process runs
 _ENVIRONMENT = {"LSTM_TRITON_TUNE": None, "LSTM_TRITON_TUNED": os.path.join(os.devnull, "none")}  # of that process
-_SILENCE_S = 180.0  # after which the measuring process is given up; the first compilations take a minute
+_SILENCE_S = 180.0  # the measuring process times out after such a silence; the first compilations take a minute
 
 
 def tune(
     module: torch.nn.Module, *inputs: Any, budget_s: float = 60.0, quiet: bool = False, **kwargs: Any
 ) -> list[str]:
-    """Measure what runs each `LSTM`, `GRU` and `Recurrent` in `module(*inputs, **kwargs)` fastest, so that backend="auto" takes
-    it from now on.
+    """Measure what runs each `LSTM`, `GRU` and `Recurrent` in `module(*inputs, **kwargs)` fastest; backend="auto" then uses it.
 
-    The module is called once, to see the calls of these; what is measured are calls of these sizes on random numbers. With
-    gradients enabled and parameters that need them forward and backward are measured, else the forward. What is found is kept
-    in a file (`lstm-triton info` says where) for this device and these versions.
+    The module is called once to record the calls of these. Calls of the same sizes on random numbers are then measured:
+    forward and backward if gradients are enabled and parameters need them, else the forward. The results are kept in a file
+    (`lstm-triton info` says where) for this device and these versions.
 
     Args:
-        budget_s: seconds for each of them. An interrupt (Ctrl-C) ends it early, and keeps what is measured.
+        budget_s: seconds for each call. An interrupt (Ctrl-C) ends it early, and keeps what has been measured.
         quiet: report no progress on standard error.
 
     Returns:
-        A line for each: the fastest backend, microseconds of a call, and its speed beside cuDNN's.
+        A line for each call: the fastest backend, microseconds per call, and the speed relative to cuDNN.
 
     Raises:
         RuntimeError: no GPU that runs the kernels; nothing could be measured; a cell that another process cannot import.
-        TypeError: a module without one of these.
+        TypeError: a module without an `LSTM`, `GRU` or `Recurrent`.
     """
     found: dict[tuple[Shape, int, torch.device], None] = {}
 
@@ -65,7 +64,7 @@ def tune(
 
 
 def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float = 60.0, quiet: bool = False) -> Row:
-    """`tune` for one call: what was fastest, which is in the user's file then."""
+    """Measure one call as `tune` does, add the result to the user's file and return it."""
     if why := dispatch.why_no_kernels(device, getattr(torch, shape.dtype)):
         raise RuntimeError(f"nothing to tune: {why}")
     begin, trials, forward = time.monotonic(), list[Trial](), None
@@ -103,7 +102,7 @@ def tune_shape(shape: Shape, steps: int, device: torch.device, budget_s: float =
 
 
 def _cell(shape: Shape) -> Any:
-    """The `cells.Cell`; None for an LSTM."""
+    """Return the `cells.Cell`; None for an LSTM."""
     if shape.cell == "lstm":
         return None
     from .cells.declaration import declared
@@ -118,7 +117,7 @@ def _is_gru(cell: Any) -> bool:
 
 
 def _tune_first_call(shape: Shape, steps: int, device: torch.device) -> None:
-    """`tune_shape`, once for a call of this shape and length, and not where a CUDA graph is captured."""
+    """Run `tune_shape` once for each shape and length, and never while a CUDA graph is captured."""
     if device.type == "cuda" and (shape, steps) not in _tried and not torch.cuda.is_current_stream_capturing():
         _tried.add((shape, steps))
         print(tune_shape(shape, steps, device), file=sys.stderr)
@@ -132,9 +131,11 @@ if os.environ.get("LSTM_TRITON_TUNE") == "1":
 def contenders(
     shape: Shape, steps: int, device: torch.device, way: str, forward: dict | None = None
 ) -> dict[str, Contender]:
-    """What to try by name: cuDNN, one launch per step, the model's choice, and of several steps other configurations of the
-    kernel of one way: the cheapest by the model, no two of the same tile and warps. forward: what those of the backward are
-    tried with."""
+    """Return what to measure, by name: cuDNN, one launch per step, the cost model's choice, and for T > 1 other configurations
+    of the kernel of this way: the cheapest by the model, no two with the same tile and warps.
+
+    forward: the configuration of the forward for contenders that differ in the backward.
+    """
     from .kernels.device import device_figures
     from .kernels.search import candidates
 
@@ -153,7 +154,7 @@ def contenders(
 
 
 class Trial:
-    """What is known of some contenders by name: microseconds of a call, configurations, and why others are out."""
+    """Results of contenders by name: microseconds per call, configurations, and faults, why others were left out."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
@@ -161,13 +162,13 @@ class Trial:
         self.faults: dict[str, str] = {}
 
     def configurations(self) -> dict[str, dict]:
-        """By way: those of the kernels that run all steps, where such a call was the fastest of its kind."""
+        """Return the configurations, forward and backward, of the fastest contender that ran all steps in one launch."""
         ours = [name for name in self.times if name.partition(",")[0] == "triton"]
         best = min(ours, key=self.times.__getitem__, default=None)
         return {way: c for way, c in self.configs.get(best or "", {}).items() if c["persistent"]}
 
     def measure(self, request: dict, left: dict[str, Contender], deadline: float, say: Callable[[str], None]) -> None:
-        """Let processes measure the contenders `left` until all are measured, or out, or the deadline is past."""
+        """Let processes measure the contenders `left` until all are measured or left out, or the deadline has passed."""
         while left and time.monotonic() < deadline:
             doing, child = None, Process(SERVE, None, _ENVIRONMENT)
             limited = request | dict(contenders=left, seconds=(deadline - time.monotonic()) / 2)
