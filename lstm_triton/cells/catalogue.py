@@ -1,4 +1,4 @@
-"""Cells from papers and from torch, ready to use; each is an example of how to write one."""
+"""Ready-made cells from papers and from torch; each is an example of how to write one."""
 
 import torch
 
@@ -23,7 +23,7 @@ def cifg(z, s):
 
 @cell(gates="ifgo", states="c", parameters=["pi", "pf", "po"])
 def peephole_lstm(z, s, p):
-    """The LSTM whose gates see the state: i and f that before the step, o the new one (Gers and Schmidhuber 2000)."""
+    """The LSTM whose gates read c: i and f the c before the step, o the new c (Gers and Schmidhuber 2000)."""
     i, f, g = torch.sigmoid(z.i + p.pi * s.c), torch.sigmoid(z.f + p.pf * s.c), torch.tanh(z.g)
     c = f * s.c + i * g
     o = torch.sigmoid(z.o + p.po * c)
@@ -44,7 +44,7 @@ def slstm(z, s):
 
 @cell(gates="fn")
 def minimal_gated_unit(z, s):
-    """The minimal gated unit (Zhou et al. 2016, arXiv:1603.09420), with the forget gate applied to U h + b, as a GRU's is."""
+    """The minimal gated unit (Zhou et al. 2016, arXiv:1603.09420), the forget gate applied to U h + b as in torch's GRU."""
     f = torch.sigmoid(z.f)
     n = torch.tanh(z.input.n + f * z.recurrent.n)
     return (1 - f) * s.h + f * n, {}
@@ -69,6 +69,9 @@ def zoneout_lstm(z, s, m):
 
 
 def zoneout(p_h: float = 0.05, p_c: float = 0.5) -> Cell:
-    """The LSTM with zoneout (Krueger et al. 2017, arXiv:1606.01305): in training each unit keeps its h with probability p_h and
-    its c with p_c, in evaluation mode it takes the expectation. The defaults are the paper's for characters."""
+    """Make the LSTM with zoneout (Krueger et al. 2017, arXiv:1606.01305).
+
+    In training each unit keeps its h with probability p_h and its c with p_c; in evaluation mode it takes the expectation. The
+    defaults are the paper's for characters.
+    """
     return Cell(zoneout_lstm, gates="ifgo", states="c", masks={"h": p_h, "c": p_c})

@@ -1,9 +1,10 @@
-"""`cell`: a recurrent cell as a plain torch function, and what follows from it.
+"""`cell` makes a plain torch function a recurrent cell for the kernels.
 
-The kernels know four pre-activations z = x W_ih^T + h W_hh^T + b of a unit and its states, 1, 2, 4 or 8, that they carry
-unrounded from step to step. A cell with fewer gates leaves rows of the weights zero; where it asks for the input's and the
-recurrent part of a gate apart, each is a pre-activation of its own. A parameter of each unit is a state that does not change,
-and its gradient is that of the initial state, summed over the batch. A mask takes no place: the kernels draw it in each step.
+The kernels compute four pre-activations z = x W_ih^T + h W_hh^T + b for each unit, and carry its 1, 2, 4 or 8 states unrounded
+from step to step. For a cell with fewer gates the other rows of the weights are zero. If it reads the input part and the
+recurrent part of a gate separately, each is a pre-activation of its own. A parameter of each unit is a state that does not
+change; its gradient is that of the initial state, summed over the batch. A mask takes no memory: the kernels draw it in each
+step.
 """
 
 import functools
@@ -29,28 +30,27 @@ _NO_MASKS: Mapping[str, float] = MappingProxyType({})
 
 
 class PreActivation(NamedTuple):
-    """What a kernel computes for each unit: x W_ih^T + b_ih and h W_hh^T + b_hh of a gate, their sum or one of the two."""
+    """A pre-activation that a kernel computes for each unit: x W_ih^T + b_ih or h W_hh^T + b_hh of a gate, or their sum."""
 
     gate: str
     part: str  # "sum", "input", "recurrent"
 
 
 class Cell:
-    """A recurrent cell: gates, states, parameters, and the function that gives the new states. Made by `cell`.
+    """A recurrent cell: gates, states, parameters, masks, and the function of one step. `cell` makes one.
 
     Args:
-        function: of (z, s), or (z, s, p) with parameters: z.f is the pre-activation x W_ih^T + b_ih + h W_hh^T + b_hh of a gate
-            f, [B, H]; z.input.f and z.recurrent.f are its two parts; s.c is the state c before the step, s.h the output of the
-            step before; p.a is the parameter a; m.a, of a last argument, the mask a. Returns the new h and a dict of the
-            new states. Made of pointwise operations.
-        gates, states, parameters: their names, of one letter each in a string, or in a sequence of strings. A parameter has a
-            number for each unit, [H].
-        masks: names, and probabilities with which each element is 1 and not 0, drawn anew for each step, row and unit in
-            training. In evaluation mode a mask is its expectation, the probability.
+        function: of (z, s), followed by p if there are parameters and by m if there are masks. z.f is the pre-activation
+            x W_ih^T + b_ih + h W_hh^T + b_hh [B, H] of gate f; z.input.f and z.recurrent.f are its two parts. s.c is the state
+            c before the step and s.h the h before it; p.a is the parameter a, m.a the mask a. It consists of pointwise
+            operations and returns the new h and a dict of the new states, each [B, H].
+        gates, states, parameters: their names, as a string of one-letter names or a sequence of strings. A parameter is [H].
+        masks: for each name the probability with which an element is 1 and not 0. In training each step, batch row and unit
+            draws anew; in evaluation mode a mask is its expectation, the probability.
 
     Raises:
-        CellError: an operation that is not pointwise or not known, a branch that depends on values, a state that is missing or
-            one too many, more pre-activations, states or masks than the kernels hold; with the operation and the line.
+        CellError: an operation that is not pointwise or unknown; a branch that depends on values; a missing or unknown state;
+            more pre-activations, states or masks than the kernels hold. The message names the operation and its line.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Cell:
         return self.function(z, s, *others)
 
     def __reduce__(self) -> Any:
-        """Pickled by name, as functions are, so that modules with a cell can be copied and saved; or by its function's."""
+        """Pickle by name, as functions are, so that modules with a cell can be saved; else by the function's name."""
         if getattr(sys.modules.get(self.function.__module__), self.name, None) is not self.function:
             return self.__dict__["__qualname__"]
         return Cell, (self.function, self.gates, self.states, self.parameters, self.masks)
@@ -102,7 +102,7 @@ class Cell:
         return CellError(f"{self.name}: {what}")
 
     def _record(self) -> None:
-        """Call the function once on tensors without memory: which parts of z and s it reads, and whether it may."""
+        """Call the function once on fake tensors, to record which parts of z and s it reads and to check its operations."""
         with FakeTensorMode() as mode:
             example = mode.from_tensor(torch.zeros(2, 3))
             gates = Recorded(dict.fromkeys(self.gates, example))
@@ -116,7 +116,7 @@ class Cell:
                 with PointwiseOnly(self._fail) as watch:
                     found = self.function(tensors, Named("states", states), *given)
             except (RuntimeError, TypeError, ValueError) as error:
-                # torch's operators make another TypeError of one.
+                # torch's operators replace a TypeError, such as CellError, by another one.
                 raise watch.refusal or self._fail(f"{line_of(error, self.function)}: {error}") from error
         self._check_results(found)
         self.pre_activations: list[PreActivation] = []
@@ -132,7 +132,7 @@ class Cell:
         for kind, of in (("parameter", parameters), ("mask", masks)):
             if unused := [name for name in of if name not in of.used]:
                 raise self._fail(f"the {kind} {unused[0]!r} is not used")
-        # h comes first where there is no other state: then it is what the kernels carry besides, read or not.
+        # Where there is no other state the kernels carry h, whether the function reads it or not.
         own = [*self.states, *(["h"] if "h" in states.used or not self.states else [])]
         self.carried = (*own, *self.parameters)
         if len(self.carried) > CARRIED:
@@ -155,7 +155,7 @@ class Cell:
                 raise self._fail(f"the new {name} is not a tensor of the size of a gate")
 
     def step(self, *tensors: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(h, the new carried states) from the pre-activations that a kernel has, zeros behind them, and the carried states.
+        """Compute (h, new carried states) from the four pre-activations of a kernel, padded with zeros, and the carried states.
 
         masks: [n, B, H]; None for their expectations.
         """
@@ -165,7 +165,7 @@ class Cell:
         return h, _join(states)
 
     def _step(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`step` with every state and mask apart."""
+        """Compute `step` with every state and mask as a tensor of its own."""
         of_states = slice(PRE_ACTIVATIONS, PRE_ACTIVATIONS + self.n_carried)
         pre, carried, masks = tensors[:PRE_ACTIVATIONS], tensors[of_states], tensors[of_states.stop :]
         by_part: dict[str, dict[str, Tensor]] = {"sum": {}, "input": {}, "recurrent": {}}
@@ -184,7 +184,7 @@ class Cell:
         return h, *(new[name] for name in self.carried), *padding
 
     def carry(self, h: Tensor, state: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """What the kernels carry, [..., H * n_carried], from h, the user's states as `stacked` and the parameters."""
+        """Return the carried states [..., H * n_carried], from h, the user's states as `stacked` and the parameters."""
         if self.carried == (self.states or ("h",)) and self.n_carried == len(self.carried):
             return state
         named = {"h": h, **dict(zip(self.states, _split(state, len(self.states) or 1)))}
@@ -195,9 +195,9 @@ class Cell:
     def layer_inputs(
         self, directions: Sequence[Direction], parameters: Sequence[Tensor], rows: slice, hx: Any, segments: Segments
     ) -> tuple[list[Direction], tuple[Tensor, Tensor], Segments]:
-        """Weights, (h0, c0) and segments of a layer as the kernels take them.
+        """Return weights, (h0, c0) and segments of a layer as the kernels take them.
 
-        parameters: those of all layers and directions, of which this layer has `rows`.
+        parameters: those of all layers and directions; `rows` selects this layer's.
         """
         placed, (h0, state), n = [self.placed(w) for w in directions], hx, len(self.parameters)
         of_both = [torch.stack(list(parameters[k::n][rows]))[:, None] for k in range(n)]
@@ -216,21 +216,21 @@ class Cell:
         return placed, (h0, c0), segments
 
     def kept(self, carried: Tensor) -> Tensor:
-        """The user's states, as `stacked`, of what `carry` gave."""
+        """Return the user's states, as `stacked`, from the result of `carry`."""
         n = len(self.states) or 1
         return carried if n == self.n_carried else _join(_split(carried, self.n_carried)[:n])
 
     def stacked(self, states: Sequence[Tensor]) -> Tensor:
-        """The user's states [..., H] as one, [..., H * n] with those of a unit together."""
+        """Join the user's states [..., H] to one [..., H * n], with those of a unit adjacent."""
         return _join(states)
 
     def separate(self, stacked: Tensor) -> list[Tensor]:
-        """The inverse of `stacked`."""
+        """Undo `stacked`."""
         n = len(self.states) or 1
         return [stacked] if n == 1 else [t.contiguous() for t in _split(stacked, n)]
 
     def placed(self, weights: Direction) -> Direction:
-        """Weights with a block of H rows for each gate -> with one for each pre-activation of the kernels, zeros among them."""
+        """Reorder weights from a block of H rows for each gate to one for each pre-activation of the kernels, or of zeros."""
         if [p.part for p in self.pre_activations] == ["sum"] * PRE_ACTIVATIONS:
             return weights
 
@@ -255,7 +255,7 @@ class Cell:
         declared[self.key] = self
 
     def triton_source(self) -> str:
-        """The two device functions that the kernels run: of one step, forward and backward."""
+        """Return the source of the two @triton.jit functions of one step, forward and backward, that the kernels call."""
         return self.source
 
 
@@ -263,7 +263,7 @@ declared: dict[str, Cell] = {}  # by their names in the kernels
 
 
 def _split(carried: Tensor, n: int) -> Sequence[Tensor]:
-    """[..., H * n] -> n tensors [..., H]: the order of `kernels.states`."""
+    """Split [..., H * n] into n tensors [..., H], in the order of `kernels.states`."""
     return [carried] if n == 1 else carried.unflatten(-1, (-1, n)).unbind(-1)
 
 
@@ -278,7 +278,7 @@ def cell(
     parameters: Sequence[str] = (),
     masks: Mapping[str, float] = _NO_MASKS,
 ) -> Callable[[Callable], Cell]:
-    """Make a plain torch function a recurrent cell, for `Recurrent` and `RecurrentCell`; see `Cell`.
+    """Make a plain torch function a recurrent cell for `Recurrent` and `RecurrentCell`, with `Cell`'s arguments and errors.
 
     @lstm_triton.cell(gates="fgo", states="c")
     def coupled(z, s):

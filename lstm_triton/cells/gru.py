@@ -1,4 +1,4 @@
-"""`GRU` and `GRUCell`: torch.nn.GRU and torch.nn.GRUCell, and what these cannot do."""
+"""`GRU` and `GRUCell`, replacements for torch.nn.GRU and torch.nn.GRUCell."""
 
 import inspect
 from typing import Any
@@ -13,23 +13,24 @@ from ..segments import check_packed
 from .catalogue import gru
 from .modules import Recurrent, RecurrentCell
 
-# torch's own, whether or not `hooks` has wrapped them before.
+# torch's own functions, whether or not `hooks` has wrapped them.
 _torchs_gru: Any = inspect.unwrap(torch.nn.GRU.forward)
 _torchs_cell: Any = inspect.unwrap(torch.nn.GRUCell.forward)
 
 
 class GRU(Recurrent):
-    """torch.nn.GRU, and what cuDNN cannot do: resets, lengths, every state, less memory.
+    """A replacement for torch.nn.GRU, with resets, lengths, the states of every step, and recomputation.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.GRU, with
-            its parameters, initial values for one seed, state_dict and errors.
-        precision, backend, recompute: as in `LSTM`; "cudnn" takes torch's own setting of precision.
+            its parameters, initial values for a given seed, state_dict and errors.
+        precision, backend, recompute: as in `LSTM`; "cudnn" follows torch's setting of precision.
 
-    Inputs and outputs: as in torch.nn.GRU; and resets, reset_state, lengths and return_states as in `Recurrent`. A call without
-    any of these is torch's own (on a GPU cuDNN's) with backend="auto", unless a precision is asked for on a GPU.
+    Inputs and outputs: as in torch.nn.GRU; resets, reset_state, lengths and return_states as in `Recurrent`. With
+    backend="auto" torch's own kernels (on a GPU cuDNN) run a call without these, unless on a GPU precision or recompute is
+    set.
 
-    Raises as torch.nn.GRU and `Recurrent` do. It is no instance of torch.nn.GRU, which torch.compile refuses.
+    Raises as torch.nn.GRU and `Recurrent` do. It is no instance of torch.nn.GRU, because torch.compile refuses these.
     """
 
     cell = gru
@@ -61,7 +62,7 @@ class GRU(Recurrent):
         return super().forward(input, hx, **options)
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> dispatch.Choice:
-        """As `Recurrent.choice`."""
+        """Return the backend for a call, as `Recurrent.choice`."""
         plain = plain and not (device.type == "cuda" and (self.recompute or self.precision is not None))
         found = dispatch.choose_layer(
             self.backend, device.type, dtype, dispatch.environment(device), dispatch.Call(plain, False, None)
@@ -78,15 +79,15 @@ class GRU(Recurrent):
 
 
 class GRUCell(RecurrentCell):
-    """torch.nn.GRUCell with each step in one kernel launch on NVIDIA GPUs, forward and backward.
+    """A replacement for torch.nn.GRUCell, with each step in one kernel launch on NVIDIA GPUs, forward and backward.
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as in torch.nn.GRUCell, with its parameters, initial values for one seed,
-            state_dict and errors.
+        input_size, hidden_size, bias, device, dtype: as in torch.nn.GRUCell, with its parameters, initial values for a given
+            seed, state_dict and errors.
         precision, backend: as in `LSTMCell`.
 
     Inputs: input [B, I] or [I]; hx: [B, H] or [H], zeros when None.
-    Outputs: h of the next step, shaped alike. Twice differentiable.
+    Outputs: h after the step, of the shape of hx. Twice differentiable.
     """
 
     cell = gru
@@ -101,7 +102,8 @@ class GRUCell(RecurrentCell):
         if is_proxy(input):
             return leaf(self, input, hx)
         if dispatch.cell_backend(self.backend, input.device, input.dtype) == "torch":
-            # torch's kernel would read past the end of these. A parametrized weight is not computed twice.
+            # torch's kernel would read past the end of wrong tensors. `_parameters` does not compute a parametrized weight
+            # again.
             casting.check_alike("input", input, self._parameters.items(), dtypes=False)
             if input.dim() == 1 and isinstance(hx, Tensor) and hx.dim() == 2:
                 raise RuntimeError(f"hidden must have size {[self.hidden_size]}, but got {list(hx.shape)}")
@@ -109,6 +111,6 @@ class GRUCell(RecurrentCell):
         return super().forward(input, hx)
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> dispatch.Choice:
-        """As `Recurrent.choice`."""
+        """Return the backend for a call, as `Recurrent.choice`."""
         found = dispatch.choose_cell(self.backend, device.type, dtype, dispatch.environment(device))
         return found if found.backend == "torch" else RecurrentCell.choice(self, device, dtype, plain)

@@ -24,27 +24,28 @@ def _refuse_torchscript(module: torch.nn.Module) -> torch.nn.Module:
 
 
 class Recurrent(torch.nn.RNNBase):
-    """A recurrent layer, or several, of a cell of one's own: what `LSTM` is for the LSTM.
+    """Recurrent layers of a cell of your own, as `LSTM` has for the LSTM.
 
-    On NVIDIA GPUs the kernels of the LSTM run it, with the equations generated from the cell's function; on a CPU, and for
-    backend="reference", the function itself does.
+    On NVIDIA GPUs the kernels of the LSTM run it, with equations generated from the cell's function; on a CPU, and for
+    backend="reference", the function itself runs.
 
     Args:
         cell: a `Cell`, with G gates.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.LSTM.
-            Parameters have its names, a block of H rows for each gate in the cell's order, and its initial values; the cell's
-            parameter a is `weight_a_l0` [H] of layer 0, `weight_a_l0_reverse` of the reverse direction.
+            Parameters have torch.nn.LSTM's names and initial values, with G blocks of H rows, one for each gate in the cell's
+            order. The cell's parameter a is `weight_a_l0` [H] in layer 0, and `weight_a_l0_reverse` in its reverse direction.
         precision, backend, recompute: as in `LSTM`.
 
     Inputs:
-        input, resets, lengths: as `LSTM` takes them.
-        hx, reset_state: (h, c) for a cell with a state c, (h, c, n) for one with c and n; h for one without.
-        return_states: also return every state of the last layer, of h where the cell has no other.
+        input, resets, lengths: as in `LSTM`.
+        hx, reset_state: (h, c) for a cell with a state c, (h, c, n) for one with c and n; h for one without. Shapes are those
+            of `LSTM`.
+        return_states: also return the state of every step of the last layer; h where the cell has no other state.
 
-    Outputs: output, hx after the last step, and with return_states [T, B, D * H], shaped like output, or a tuple of these
-    for a cell with several states.
+    Outputs: output [T, B, D * H], hx after the last step, and with return_states a tensor shaped like output, or a tuple of
+    these for a cell with several states.
 
-    Raises as `LSTM` does; TypeError for what is not a `Cell`.
+    Raises as `LSTM` does; TypeError if cell is not a `Cell`.
     """
 
     _has_cell = True
@@ -73,7 +74,7 @@ class Recurrent(torch.nn.RNNBase):
         if backend == "cudnn":
             raise ValueError(f"backend='cudnn' cannot serve: cuDNN does not know the cell {cell.name}")
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        # torch knows no other number of gates: its parameters lend their names and widths.
+        # torch.nn.RNNBase has no other number of gates: take its parameters' names and widths, on meta.
         super().__init__("LSTM", *sizes, device="meta", dtype=dtype)
         self.cell, self.precision, self.backend, self.recompute = cell, precision, backend, recompute
         for name, p in list(self.named_parameters()):
@@ -85,7 +86,7 @@ class Recurrent(torch.nn.RNNBase):
         self.reset_parameters()
 
     def _names_of_units(self) -> list[str]:
-        """Of the parameters [H], in the order of layers, directions and the cell's parameters."""
+        """Return the names of the parameters [H], in the order of layers, directions and the cell's parameters."""
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
         places = itertools.product(range(self.num_layers), suffixes, self.cell.parameters)
         return [f"weight_{name}_l{layer}{suffix}" for layer, suffix, name in places]
@@ -103,7 +104,7 @@ class Recurrent(torch.nn.RNNBase):
         return _base(hx).permute_hidden(self, hx, permutation)
 
     def flatten_parameters(self) -> None:
-        """Nothing: cuDNN, which wants it, has no such cell."""
+        """Do nothing: only cuDNN needs flat parameters, and it has no such cell."""
 
     def extra_repr(self) -> str:
         text = f"{self.cell}, {super().extra_repr()}" + options_repr(self)
@@ -136,7 +137,7 @@ class Recurrent(torch.nn.RNNBase):
         return output, (h, *self.cell.separate(last)) if self.cell.states else h, *every
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
-        """What serves a call on such tensors, and why; plain: without resets, lengths and states."""
+        """Return the backend for a call on such tensors, and why. plain: without resets, lengths and states of every step."""
         call = Call(False, False, self.precision)
         return _reason(choose_layer(self.backend, device.type, dtype, environment(device), call))
 
@@ -144,7 +145,7 @@ class Recurrent(torch.nn.RNNBase):
 
 
 class RecurrentCell(torch.nn.RNNCellBase):
-    """One step of a cell of one's own: what `LSTMCell` is for the LSTM.
+    """One step of a cell of your own, as `LSTMCell` has for the LSTM.
 
     Args:
         cell: a `Cell`, with G gates.
@@ -153,9 +154,9 @@ class RecurrentCell(torch.nn.RNNCellBase):
 
     Inputs: input [B, I] or [I]; hx: (h, c), or h for a cell without another state, each [B, H] or [H]; zeros when None.
     The cell's parameter a is `weight_a` [H].
-    Outputs: hx after the step, shaped alike. Twice differentiable.
+    Outputs: hx after the step, of the same shapes. Twice differentiable.
 
-    Raises as `LSTMCell` does; TypeError for what is not a `Cell`.
+    Raises as `LSTMCell` does; TypeError if cell is not a `Cell`.
     """
 
     cell: Cell
@@ -211,14 +212,14 @@ class RecurrentCell(torch.nn.RNNCellBase):
         return h, self.cell.stacked([h] * max(len(self.cell.states), 1))
 
     def choice(self, device: torch.device, dtype: torch.dtype, plain: bool) -> Choice:
-        """As `Recurrent.choice`."""
+        """Return the backend for a call, as `Recurrent.choice`."""
         return _reason(choose_cell(self.backend, device.type, dtype, environment(device)))
 
     __prepare_scriptable__ = _refuse_torchscript
 
 
 def _reason(choice: Choice) -> Choice:
-    """In the words of a cell of one's own."""
+    """Return the choice with the reason worded for a declared cell."""
     if choice.backend in ("reference", "torch"):
         return Choice("reference", "the cell's own function, in torch")
     return Choice(choice.backend, "the LSTM's kernels with the cell's equations, not yet measured on a GPU")
@@ -230,7 +231,7 @@ def _check_cell(cell: object) -> None:
 
 
 def _separate(cell: Cell, states: Any) -> Any:
-    """Those of every step: one, or a tuple of several."""
+    """Separate the states of every step: one tensor, or a tuple of several."""
     found: tuple
     if isinstance(states, PackedSequence):
         found = tuple(states._replace(data=t) for t in cell.separate(states.data))
@@ -240,14 +241,14 @@ def _separate(cell: Cell, states: Any) -> Any:
 
 
 def _base(hx: Any) -> Any:
-    """torch's class whose checks are those of this state: of h alone, or of h and another."""
+    """Return torch's class that checks this state: RNNBase for h alone, LSTM for h and another."""
     return torch.nn.RNNBase if isinstance(hx, Tensor) else torch.nn.LSTM
 
 
 def _both(cell: Cell, hx: Any, hidden_size: int | None = None) -> Any:
-    """h and the other states, as `Cell.stacked`; where the cell has none besides h, that is h.
+    """Return h and the other states as `Cell.stacked`; h itself where the cell has no other state.
 
-    hidden_size: of states that are to be broadcast.
+    hidden_size: H, for states that are broadcast.
     """
     if hx is None:
         return None
