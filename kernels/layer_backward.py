@@ -15,7 +15,7 @@ from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
-from .inputs import CellOptions, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+from .inputs import CellOptions, LayerGradients, LayerInputs, LayerOptions, LayerSaved
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer import (
     aligned,
@@ -30,6 +30,7 @@ from .layer import (
     sequence_plan,
     state_strides,
 )
+from .layer_gradients import gradient_at_resets, initial_state_gradient, previous_states, unit_major, weight_gradients
 from .layer_step import layer_step_backward, serves
 from .layout import as_rows, is_time_major, new_states
 from .sequence_backward import _lstm_sequence_backward_kernel
@@ -42,17 +43,6 @@ _backward = Launcher(_lstm_sequence_backward_kernel)
 _WEIGHTS = frozenset(name for name in LayerInputs._fields if name.startswith(("w_", "b_")))
 
 
-def _unit_major(w: Tensor) -> Tensor:
-    """Reorder rows from gate * H + unit to 4 * unit + gate."""
-    return w.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _gate_major(w: Tensor) -> Tensor:
-    """Undo `_unit_major`, always as a copy, because a caller may change the gradient of one bias in place."""
-    gates = w.unflatten(0, (-1, 4)).transpose(0, 1)
-    return gates.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-
-
 def lstm_layer_backward(
     grads: LayerGradients,
     inputs: LayerInputs,
@@ -63,9 +53,9 @@ def lstm_layer_backward(
     """Compute the gradients of `lstm_layer_forward`.
 
     Args:
-        grads: tensors of any strides, or None for zero. inputs, options: those of the forward. saved: from its outputs; where
-        it has no gates, GEMMs compute pre-activations again,
-            some steps at a time.
+        grads: tensors of any strides, or None for zero.
+        inputs, options: those of the forward.
+        saved: from its outputs; where it has no gates, GEMMs compute pre-activations again, some steps at a time.
         needs: the names of the inputs whose gradients are computed.
 
     Returns:
@@ -87,12 +77,12 @@ def lstm_layer_backward(
             w, _ = input_weights(directions, biases=False)
             torch.mm(rows, w, out=as_rows(found["x"], time_major))
         if not _WEIGHTS.isdisjoint(needs):
-            found |= _weight_gradients(dz, rows, inputs, saved.h, needs)
+            found |= weight_gradients(dz, rows, inputs, saved.h, needs)
         if "reset_h" in needs:
-            each = [_gradient_at_resets(dz, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            each = [gradient_at_resets(dz, w.w_hh, d, segments) for d, w in enumerate(directions)]
             found["reset_h"] = torch.stack(each, dim=1)
         if "h0" in needs:
-            each = [_initial_state_gradient(dz, grads.dh_n, w.w_hh, d, segments) for d, w in enumerate(directions)]
+            each = [initial_state_gradient(dz, grads.dh_n, w.w_hh, d, segments) for d, w in enumerate(directions)]
             found["h0"] = torch.stack(each)
         return found
 
@@ -192,33 +182,6 @@ def _gate_gradients(
     return dz, {"c0": dc0} if dreset_c is None else {"c0": dc0, "reset_c": dreset_c.permute(0, 2, 1, 3)}
 
 
-def _weight_gradients(
-    dz: Tensor, rows: Tensor, inputs: LayerInputs, h: Tensor, needs: Collection[str]
-) -> dict[str, Tensor]:
-    """Compute the gradients of weights and biases of all directions. rows: dz as a matrix [T * B, D * 4H]."""
-    D, segments, time_major = dz.shape[2], inputs.segments, is_time_major(h)
-    x_rows = _rows_within(inputs.x, segments.lengths, time_major)
-    dw_ih, db = (rows.t() @ x_rows).chunk(D), rows.sum(0).chunk(D)
-    found = {}
-    for d in range(D):
-        suffix = "_reverse" if d else ""
-        found["w_ih" + suffix] = _gate_major(dw_ih[d])
-        found["w_hh" + suffix] = _recurrent_weight_gradient(dz, inputs.h0, h, d, segments, time_major)
-        for name in ("b_ih" + suffix, "b_hh" + suffix):
-            if name in needs:
-                found[name] = _gate_major(db[d])
-    return found
-
-
-def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
-    """Return `as_rows` of x with zeros past each batch row's length: dz is zero there, but zero times NaN is NaN."""
-    rows = as_rows(x, time_major)
-    if lengths is None:
-        return rows
-    active = torch.arange(len(x), device=x.device)[:, None] < lengths
-    return torch.where(as_rows(active[..., None], time_major), rows, 0.0)
-
-
 def recomputed_ranges(T: int) -> list[tuple[int, int]]:
     """Return the ranges of steps whose pre-activations are kept at the same time: an eighth of T, but at least 32."""
     size = max(-(-T // 8), 32)
@@ -233,79 +196,7 @@ def _rebuilt_pre_activations(
     for d, direction in enumerate(inputs.directions):
         w, b = weights[0].chunk(len(h0))[d], None if weights[1] is None else weights[1].chunk(len(h0))[d]
         z = pre_activations(inputs.x[starts[d] : starts[d] + n].contiguous(), w, b, 1)
-        h_prev = _previous_states(h0, y, d, inputs.segments, starts[d], n)
-        z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), _unit_major(direction.w_hh).t())
+        h_prev = previous_states(h0, y, d, inputs.segments, starts[d], n)
+        z.flatten(0, 1).flatten(1).addmm_(h_prev.flatten(0, 1), unit_major(direction.w_hh).t())
         pieces.append(z)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _cleared_before(segments: Segments, d: int, start: int, n: int) -> Tensor:
-    """Return [n, B], whether direction d resets its state before steps t = start ... start + n - 1 (`segments.resets_at`)."""
-    resets = segments.resets
-    assert resets is not None
-    flags = resets[start + d : start + n + d]
-    if len(flags) < n:
-        flags = torch.cat([flags, torch.zeros_like(resets[:1])])
-    if segments.lengths is not None:
-        t = torch.arange(start + d, start + n + d, device=flags.device)
-        flags = flags & (t[:, None] < segments.lengths.clamp(max=len(resets)))
-    return flags
-
-
-def _previous_states(h0: Tensor, y: Tensor, d: int, segments: Segments, start: int, n: int) -> Tensor:
-    """Return [n, B, H], the h of direction d before steps t = start ... start + n - 1."""
-    T, H = y.shape[0], h0.shape[2]
-    y = y[:, :, d * H : (d + 1) * H]
-    # A batch row of length 0 does not use its initial state, which may hold anything.
-    initial = h0[d] if segments.lengths is None else torch.where((segments.lengths > 0)[:, None], h0[d], 0.0)
-    at_edge = start == 0 if d == 0 else start + n == T
-    if d == 0:
-        h_prev = torch.cat([initial[None], y[: n - 1]]) if at_edge else y[start - 1 : start + n - 1]
-    else:
-        h_prev = torch.cat([y[start + 1 :], initial[None]]) if at_edge else y[start + 1 : start + n + 1]
-    if segments.lengths is not None and d == 1:
-        t = torch.arange(start, start + n, device=y.device)
-        h_prev = torch.where((t[:, None] == segments.lengths - 1)[..., None], initial, h_prev)
-    if segments.resets is not None:
-        flags = _cleared_before(segments, d, start, n)[..., None]
-        cleared = h_prev.new_zeros(()) if segments.reset_h is None else segments.reset_h[start : start + n, d]
-        h_prev = torch.where(flags, cleared, h_prev)
-    return h_prev
-
-
-def _recurrent_weight_gradient(
-    dz: Tensor, h0: Tensor, y: Tensor, d: int, segments: Segments, time_major: bool
-) -> Tensor:
-    """Return dW_hh [4H, H] of direction d: the sum over steps of dz_t^T h_{t-1}."""
-    T, H = y.shape[0], h0.shape[2]
-    dz = dz[:, :, d].flatten(2)
-    if segments.resets is None and segments.lengths is None and time_major:
-        # h_{t-1} is y, shifted by a step, and h0. Two products avoid a copy of it.
-        later, earlier = slice(1, T), slice(0, T - 1)
-        steps, states, edge = (later, earlier, 0) if d == 0 else (earlier, later, T - 1)
-        dw = dz[steps].flatten(0, 1).t() @ y[states, :, d * H : (d + 1) * H].flatten(0, 1)
-        return _gate_major(dw.addmm_(dz[edge].t(), h0[d]))
-    h_prev = _previous_states(h0, y, d, segments, 0, T)
-    return _gate_major(dz.flatten(0, 1).t() @ h_prev.flatten(0, 1))
-
-
-def _gradient_at_resets(dz: Tensor, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
-    """Return [T, B, H], the gradient of the h that direction d was reset to; 0 where there was no reset."""
-    flags = _cleared_before(segments, d, 0, dz.shape[0])
-    dh = dz[:, :, d].flatten(2) @ _unit_major(w_hh)
-    return torch.where(flags[..., None], dh, dh.new_zeros(()))
-
-
-def _initial_state_gradient(dz: Tensor, dh_n: Tensor | None, w_hh: Tensor, d: int, segments: Segments) -> Tensor:
-    """Return dh0 [B, H] of direction d."""
-    T, B = dz.shape[:2]
-    if d == 0 or segments.lengths is None:
-        first = dz[0 if d == 0 else T - 1, :, d]
-    else:
-        first = dz[(segments.lengths - 1).clamp(min=0).long(), torch.arange(B, device=dz.device), d]
-    dh0 = first.flatten(1) @ _unit_major(w_hh)
-    if segments.resets is not None:
-        dh0 = torch.where(_cleared_before(segments, d, 0 if d == 0 else T - 1, 1)[0][:, None], dh0.new_zeros(()), dh0)
-    if segments.lengths is not None and dh_n is not None:
-        dh0 = torch.where((segments.lengths == 0)[:, None], dh_n[d], dh0)  # for a batch row of length 0, h_n is h0
-    return dh0
