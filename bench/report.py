@@ -15,6 +15,7 @@ from . import figures, tables
 from .cases import require
 from .providers import CUDNN
 from .rows import CPU_LABEL, Row, StoreError
+from .suites import SUITES
 from .tables import WAYS, Comparison
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
@@ -83,8 +84,9 @@ def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str
         its = [row for row in rows if suite in ("", row.suite)]
         compared = [c for c in found if suite in ("", c.suite)]
         command = f"lstm-triton bench --suite {suite}{options}" if suite else ""
+        note = " ".join(filter(None, (SUITES.get(suite), section.note)))
         drawn = list(draw(compared)) if draw and draws else []
-        sections.append(section._replace(figures=drawn, table=table(its, compared), command=command))
+        sections.append(section._replace(note=note, figures=drawn, table=table(its, compared), command=command))
     return Part(sections, machine, "; ".join(notes), about)
 
 
@@ -137,13 +139,7 @@ def _meaning(*ways: str) -> str:
 
 # A section of the page, and a table of Markdown pages: the suite whose rows it shows, or ""; table; figures; all else.
 View = tuple[str, Callable[..., DataFrame], Callable[[Sequence[Comparison]], Iterator[Figure]] | None, Section]
-_BOTH, _BY_HAND = _meaning(*WAYS), "torch: the fastest that it can do alone, in one of its modules or by hand."
-_FEATURES = "In brackets the multiple of the same provider's padded time."
-_ERRORS = (
-    "The largest max and RMS error of all tensors, in units of the true tensor's largest value; the truth is float64."
-)
-_FIRST = "In new processes: empty, without compiled kernels on the disk, and warm, with them."
-_HOST = "By the host's clock, whatever the device has still to do."
+_BOTH = _meaning(*WAYS)
 _KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
 _FROM_PADDED = functools.partial(tables.timings, base="padded")
 _H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
@@ -157,12 +153,12 @@ VIEWS: Sequence[View] = (
     ("step", tables.timings, None, Section("One step a call, the state carried")),
     ("real", tables.timings, None, Section("LSTMs that people run", note=_BOTH)),
     ("real", tables.sources, None, Section("Sources of their shapes", wraps=True)),
-    ("features", _FROM_PADDED, None, Section("What features cost", note=_FEATURES)),
-    ("segments", tables.timings, None, Section("Beside what torch alone can do", note=_BY_HAND)),
+    ("features", _FROM_PADDED, None, Section("What features cost")),
+    ("segments", tables.timings, None, Section("Beside what torch alone can do")),
     ("memory", tables.readings, None, Section("Memory of a training step")),
-    ("accuracy", tables.readings, None, Section("Accuracy against float64", note=_ERRORS)),
-    ("overhead", tables.readings, None, Section("Host time of a call", note=_HOST)),
-    ("cold-start", tables.readings, None, Section("The first call", note=_FIRST, wraps=True)),
+    ("accuracy", tables.readings, None, Section("Accuracy against float64")),
+    ("overhead", tables.readings, None, Section("Host time of a call")),
+    ("cold-start", tables.readings, None, Section("The first call", wraps=True)),
     ("", tables.lost, None, Section("Where torch is ahead, the worst first", note=_BOTH, wraps=True)),
     ("", tables.not_timed, None, Section("Not timed: wrong, failed, skipped", wraps=True)),
     ("roofs", tables.readings, None, Section("Roofs and floors", wraps=True)),
