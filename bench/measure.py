@@ -106,7 +106,7 @@ class _Measurement:
             self.tell(pairs, "wrong", reason, model=built.model, errors=found)
         elif kind in ("accuracy", "memory"):
             stage(*pairs[0], kind)
-            self.tell(pairs, "ok", model=built.model, errors=found, bytes=held(built) if kind == "memory" else None)
+            self.tell(pairs, "ok", model=built.model, errors=found, values=held(built) if kind == "memory" else None)
         else:
             for pair in pairs:
                 try:
@@ -212,7 +212,7 @@ def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 
 
-def held(built: Built) -> dict[str, int]:
+def held(built: Built) -> dict[str, float]:
     """Bytes of one training step.
 
     saved: in tensors that autograd keeps for backward, each storage once, without inputs and weights. On a GPU also, above what
@@ -229,9 +229,9 @@ def held(built: Built) -> dict[str, int]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = built.forward()
         # saved tensors stay alive with the outputs, so that no address is counted for two of them
-        found = {
-            "saved": sum(saved.values()),
-            "outputs": sum(dict(_storages(outputs).items() - saved.items()).values()),
+        found: dict[str, float] = {
+            "saved_bytes": sum(saved.values()),
+            "outputs_bytes": sum(dict(_storages(outputs).items() - saved.items()).values()),
         }
         del outputs
         if device.type == "cuda":
@@ -241,11 +241,11 @@ def held(built: Built) -> dict[str, int]:
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             outputs = built.forward()
-            found["after_forward"] = torch.cuda.memory_allocated(device) - before
+            found["after_forward_bytes"] = torch.cuda.memory_allocated(device) - before
             if built.leaves:
                 torch.autograd.grad(outputs[0], list(built.leaves.values()), built.dy)
             torch.cuda.synchronize(device)
-            found["peak"] = torch.cuda.max_memory_allocated(device) - before
+            found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     return found
 
 

@@ -117,7 +117,6 @@ class Row:
     precision: dict[str, str]
     timing: Timing | None = None
     values: dict[str, float] | None = None
-    bytes: dict[str, int] | None = None
     errors: dict[str, Errors] | None = None
     floor: Floor | None = None
     distance: float | None = None
@@ -183,9 +182,8 @@ def words(row: Row) -> str:
     if t := row.timing:
         low, high = (number(us / row.case.length) for us in (t.p20_us, t.p80_us))
         return f"{number(t.us_per_step)} us/step ({low} to {high})"
-    figures = (row.values or {}) | {f"{name}_bytes": n for name, n in (row.bytes or {}).items()}
-    if figures or not row.errors:
-        return ", ".join(f"{name} {number(value)}" for name, value in figures.items())
+    if row.values or not row.errors:
+        return ", ".join(f"{name} {number(value)}" for name, value in (row.values or {}).items())
     largest, rms = (max((getattr(e, kind), name) for name, e in row.errors.items()) for kind in ("largest", "rms"))
     return f"max {largest[0]:.1e} ({largest[1]}), RMS {rms[0]:.1e} ({rms[1]})"
 

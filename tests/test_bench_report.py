@@ -60,7 +60,7 @@ def sample_rows():
     errors = {name: Errors(9, 2e-3, 3e-4) for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_hh_l0")}
     for kind, suite, measured in (
         ("accuracy", "accuracy", dict(errors=errors)),
-        ("memory", "memory", dict(bytes={"saved": 2**20, "outputs": 5, "peak": 2**21})),
+        ("memory", "memory", dict(values={"saved_bytes": 2**20, "outputs_bytes": 5, "peak_bytes": 2**21})),
         ("overhead", "overhead", {}),
         ("cold-start", "cold-start", dict(values={"empty_first_call_s": 2.0})),
         ("roof", "roofs", dict(values={"copy_bytes_per_s": 3e12, "exchange_us": 0.6})),
@@ -200,7 +200,7 @@ def test_what_has_no_time_is_said_by_case_and_provider():
         ("H512 B4 T128 float32 ieee train", "max 1.0e-06 (y), RMS 3.3e-07 (dx)"),
         ("H512 B4 T1024 float32 ieee train", "max 4.0e-06 (y), RMS 1.3e-06 (dx)"),
     ]
-    held = [make_row(provider=p, kind="memory", bytes={"saved": n}) for p, n in ((OURS, 3 * 10**6), (CUDNN, 5))]
+    held = [make_row(provider=p, kind="memory", values={"saved_bytes": n}) for p, n in ((OURS, 3 * 10**6), (CUDNN, 5))]
     (line,) = tables.readings(held, []).itertuples(index=False)
     assert list(line) == ["saved_bytes 3 M", "saved_bytes 5"]
 
