@@ -86,11 +86,13 @@ def test_layouts_of_the_input(layout, backend, device):
 
 
 @backends
-@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
-@pytest.mark.parametrize("lengths", [(2, 3, 1), (3, 2, 2)], ids=str)
-def test_packed_sequences(lengths, batch_first, backend, device):
+@pytest.mark.parametrize(
+    "lengths, options", [((2, 3, 1), {}), ((3, 2, 2), {"batch_first": True}), ((1, 3, 2), {"proj_size": 2})], ids=str
+)
+def test_packed_sequences(lengths, options, backend, device):
     """Everything is in the caller's order of rows but the data, whose order is torch's."""
-    theirs, ours = pair(I, H, 2, bidirectional=True, batch_first=batch_first, backend=backend, device=device)
+    theirs, ours = pair(I, H, 2, bidirectional=True, **options, backend=backend, device=device)
+    batch_first = ours.batch_first
     x, (h, c) = _input(ours, device, B=len(lengths)), states(ours, len(lengths), requires_grad=True)
     packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted=False)
     assert_close(trained(ours, packed, (h, c), (x, h, c)), trained(theirs, packed, (h, c), (x, h, c)))
@@ -111,14 +113,6 @@ def test_sorted_packed_sequence_keeps_no_indices(backend, device):
     assert found[0].sorted_indices is None and found[0].unsorted_indices is None
 
 
-@backends
-def test_packed_sequence_with_projection(backend, device):
-    theirs, ours = pair(I, H, proj_size=2, bidirectional=True, backend=backend, device=device)
-    x, (h, c) = _input(ours, device), states(ours, B, requires_grad=True)
-    packed = pack_padded_sequence(x, torch.tensor([1, 3, 2]), enforce_sorted=False)
-    assert_close(trained(ours, packed, (h, c), (x, h, c)), trained(theirs, packed, (h, c), (x, h, c)))
-
-
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,9 +125,8 @@ def test_backward_in_evaluation_mode(backend, device):
     assert_close(trained(ours, x, None, (x,)), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 1}], ids=str)
-def test_second_derivatives_are_torchs(options, device):
-    theirs, ours = pair(1, 2, **options, backend="triton", device=device)
+def test_second_derivatives_through_layers_and_projections_are_torchs(device):
+    theirs, ours = pair(1, 2, num_layers=2, bidirectional=True, proj_size=1, backend="triton", device=device)
     x = torch.randn(2, 2, 1, dtype=torch.float64, device=device, requires_grad=True)
     h, c = states(ours, 2, requires_grad=True)
     results = []

@@ -66,37 +66,6 @@ def test_gates_rebuilt_for_the_backward(T, device, monkeypatch):
     _check(layers.draw(T, 4, 3, 5, 2, device=device, **SEGMENTS["everything"]), recompute=True)
 
 
-@directions
-def test_lengths_equal_torchs_packed_sequence(D, device):
-    T, B, I, H = 6, 5, 3, 7
-    lengths = torch.tensor([4, 6, 1, 3, 6])
-    torchs = torch.nn.LSTM(I, H, bidirectional=D == 2, dtype=torch.float64, device=device)
-    problem = layers.draw(T, B, I, H, D, torch.float64, device=device)
-    problem = replace(problem, weights=tuple(torchs.parameters()), lengths=lengths.to(device))
-
-    def packed(x, h0, c0, weights, _):
-        x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-        y, states = torch.func.functional_call(
-            torchs, dict(zip(dict(torchs.named_parameters()), weights)), (x, (h0, c0))
-        )
-        return torch.nn.utils.rnn.pad_packed_sequence(y)[0], *states
-
-    expected = layers.with_gradients(packed, problem)
-    layers.assert_close(layers.by_kernels(problem), expected, problem, ulps=32)
-
-
-def test_rows_without_steps_keep_their_state(device):
-    problem = layers.draw(4, 3, 3, 5, 2, device=device, cells=True, resets=True)
-    problem = replace(problem, lengths=torch.tensor([0, 4, 0], device=device))
-    found = dict(zip(problem.names, layers.by_kernels(problem)))
-    idle = [0, 2]
-    for name, kept in (("h_n", problem.hx[0]), ("c_n", problem.hx[1])):
-        assert torch.equal(found[name][:, idle], kept[:, idle]), name
-    for name, passed in (("dh0", problem.cotangents[1]), ("dc0", problem.cotangents[2])):
-        assert torch.equal(found[name][:, idle], passed[:, idle]), name
-    assert not any(found[name][:, idle].any() for name in ("y", "c", "dx"))
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
 def test_lengths_of_any_integer_type(dtype, device):
     problem = layers.draw(4, 3, 3, 5, 2, device=device, lengths=True)

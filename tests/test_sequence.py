@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton.language as tl
 from support import layers
-from support.layouts import LAYOUTS
 
 from lstm_triton import functional
 from lstm_triton.kernels import layer as sequence_layer
@@ -101,17 +100,6 @@ def test_batch_major_input(kind, device):
         assert named[name].transpose(0, 1).is_contiguous(), name
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("layout, kind", list(zip(LAYOUTS, itertools.cycle(["fp32", "bf16"]))))
-def test_any_strides(layout, kind, device):
-    dtype, precision = KINDS[kind]
-    dense = layers.draw(
-        4, 3, 5, 9, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored"
-    )
-    laid_out = dense.with_tensors([LAYOUTS[layout](t) for t in (*dense.inputs, *dense.cotangents)])
-    layers.assert_as_accurate_as_torch(layers.by_kernels(laid_out), laid_out)
-
-
 def test_no_initial_state_is_zeros(device):
     problem = layers.draw(4, 3, 5, 9, 2, device=device)
     zeros = torch.zeros_like(problem.hx[0])
@@ -181,19 +169,6 @@ def test_the_interpreter_cannot_wait(count_launches):
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1}
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("kind, D", SMALL_IN[:3])
-def test_two_runs_agree_bit_for_bit(kind, D, device, executed):
-    """Whatever the order in which programs, warps and lanes take turns."""
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(*SMALL, D, dtype, precision=precision, device=device)
-    results = layers.by_kernels(problem)
-    if executed is not None:
-        executed.seed += 1
-    for name, first, second in zip(problem.names, results, layers.by_kernels(problem)):
-        assert torch.equal(first, second), name
-
-
 @directions
 def test_a_sequence_equals_its_parts_with_the_state_carried(D, device):
     """Forward for one direction; the reverse one carries its state the other way."""
@@ -222,22 +197,6 @@ def test_a_sequence_equals_its_parts_with_the_state_carried(D, device):
 
 
 # ---- what must not spread --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["x", "h0", "c0", "dy"])
-def test_non_finite_values_stay_in_their_row(name, value, device):
-    clean = layers.draw(4, 5, 3, 6, 2, device=device, cells=True)
-    tensors = [t.clone() for t in (*clean.inputs, *clean.cotangents)]
-    names = ["x", "h0", "c0", *("w" for _ in clean.weights), "dy"]
-    tensors[names.index(name)][1, 3, 2] = value
-    spoilt = clean.with_tensors(tensors)
-    others = [b for b in range(5) if b != 3]
-    for result, good, found in zip(clean.names, layers.by_kernels(clean), layers.by_kernels(spoilt)):
-        if result in ("y", "h_n", "c_n", "c", "dx", "dh0", "dc0"):
-            assert torch.equal(found[:, others], good[:, others]), result
-            if value is torch.nan and result == ("y" if name != "dy" else "dx"):
-                assert found[:, 3].isnan().any()
 
 
 @pytest.mark.parametrize("name", ["h0", "reset_h"])
@@ -272,14 +231,6 @@ def test_cells_beyond_the_overflow_of_a_naive_tanh(kind, device):
     assert c_n.max() > 45 and c_n.min() < -45
 
 
-def test_inputs_are_left_alone(device):
-    problem = layers.draw(4, 3, 5, 9, 2, device=device, resets=True, reset_state="shared", lengths=True, cells=True)
-    tensors = (*problem.inputs, *problem.cotangents, problem.resets, problem.lengths)
-    before = [t.clone() for t in tensors]
-    layers.by_kernels(problem)
-    assert all(map(torch.equal, before, tensors))
-
-
 @pytest.mark.parametrize("options", [{}, dict(resets=True, reset_state="stored", lengths=True, cells=True)])
 def test_offsets_of_64_bits_give_the_same(options, device, monkeypatch):
     """Those within one step take them where a step's tensors have 2**31 elements or more, too many for a test."""
@@ -298,24 +249,6 @@ def test_64_bits_are_taken_where_a_step_is_so_large():
     for stride, wanted in ((2**30 - 3, tl.int32), (2**30 - 2, tl.int64)):
         step = torch.empty(0, device="meta").as_strided((2, 3, 5), (1, stride, 1))
         assert sequence_layer.index_type(narrow, step) == wanted
-
-
-@pytest.mark.parametrize("setting", ["ieee", "tf32"])
-def test_default_precision_is_that_of_torchs_recurrent_layers(setting, device):
-    problem = layers.draw(3, 3, 33, 9, device=device)
-
-    def run(precision):
-        return functional.lstm(problem.x, problem.hx, problem.weights, precision=precision, backend="triton")[0]
-
-    forced = {p: run(p) for p in ("ieee", "tf32")}
-    assert not torch.equal(forced["ieee"], forced["tf32"])
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = setting
-    try:
-        found = run(None)
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
-    assert torch.equal(found, forced[setting])
 
 
 def test_drawn_weights_have_the_scale_of_torchs():

@@ -20,6 +20,7 @@ from lstm_triton.kernels.inputs import Segments
 from . import tolerance
 from .cells import matmul_precision
 from .extended import Extended
+from .problems import judge, normal_from
 
 OUTPUTS = ("y", "h_n", "c_n", "c")
 
@@ -35,7 +36,7 @@ class Problem:
     reset_state: tuple[Tensor, Tensor] | None = None  # broadcastable to [T, D, B, H]
     resets: Tensor | None = None
     lengths: Tensor | None = None
-    precision: str = "ieee"
+    precision: str | None = "ieee"
 
     @property
     def directions(self) -> int:
@@ -52,6 +53,10 @@ class Problem:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.x, *self.hx, *self.weights, *(self.reset_state or ()))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.inputs, *self.cotangents
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def draw(
     D: int = 1,
     dtype: torch.dtype = torch.float32,
     *,
-    precision: str = "ieee",
+    precision: str | None = "ieee",
     scale: float = 1.0,
     bias: bool = True,
     resets: bool = False,
@@ -95,10 +100,7 @@ def draw(
 ) -> Problem:
     """A random problem. scale 4: most gates are saturated. reset_state: "stored" per step, or "shared" by all of them."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).to(device)
-
+    normal = normal_from(generator, dtype, device)
     w = scale / math.sqrt(H)
     shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))[: 4 if bias else 2]
     x = normal(B, T, I).transpose(0, 1) if batch_major else normal(T, B, I)
@@ -298,15 +300,8 @@ def _sum_to(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def assert_as_accurate_as_torch(results: list[Tensor], problem: Problem) -> None:
     """Judge results in the order of problem.names by the rule of `tolerance`."""
-    torchs: list[list[tolerance.Errors]] = [[] for _ in problem.names]
-    for moved in tolerance.neighbours((*problem.inputs, *problem.cotangents)):
-        neighbour = problem.with_tensors(moved)
-        for found, result, true in zip(torchs, by_torch(neighbour), truth(neighbour)):
-            found.append(tolerance.errors(result, true))
-    assert len(results) == len(problem.names)
-    for name, result, true, found in zip(problem.names, results, truth(problem), torchs):
-        assert result.dtype == problem.x.dtype, name
-        tolerance.assert_as_accurate(result, true, tolerance.worst(found), name)
+    by, true = (lambda tensors, f=f: f(problem.with_tensors(tensors)) for f in (by_torch, truth))
+    judge(results, problem.names, problem.tensors, by, true)
 
 
 def assert_close(results: list[Tensor], expected: list[Tensor], problem: Problem, ulps: float) -> None:

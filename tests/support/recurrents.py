@@ -15,6 +15,7 @@ from lstm_triton import Recurrent
 from lstm_triton.cells import Cell
 
 from . import cell_grammar, philox, tolerance
+from .problems import judge
 
 
 @dataclass(frozen=True)
@@ -103,24 +104,15 @@ def draw(
 
 def assert_as_accurate_as_torch(results: Sequence[Tensor], problem: Problem) -> None:
     """By the tolerance rule, with the cell's function in torch as its yardstick."""
-    dtype = problem.tensors[0].dtype
-    if dtype == torch.float64:  # no truth is better than that
+    if problem.tensors[0].dtype == torch.float64:  # no truth is better than that
         torch.testing.assert_close(list(results), problem.run("reference"), rtol=1e-9, atol=1e-9)
         return
 
-    def errors(found: Sequence[Tensor], of: Problem) -> list[tolerance.Errors]:
-        truths = of.moved([t.double() for t in of.tensors]).run("reference")
-        return [tolerance.Errors.of(f.double() - t, t) for f, t in zip(found, truths, strict=True)]
-
-    torchs = []
-    for tensors in tolerance.neighbours(problem.tensors):
-        near = problem.moved([t for t in tensors if t is not None])
+    def torchs(tensors: Sequence[Tensor]) -> list[Tensor]:
         with tolerance.Tf32Products() if problem.precision == "tf32" else contextlib.nullcontext():
-            found = near.run("reference")
-        torchs.append(errors(found, near))
-    wrong = [
-        f"result {k}: {miss}"
-        for k, (ours, theirs) in enumerate(zip(errors(results, problem), zip(*torchs)))
-        for miss in tolerance.misses(ours, tolerance.worst(theirs), dtype)
-    ]
-    assert not wrong, wrong
+            return problem.moved(tensors).run("reference")
+
+    def truth(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.cpu() for t in problem.moved([t.double() for t in tensors]).run("reference")]
+
+    judge(results, [f"result {k}" for k in range(len(results))], problem.tensors, torchs, truth)

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from lstm_triton import LSTM
 from lstm_triton.operators import dropped
 
-from . import tolerance
 from .lstms import assert_close, flat
+from .problems import judge as judge_results
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,17 @@ def judge(case: Case, device: torch.device, backend: str = "triton") -> None:
     drawn = draw(case, device)
     tensors = [*drawn.inputs, *drawn.cotangents]
     found = results(case, drawn, tensors, backend)
-    assert all(t.dtype == case.dtype for t in found)
+
+    def reference(tensors):
+        return results(case, drawn, tensors, "reference")
 
     def truth(tensors):
-        return results(case, drawn, [t.double() for t in tensors], "reference")
+        return [t.cpu() for t in reference([t.double() for t in tensors])]
 
     if case.dtype == torch.float64:
-        assert_close(found, truth(tensors))
-        return
-    of_reference: list[list[tolerance.Errors]] = [[] for _ in found]
-    for moved in tolerance.neighbours(tensors):
-        for errors, result, true in zip(of_reference, results(case, drawn, moved, "reference"), truth(moved)):
-            errors.append(tolerance.errors(result, true.cpu()))
-    for k, (result, true, errors) in enumerate(zip(found, truth(tensors), of_reference, strict=True)):
-        tolerance.assert_as_accurate(result, true.cpu(), tolerance.worst(errors), f"result {k} of {case}")
+        assert_close(found, reference(tensors))
+    else:
+        judge_results(found, [f"result {k} of {case}" for k in range(len(found))], tensors, reference, truth)
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
