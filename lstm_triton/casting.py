@@ -1,5 +1,4 @@
-"""Autocast: whether tensors are cast, and their casts, of which those of parameters are kept until it ends. Checks that tensors
-share a device and a dtype."""
+"""Autocast: the casts of tensors, of which those of parameters are kept until it ends; and checks of devices and dtypes."""
 
 import contextlib
 import functools
@@ -17,7 +16,7 @@ _held: dict[torch.device, TensorWeakRef] = {}
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether tensors on such devices are cast; a device type without autocast (meta) may be asked for too."""
+    """Return whether autocast is on for this device type; False for types without autocast (meta)."""
     if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
         return False
     return torch.is_autocast_enabled(device_type)
@@ -34,7 +33,7 @@ def without_autocast(device_type: str):
 
 
 def check_alike(name: str, x: Tensor, others: Iterable[tuple[str, Tensor | None]], dtypes: bool = True) -> None:
-    """RuntimeError for the first of the others on another device than x, called `name`, or (dtypes) of another dtype."""
+    """Raise RuntimeError for the first of the others on another device than x, called `name`, or (dtypes) of another dtype."""
     for other, t in others:
         if t is not None and t.device != x.device:
             where = f"{name} is on {x.device} and {other} on {t.device}"
@@ -44,7 +43,7 @@ def check_alike(name: str, x: Tensor, others: Iterable[tuple[str, Tensor | None]
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast t as torch's autocast does: float64 and integers stay what they are.
+    """Cast t as torch's autocast does, which leaves float64 and integers alone.
 
     As in torch, the casts of parameters are kept until the outermost autocast ends.
     """
@@ -86,7 +85,7 @@ def _parameter(device: torch.device) -> Tensor:
 
 
 def _is_reusable(t: Tensor) -> bool:
-    """Whether a cast may be kept: under torch's own conditions, and if nothing records operators to run them again later."""
+    """Return whether a cast may be kept: under torch's own conditions, and if nothing records operators to run them later."""
     return (
         not sees_operators(t)
         and torch.is_grad_enabled()

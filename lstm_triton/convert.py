@@ -1,4 +1,4 @@
-"""Models and weights from and to torch.nn and other notations."""
+"""Convert models to and from torch.nn, and weights to and from one matrix per gate."""
 
 import contextlib
 import functools
@@ -24,29 +24,33 @@ def convert(
     recompute: bool = False,
     compilable: bool = False,
 ) -> torch.nn.Module:
-    """Have this package run every torch.nn.LSTM, LSTMCell, GRU and GRUCell of a model, in place.
+    """Let this package run every torch.nn.LSTM, LSTMCell, GRU and GRUCell of a model, in place.
 
-    Modules, their classes, parameters, hooks and state stay the same objects: isinstance(module, torch.nn.LSTM) holds,
+    Modules, their classes, parameters, hooks and state stay the same objects, so isinstance(module, torch.nn.LSTM) holds, and
     optimizers and references go on working. Classes derived from torch's, parametrized modules among them, are converted too
-    unless they have a forward of their own. `print(model)` shows a backend where a module has been converted;
+    unless they have a forward of their own. `print(model)` shows a backend in each converted module;
     `lstm_triton.explain(model)` says more.
 
     torch.compile refuses every instance of torch.nn.LSTM and torch.nn.GRU, converted or not, unless
     torch._dynamo.config.allow_rnn is set. With compilable=True they become instances of `lstm_triton.LSTM` and `GRU`, which it
-    takes whole.
+    compiles.
 
     Args:
         model: the model, or a single module.
         precision, backend, recompute: as in `LSTM` and `LSTMCell`.
-        compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`, and of a GRU likewise. They are no instances
-            of torch's classes any more.
+        compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`, and of every GRU likewise. They are then no
+            instances of torch's classes.
 
     Returns:
         The model.
 
     Warns:
-        UserWarning: a module was left as it was, with the reason; or there was nothing to convert. The logger "lstm_triton"
-            lists at level INFO which modules were converted now and which before. Those converted before keep their options.
+        UserWarning: a module was not converted, with the reason; or there was nothing to convert. The logger "lstm_triton"
+        lists
+            at level INFO which modules were converted now and which before. Those converted before keep their options.
+
+    Raises:
+        ValueError: unknown precision or backend.
     """
     check_options(precision, backend)
     converted, already, left = [], [], []
@@ -76,7 +80,7 @@ def convert(
 
 
 def to_torch(model: torch.nn.Module) -> torch.nn.Module:
-    """The inverse of `convert`, in place: plain torch.nn modules again."""
+    """Undo `convert` in place, so that torch runs all modules again, and return the model."""
     for module in model.modules():
         if hooks.is_marked(module):
             hooks.unmark(module)
@@ -88,10 +92,9 @@ def to_torch(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def patch(*, precision: str | None = None, backend: str = "auto", recompute: bool = False) -> Iterator[None]:
-    """Every torch.nn.LSTM, LSTMCell, GRU and GRUCell that is constructed inside is converted, whoever constructs it and however
-    its class was imported; those of derived classes too, unless they have a forward of their own.
+    """Convert every torch.nn.LSTM, LSTMCell, GRU and GRUCell that any code constructs inside, under any name.
 
-    Args: as those of `convert`.
+    Derived classes are converted too, unless they have a forward of their own. Arguments and errors are those of `convert`.
     """
     check_options(precision, backend)
     before = [theirs.__init__ for theirs in hooks.THEIRS]
@@ -124,12 +127,12 @@ def from_gate_matrices(
     W_c: Tensor,
     b_c: Tensor,
 ) -> LSTMCell:
-    """A cell from the notation that concatenates X = X_t | H_{t-1} and has one matrix per gate.
+    """Make a cell from one matrix per gate, which multiplies X = X_t | H_{t-1}.
 
         f = sigmoid(X W_f + b_f)   u = sigmoid(X W_u + b_u)   r = sigmoid(X W_r + b_r)   X' = tanh(X W_c + b_c)
         C_t = f * C_{t-1} + u * X'   H_t = r * tanh(C_t)
 
-    so u is PyTorch's input gate i, X' its candidate g, r its output gate o.
+    In PyTorch u is the input gate i, X' the candidate g, r the output gate o.
 
     Args:
         W_f, W_u, W_r, W_c: [p + n, n] for p input features and n hidden units; rows 0 ... p - 1 multiply X_t.
@@ -139,7 +142,7 @@ def from_gate_matrices(
         An `LSTMCell(p, n)` with copies of the values, in the matrices' dtype, on their device; bias_hh is zero.
 
     Raises:
-        ValueError: shapes that do not fit. TypeError: dtypes or devices that differ, or are no floating-point ones.
+        ValueError: shapes that do not fit. TypeError: different dtypes or devices, or a dtype that is not floating-point.
     """
     matrices, biases = (W_u, W_f, W_c, W_r), (b_u, b_f, b_c, b_r)  # in PyTorch's order i, f, g, o
     rows, n = W_f.shape if W_f.dim() == 2 else (-1, -1)
@@ -163,9 +166,9 @@ def from_gate_matrices(
 
 
 def to_gate_matrices(cell: torch.nn.LSTMCell) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The inverse of `from_gate_matrices`: (W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c) of a cell, detached copies.
+    """Undo `from_gate_matrices`: return W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c of a cell, as detached copies.
 
-    The two biases of each gate are added; a cell without biases gives zeros.
+    W_* are [p + n, n] and b_* [n], in the cell's dtype. The two biases of each gate are added; without biases b_* are zeros.
     """
     with torch.no_grad():
         W = torch.cat((cell.weight_ih, cell.weight_hh), dim=1)

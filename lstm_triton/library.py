@@ -1,4 +1,4 @@
-"""The operators lstm_triton::... of torch.library: their schemas, and what they do on which device."""
+"""The operators lstm_triton::... of torch.library: their schemas, and their implementations by device."""
 
 import typing
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", float: "float", str: "str", tor
 
 
 def schema(record: Any, prefix: str = "") -> list[str]:
-    """The fields of a NamedTuple as arguments of an operator."""
+    """Return the fields of a NamedTuple as arguments of an operator."""
     arguments = []
     for name, annotation in typing.get_type_hints(record).items():
         (kind,) = (t for t in (*typing.get_args(annotation), annotation) if t in _SCHEMA_TYPES)
@@ -23,7 +23,7 @@ def schema(record: Any, prefix: str = "") -> list[str]:
 
 
 def define(name, arguments, n_outputs, run, fake, backward, setup):
-    """A new operator: its schema, what it does on real and on fake tensors, its autograd."""
+    """Define an operator: its schema, its implementations for real and for fake tensors, its autograd."""
     qualified, returned = f"lstm_triton::{name}", ", ".join(["Tensor"] * n_outputs)
     library.define(f"{name}({', '.join(arguments)}) -> ({returned})")
     implements(name)(run)
@@ -44,12 +44,12 @@ def implements(name: str):
 
 
 def results(outputs: Sequence[Tensor | None], like: Tensor) -> Any:
-    """As an operator returns them: no None, and a single one as it is."""
+    """Return outputs as an operator returns them: without None, and a single one by itself."""
     outputs = tuple(like.new_empty(0) if t is None else t for t in outputs)
     return outputs[0] if len(outputs) == 1 else outputs
 
 
 def present(outputs: Any) -> tuple[Tensor | None, ...]:
-    """The inverse; nothing but None is returned in this shape."""
+    """Undo `results`."""
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     return tuple(None if t is None or t.shape == (0,) else t for t in outputs)

@@ -59,7 +59,7 @@ class Row:
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """This one, with this device."""
+    """Return this machine, with this device."""
     from . import kernels
     from .kernels.device import multiprocessor_count
 
@@ -71,7 +71,7 @@ def machine(device: torch.device) -> Machine:
 
 
 def path() -> Path:
-    """Where the user's measurements are: LSTM_TRITON_TUNED, or else in the folder for caches."""
+    """Return the path of the user's measurements: LSTM_TRITON_TUNED, or else in the folder for caches."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LSTM_TRITON_TUNED") or Path(folder) / "lstm_triton" / "measurements.json")
 
@@ -85,7 +85,7 @@ def _read(file: Path) -> list[Row]:
 
 
 def _legal(row: Row, device: torch.device) -> bool:
-    """Whether this device may run what the row names."""
+    """Return whether this device can run the backend and the configurations of the row."""
     from .kernels.device import device_figures
     from .kernels.search import candidates
 
@@ -106,8 +106,8 @@ def problem_of(shape: Shape, way: str) -> Any:
 
 @functools.cache
 def rows(device: torch.device) -> tuple[tuple[str, Row], ...]:
-    """Those that hold on this device, each with its source, the user's first. A file that is damaged, or measured elsewhere,
-    is left aside as a whole, with a warning."""
+    """Return the rows that hold on this device, each with its source, the user's first. A file that is damaged or was measured
+    elsewhere is ignored as a whole, with a warning."""
     found: list[tuple[str, Row]] = []
     for source, file in (("your measurements", path()), ("shipped measurements", SHIPPED)):
         try:
@@ -128,7 +128,7 @@ def rows(device: torch.device) -> tuple[tuple[str, Row], ...]:
 
 
 def refresh() -> None:
-    """Read the files anew, at the next call."""
+    """Read the files again at the next call."""
     from .kernels import search
 
     rows.cache_clear()
@@ -140,7 +140,7 @@ tune_first_call: Callable[[Shape, int, torch.device], None] | None = None
 
 
 def for_call(backend: str, shape_of: Callable[[], Shape], steps: int, device: torch.device) -> Measured | None:
-    """`best` for a call with this backend; in what is compiled, exported or traced none, which is for any number of rows."""
+    """Return `best` for a call with backend "auto", else None; None in compiled, exported and traced programs."""
     if backend != "auto" or torch.compiler.is_compiling() or is_jit_tracing():
         return None
     if not rows(device) and tune_first_call is None:
@@ -154,7 +154,7 @@ def for_call(backend: str, shape_of: Callable[[], Shape], steps: int, device: to
 
 
 def best(shape: Shape, steps: int, device: torch.device) -> Measured | None:
-    """The backend that was fastest for such a call, if that was measured."""
+    """Return the backend that was measured fastest for such a call, or None."""
     near = [(s, row) for s, row in rows(device) if row.shape == shape and row.steps <= 2 * steps <= 4 * row.steps]
     if not near:
         return None
@@ -167,7 +167,7 @@ def best(shape: Shape, steps: int, device: torch.device) -> Measured | None:
 
 
 def _plain(problem: Any) -> Any:
-    """The problem, but for what only changes the code."""
+    """Return the problem without the fields that only change the code."""
     names = ("way", "B", "H", "D", "dtype", "precision", "cell")
     return type(problem)(**{name: getattr(problem, name) for name in names})
 
@@ -187,7 +187,7 @@ kernels_device.measured = configuration
 
 
 def listing() -> list[str]:
-    """What the user's file holds, in lines: for this machine, and how many for others."""
+    """Return the lines of the user's file for this machine, and how many it has for others."""
     try:
         found = _read(path()) if path().exists() else []
     except (OSError, ValueError) as error:
@@ -200,7 +200,7 @@ def listing() -> list[str]:
 
 
 def change(by: Callable[[list[Row]], Sequence[Row]]) -> None:
-    """Replace the rows of the user's file by what `by` makes of them; processes take turns, and readers see one or the other.
+    """Replace the rows of the user's file by those that `by` returns. Processes take turns; readers see old or new rows.
 
     A file that is damaged is replaced.
     """
@@ -229,7 +229,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def add(row: Row) -> None:
-    """To the user's file, in the place of one for the same call and machine."""
+    """Add a row to the user's file, in place of one for the same call and machine."""
 
     def key(row: Row) -> tuple:
         return row.machine, row.shape, row.steps

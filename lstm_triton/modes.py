@@ -1,4 +1,4 @@
-"""Asks what torch is doing around a call, such as compiling, tracing or transforming: that decides how the call runs."""
+"""What torch is doing around a call, such as compiling, tracing or transforming, which decides how the call runs."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_jit_tracing() -> bool:
-    """Whether torch.jit.trace records operators. The trace must serve calls with and without gradients."""
+    """Return whether torch.jit.trace records operators. The trace must hold for calls with and without gradients."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether t stands for several tensors, one for each call under torch.func.vmap."""
+    """Return whether t stands for several tensors, one for each call under torch.func.vmap."""
     if torch.compiler.is_compiling():
         return False
     while _functorch.is_functorch_wrapped_tensor(t):
@@ -27,7 +27,7 @@ def is_batched(t: Tensor) -> bool:
 
 
 def sees_operators(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher has to see the operator; elsewhere a kernel may take the memory of the tensors as it is.
+    """Return whether the dispatcher has to see the operator; elsewhere a kernel may take the memory of the tensors as it is.
 
     It has to for compilers, torch.jit.trace, dispatch modes (fake tensors), torch.func and what it leaves behind, tensor
     subclasses, and tensors whose elements are negated when read (the imaginary part of a conjugate).
@@ -46,7 +46,7 @@ def sees_operators(*tensors: Tensor | None) -> bool:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether the host may read t: no compiler, tracer, fake tensor or transform stands between."""
+    """Return whether the host can read values of t: no compiler, tracer, fake tensor or transform prevents it."""
     return not (
         torch.compiler.is_compiling()
         or is_jit_tracing()
@@ -57,9 +57,9 @@ def has_values(t: Tensor) -> bool:
 
 
 def takes_reference(*gradients: Tensor | None, watched: bool = True) -> bool:
-    """Whether only the reference can serve: under torch.func.vmap and jvp, forward-mode AD, batched gradients.
+    """Return whether only the reference can run: under torch.func.vmap and jvp, forward-mode AD, batched gradients.
 
-    watched: what `sees_operators` says, where it is known.
+    watched: the result of `sees_operators`, if known.
     """
     if not watched:
         return forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""The operators that launch kernels: the cell, a layer, the readout; and the product of a layer's projection."""
+"""The operators that launch kernels (cell, layer, readout), and the product of a layer's projection."""
 
 import functools
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ lstm_cell = Operator(
 
 
 def _new_in_order_of(t: Tensor, size: int) -> Tensor:
-    """[T, B, size] in the memory order in which the kernels give their results: that of x forward, of y backward."""
+    """Return [T, B, size] in the memory order of the kernels' results: that of x forward, of y backward."""
     return new_states(t, is_time_major(t), t.shape[0], t.shape[1], size)
 
 
@@ -111,7 +111,7 @@ def _(seed, dropout, number, T, B, N):
 
 
 def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """y [T, B, N], computed otherwise, with the kernels' dropout; differentiable."""
+    """Apply the kernels' dropout to y [T, B, N]; differentiable."""
     if seed is None or not dropout:
         return y
     kept = torch.ops.lstm_triton.lstm_dropout_kept(seed, dropout, 0, *y.shape[-3:])
@@ -121,7 +121,7 @@ def dropped(y: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
 def masks(
     seed: Tensor | None, probabilities: Sequence[float], shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor | None:
-    """[n, T, B, N]: those of a cell that the kernels draw from this seed, for n probabilities."""
+    """Return [n, T, B, N], the masks of a cell that the kernels draw from this seed, for n probabilities."""
     if seed is None or not probabilities:
         return None
     kept = torch.ops.lstm_triton.lstm_dropout_kept
@@ -132,7 +132,7 @@ def masks(
 
 
 def _readout_reference(inputs: records.ReadoutInputs, options: records.ReadoutOptions) -> tuple[Tensor]:
-    """Computed in the dtype of the result: under autocast it is wider than the inputs'."""
+    """Compute the readout in the dtype of the result, which under autocast is wider than the inputs'."""
     bias = None if inputs.bias is None else inputs.bias.to(options.dtype)
     return (reference.softmax_readout(inputs.h.to(options.dtype), inputs.weight.to(options.dtype), bias),)
 

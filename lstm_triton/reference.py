@@ -1,7 +1,7 @@
-"""The LSTM in plain PyTorch: the specification that the kernels are tested against, forward and hand-written backward.
+"""The LSTM in plain PyTorch: the reference that the kernels are tested against, forward and hand-written backward.
 
-Clear rather than fast. Everything is made of differentiable torch operations, on any device, in the dtype of its arguments
-(the tests use float64), so the hand-written backward can itself be differentiated: double backward rests on it.
+It is written to be clear, not fast. It consists of differentiable torch operations, on any device, in the dtype of its
+arguments (the tests use float64). So the hand-written backward can itself be differentiated, which gives second derivatives.
 """
 
 import functools
@@ -19,7 +19,7 @@ _NO_SEGMENTS = Segments()
 def pre_activations(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """z_i, z_f, z_g, z_o, each [B, H], from x [B, I], h [B, H], w_ih [4H, I], w_hh [4H, H] and biases [4H] or None."""
+    """Return z_i, z_f, z_g, z_o [B, H] from x [B, I], h [B, H], w_ih [4H, I], w_hh [4H, H] and biases [4H] or None."""
     z = x @ w_ih.t() + h @ w_hh.t()
     for b in (b_ih, b_hh):
         if b is not None:
@@ -28,12 +28,12 @@ def pre_activations(
 
 
 def gate_activations(z_i: Tensor, z_f: Tensor, z_g: Tensor, z_o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """i, f, g, o from the pre-activations."""
+    """Return i, f, g, o from the pre-activations."""
     return torch.sigmoid(z_i), torch.sigmoid(z_f), torch.tanh(z_g), torch.sigmoid(z_o)
 
 
 def lstm_step(z_i: Tensor, z_f: Tensor, z_g: Tensor, z_o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The next (h, c) from the pre-activations and the c before, each [B, H]."""
+    """Return the next (h, c) from the pre-activations and the c before, each [B, H]."""
     i, f, g, o = gate_activations(z_i, z_f, z_g, z_o)
     c = f * c + i * g
     h = o * torch.tanh(c)
@@ -50,7 +50,7 @@ def lstm_cell(
     b_hh: Tensor | None = None,
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One timestep: the next (h, c), each [B, H], from x [B, I], h and c [B, H], torch.nn.LSTMCell's weights and biases.
+    """Return the next (h, c), each [B, H], from x [B, I], h and c [B, H] and torch.nn.LSTMCell's weights and biases.
 
     step: the equations of another cell, as in `kernels.cell_equations`.
     """
@@ -68,7 +68,7 @@ def lstm_cell_backward(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of one timestep, from those of its h and c, dh and dc [B, H].
+    """Return the gradients of one timestep, from dh and dc [B, H], those of its h and c.
 
     Returns dx [B, I], dh_prev [B, H], dc_prev [B, H], dW_ih [4H, I], dW_hh [4H, H] and db [4H] (of either bias).
     """
@@ -94,19 +94,20 @@ def lstm_layer(
     step: Callable[..., tuple[Tensor, Tensor]] | None = None,
     masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer over a sequence, in as many directions as there are weights, step by step.
+    """Run one layer over a sequence step by step, in as many directions as there are weights.
 
     Args:
         x: [T, B, I]; h0, c0: [D, B, H].
         weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None; with a projection of h to
             size R also w_hr [R, H], and then w_hh is [4H, R] and h0 and y have R in place of H.
-        segments: where resets[t, b] a segment of row b starts at t. The result equals that of the segments run one by one, each
-            from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past the
-            lengths of the rows outputs and cell states are 0.
+        segments: a segment of batch row b starts at t where resets[t, b]. The result equals that of the segments run one by
+        one,
+            each from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past the
+            lengths of the batch rows outputs and cell states are 0.
         step: of another cell, as in `lstm_cell`. masks: [n, T, B, D * H], its random masks; None for their expectations.
 
     Returns:
-        y [T, B, D * H], h_n and c_n [D, B, H] (of each row's last step), c of every step [T, B, D * H].
+        y [T, B, D * H], h_n and c_n [D, B, H] (of each batch row's last step), c of every step [T, B, D * H].
     """
     T, B = x.shape[:2]
     resets, reset_h, reset_c, lengths = segments
@@ -121,14 +122,14 @@ def lstm_layer(
             active = None if lengths is None else (t < lengths)[:, None]
             h_prev, c_prev = h, c
             if resets is not None and t + d < T:
-                # The segment that direction d enters at t is marked where its forward start is: here, or at t + 1.
+                # resets mark the forward start of a segment. The one that direction d enters at t is marked at t + d.
                 flags = resets[t + d] if lengths is None else resets[t + d] & (t + d < lengths)
                 h_prev = torch.where(flags[:, None], 0.0 if reset_h is None else reset_h[t, d], h_prev)
                 c_prev = torch.where(flags[:, None], 0.0 if reset_c is None else reset_c[t, d], c_prev)
             x_t = x[t]
-            if active is not None:  # what rows past their end hold, perhaps NaN, reaches no product
+            if active is not None:  # values past the end of a batch row, perhaps NaN, must reach no product
                 x_t, h_prev = (torch.where(active, s, 0.0) for s in (x_t, h_prev))
-                c_prev = torch.where(active, c_prev, 0.5)  # nor anything infinite: a cell may divide by its state
+                c_prev = torch.where(active, c_prev, 0.5)  # not 0, because a cell may divide by its state
             of_t = step if step is None or drawn is None else functools.partial(step, masks=drawn[:, t])
             compute: Any = functools.partial(lstm_cell, step=of_t)
             h_t, c_t = compute(x_t, h_prev, c_prev, *direction[:4])
@@ -147,7 +148,7 @@ def lstm_layer(
 
 
 def softmax_readout(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = softmax(h W^T + b) along V, [..., V], from h [..., H], weight [V, H] and bias [V] or None."""
+    """Return Y = softmax(h W^T + b) along V, [..., V], from h [..., H], weight [V, H] and bias [V] or None."""
     logits = h @ weight.t()
     if bias is not None:
         logits = logits + bias
@@ -157,7 +158,7 @@ def softmax_readout(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def softmax_readout_backward(
     dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the readout of h [B, H], from that of its result, [B, V].
+    """Return the gradients of the readout of h [B, H], from dy [B, V], that of its result.
 
     Returns dh [B, H], dW [V, H] and db [V].
     """
@@ -169,15 +170,15 @@ def softmax_readout_backward(
 def back_through(
     function: Callable[..., Sequence[Any]], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Back through a function made of differentiable operations.
+    """Return the gradients of a function that consists of differentiable operations.
 
     Args:
-        function: of `inputs`, which may be None or hold integers, returning a sequence of tensors.
-        grads: the gradients of its results, None where there is none.
+        function: takes `inputs`, which may be None or hold integers, and returns a sequence of tensors.
+        grads: the gradients of its results, or None for zero.
         inputs: its arguments.
 
     Returns:
-        The gradients of the arguments, None where there is none. Differentiable again when grad mode is on.
+        The gradients of the arguments, or None for zero. They are differentiable if grad mode is on.
     """
     given = [k for k, t in enumerate(inputs) if t is not None and t.is_floating_point()]
     asked = [k for k, g in enumerate(grads) if g is not None]

@@ -1,4 +1,4 @@
-"""`resets`, `reset_state` and `lengths` as the caller gives them: checked, and on the device of the input."""
+"""Check `resets`, `reset_state` and `lengths` of a call, and bring them to the device of the input."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def checked_segments(
     reset_state: tuple[Tensor, Tensor] | None,
     lengths: Tensor | None,
 ) -> Segments:
-    """Good arguments, with reset states expanded to [T, D, B, size]; rows is (T, D, B), sizes those of h and c."""
+    """Check the arguments; return them with reset states expanded to [T, D, B, size]. rows: (T, D, B); sizes: of h and c."""
     T, _, B = rows
     reset_h = reset_c = None
     check_resets(resets, reset_state, T, B)
@@ -45,7 +45,7 @@ def checked_segments(
 
 
 def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | None, T: int, B: int) -> None:
-    """TypeError or RuntimeError where resets are no [T, B] bool tensor, or reset_state is no pair of tensors."""
+    """Raise TypeError or RuntimeError unless resets are a [T, B] bool tensor and reset_state is a pair of tensors."""
     if reset_state is not None:
         is_pair = not isinstance(reset_state, Tensor) and len(reset_state) == 2
         if not is_pair or not all(isinstance(s, Tensor) for s in reset_state):
@@ -61,15 +61,15 @@ def check_resets(resets: Tensor | None, reset_state: tuple[Tensor, Tensor] | Non
 
 
 def check_packed(module: torch.nn.RNNBase, packed: PackedSequence) -> None:
-    """RuntimeError where a padded input would raise one too: torch's own forward omits these checks, and its kernels then
-    ignore what is too much, or read past the end of tensors."""
+    """Raise RuntimeError where a padded input would: torch's own forward omits these checks, and its kernels then ignore
+    surplus elements or read past the end of tensors."""
     data: Any = packed.data
     batch_sizes = packed.batch_sizes
     if not isinstance(data, Tensor):
         return
     if data.dim() != 2 or data.shape[1] != module.input_size:
         module.check_input(data, batch_sizes)
-    # As it is now, under functional_call too; a parametrized one is not computed twice.
+    # The current weight, under functional_call too; a parametrized weight is not computed again.
     weight = module._parameters.get("weight_ih_l0")
     casting.check_alike("PackedSequence", data, [("weight_ih_l0", weight)], dtypes=False)
     if has_values(data) and has_values(batch_sizes) and data.shape[0] != (rows := int(batch_sizes.sum())):
@@ -90,7 +90,7 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:
-    """As a view of this shape, except that the units become contiguous."""
+    """Return t expanded to this shape, as a view but for units that are not contiguous."""
     casting.check_alike("Input", x, [("reset_state", state)])
     try:
         state = state.expand(*state.shape[:-1], shape[-1]) if state.dim() else state.expand(shape[-1])
@@ -100,11 +100,11 @@ def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Te
 
 
 def packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
-    """For each row of packed data its row t * B + b in the padded [T, B]."""
+    """Return for each row of packed data its index t * B + b in the padded [T, B]."""
     padded = range_of(batch_sizes.shape[0] * B).view(-1, B)
     return padded[range_of(B) < batch_sizes[:, None]]
 
 
 def range_of(n: int) -> Tensor:
-    """On the host, where batch sizes are, whatever torch's default device."""
+    """Return range(n) on the CPU, where batch sizes are, whatever torch's default device is."""
     return torch.arange(n, device="cpu")

@@ -1,5 +1,4 @@
-"""What decides how fast a call of an `LSTM`, or another cell's layers, is: its sizes, dtype and features. By these measurements
-are kept."""
+"""The sizes, dtype and features of a call of an `LSTM` or a `Recurrent`, under which measurements are kept."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from .kernels.device import matmul_precision
 
 
 class Shape(NamedTuple):
-    """A call of an `LSTM` or a `Recurrent`, but for its number of steps. precision: of recurrent products. features: "resets",
-    "lengths", "cells" (states) and "packed", with commas. cell: the name of its equations in the kernels."""
+    """A call of an `LSTM` or a `Recurrent`, without its number of steps. precision: of recurrent products. features: "resets",
+    "lengths", "cells" (states) and "packed", joined by commas. cell: the name of its equations in the kernels."""
 
     input_size: int
     hidden_size: int
@@ -43,7 +42,7 @@ class Shape(NamedTuple):
 
 
 def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: str | None, recompute: bool) -> Shape:
-    """The sizes, completed for a call with this input and these weights, under the autocast and the gradient mode of now."""
+    """Complete the sizes for a call with this input and these weights, under the current autocast and gradient mode."""
     dtype = casting.dtype_of(x)
     train = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     in_precision = matmul_precision(dtype, precision, recurrent=True)
@@ -52,12 +51,12 @@ def with_numbers(sizes: Shape, x: Tensor, weights: Sequence[Tensor], precision: 
 
 
 def cell_of(module) -> Any:
-    """The `cells.Cell` of a `Recurrent`; None for an LSTM."""
+    """Return the `cells.Cell` of a `Recurrent`; None for an LSTM."""
     return module.cell if getattr(type(module), "_has_cell", False) else None
 
 
 def features(resets=None, reset_state=None, lengths=None, return_cell_states=False, return_states=False) -> str:
-    """`Shape.features` of a call with these arguments of `LSTM.forward` or `Recurrent.forward`."""
+    """Return `Shape.features` of a call with these arguments of `LSTM.forward` or `Recurrent.forward`."""
     given = (
         ("resets", resets is not None or reset_state is not None),
         ("lengths", lengths is not None),
@@ -67,7 +66,7 @@ def features(resets=None, reset_state=None, lengths=None, return_cell_states=Fal
 
 
 def of_module(module, x: Tensor, features: str, B: int) -> Shape:
-    """That of a call of this `LSTM`."""
+    """Return the shape of a call of this `LSTM`."""
     sizes = module.input_size, module.hidden_size, module.num_layers, 2 if module.bidirectional else 1, module.proj_size
     cell = cell_of(module)
     shape = Shape(*sizes, B, features, cell="lstm" if cell is None else cell.key)
@@ -77,7 +76,7 @@ def of_module(module, x: Tensor, features: str, B: int) -> Shape:
 def of_call(
     module, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, **segments: Any
 ) -> tuple[Shape, int, torch.device]:
-    """Shape, steps and device of `LSTM.forward` with these arguments, without running it."""
+    """Return shape, steps and device of `LSTM.forward` with these arguments, without running it."""
     found = features(**segments)
     if isinstance(input, PackedSequence):
         x, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
@@ -97,6 +96,6 @@ def zero_state(module, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def state_sizes(module) -> tuple[int, int]:
-    """Of h, and of c: for a cell with several states those of a unit together."""
+    """Return the sizes of h and of c, which for a cell with several states holds all of them."""
     cell = cell_of(module)
     return module.proj_size or module.hidden_size, module.hidden_size * (len(cell.states) or 1 if cell else 1)

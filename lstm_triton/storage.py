@@ -1,4 +1,4 @@
-"""What is kept on disk: dataclasses and NamedTuples as JSON, checked when read, and files that are never half written."""
+"""Dataclasses and NamedTuples as JSON on disk, checked when read, and files that are written whole or not at all."""
 
 import contextlib
 import functools
@@ -43,7 +43,7 @@ _hints = functools.cache(get_type_hints)
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` at the end, which at no moment holds half a file."""
+    """Yield a path to write to. It is renamed to `path` at the end, so that `path` is never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".unfinished")
     yield written

@@ -1,4 +1,4 @@
-"""The process in which `lstm-triton tune` measures: what can run a call of an `LSTM` is checked, then timed in turns.
+"""The process in which `lstm-triton tune` measures: it checks the contenders for a call, then times them in turns.
 
 A kernel that traps or hangs costs this process and not the one that asks, which knows from the last answer whose it was.
 """
@@ -24,7 +24,7 @@ WAYS = ("forward", "backward")
 
 
 class Contender(NamedTuple):
-    """What may run the call; forward, backward: the configurations that its kernels are to have, or None for the model's."""
+    """A way to run the call. forward, backward: the configurations of its kernels, or None for those of the cost model."""
 
     backend: str
     forward: dict | None = None
@@ -37,7 +37,7 @@ class Work:
     def __init__(self, shape: Shape, steps: int, device: torch.device, cell: Any = None) -> None:
         torch.manual_seed(0)
         dtype, H, D = getattr(torch, shape.dtype), shape.hidden_size, shape.directions
-        # As torch is set where that is this precision: cuDNN's GRU has no other.
+        # None where torch's setting is this precision, because cuDNN's GRU takes no other.
         usual = dtype != torch.float32 or shape.precision == matmul_precision(dtype, None, recurrent=True)
         options: dict[str, Any] = dict(bidirectional=D == 2, recompute=shape.recompute, device=device, dtype=dtype)
         options |= dict(precision=None if usual else shape.precision)
@@ -63,7 +63,7 @@ class Work:
         self._truth: list[Tensor] = []
 
     def run(self, module: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs, and where it trains the gradients of inputs and parameters."""
+        """Return outputs and, in training, the gradients of inputs and parameters."""
         with torch.set_grad_enabled(self.shape.train):
             x, *given = leaves = [t.detach().requires_grad_(self.shape.train) for t in inputs]
             packed = x if self._lengths is None else pack_padded_sequence(x, self._lengths, enforce_sorted=False)
@@ -77,7 +77,7 @@ class Work:
             return found + list(torch.autograd.grad(found, [*leaves, *module.parameters()], cotangents))
 
     def of(self, contender: Contender) -> tuple[Callable[[], list[Tensor]], Callable[[], dict[str, dict]]]:
-        """The call by this contender, and the configurations that its kernels then had."""
+        """Return the call by this contender, and the configurations that its kernels had."""
         from .kernels import device, search
         from .kernels.sequence_config import SequenceConfig
 
@@ -94,7 +94,7 @@ class Work:
         return call, lambda: {problem.way: asdict(config) for (problem, *_), config in remembered.items()}
 
     def faults(self, results: list[Tensor]) -> list[str]:
-        """What the results miss of the tolerance rule."""
+        """Return where the results miss the tolerance rule."""
         if not self._truth:
             plain = copy.deepcopy(self.module)
             plain.backend, plain.precision = "reference", None
@@ -120,7 +120,7 @@ def _module(cell: Any, sizes: tuple[int, int, int], proj_size: int, options: dic
 
 
 def _each(states: Any) -> Sequence[Any]:
-    """All of one tensor or packed sequence, or of several."""
+    """Return all tensors of one tensor or packed sequence, or of several."""
     return [states] if isinstance(states, (Tensor, PackedSequence)) else states
 
 

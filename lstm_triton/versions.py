@@ -1,4 +1,4 @@
-"""Versions of what computes: Triton, NVIDIA's driver, and sources."""
+"""The versions of Triton, of NVIDIA's driver and of sources."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def triton_version() -> str | None:
-    """Triton's version without importing it, or None where it is not installed."""
+    """Return Triton's version without importing it, or None if it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
@@ -23,7 +23,7 @@ def triton_version() -> str | None:
 
 
 def driver_version() -> str:
-    """That of NVIDIA's driver, of which torch knows nothing."""
+    """Return the version of NVIDIA's driver, which torch does not tell."""
     with contextlib.suppress(OSError, TypeError):  # the quick way, on Linux
         return re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())[0]  # type: ignore[index]
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -35,7 +35,7 @@ def driver_version() -> str:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Sixteen hexadecimal digits over names and contents."""
+    """Return sixteen hexadecimal digits over names and contents."""
     total = hashlib.blake2b(digest_size=8)
     for path in sorted(files, key=lambda path: (path.parent.name, path.name)):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
