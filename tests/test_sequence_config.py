@@ -8,7 +8,7 @@ import torch
 from lstm_triton.kernels.config import cdiv, uses_tensor_cores
 from lstm_triton.kernels.figures import figures
 from lstm_triton.kernels.search import candidates
-from lstm_triton.kernels.sequence_config import Problem
+from lstm_triton.kernels.sequence_config import Problem, exchanged_row
 from lstm_triton.kernels.sequence_cost import cost
 
 # SMs, KiB of shared memory, compute capability.
@@ -79,6 +79,8 @@ def test_every_candidate_can_be_launched(name):
                 assert config.programs == 1 or config.programs * config.groups_at_once <= device.sms, case
                 assert config.launches == 1 or config.programs * config.groups > device.sms, case
                 assert _bytes(problem, config) <= device.shared_memory, case
+                if way == "forward":  # somebody stores all that is exchanged, padding included
+                    assert config.programs * config.block_h >= exchanged_row(H, dtype), case
                 if config.launches > 1:
                     assert config.waits and cost(problem, config, device) < cost(problem, found[-1], device), case
                 if config.in_band:
