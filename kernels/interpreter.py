@@ -9,9 +9,9 @@ Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and mostly computes on the bi
   read those bits. "tf32x3" stays float32, whose error it nearly has;
 * inline assembly of one instruction runs if INLINE_ASM has that instruction;
 * `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
-* numpy does not warn of overflow and NaN inside a kernel, where they are no accident;
-* a kernel's inner functions find triton.language as the launch has patched it, instead of searching it at each call, and what
-  Triton works out at each operation is worked out once, in a third less time (`interpreter_caches`).
+* numpy does not warn of overflow and NaN inside a kernel, where they are intended;
+* a kernel's inner functions get triton.language as the launch has patched it, instead of a search at each call, and results
+  that Triton computes at each operation are cached (`interpreter_caches`), which takes a third less time.
 
 float8 stays as Triton has it, and `libdevice` still does not run.
 """
@@ -45,12 +45,12 @@ _INTERPRETING = bool(triton.knobs.runtime.interpret)  # read once, before this p
 
 
 def is_interpreting() -> bool:
-    """Whether this package's kernels run in the interpreter (TRITON_INTERPRET=1)."""
+    """Return whether this package's kernels run in the interpreter (TRITON_INTERPRET=1)."""
     return _INTERPRETING
 
 
 def programs_can_wait() -> bool:
-    """Whether the programs of one launch run at the same time, so that one may wait for another; the interpreter's do not."""
+    """Return whether programs of one launch run at the same time and may wait for each other; False in the interpreter."""
     return not is_interpreting()
 
 

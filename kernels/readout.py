@@ -1,8 +1,8 @@
 """The readout Y = softmax(h W^T + b), in at most two launches and with no [B, V] buffer besides Y.
 
-The first launch divides the logits [B, V] into tiles. Each program computes one tile and leaves exp(logit - m) in Y,
-where m is the largest logit of the row within the tile; it notes m and the sum s of these exponentials. The second
-launch multiplies Y by what turns a tile's softmax into the row's, with M and S taken over the tiles t of the row:
+In the first launch each program computes one tile of the logits [B, V] and stores exp(logit - m) in Y, where m is the
+largest logit of the row within the tile. It also stores m and the sum s of these exponentials. The second launch multiplies
+Y by the factor from a tile's softmax to the row's, with M and S taken over the tiles t of the row:
 
     M = max_t m_t    S = sum_t s_t exp(m_t - M)    Y = exp(logit - m_t) * exp(m_t - M) / S
 
@@ -133,14 +133,14 @@ _rescale = Launcher(_readout_rescale_kernel)
 
 
 def softmax_readout_forward(inputs: ReadoutInputs, options: ReadoutOptions, save: bool = False) -> ReadoutOutputs:
-    """softmax(h W^T + b) along V, in one launch where a tile holds a row and in two elsewhere.
+    """Compute softmax(h W^T + b) along V, in one launch where a tile holds a row, else in two.
 
     Args:
-        inputs: of one floating-point dtype and device, any strides; shapes are the caller's responsibility.
-        save: changes nothing, as the backward needs only y.
+        inputs: tensors of one floating-point dtype and device, of any strides. The caller checks them.
+        save: ignored, because the backward needs only y.
 
     Returns:
-        y: contiguous.
+        y [B, V], contiguous.
     """
     h, weight, bias = inputs
     (B, H), V = h.shape, weight.shape[0]

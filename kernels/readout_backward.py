@@ -1,11 +1,11 @@
-"""Backward of the readout Y = softmax(h W^T + b), in two launches, or three where sums are divided among programs.
+"""The backward of the readout Y = softmax(h W^T + b), in two launches, or three where sums are divided among programs.
 
     dlogits = Y * (dY - sum_v dY * Y)    dh = dlogits W    dW = dlogits^T h    db = sum_b dlogits
 
 The first launch computes the sums over v. In the second, programs of three kinds share the grid: tiles of dW, tiles of
 dh and slices of db. Each computes the dlogits it needs from Y and dY, so dlogits is never in memory. Where the tiles are
 too few to fill the GPU, the sum over b of a tile of dW or db, or the sum over v of a tile of dh, is divided into
-parts, and the third launch adds these. Every sum has a fixed order: two runs agree bit for bit.
+parts, and the third launch adds these. Every sum has a fixed order, so two runs agree bit for bit.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit
 def _row_dots(upstream, first_row, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """sum_v dY * Y of BLOCK_B rows, from its parts; 0 past B."""
+    """Return sum_v dY * Y of BLOCK_B rows, from its parts; 0 past B."""
     _, _, dots_ptr, parts, B, _, _, _ = upstream
     offs_b = first_row + tl.arange(0, BLOCK_B)
     dot = tl.zeros((BLOCK_B,), ACC)
@@ -45,7 +45,7 @@ def _logit_gradients(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dlogits [BLOCK_B, BLOCK_V]; past B all are 0, and past V those of finite rows."""
+    """Return dlogits [BLOCK_B, BLOCK_V]; 0 past B, and 0 past V in rows that are finite."""
     dy_ptr, y_ptr, _, _, B, V, stride_dy_b, stride_dy_v = upstream
     offs_b = first_row + tl.arange(0, BLOCK_B)
     offs_v = first_column + tl.arange(0, BLOCK_V)
@@ -70,7 +70,7 @@ def _weight_gradient_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """One [BLOCK_V, BLOCK_N] tile of dlogits^T h, summed over part_b rows."""
+    """Compute one [BLOCK_V, BLOCK_N] tile of dlogits^T h, summed over part_b rows."""
     h_ptr, H, stride_h_b, stride_h_k = factor
     tiles_n = tl.cdiv(H, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V) * tiles_n
@@ -105,7 +105,7 @@ def _input_gradient_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """One [BLOCK_B, BLOCK_N] tile of dlogits W, summed over part_v columns."""
+    """Compute one [BLOCK_B, BLOCK_N] tile of dlogits W, summed over part_v columns."""
     weight_ptr, H, stride_weight_v, stride_weight_k = factor
     tiles_n = tl.cdiv(H, BLOCK_N)
     tiles = tl.cdiv(B, BLOCK_B) * tiles_n
@@ -137,7 +137,7 @@ def _bias_gradient_slice(
     BLOCK_V: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """BLOCK_V entries of db, summed over part_b rows."""
+    """Compute BLOCK_V entries of db, summed over part_b rows."""
     tiles = tl.cdiv(V, BLOCK_V)
     part = tile // tiles
     first_column = tile % tiles * BLOCK_V
@@ -151,13 +151,13 @@ def _bias_gradient_slice(
 
 @triton.jit(do_not_specialize=["B", "parts_dot", "part_b", "part_v"])
 def _readout_backward_kernel(
-    # pointers: what arrives and what was saved
+    # pointers: incoming gradient, inputs and saved tensors
     dy_ptr,  # [B, V]
     y_ptr,  # [B, V], contiguous
     dots_ptr,  # [B, parts_dot], summing to sum_v dY * Y
     h_ptr,  # [B, H]
     weight_ptr,  # [V, H]
-    # pointers: the gradients, each contiguous, or None when not asked for
+    # pointers: gradients out, each contiguous, or None where not needed
     dh_ptr,  # [parts of V, B, H]
     dweight_ptr,  # [parts of B, V, H]
     dbias_ptr,  # [parts of B, V]
@@ -169,7 +169,7 @@ def _readout_backward_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients, or parts of their sums. The grid holds, in this order, tiles of dW, tiles of dh, slices of db."""
+    """Compute the gradients, or parts of their sums. The grid holds, in this order, tiles of dW, tiles of dh, slices of db."""
     upstream = (dy_ptr, y_ptr, dots_ptr, parts_dot, B, V, stride_dy_b, stride_dy_v)
     h, weight = (h_ptr, H, stride_h_b, stride_h_k), (weight_ptr, H, stride_weight_v, stride_weight_k)
     tiles_b = tl.cdiv(B, BLOCK_B)
@@ -210,12 +210,12 @@ def softmax_readout_backward(
     """Launch the backward kernels: two, and a third where sums are divided into parts.
 
     Args:
-        grads: any strides.
-        inputs, options: what `softmax_readout_forward` was given. saved: its outputs.
-        needs: the names of the inputs whose gradients to compute.
+        grads: dy [B, V], of any strides.
+        inputs, options: those of `softmax_readout_forward`. saved: its outputs.
+        needs: the names of the inputs whose gradients are computed.
 
     Returns:
-        Those gradients by name, contiguous.
+        These gradients by name, contiguous.
     """
     (dy,), (h, weight, _) = grads, inputs
     y = saved.y.contiguous()  # a hook on saved tensors may return any strides
@@ -233,7 +233,7 @@ def softmax_readout_backward(
     tiles_weight = tiles_v * tiles_n if "weight" in found else tiles_v
     part_b = config.block_b * steps_per_part(tiles_weight, tiles_b, multiprocessors)
     part_v = config.block_v * steps_per_part(tiles_b * tiles_n, tiles_v, multiprocessors)
-    # An empty sum has one part all the same: someone has to write its zeros.
+    # An empty sum has one part too, because a program has to write its zeros.
     parts_b, parts_v = max(cdiv(B, part_b), 1), max(cdiv(V, part_v), 1)
     grid = (
         ("weight" in found) * parts_b * tiles_v * tiles_n

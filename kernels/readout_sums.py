@@ -47,7 +47,7 @@ _dots = Launcher(_readout_row_dots_kernel)
 
 
 def row_dots(dy: Tensor, y: Tensor) -> Tensor:
-    """sum_v dY * Y of dy [B, V], of any strides, and y [B, V], contiguous: [B, parts], which add up to it."""
+    """Return [B, parts], the sums of dY * Y over parts of V, of dy [B, V] of any strides and y [B, V], contiguous."""
     B, V = dy.shape
     config = READOUT_ROW_DOTS
     part_v = config.block_v * steps_per_part(B, cdiv(V, config.block_v), multiprocessor_count(dy.device), 1)
@@ -74,7 +74,7 @@ def _sum_of_parts(
 
 @triton.jit(do_not_specialize=["size_h", "parts_b", "parts_v"])
 def _readout_sum_parts_kernel(
-    # pointers: each pair None where there is nothing to add
+    # pointers: both of a pair are None where there is nothing to add
     dh_parts_ptr,  # [parts_v, size_h]
     dweight_parts_ptr,  # [parts_b, size_weight]
     dbias_parts_ptr,  # [parts_b, V]
@@ -113,7 +113,7 @@ _sum_parts = Launcher(_readout_sum_parts_kernel)
 
 
 def sum_parts(parts: dict[str, Tensor], out: dict[str, Tensor]) -> None:
-    """out[name] = parts[name] [parts, ...], summed, for the names "h", "weight" and "bias" that there are."""
+    """Sum parts[name] [parts, ...] into out[name], for those of "h", "weight" and "bias" that are there."""
     config = READOUT_SUM_PARTS
     sizes = {name: out[name].numel() if name in out else 0 for name in ("h", "weight", "bias")}
     parts_b = max((len(parts[name]) for name in ("weight", "bias") if name in parts), default=1)

@@ -1,8 +1,8 @@
 """Kernels as PyTorch operators: one declaration gives the torch.library operators, their fakes, and autograd.
 
-In eager mode the launchers are called directly; the dispatcher, several microseconds a call, is passed through only where
-something has to see the operator: while compiling or tracing, under a dispatch mode, with tensor subclasses or lazily negated
-tensors. Where no kernel can serve (second derivatives, torch.func.vmap and jvp, forward-mode AD) the reference does.
+Eager calls go straight to the launchers. Only where something has to see the operator do calls pass through the dispatcher,
+which takes several microseconds: while compiling or tracing, under a dispatch mode, with tensor subclasses or lazily negated
+tensors. The reference computes what no kernel does: second derivatives, torch.func.vmap and jvp, forward-mode AD.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from .modes import any_requires_grad, is_jit_tracing, sees_operators, takes_refe
 
 @dataclass(eq=False)
 class Operator:
-    """An operator, from tensors and options to tensors, that launches kernels; differentiable as often as its reference.
+    """An operator that launches kernels, from tensors and options to tensors; as often differentiable as its reference.
 
-    Calling it gives the outputs. Inference does not pass through autograd. The operators are lstm_triton::name and
-    lstm_triton::name_backward; compiled, traced and exported programs hold these.
+    A call returns the outputs. Inference does not pass through autograd. Compiled, traced and exported programs hold the
+    operators lstm_triton::name and lstm_triton::name_backward.
 
-    forward, backward: the launchers, or "module:function" of `kernels`, imported where they are first called, as elsewhere
-        there may be no triton. The first, of (inputs, options, save), returns the outputs, where save asks for what the
-        backward takes. The second, of (gradients, inputs, saved, needs, options), returns a dict with the gradients of the
-        inputs whose names are in needs, each with storage of its own.
+    forward, backward: the launchers, or "module:function" of `kernels`, imported at the first call, because Triton may be
+    missing
+        elsewhere. forward(inputs, options, save) returns the outputs, with those that the backward takes if save is set.
+        backward(gradients, inputs, saved, needs, options) returns a dict with the gradients of the inputs whose names are in
+        needs, each with storage of its own.
     save: outputs -> saved.
-    fake: the first launcher for tensors without memory; fake_backward: likewise for the second one those gradients that are not
-        contiguous, of (inputs, saved).
-    reference: (inputs, options) -> the differentiable outputs, in differentiable operations of torch.
-    unread: the names of the inputs whose gradients are needed -> those of the inputs that the second launcher does not read.
+    fake: the forward launcher for fake tensors. fake_backward: (inputs, saved) -> the gradients that are not contiguous, fake.
+    reference: (inputs, options) -> the differentiable outputs, by differentiable operations of torch.
+    unread: names of the inputs whose gradients are needed -> names of the inputs that the backward launcher does not read.
         In-place updates of these between forward and backward are no error, as in torch.
     recurrent: whether products follow torch's setting for recurrent layers, not that for matrix products.
     """
@@ -67,7 +67,7 @@ class Operator:
         both = self._operator_second, self._setup_second
         given = f"{self.name}_backward", [*tensors, "bool[] needs", *options], self._n_inputs
         self.backward_operator = define(*given, self._run_backward, self._run_backward_fake, *both)
-        # Subclasses only for their names, which torch shows as grad_fn.
+        # Subclasses give the names that torch shows as grad_fn.
         class_name = "".join(part.title() for part in self.name.split("_")).replace("Lstm", "LSTM")
         self._first: Any = type(class_name, (_First,), {})
         self._second: Any = type(f"{class_name}Gradient", (_Second,), {})
@@ -81,7 +81,7 @@ class Operator:
         return _imported(self.backward)
 
     def __call__(self, inputs: Any, options: Any) -> Sequence[Any]:
-        """The outputs for two of its NamedTuples; those that nobody needs are None or empty."""
+        """Return the outputs for NamedTuples of inputs and options; outputs that are not needed are None or empty."""
         sees = sees_operators(*inputs)
         if takes_reference(watched=sees):
             with self.reference_precision(inputs[0].dtype, options.precision):
@@ -104,16 +104,16 @@ class Operator:
         return outputs if torch.compiler.is_compiling() else present(outputs)
 
     def reference_precision(self, dtype: torch.dtype, precision: str | None) -> contextlib.AbstractContextManager:
-        """Inside, torch's own products, those of the reference, are in the dtype and precision of the kernels'."""
+        """Let torch's products, which the reference uses, have the dtype and precision of the kernels' products."""
         return torch_products(dtype, matmul_precision(dtype, precision, recurrent=self.recurrent))
 
     def reference_gradients(self, tensors: Sequence[Tensor | None], options: Any) -> list[Tensor | None]:
-        """Of each input, by the reference, from gradients and inputs; differentiable."""
+        """Return the gradient of each input by the reference, from gradients and inputs; differentiable."""
         grads, inputs = tensors[: self._n_gradients], tensors[self._n_gradients :]
         return reference.back_through(lambda *t: self.reference(self.records.inputs(*t), options), grads, inputs)
 
     def input_gradients(self, tensors: Sequence[Tensor | None], needs: Sequence[bool], options, watched: bool) -> tuple:
-        """By the second launcher, from gradients, inputs and saved tensors; watched: through the operator."""
+        """Return the inputs' gradients by the backward launcher, from gradients, inputs and saved. watched: by the operator."""
         if watched:
             found = self.backward_operator(*tensors, needs, *options)
             return tuple(g if needed else None for g, needed in zip(found, needs))
@@ -158,7 +158,7 @@ class Operator:
         elif not torch.is_grad_enabled():
             return self.input_gradients((*grads, *tensors), needs, options, sees_operators(*grads, *tensors))
         else:
-            # Nothing is differentiated through what was saved: it follows from the inputs.
+            # Saved tensors are detached, because they follow from the inputs.
             saved = (None if t is None else t.detach() for t in tensors[self._n_inputs :])
             transformed = torch._C._are_functorch_transforms_active()
             function = _SecondOfTransform if transformed else self._second
@@ -171,7 +171,7 @@ class Operator:
         ctx.save_for_backward(*tensors[: self._n_gradients + self._n_inputs])
 
     def second_derivative(self, ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Those of the gradients and the inputs that the first one had, and None for what it had saved."""
+        """Return the gradients of the first derivative's gradients and inputs, and None for its saved tensors."""
         tensors, options = ctx.saved_tensors, ctx.options
         grads = [g if needed else None for g, needed in zip(grads, ctx.needs)]
         with self.reference_precision(tensors[self._n_gradients].dtype, options.precision):
@@ -181,14 +181,14 @@ class Operator:
     # ---- torch.library's form of it: arguments are flat, and as the schemas have them ----
 
     def split(self, tensors):
-        """The gradients, inputs and saved tensors that the backward takes."""
+        """Split the backward's tensors into gradients, inputs and saved."""
         first, last = self._n_gradients, self._n_gradients + self._n_inputs
         records = self.records
         of_backward = records.saved._make(tensors[last:])
         return records.gradients._make(tensors[:first]), records.inputs._make(tensors[first:last]), of_backward
 
     def _backward_arguments(self, arguments):
-        """Tensors, needs and options."""
+        """Return tensors, needs and options."""
         n = self._n_gradients + self._n_inputs + len(self.records.saved._fields)
         needs, *options = arguments[n:]
         return arguments[:n], needs, self.records.options(*options)
@@ -233,12 +233,12 @@ def _imported(launcher: Callable | str) -> Callable:
 
 
 def _version(t: Tensor) -> int | None:
-    """The number of in-place updates of t so far; an inference tensor does not count them."""
+    """Return the number of in-place updates of t so far; None for an inference tensor, which does not count them."""
     return None if t.is_inference() else t._version
 
 
 class _First(torch.autograd.Function):
-    """The outputs of an operator by this launcher, from tensors in the order of its inputs."""
+    """The outputs of an operator, by a launcher, from tensors in the order of its inputs."""
 
     @staticmethod
     def forward(ctx, operator, launch, options, *inputs):
@@ -265,8 +265,8 @@ class _Second(torch.autograd.Function):
         return None, None, None, *ctx.operator.second_derivative(ctx, grads)
 
 
-# torch.func needs forward and setup_context apart. Elsewhere that form looks up the signature of forward on every call, at
-# several times the cost of the rest.
+# torch.func needs forward and setup_context as two methods. Elsewhere that form would look up the signature of forward on every
+# call, which takes several times as long as the rest.
 
 
 class _FirstOfTransform(torch.autograd.Function):

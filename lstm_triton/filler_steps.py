@@ -1,13 +1,13 @@
-"""Resets and lengths through torch's own LSTM kernels, which know neither, by filler steps of two kinds.
+"""Resets and lengths on torch's own LSTM kernels, which have neither, by filler steps of two kinds.
 
-A clearing step between two segments of a row makes c zero, and h with it: the pre-activations of i and f are so far
-below zero that both gates are zero. A holding step past the end of a row keeps c, because there f is 1 and i is 0. x gets
-one more feature for each kind, which is 1 in such steps and 0 elsewhere. A layer and direction is then one call of torch's
-kernel, with as many steps as the longest row and its fillers; where cell states are wanted, which that kernel does not return,
-one product for the inputs of all steps and a loop. These gates being exactly 0 or 1, the fillers change neither
-results nor gradients: but 0 * inf is NaN.
+A clearing step between two segments of a row makes c zero, and h with it: the pre-activations of i and f are so far below zero
+that both gates are zero. A holding step past the end of a row keeps c, because there f is 1 and i is 0. x gets one more
+feature for each kind, which is 1 in such steps and 0 elsewhere. A layer and direction is then one call of torch's kernel, with
+as many steps as the longest batch row and its fillers have. For cell states, which that kernel does not return, it is one
+product for the inputs of all steps and a loop. These gates are exactly 0 or 1, so the fillers change neither results nor
+gradients, except that 0 * inf is NaN.
 
-Where all rows are full, and start anew at one and the same step or nowhere, a call before it and one after it need no fillers.
+Where all batch rows are full, and restart at one common step or nowhere, two calls or one without fillers take less time.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from . import reference, torch_ops
 from .kernels.inputs import Direction, Segments
 from .modes import has_values
 
-# More calls of torch's kernel take longer than one with clearing steps: measured with T = 64, B = 16, H = 32 to 256.
+# More calls of torch's kernel take longer than one with clearing steps (measured on a CPU: T = 64, B = 16, H = 32 to 256).
 _MOST_PIECES = 2
 
 
 def can_serve(x: Tensor, segments: Segments) -> bool:
-    """Whether the host may read where segments begin and end, and all of them start from zeros."""
+    """Return whether the host can read where segments begin and end, and all of them start from zeros."""
     resets, reset_h, reset_c, lengths = segments
     return reset_h is None and reset_c is None and all(t is None or has_values(t) for t in (x, resets, lengths))
 
@@ -34,7 +34,7 @@ def can_serve(x: Tensor, segments: Segments) -> bool:
 def lstm_layer(
     x: Tensor, h0: Tensor, c0: Tensor, directions: Sequence[Direction], segments: Segments, return_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-    """As `reference.lstm_layer`, or None where a segment that is not finite would make the next one of its row NaN."""
+    """Return `reference.lstm_layer`, or None where a segment that is not finite would make the next of its row NaN."""
     cuts = _few_cuts(segments, len(x))
 
     def run(d: int, direction: Direction):
@@ -44,7 +44,7 @@ def lstm_layer(
 
     ys, h_n, c_n, cs = zip(*(run(d, direction) for d, direction in enumerate(directions)))
     y = _joined(ys, dim=2)
-    # Between segments zero times what is not finite would not be zero; a sum shows it sooner than each element.
+    # Clearing multiplies by zero, which fails for infinity and NaN. A sum finds these faster than a test of each element.
     if cuts is None and segments.resets is not None and not bool(y.detach().sum().isfinite()):
         return None
     return y, torch.stack(h_n), torch.stack(c_n), _joined(cs, dim=2)
@@ -55,7 +55,7 @@ def _joined(tensors: Sequence[Any], dim: int) -> Any:
 
 
 def _few_cuts(segments: Segments, T: int) -> list[int] | None:
-    """The steps at which pieces that need no fillers begin and end, or None where fillers take less time."""
+    """Return the steps at which pieces without fillers begin and end, or None where fillers take less time."""
     resets, _, _, lengths = segments
     if lengths is not None and int(lengths.min()) < T:
         return None
@@ -72,12 +72,12 @@ def _in_pieces(  # noqa: PLR0913
     d: int,
     return_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `_with_fillers`, with a call for the steps from each cut to the next."""
+    """Compute `_with_fillers` by a call for the steps from each cut to the next."""
     T, ys, cs = len(x), [], []
     if d == 1:  # runs forward over reversed steps
         x, cuts = x.flip(0), [T - t for t in reversed(cuts)]
     for start, stop in itertools.pairwise(cuts):
-        t = T - start if d else start  # where the segment is marked that is entered
+        t = T - start if d else start  # where resets mark the segment that is entered
         if resets is not None and t < T:
             states = [torch.where(resets[t, :, None], 0.0, s) for s in states]
         y, *states, c = _run(x[start:stop], states, direction, return_cells)
@@ -115,7 +115,7 @@ def _steps(x: Tensor, segments: Segments, d: int) -> _Steps:
 def _with_fillers(
     x: Tensor, states: Sequence[Tensor], direction: Direction, segments: Segments, d: int, return_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One direction: y [T, B, R], h_n [B, R], c_n [B, H] and, where wanted, c [T, B, H]."""
+    """Compute one direction: y [T, B, R], h_n [B, R], c_n [B, H] and, with return_cells, c [T, B, H]."""
     (T, B, _), (h0, c0), steps = x.shape, states, _steps(x, segments, d)
     longer = _spread(x, steps) if steps.moved else _held(x, steps)
     y, _, c_n, c = _run(longer, states, direction._replace(w_ih=_with_columns(direction.w_ih)), return_cells)
@@ -137,7 +137,7 @@ def _with_fillers(
 def _run(
     x: Tensor, states: Sequence[Tensor], direction: Direction, return_cells: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y, h and c after the last step and, where wanted, c of every step: torch's kernel, or a loop."""
+    """Return y, h and c after the last step and, with return_cells, c of every step, by torch's kernel or a loop."""
     h0, c0 = states
     if return_cells:
         y, c = _loop(x, h0, c0, direction)
@@ -149,9 +149,9 @@ def _run(
 
 
 def _loop(x: Tensor, h: Tensor, c: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
-    """h and c of every step."""
+    """Return h and c of every step."""
     w_ih, w_hh, b_ih, b_hh, w_hr = direction
-    # The factor 1 gives b_hh a gradient of its own: that of a sum is one tensor for both.
+    # The factor 1 gives b_hh a gradient tensor of its own; a plain sum has one for both.
     b = None if b_ih is None or b_hh is None else b_ih + 1 * b_hh
     ys, cs, w_hh = [], [], w_hh.t()
     for z in torch.nn.functional.linear(x, w_ih, b).unbind(0):
@@ -164,14 +164,14 @@ def _loop(x: Tensor, h: Tensor, c: Tensor, direction: Direction) -> tuple[Tensor
 
 
 def _held(x: Tensor, steps: _Steps) -> Tensor:
-    """x [T, B, I] with the features of fillers, [T, B, I + 2], where all fillers are past the ends of rows."""
+    """Return x [T, B, I] with the features of fillers, [T, B, I + 2], if all fillers are past the ends of batch rows."""
     holds = (torch.arange(len(x), device=x.device)[:, None] > steps.ends).to(x.dtype)[..., None]
     x = x if steps.past is None else torch.where(steps.past[..., None], 0.0, x)
     return torch.cat([x, holds, torch.zeros_like(holds)], dim=2)
 
 
 def _spread(x: Tensor, steps: _Steps) -> Tensor:
-    """[n, B, I + 2]: the steps of x at their places among n, and clearing and holding steps at all others."""
+    """Return [n, B, I + 2]: the steps of x at their places among n, clearing and holding steps at all others."""
     (_, B, I), n = x.shape, max(int(steps.ends.max()) + 1, 1)
     holds = (torch.arange(n, device=x.device)[:, None] > steps.ends).to(x.dtype).view(n * B, 1)
     fillers = torch.cat([x.new_zeros(n * B, I), holds, 1 - holds], dim=1)
@@ -183,7 +183,7 @@ def _spread(x: Tensor, steps: _Steps) -> Tensor:
 
 
 def _with_columns(w_ih: Tensor) -> Tensor:
-    """w_ih [4H, I] with the columns of holding and of clearing steps, [4H, I + 2]."""
+    """Return w_ih [4H, I] with columns for holding and for clearing steps, [4H, I + 2]."""
     far = torch.finfo(w_ih.dtype).max / 4
     columns = w_ih.new_tensor([(-far, -far), (far, -far), (0, 0), (0, 0)])  # of i, f, g, o
     return torch.cat([w_ih, columns.repeat_interleave(w_ih.shape[0] // 4, dim=0)], dim=1)

@@ -1,4 +1,4 @@
-"""One LSTM layer over a sequence, in one or two directions: checks, choice of backend, call."""
+"""One LSTM layer over a sequence, in one or two directions: checks, choice of the backend, and the call."""
 
 import sys
 from collections.abc import Sequence
@@ -177,7 +177,7 @@ def _by_reference(
 
 
 def random_masks(x: Tensor, probabilities: Sequence[float], shape: Sequence[int]) -> Tensor:
-    """[n, *shape] of 0 and 1, from torch's generator; under vmap as `random_seed`."""
+    """Draw [n, *shape] of 0 and 1 from torch's generator; under vmap as `random_seed`."""
     like = x.new_empty(shape) if is_jit_tracing() else torch.empty(shape, dtype=x.dtype, device=x.device)
     return torch.stack([torch.bernoulli(like, p) for p in probabilities])
 
@@ -187,9 +187,9 @@ def _dropped(y: Tensor, p: float) -> Tensor:
 
 
 def random_seed(x: Tensor) -> Tensor:
-    """[1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed; nothing waits for it.
+    """Draw [1] int64 from torch's generator, so that the kernels' random numbers follow torch.manual_seed, without a wait.
 
-    Under vmap with randomness="different" one for each call.
+    Under vmap with randomness="different" each call draws its own.
     """
     if is_jit_tracing():  # a saved trace may be loaded on another device
         return torch.randint_like(x.new_empty(1, dtype=torch.int64), 2**63 - 1)
@@ -199,7 +199,7 @@ def random_seed(x: Tensor) -> Tensor:
 def autocast(
     x: Tensor, hx: tuple[Tensor, Tensor] | None, reset_state: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]
 ) -> tuple:
-    """All of them in the dtype of the autocast, if there is one; float64 stays what it is, as in torch's own."""
+    """Cast all tensors but float64 ones to the dtype of the autocast, if there is one, as torch's does."""
     device_type = x.device.type
     if not casting.is_autocast(device_type):
         return x, hx, reset_state, weights
@@ -221,7 +221,7 @@ def plans(
     options: LayerOptions,
     is_recorded: bool,
 ) -> dict[str, Any]:
-    """The configuration of the kernel of each way: forward, and where gradients are recorded backward. May compile.
+    """Return the configurations of the kernels: forward, and if gradients are recorded backward. This may compile kernels.
 
     Args:
         x: of the dtype and device. sizes: T, B, H, D. given: of "resets", "lengths" and "random".
@@ -257,7 +257,7 @@ def plans(
 
 
 def _check(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], directions: int) -> None:
-    """Good arguments pass; the first fault raises with torch's own words where it has some."""
+    """Check the arguments; the first wrong one raises with torch's own message where torch has one."""
     (T, B, I), H = x.shape, weights[1].shape[1]
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -287,7 +287,7 @@ def check_pair(hx: Any) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """RuntimeError where a kernel gave up waiting, before anything is asked of a device whose context is lost."""
+    """Raise RuntimeError if a kernel timed out, before a call to a device whose CUDA context is lost."""
     if device.type == "cpu" or torch.compiler.is_compiling():
         return
     if stall := sys.modules.get(f"{__package__}.kernels.stall"):  # imported with the first launch
@@ -295,7 +295,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_alike(x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]) -> None:
-    """All have the dtype and device of x, or RuntimeError."""
+    """Raise RuntimeError unless all have the dtype and device of x."""
     dtype, device = x.dtype, x.device
     for k, t in enumerate((*hx, *weights)):
         if t.dtype != dtype or t.device != device:

@@ -1,7 +1,7 @@
-"""One LSTM layer with projection (h of size R is W_hr u, where u = o * tanh(c)) through the kernels of one without.
+"""One LSTM layer with projection (h of size R is W_hr u, where u = o * tanh(c)) on the kernels of a layer without.
 
-From one step to the next W_hh h = (W_hh W_hr) u, so u is the h of a layer whose W_hh is the product. Where a row starts from a
-given h there is no u: that h is part of the input of that step, with W_hh as its part of W_ih, and u before it is zero.
+From one step to the next W_hh h = (W_hh W_hr) u, so u is the h of a layer whose W_hh is this product. Where a batch row starts
+from a given h there is no u: that h joins the input x of that step, W_hh joins W_ih, and u before the step is zero.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from .kernels.inputs import CellOptions, Direction, LayerInputs, LayerOptions, S
 def lstm_layer(
     x: Tensor, hx: tuple[Tensor, Tensor], directions: Sequence[Direction], segments: Segments, options: LayerOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n, c or None) without dropout, for directions with w_hr.
+    """Return y, h_n, c_n and c or None, without dropout, for directions with w_hr.
 
     h0 and reset_h have size R and w_hh is [4H, R]; y is [T, B, D * R].
     """
     (h0, c0), (resets, _, reset_c, lengths) = hx, segments
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        """a @ b of [m, k] and [k, n], it and its derivatives with the precision of the kernels' products."""
+        """Return a @ b of [m, k] and [k, n]; it and its derivatives have the precision of the kernels' products."""
         return operators.product(operators.Product(a, b), CellOptions(options.precision))[0]
 
     combined = []
@@ -44,14 +44,14 @@ def lstm_layer(
     y = torch.cat([product(u_d.flatten(0, 1), w).unflatten(0, u.shape[:2]) for u_d, w in pairs], dim=2)
     h_n = torch.stack([product(u_d, w) for u_d, w in zip(u_n, projections)])
     if lengths is not None:
-        h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # a row without steps ends where it begins
-        # Zero already; but a gradient that arrives there, perhaps NaN, must not meet the zeros of u in a product.
+        h_n = torch.where((lengths == 0)[:, None], h0, h_n)  # for a batch row of length 0, h_n is h0
+        # y is zero there already, but a gradient that arrives there, perhaps NaN, must reach no product.
         y = torch.where((torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[..., None], y, 0.0)
     return y, h_n, c_n, c
 
 
 def _given_states(T: int, h0: Tensor, d: int, segments: Segments) -> Tensor:
-    """[T, B, R]: the h that direction d is given before each step, zero where it comes from the step before."""
+    """Return [T, B, R], the given h of direction d before each step; zero where h comes from the step before."""
     resets, reset_h, _, lengths = segments
     steps = torch.arange(T, device=h0.device)
     t = steps[:, None]

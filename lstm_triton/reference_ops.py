@@ -1,4 +1,4 @@
-"""The reference of a layer as one operator: traces and exported programs would keep its loop, for one number of steps."""
+"""The reference of a layer as one operator, because traces would record its loop for one number of steps only."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ _operator = Operator(
 
 
 def is_recorded() -> bool:
-    """Whether the call has to hold for other numbers of steps. ONNX has no such operator, and takes the loop of some."""
+    """Return whether the call has to hold for other numbers of steps. ONNX has no such operator, and records the loop."""
     recorded = is_jit_tracing() or torch.compiler.is_exporting()
     return recorded and not torch.onnx.is_in_onnx_export()
 
@@ -103,6 +103,6 @@ def lstm_layer(
     cell: str,
     masks: Tensor | None,
 ) -> Sequence[Any]:
-    """`reference.lstm_layer` of the cell of this name."""
+    """Run `reference.lstm_layer` of the cell of this name."""
     reverse = directions[1] if len(directions) == 2 else (None,) * 5
     return _operator(_Inputs._make((x, *states, *directions[0], *reverse, *segments, masks)), CellOptions(cell=cell))

@@ -1,7 +1,7 @@
-"""torch's own LSTM (cuDNN on a GPU) as an operator that torch.compile does not look into.
+"""torch's own LSTM (cuDNN on a GPU) as an operator that torch.compile does not trace into.
 
-Traced, the CPU's kernel fails under aot_eager and inductor; as one operator whose backward runs it again it compiles
-everywhere.
+torch's CPU kernel fails under aot_eager and inductor if it is traced. As one operator, whose backward runs it again, it
+compiles everywhere.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _cudnn_setting = threading.RLock()
 
 @contextlib.contextmanager
 def cudnn_precision(precision: str | None) -> Iterator[None]:
-    """Inside, cuDNN's recurrent layers on float32 compute in this precision, or for None in what torch's setting says."""
+    """Let cuDNN's recurrent layers compute float32 in this precision; None leaves torch's setting."""
     if precision is None:
         yield
         return
@@ -98,7 +98,7 @@ torch.library.register_autograd("lstm_triton::torch_lstm", _backward, setup_cont
 
 
 class _InPrecision(torch.autograd.Function):
-    """run(*tensors), whose backward, too, computes in this precision: cuDNN's reads the setting when it runs.
+    """Return run(*tensors), with a backward in this precision too, because cuDNN's backward reads the setting when it runs.
 
     It keeps the graph that torch records of run, as long as torch would, and has no second derivatives, as cuDNN has none.
     """
@@ -122,7 +122,7 @@ class _InPrecision(torch.autograd.Function):
 
 
 def _in_precision(run, precision: str | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """run(*tensors) and its backward with cuDNN's float32 products in this precision."""
+    """Run run(*tensors) and its backward with cuDNN's float32 products in this precision."""
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if precision is not None and recorded and torch._C._are_functorch_transforms_active():
         rnn: Any = torch.backends.cudnn.rnn
@@ -138,7 +138,7 @@ def _in_precision(run, precision: str | None, *tensors: Tensor) -> tuple[Tensor,
 
 
 class Options(NamedTuple):
-    """What torch's own layers are told beside tensors. precision: of float32 products on a GPU; None for torch's setting."""
+    """The options of torch's own layers. precision: of float32 products on a GPU; None for torch's setting."""
 
     bias: bool
     num_layers: int
@@ -149,9 +149,10 @@ class Options(NamedTuple):
 
 
 def options_of(module) -> Options:
-    """For torch's own kernels: cuDNN cannot run backward in evaluation mode, so it is told otherwise.
+    """Return the options of torch's own kernels, with train set where gradients are enabled.
 
-    A trace is of the module's mode, as torch's is: it must not depend on whether gradients are enabled.
+    cuDNN cannot run backward in evaluation mode. A trace has the module's mode, as torch's has: it must not depend on whether
+    gradients are enabled.
     """
     train = module.training or (torch.is_grad_enabled() and not is_jit_tracing())
     dropout = module.dropout if module.training else 0.0
@@ -159,15 +160,16 @@ def options_of(module) -> Options:
 
 
 def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; x batch-major in memory is run so, without a copy.
+    """Return (y, h_n, c_n) of torch._VF.lstm on x [T, B, I]; a batch-major x is not copied.
 
-    Under autocast all are in its dtype already: torch's own would take float16 for bfloat16 on a GPU.
+    Under autocast the tensors have its dtype already. torch's own autocast is off, because it would cast to float16 for
+    bfloat16 on a GPU.
     """
     if casting.is_autocast(x.device.type):
         with casting.without_autocast(x.device.type):
             return lstm(x, hx, weights, options)
     tracing = torch.compiler.is_compiling()
-    compiling = tracing and not torch.onnx.is_in_onnx_export()  # which knows torch's own operator
+    compiling = tracing and not torch.onnx.is_in_onnx_export()  # ONNX has torch's own operator
     batch_first = x.stride(1) > x.stride(0) and not tracing
     x = x.transpose(0, 1) if batch_first else x
     bias, _, dropout, train, bidirectional, precision = options
@@ -192,7 +194,7 @@ def lstm(x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Op
 
 
 def separate_bias_gradients(h_n: Tensor) -> None:
-    """Clone what oneDNN's backward returns twice when it is recorded itself: one tensor as the gradient of both biases.
+    """Clone the gradient of a bias in oneDNN's backward: if it is recorded it returns one tensor for both biases.
 
     h_n: [num_layers * D, B, H] of torch._VF.lstm, or [num_layers * D, H] made from that by a squeeze.
     """
@@ -211,7 +213,7 @@ def _separate_if_recorded(_) -> None:
         torch._C._current_autograd_node().register_hook(_with_own_bias_gradient)
 
 
-# Called before the node's backward. To share these hooks is to spare each forward call the several microseconds of new ones.
+# Called before the node's backward. The hooks are shared, because new ones would cost each forward several microseconds.
 _when_differentiated = torch.empty(0, requires_grad=True)
 _when_differentiated.register_hook(_separate_if_recorded)
 
@@ -224,7 +226,7 @@ def _with_own_bias_gradient(gradients: tuple[Tensor | None, ...], _) -> tuple[Te
 def packed_lstm(
     data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(data of y, h_n, c_n) of torch._VF.lstm on a packed sequence."""
+    """Return (data of y, h_n, c_n) of torch._VF.lstm on a packed sequence."""
     bias, _, dropout, train, bidirectional, precision = options
     precision = precision if _has_cudnn(data) else None
 
@@ -239,17 +241,17 @@ def packed_lstm(
 
 
 def _has_cudnn(x: Tensor) -> bool:
-    """Whether cuDNN would take its float32 products in a precision of choice."""
+    """Return whether cuDNN computes x and has a choice of precision."""
     return x.is_cuda and x.dtype == torch.float32
 
 
 def _in_steps(
     run, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], options: Options, compiling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """run(x, states, weights, layers) for all layers at once, or one by one with torch's own dropout between them.
+    """Run run(x, states, weights, layers) for all layers at once, or one by one with torch's own dropout between them.
 
-    One by one where a compiler has random numbers of its own, and on a GPU: cuDNN's own dropout takes its seed once in the life
-    of a process, and would not give the same result for the same seed.
+    With dropout it runs them one by one if it is compiled, as compilers have their own random numbers, and on a GPU: cuDNN's
+    dropout takes its seed once in a process, and would not give the same result for the same seed.
     """
     num_layers, dropout = options.num_layers, options.dropout
     directions = 2 if options.bidirectional else 1
