@@ -1,7 +1,10 @@
 """Ready-made cells that torch does not have, beside loops written from the papers' equations, in float64 with all gradients."""
 
+import itertools
+
 import pytest
 import torch
+from support import philox
 from torch import Tensor
 
 from lstm_triton import Recurrent, RecurrentCell
@@ -51,12 +54,22 @@ def slstm(x, h, states, W, R, biases, _):
     return _sigmoid(o) * c / n, [c, n, m]
 
 
-EQUATIONS = {of.__name__: of for of in (cifg, minimal_gated_unit, peephole_lstm, slstm)}
-SEVERAL = pytest.mark.parametrize("name", ["peephole_lstm", "slstm"])
+def zoneout_lstm(x, h, states, W, R, biases, _, d_h, d_c):
+    """Krueger et al. 2017, section 3.3: d_h and d_c are the masks of what stays; gates in the order i, f, g, o."""
+    (c,) = states
+    i, f, g, o = (x @ W.T + h @ R.T + sum(biases)).split(H, dim=1)
+    new = _sigmoid(f) * c + _sigmoid(i) * torch.tanh(g)
+    return d_h * h + (1 - d_h) * (_sigmoid(o) * torch.tanh(new)), [d_c * c + (1 - d_c) * new]
+
+
+EQUATIONS = {of.__name__: of for of in (cifg, minimal_gated_unit, peephole_lstm, slstm, zoneout_lstm)}
+P_H, P_C = 0.3, 0.6
+zoneout = catalogue.zoneout(P_H, P_C)
+SEVERAL = pytest.mark.parametrize("name", ["peephole_lstm", "slstm", "zoneout_lstm"])
 
 
 def _problem(name: str, device, backend: str, **options):
-    cell = getattr(catalogue, name)
+    cell = zoneout if name == "zoneout_lstm" else getattr(catalogue, name)
     module = Recurrent(cell, I, H, dtype=torch.float64, device=device, backend=backend, precision="ieee", **options)
     with torch.no_grad():
         for p in module.parameters():
@@ -69,8 +82,9 @@ def _problem(name: str, device, backend: str, **options):
     return module, x, tuple(t.requires_grad_() for t in hx)
 
 
-def _loop(name: str, module, x: Tensor, hx, lengths, starts: Tensor):
-    """y and every direction's last h, row by row and step by step. starts [T, B]: where the state is zero before the step."""
+def _loop(name: str, module, x: Tensor, hx, lengths, starts: Tensor, masks):
+    """y and every direction's last states, row by row and step by step. starts [T, B]: where the state is zero before the step;
+    masks [n, T, B, D * H], or n probabilities."""
     outputs, last = [], []
     for d, suffix in enumerate(("_l0", "_l0_reverse")[: 2 if module.bidirectional else 1]):
         W, R, b_ih, b_hh = (getattr(module, p + suffix) for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -81,55 +95,66 @@ def _loop(name: str, module, x: Tensor, hx, lengths, starts: Tensor):
             for t in range(lengths[b]) if d == 0 else reversed(range(lengths[b])):
                 if t + d < lengths[b] and starts[t + d, b]:
                     h, states = torch.zeros_like(h), [torch.zeros_like(s) for s in states]
-                h, states = EQUATIONS[name](x[t, b : b + 1], h, states, W, R, (b_ih, b_hh), own)
+                drawn = masks if isinstance(masks, tuple) else masks[:, t, b, d * H : (d + 1) * H]
+                h, states = EQUATIONS[name](x[t, b : b + 1], h, states, W, R, (b_ih, b_hh), own, *drawn)
                 ys[t] = h
             rows.append(torch.cat([ys.get(t, torch.zeros_like(h)) for t in range(T)]))
-            last.append(h)
+            last.append((h, *states))
         outputs.append(torch.stack(rows, dim=1))
-    return torch.cat(outputs, dim=2), torch.cat(last).view(-1, B, H)
+    return torch.cat(outputs, dim=2), *(torch.cat(states).view(-1, B, H) for states in zip(*last))
 
 
 @BACKENDS
-@pytest.mark.parametrize("segmented", [False, True], ids=["plain", "resets and lengths"])
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_papers_equations(name, segmented, backend, device):
-    module, x, hx = _problem(name, device, backend, bidirectional=segmented)
+@pytest.mark.parametrize(
+    "name, case", [*itertools.product(EQUATIONS, ["plain", "resets and lengths"]), ("zoneout_lstm", "evaluation")]
+)
+def test_papers_equations(name, case, backend, device):
+    """With resets and lengths also where the backward rebuilds the gates."""
+    segmented = case == "resets and lengths"
+    module, x, hx = _problem(name, device, backend, bidirectional=segmented, recompute=segmented)
+    module.train(case != "evaluation")
     starts, lengths, options = torch.zeros(T, B, dtype=torch.bool), [T] * B, {}
     if segmented:
         starts[2, 0] = starts[4, 0] = starts[1, 1] = True
         lengths = [T, 3, 0]
         options = dict(resets=starts.to(device), lengths=torch.tensor(lengths, device=device))
-    y, last = module(x, hx if module.cell.states else hx[0], **options)
-    h = last[0] if module.cell.states else last
-    found, expected = (y, h), _loop(name, module, x, hx, lengths, starts)
+    with philox.seeded(11):
+        y, last = module(x, hx if module.cell.states else hx[0], **options)
+    last = last if module.cell.states else (last,)
+    masks = tuple(module.cell.masks.values())
+    if masks and module.training:
+        masks = philox.masks(11, masks, (T, B, y.shape[2]), torch.float64).to(device)
+    n = 1 if name == "slstm" else len(last)  # its other states are scaled
+    found, expected = (y, *last[:n]), _loop(name, module, x, hx, lengths, starts, masks)[: 1 + n]
     leaves = [x, *hx[:3], *module.parameters()]  # without m, which is not among the equations
     cotangents = [torch.randn_like(t) for t in found]
     gradients = [torch.autograd.grad(of, leaves, cotangents) for of in (found, expected)]
-    torch.testing.assert_close([*found, *gradients[0]], [*expected, *gradients[1]], rtol=1e-9, atol=1e-9)
+    within = dict(rtol=0, atol=1e-12) if name == "zoneout_lstm" else dict(rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close([*found, *gradients[0]], [*expected, *gradients[1]], **within)
 
 
 @BACKENDS
 @SEVERAL
 def test_one_step_is_that_of_the_layer(name, backend, device):
-    module, x, hx = _problem(name, device, "reference")
-    cell = RecurrentCell(
-        module.cell,
-        I,
-        H,
-        dtype=torch.float64,
-        device=device,
-        backend=backend.removesuffix("-stepwise"),
-        precision="ieee",
-    )
+    """With the same masks, where there are any."""
+    module, x, hx = _problem(name, device, backend)
+    options = dict(dtype=torch.float64, device=device, backend=backend.removesuffix("-stepwise"), precision="ieee")
+    cell = RecurrentCell(module.cell, I, H, **options)
     cell.load_state_dict({key.removesuffix("_l0"): value for key, value in module.state_dict().items()})
-    y, states = module(x[:1], hx)
-    found = cell(x[0], tuple(s[0] for s in hx))
-    torch.testing.assert_close(list(found), [y[0], *(s[0] for s in states[1:])], rtol=0, atol=1e-12)
-    found, expected = (
-        torch.autograd.grad(sum(t.sum() for t in of), [x, *hx, *m.parameters()])
-        for of, m in ((found, cell), (states, module))
-    )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    for training in (True, False) if cell.cell.masks else (True,):
+        module.train(training), cell.train(training)
+        with philox.seeded(5):
+            y, states = module(x[:1], hx)
+        with philox.seeded(5):
+            found = cell(x[0], tuple(s[0] for s in hx))
+        torch.testing.assert_close(list(found), [y[0], *(s[0] for s in states[1:])], rtol=0, atol=1e-12)
+        found, expected = (
+            torch.autograd.grad(sum(t.square().sum() for t in of), [x, *hx, *m.parameters()])
+            for of, m in ((found, cell), (states, module))
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if cell.cell.masks else 1e-11)
+    assert torch.equal(cell.train()(x[0])[0], cell(x[0])[0]) == (not cell.cell.masks)
+    assert cell(x[0, 0])[0].shape == (H,)
 
 
 # ---- several states in a module's arguments and results --------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Random masks of cells, and zoneout: beside loops written from the paper's equations, in float64 with all gradients."""
+"""Random masks of cells. test_cell_catalogue has zoneout beside the paper's equations."""
 
 import copy
 import math
@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from support import philox, recurrents
+from support import recurrents
 
-from lstm_triton import Cell, Recurrent, RecurrentCell, cell
+from lstm_triton import Cell, Recurrent, cell
 from lstm_triton.cells import CellError, catalogue
 
 T, B, I, H = 5, 3, 4, 6
@@ -23,55 +23,6 @@ def _layer(device, backend: str, cell: Cell = zoneout, **options) -> Recurrent:
 
 def _normal(device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
-
-
-def _krueger(x, h, c, W, R, b, d_h, d_c):
-    """Krueger et al. 2017, equations of section 3.3: d_h and d_c are the masks of what stays; gates in the order i, f, g, o."""
-    i, f, g, o = (x @ W.T + h @ R.T + b).split(H, dim=-1)
-    i, f, o = (1 / (1 + torch.exp(-z)) for z in (i, f, o))
-    new = f * c + i * torch.tanh(g)
-    return d_h * h + (1 - d_h) * (o * torch.tanh(new)), d_c * c + (1 - d_c) * new
-
-
-def _loop(layer: Recurrent, x, hx, masks, starts, lengths):
-    """Row by row and step by step; masks [2, T, B, D * H], or the two probabilities. Returns y, h_n, c_n."""
-    outputs, last = [], []
-    for d, suffix in enumerate(("_l0", "_l0_reverse")[: 2 if layer.bidirectional else 1]):
-        W, R, b_ih, b_hh = (getattr(layer, p + suffix) for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        for b in range(B):
-            (h, c), ys = (s[d, b] for s in hx), {}
-            for t in range(lengths[b]) if d == 0 else reversed(range(lengths[b])):
-                if t + d < lengths[b] and starts[t + d, b]:
-                    h, c = torch.zeros_like(h), torch.zeros_like(c)
-                drawn = masks if isinstance(masks, tuple) else masks[:, t, b, d * H : (d + 1) * H]
-                h, c = _krueger(x[t, b], h, c, W, R, b_ih + b_hh, *drawn)
-                ys[t] = h
-            outputs.append(torch.stack([ys.get(t, torch.zeros_like(h)) for t in range(T)]))
-            last.append((h, c))
-    y = torch.stack(outputs, 1).view(T, -1, B, H).transpose(1, 2).flatten(2)
-    return y, *(torch.stack(states).view(-1, B, H) for states in zip(*last))
-
-
-@BACKENDS
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", ["training", "evaluation", "resets and lengths"])
-def test_zoneout_is_that_of_the_paper(case, recompute, backend, device):
-    segmented = case == "resets and lengths"
-    layer = _layer(device, backend, bidirectional=segmented, recompute=recompute).train(case != "evaluation")
-    D = 2 if segmented else 1
-    x, hx = _normal(device, T, B, I), (_normal(device, D, B, H), _normal(device, D, B, H))
-    starts, lengths, options = torch.zeros(T, B, dtype=torch.bool), [T] * B, {}
-    if segmented:
-        starts[2, 0] = starts[4, 0] = starts[1, 1] = True
-        lengths = [T, 3, 0]
-        options = dict(resets=starts.to(device), lengths=torch.tensor(lengths, device=device))
-    with philox.seeded(11):
-        y, states = layer(x, hx, **options)
-    masks = philox.masks(11, (P_H, P_C), (T, B, D * H), torch.float64).to(device) if layer.training else (P_H, P_C)
-    results, expected = (y, *states), _loop(layer, x, hx, masks, starts, lengths)
-    leaves, cotangents = [x, *hx, *layer.parameters()], [torch.randn_like(t) for t in results]
-    gradients = [torch.autograd.grad(of, leaves, cotangents) for of in (results, expected)]
-    torch.testing.assert_close([*results, *gradients[0]], [*expected, *gradients[1]], rtol=0, atol=1e-12)
 
 
 @BACKENDS
@@ -115,37 +66,6 @@ def test_masks_differ_everywhere_and_follow_the_seed(backend, device):
     torch.testing.assert_close(layer.eval()(x)[0], torch.full_like(y, expected), rtol=0, atol=1e-12)
 
 
-@BACKENDS
-def test_one_step_draws_as_a_layer_does(backend, device):
-    layer = _layer(device, backend)
-    step = RecurrentCell(
-        zoneout,
-        I,
-        H,
-        dtype=torch.float64,
-        device=device,
-        backend=backend.removesuffix("-stepwise"),
-        precision="ieee",
-    )
-    step.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
-    x, hx = _normal(device, 1, B, I), (_normal(device, 1, B, H), _normal(device, 1, B, H))
-    for training in (True, False):
-        layer.train(training), step.train(training)
-        with philox.seeded(5):
-            states = layer(x, hx)[1]
-        with philox.seeded(5):
-            found = step(x[0], tuple(s[0] for s in hx))
-        torch.testing.assert_close(found, tuple(s[0] for s in states), rtol=0, atol=1e-12)
-        of_layer, of_step = (
-            torch.autograd.grad(sum(t.square().sum() for t in of), [x, *hx, *m.parameters()])
-            for of, m in ((states, layer), (found, step))
-        )
-        torch.testing.assert_close(of_step, of_layer, rtol=0, atol=1e-12)
-    assert not torch.equal(step.train()(x[0])[0], step(x[0])[0])
-    one = step(x[0, 0])
-    assert one[0].shape == (H,)
-
-
 # ---- what else runs modules ------------------------------------------------------------------------------------------
 
 
@@ -165,19 +85,12 @@ def test_under_vmap(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_autocast_and_checkpoint(backend, device):
-    layer = Recurrent(zoneout, I, H, device=device, backend=backend)
-    x = torch.randn(T, B, I, device=device, requires_grad=True)
-    with torch.autocast(device.type, torch.bfloat16), philox.seeded(3):
-        y, (h, c) = layer(x)
-    assert {t.dtype for t in (y, h, c)} == {torch.bfloat16}
-    with philox.seeded(3):
-        torch.testing.assert_close(y.float(), layer(x)[0], rtol=0, atol=0.02)
-    torch.manual_seed(1)
-    y = layer(x)[0]
-    torch.manual_seed(1)
-    again = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
-    gradients = [torch.autograd.grad(of.square().sum(), [x, *layer.parameters()]) for of in (y, again)]
+def test_a_checkpoint_replays_the_masks(backend, device):
+    layer, x = _layer(device, backend), _normal(device, T, B, I)
+    gradients = []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(run(x)[0].square().sum(), [x, *layer.parameters()]))
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
