@@ -69,7 +69,7 @@ class Report:
 
 
 class CheckUnavailable(RuntimeError):
-    """The check cannot run on this machine; the message says why."""
+    """The check cannot run on this machine. The message says why."""
 
 
 def run(device: str = "auto", seed: int = 0) -> Report:
@@ -96,7 +96,7 @@ def run(device: str = "auto", seed: int = 0) -> Report:
 
 
 def run_here(device: str, label: str, seed: int = 0) -> Report:
-    """The check on `device`, in this process."""
+    """Run the check on `device`, in this process."""
     kinds = {
         "float32": (torch.float32, "ieee"),
         "tf32": (torch.float32, "tf32"),
@@ -118,7 +118,7 @@ def run_here(device: str, label: str, seed: int = 0) -> Report:
 
 
 def table(report: Report) -> str:
-    """The report as two small tables, largest and RMS error, each entry 'this package / torch'."""
+    """Return the report as two tables, of largest and RMS errors, with entries 'this package / torch'."""
     dtypes = list(dict.fromkeys(row.dtype for row in report.rows))
     lines = [f"Fused cell against the float64 reference · {report.label}"]
     for title, ours, theirs in (("max", "max_error", "torch_max_error"), ("RMS", "rms_error", "torch_rms_error")):
@@ -203,13 +203,13 @@ def _check_dtype(name: str, dtype: torch.dtype, device: str, shapes: Sequence[tu
 
 
 def _over_all(errors: Sequence[Errors]) -> tuple[float, float]:
-    """Largest and RMS error over tensors of different sizes."""
+    """Return largest and RMS error over tensors of different sizes."""
     n = sum(e.n for e in errors)
     return max(e.largest for e in errors), math.sqrt(sum(e.n * e.rms**2 for e in errors) / n)
 
 
 def _problem(B: int, I: int, H: int, scale: float, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Inputs x, h, c, W_ih, W_hh, b_ih, b_hh and cotangents of h and c."""
+    """Draw inputs x, h, c, W_ih, W_hh, b_ih, b_hh and cotangents of h and c."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, size: float = 1.0) -> torch.Tensor:
@@ -231,7 +231,7 @@ def _errors(cell: Any, problem: Sequence[Any], device: str) -> list[Errors]:
 
 
 def _results(cell: Any, problem: Sequence[Any], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """h, c and the gradient of every input, as float64 on the CPU."""
+    """Return h, c and the gradient of every input, in float64 on the CPU."""
     tensors = [t.to(device, dtype, copy=True) for t in problem]
     leaves, cotangents = [t.requires_grad_() for t in tensors[:-2]], tensors[-2:]
     h, c = cell(*leaves)

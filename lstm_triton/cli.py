@@ -1,4 +1,4 @@
-"""The `lstm-triton` command: info, check, tune, bench, demo. Each part is imported only when it is asked for."""
+"""The `lstm-triton` command: info, check, tune, bench, demo. Each part is imported only when it runs."""
 
 import argparse
 import importlib.util
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv[1:]) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # tune, bench and demo have parsers of their own: everything after their name is theirs.
+    # tune, bench and demo have parsers of their own, for all arguments after their names.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     if arguments[:1] == ["demo"]:

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, GPU, which backends can run here and why others cannot."""
+"""Describe this machine: versions, GPU, which backends can run here and why others cannot."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _KERNEL_NAMES = ("_lstm_", "_readout_")
 
 
 def why_no_triton_gpu() -> str | None:
-    """Why the Triton kernels cannot run on the current GPU, or None where they can."""
+    """Return why the Triton kernels cannot run on the current GPU, or None if they can."""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU, or a torch build without CUDA"
     device = torch.device("cuda", torch.cuda.current_device())
@@ -34,7 +34,7 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 def device_label(device: torch.device | None = None) -> str:
-    """The device (by default the current GPU, if any) in a few words, such as 'NVIDIA H200 (sm_90, 132 SMs)'."""
+    """Return the device (by default the current GPU, if any) in a few words, such as 'NVIDIA H200 (sm_90, 132 SMs)'."""
     on_cpu = "torch's own CPU kernels; Triton kernels in the interpreter"
     if not torch.cuda.is_available():
         return f"CPU only (no NVIDIA GPU): {on_cpu}"
@@ -46,12 +46,12 @@ def device_label(device: torch.device | None = None) -> str:
 
 
 def summary(device: torch.device | None = None) -> str:
-    """One line: the device, as `device_label` has it, and the versions that decide what runs."""
+    """Return one line: the device, as from `device_label`, and the versions that decide what runs."""
     return f"{device_label(device)} · triton {triton_version() or 'not installed'} · torch {torch.__version__}"
 
 
 def info() -> str:
-    """The full listing that `lstm-triton info` prints: versions, GPU, driver, backends, compiled kernels."""
+    """Return the listing that `lstm-triton info` prints: versions, GPU, driver, backends, measurements, compiled kernels."""
     lines = [summary(), ""]
     rows = [
         ("lstm_triton", __version__),
@@ -110,13 +110,13 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps compiled kernels."""
+    """Return the folder of Triton's compiled kernels."""
     home = os.environ.get("TRITON_HOME") or Path.home()
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton/cache")
 
 
 def compiled_kernels(folder: Path) -> dict[tuple[str, str], int]:
-    """(kernel, architecture) -> variants of this package's kernels in a cache of Triton's: each has a folder, with metadata."""
+    """Count this package's kernels in a cache of Triton's, by (kernel, architecture): each has a folder, with metadata."""
     found: Counter[tuple[str, str]] = Counter()
     for path in folder.glob("*/_*.json"):
         if not path.name.startswith(_KERNEL_NAMES):
@@ -136,7 +136,7 @@ def compiled_kernels(folder: Path) -> dict[tuple[str, str], int]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a folder; another process may be writing there."""
+    """Return the bytes of all files in a folder; another process may be writing there."""
     size = 0
     for path, _, names in os.walk(folder):
         for name in names:

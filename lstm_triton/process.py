@@ -1,5 +1,5 @@
-"""Processes in which `lstm-triton tune` and the benchmark measure: each sends its results through a pipe, and a crash costs
-only that process."""
+"""Processes in which `lstm-triton tune` and the benchmark measure: each sends its results through a pipe, and a crash ends only
+that process."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ imports_s = 0.0  # seconds that the imports of this process took, if it is a Pro
 
 
 class Died(RuntimeError):
-    """The process crashed, fell silent or lost the device."""
+    """The process crashed, stopped answering or lost the device."""
 
 
 class Fatal(RuntimeError):
@@ -131,13 +131,13 @@ def why_lost() -> str | None:
 
 
 def raise_if_lost(error: BaseException) -> None:
-    """Raise Fatal from an error that has cost the process its CUDA context."""
+    """Raise Fatal if the error has lost the process its CUDA context."""
     if why := why_lost():
         raise Fatal(why.splitlines()[0][:300]) from error
 
 
 def age_s() -> float:
-    """Seconds since this process began, imports included; infinite where the system does not tell."""
+    """Return the seconds since this process began, imports included; infinity where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, StopIteration, AttributeError):
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         starttime = int(next(itertools.islice(fields, 19, None))) / os.sysconf("SC_CLK_TCK")

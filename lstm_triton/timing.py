@@ -37,7 +37,7 @@ class Clock:
             self._buffer = torch.empty(2 * size, dtype=torch.int8, device=device)
 
     def sample(self, call: Call, n: int) -> tuple[float, float]:
-        """Microseconds per call of n calls: on the device, and by the host until the device is done."""
+        """Return the microseconds per call of n calls, on the device and by the host until the device is done."""
         if self._buffer is None:
             return self._between_events(call, n)
         found = []
@@ -64,7 +64,7 @@ class Clock:
 
 
 def median_us(call: Call, clock: Clock, samples: int = 20, calls: int = 1) -> float:
-    """Median microseconds of a call; the first two samples, which compile and allocate, do not count."""
+    """Return the median microseconds of a call, without the first two samples, which compile and allocate."""
     return statistics.median([clock.sample(call, calls)[0] for _ in range(samples + 2)][2:])
 
 
@@ -78,7 +78,7 @@ class Samples:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """The narrowest interval between ranked samples k and n + 1 - k that holds the true median with this confidence.
+    """Return the narrowest interval between ranked samples k and n + 1 - k that holds the true median with this confidence.
 
     Each sample lies below the median with probability 1/2, so the probability that at most k - 1 do is binomial. With too few
     samples (fewer than six for 0.95) no interval reaches it: from the least to the largest, with the confidence that has.
@@ -94,13 +94,13 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def is_settled(values: Sequence[float]) -> bool:
-    """Whether the median is known to SETTLED, at CONFIDENCE."""
+    """Return whether the median is known to SETTLED at CONFIDENCE."""
     low, high, confidence = median_interval(values)
     return confidence >= CONFIDENCE and (high - low) / 2 <= SETTLED * statistics.median(values)
 
 
 class Failed(RuntimeError):
-    """A call raised while it was timed; `key` says whose, the cause says what."""
+    """A call raised while it was timed. `key` names the call; the cause is its error."""
 
     def __init__(self, key: Hashable) -> None:
         super().__init__(str(key))
@@ -148,7 +148,7 @@ def interleaved(
 
 
 def _calls_per_sample(call: Call, clock: Clock) -> int:
-    """Warm up, and find how many calls make a sample long enough for the clock."""
+    """Warm up, and return how many calls make a sample long enough for the clock."""
     clock.sample(call, 1)  # compiles, allocates
     n = 1
     for _ in range(2):  # one call alone waits for its own end: many in a row are faster

@@ -1,4 +1,4 @@
-"""`lstm-triton tune`: `tune` for calls that are named by their sizes."""
+"""`lstm-triton tune`: run `tune` for calls that are given by their sizes."""
 
 import argparse
 import functools
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _named_cell(text: str) -> Any:
-    """The `cells.Cell` of the catalogue, or of an importable module; the working folder is searched too."""
+    """Return the `cells.Cell` of this name in the catalogue, or in a module, which may be in the working folder."""
     from .cells import Cell, catalogue
 
     module, _, name = text.rpartition(":")

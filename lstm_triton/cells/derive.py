@@ -1,8 +1,8 @@
-"""What a pointwise function computes, as a graph, and its derivatives from as few saved values as possible.
+"""The graph of a pointwise function and of its derivatives, from as few saved values as possible.
 
-torch differentiates: the function and its vector-Jacobian product are traced as one graph. What that graph computes from the
-inputs alone may be saved by the forward or computed again by the backward. A minimum cut between the inputs and what the
-backward uses tells which values to save: the fewest, and of those the latest.
+torch traces the function and its vector-Jacobian product as one graph. Values that this graph computes from the inputs alone
+can be saved by the forward or computed again by the backward. A minimum cut between the inputs and the values that the
+backward uses finds which ones to save: the fewest, and among equally few the latest.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from .operations import CLAMP, CONSTANTS, DECOMPOSITIONS, EXPRESSIONS, POWER, SA
 
 
 class Value:
-    """A value of the graph: an input, or an operation on other values and numbers. Equal ones are one object."""
+    """A value of the graph: an input, or an operation on other values and numbers. Equal values are one object."""
 
     def __init__(self, name: str, operation: Any = None, args: tuple = (), is_float: bool = True) -> None:
         self.name, self.operation, self.args, self.is_float = name, operation, args, is_float
@@ -28,13 +28,13 @@ class Value:
 
 
 def _number(operation: Any, args: Sequence[Any]) -> torch.Tensor:
-    """An operation on single numbers, in float64."""
+    """Compute an operation on single numbers, in float64."""
     first, *others = (a if isinstance(a, torch.Tensor) else torch.tensor(a, dtype=torch.float64) for a in args)
     return operation(first, *(t.item() if operation._overloadname == "Scalar" else t for t in others))
 
 
 class _Graph:
-    """Interns values, so that what is computed twice is one value."""
+    """Interns values, so that equal operations are one value."""
 
     def __init__(self) -> None:
         self._values: dict[tuple, Value] = {}
@@ -42,7 +42,7 @@ class _Graph:
     def apply(self, operation: Any, *args: Any, is_float: bool = True) -> Any:
         if operation is aten.where.self and not isinstance(args[0], Value):
             return args[1] if args[0] else args[2]
-        if not any(isinstance(a, Value) for a in args):  # of numbers, which Triton's functions do not take
+        if not any(isinstance(a, Value) for a in args):  # Triton's functions do not take numbers alone
             return _number(operation, args).item()
         key = (operation, *args)
         if key not in self._values:
@@ -50,7 +50,7 @@ class _Graph:
         return self._values[key]
 
     def of_node(self, node: Any, args: Sequence[Any]) -> Any:
-        """The value, or number, of a node of torch's graph whose arguments have these."""
+        """Return the value, or number, of a node of torch's graph with these arguments."""
         operation, kwargs = node.target, dict(node.kwargs)
         if operation in SAME:
             return args[0]
@@ -69,7 +69,7 @@ class _Graph:
         return self.apply(operation, *args, is_float=node.meta["val"].dtype.is_floating_point)
 
     def _power(self, base: Value, exponent: float) -> Any:
-        """A product of the base, or of its square root."""
+        """Return a power as a product of the base, or of its square root."""
         factor, times = (
             (base, abs(exponent)) if exponent % 1 == 0 else (self.apply(aten.sqrt.default, base), abs(2 * exponent))
         )
@@ -90,9 +90,9 @@ class _Graph:
 
 
 def joint_graph(function: Callable, names: Sequence[str], cotangents: Sequence[str]) -> tuple[list, list]:
-    """The outputs of function(*names), and the gradients of its inputs: values, or numbers.
+    """Return the outputs of function(*names) and the gradients of its inputs, as values or numbers.
 
-    Raises NotImplementedError, with its name, for an operation that is not known.
+    Raises NotImplementedError, with the name, for an unknown operation.
     """
 
     def joint(inputs, gradients):
@@ -121,7 +121,7 @@ def joint_graph(function: Callable, names: Sequence[str], cotangents: Sequence[s
 
 
 def ancestors(values: Iterable[Any], stop: frozenset[Value] = frozenset()) -> list[Value]:
-    """All values that these depend on, themselves included, operands first; nothing behind those of `stop`."""
+    """Return all values that these depend on, themselves included, operands first, and none beyond those of `stop`."""
     order: dict[Value, None] = {}
 
     def visit(value: Any) -> None:
@@ -143,8 +143,11 @@ def zero_where_nothing_comes_back(
     others: Sequence[Value],
     masks: Mapping[Value, Sequence[float]] = MappingProxyType({}),
 ) -> list[Any]:
-    """The gradients, 0 where all cotangents are: so it is by the chain rule, but from zeros for all that they follow from, the
-    cotangents and the others, a division makes NaN. masks: with the values that each may have there."""
+    """Return the gradients, made 0 where all cotangents are 0.
+
+    By the chain rule they are 0 there; but where cotangents and others are all 0, as past the end of a tensor, a division may
+    give NaN. masks: with the values that each mask may have there.
+    """
     given = frozenset([*cotangents, *others, *masks])
 
     def all_finite(of_masks: Iterable[float]) -> bool:
@@ -165,7 +168,7 @@ def zero_where_nothing_comes_back(
 
 
 def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequence[Any]) -> list[Value]:
-    """The fewest values from which, with the cotangents and what is at hand, the gradients follow."""
+    """Return the fewest values that determine the gradients, together with the cotangents and the values at hand."""
     import networkx  # type: ignore[import-untyped]  # a dependency of torch
 
     needed = ancestors(gradients, frozenset(v for v in at_hand if isinstance(v, Value)))
@@ -181,7 +184,7 @@ def to_save(gradients: Sequence[Any], cotangents: Sequence[str], at_hand: Sequen
                 if operand not in of_cotangents and operand not in at_hand:
                     flow.add_edge((operand, "out"), "backward")
         elif value not in at_hand:
-            # An edge without a capacity is never cut: truth values are not saved.
+            # An edge without a capacity is never cut, so truth values are not saved.
             flow.add_edge((value, "in"), (value, "out"), **({"capacity": 1} if value.is_float else {}))
             if value.operation is None:
                 flow.add_edge("inputs", (value, "in"))

@@ -1,4 +1,4 @@
-"""The step of a cell as the source of two Triton functions: forward, with the values to save, and backward from these."""
+"""Write the step of a cell as two Triton functions: forward, with the values to save, and backward from these."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +14,19 @@ from .operations import EXPRESSIONS, aten
 def device_functions(
     step: Callable[..., tuple], n_pre: int, n_carried: int, probabilities: Sequence[float] = ()
 ) -> str:
-    """The source of the @triton.jit functions `forward` and `backward` of `kernels.cells`.
+    """Return the source of the @triton.jit functions `forward` and `backward` of `kernels.cells`.
 
     Args:
-        step: (pre-activations, states before, masks), each apart -> (h, states after), pointwise.
-        n_pre, n_carried: how many pre-activations and states there are. probabilities: with which each mask is 1.
+        step: (*pre-activations, *states before, *masks) -> (h, *states after), pointwise.
+        n_pre, n_carried: the numbers of pre-activations and states. probabilities: with which each mask is 1.
 
     Raises:
-        NotImplementedError: an operation in the derivative that is not known, with its name.
+        NotImplementedError: an unknown operation in the derivative, with its name.
     """
     pre, masks = [f"z{k}" for k in range(n_pre)], [f"mask{k}" for k in range(len(probabilities))]
     before, after, d_after = ([f"{name}{k}" for k in range(n_carried)] for name in ("before", "state", "d_state"))
     (h, *states), gradients = derive.joint_graph(step, [*pre, *before, *masks], ["dh", *d_after])
-    gradients = gradients[: n_pre + n_carried]  # a mask has none
+    gradients = gradients[: n_pre + n_carried]  # a mask has no gradient
     inputs = {v.name: v for v in ancestors([h, *states, *gradients]) if v.operation is None}
 
     def of_inputs(names: Sequence[str]) -> list[Value | None]:
@@ -34,7 +34,7 @@ def device_functions(
 
     drawn = {inputs[name]: p for name, p in zip(masks, probabilities)}
     saved = derive.to_save(gradients, ("dh", *d_after), [*of_inputs(before), *states, *drawn])
-    # No more than there are pre-activations, which would do.
+    # At most n_pre values, because saving the pre-activations would be enough.
     padded = [*saved, *[None] * (n_pre - len(saved))]
     forward = {**dict(zip(pre, of_inputs(pre))), "before": of_inputs(before)}
     backward = {
@@ -66,7 +66,7 @@ def device_functions(
 def _source(
     name: str, doc: str, parameters: dict[str, Any], masks: Mapping[Value, float], outputs: Sequence[Any]
 ) -> str:
-    """A @triton.jit function of these parameters, tiles of one shape; a number among the outputs is a tile of it.
+    """Return the source of a @triton.jit function of these parameters, tiles of one shape. A number is a tile too.
 
     A list stands for the states of a unit in one tile, as in `kernels.states`. masks: the probability of each.
     """
@@ -83,7 +83,7 @@ def _source(
         if isinstance(argument, Value):
             return names[argument]
         number = float(argument)
-        # Elsewhere than in arithmetic Triton takes a number for float32 first.
+        # Outside of arithmetic Triton takes a number as float32 first.
         is_exact = operation not in (aten.maximum.default, aten.minimum.default, aten.where.self)
         if is_exact or torch.tensor(number, dtype=torch.float32).item() == number:
             return repr(number)
@@ -111,7 +111,7 @@ def _source(
 
 
 def _named(parameters: dict[str, Any]) -> tuple[list[str], dict[Value, str]]:
-    """Lines that take the states of a unit apart, and the names of the values that are given."""
+    """Return lines that split the states of a unit, and the names of the input values."""
     lines, names = [], dict[Value, str]()
     for parameter, value in parameters.items():
         if not isinstance(value, list):

@@ -1,6 +1,6 @@
 """The pointwise operations of torch that a cell may use, and how each is written in Triton.
 
-Inside a product of derivative and cotangent other operations appear than the author wrote; these are here too.
+Derivatives contain operations that the author of a cell did not write; these are here too.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 
 aten = torch.ops.aten
 
-# One argument, two, three: a format each, filled with names of values or with numbers. sigmoid, tanh, expm1 and log1p are the
-# kernels' own, as accurate as torch's.
+# The format of each operation, filled with names of values or with numbers. sigmoid, tanh, expm1 and log1p are those of
+# `kernels.equations`, as accurate as torch's.
 EXPRESSIONS: Mapping[Any, str] = {
     aten.abs.default: "tl.abs({})",
     aten.add.Tensor: "{} + {}",
@@ -64,7 +64,7 @@ EXPRESSIONS: Mapping[Any, str] = {
     aten.where.self: "tl.where({}, {}, {})",
 }
 
-# The values of these are those of their first argument.
+# Operations that return the values of their first argument.
 SAME = frozenset(
     {aten.alias.default, aten.clone.default, aten.detach.default, aten.expand.default, aten.view.default}
     | {aten._to_copy.default, aten.lift_fresh_copy.default, aten.positive.default}
@@ -75,7 +75,7 @@ def _value(node: Any, position: int) -> float:
     return float(node.args[position])
 
 
-# What makes a tensor of one number, and that number.
+# Operations that make a tensor of one number, and that number.
 CONSTANTS: Mapping[Any, Callable[[Any], float]] = {
     aten.empty_permuted.default: lambda node: float("nan"),  # filled by another of these
     aten.full.default: lambda node: _value(node, 1),
@@ -90,7 +90,7 @@ CONSTANTS: Mapping[Any, Callable[[Any], float]] = {
     aten.zeros_like.default: lambda node: 0.0,
 }
 
-# What torch composes of the above.
+# Operations that torch decomposes into those above.
 _COMPOSED = [
     aten.addcdiv.default,
     aten.addcmul.default,
@@ -122,7 +122,7 @@ DECOMPOSITIONS = {
     **{op: how for op, how in get_decompositions(_COMPOSED).items() if op not in EXPRESSIONS},
 }
 
-# Written out by `derive`, as they have no one form; clamp may lack one of its bounds.
+# `derive` writes these out, because they have no single form; clamp may lack one of its bounds.
 CLAMP, POWER = aten.clamp.default, aten.pow.Tensor_Scalar
 EXPONENTS = frozenset(sign * half / 2 for half in range(1, 9) for sign in (1, -1))
 

@@ -1,4 +1,4 @@
-"""One call of a cell's function: what it reads by name, and whether a kernel could compute it."""
+"""Record one call of a cell's function: what it reads by name, and whether a kernel could compute it."""
 
 import sys
 import traceback
@@ -15,11 +15,11 @@ from .operations import aten
 
 
 class CellError(TypeError):
-    """A function that cannot be a cell; says what in it, and in which line."""
+    """A function cannot be a cell. The message names the operation and the line."""
 
 
 class Named:
-    """Tensors as attributes; one that does not exist is an error that says which do."""
+    """Tensors as attributes. AttributeError for a missing one names those that exist."""
 
     def __init__(self, kind: str, tensors: Mapping[str, Any]) -> None:
         self._kind, self._tensors = kind, tensors
@@ -31,7 +31,7 @@ class Named:
 
 
 class Recorded(Mapping):
-    """A mapping that remembers the keys that were asked for."""
+    """A mapping that records which keys are read."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self.tensors, self.used = tensors, dict[str, None]()
@@ -48,7 +48,7 @@ class Recorded(Mapping):
 
 
 class PreActivations(Named):
-    """All gates' pre-activations: their sums, and the two parts."""
+    """The pre-activations of all gates: their sums, and their two parts."""
 
     def __init__(self, sums: Mapping[str, Tensor], input: Named, recurrent: Named) -> None:
         super().__init__("gates", sums)
@@ -56,7 +56,7 @@ class PreActivations(Named):
 
 
 class PointwiseOnly(TorchDispatchMode):
-    """Inside, an operation that a kernel could not compute raises CellError with its name and its line."""
+    """A mode in which an operation that a kernel could not compute raises CellError with its name and line."""
 
     def __init__(self, fail: Callable[[str], Exception]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class PointwiseOnly(TorchDispatchMode):
 
 
 def _line() -> str:
-    """Where the innermost call outside torch and this package stands."""
+    """Return file and line of the innermost call outside of torch and this package."""
     frame: Any = sys._getframe(2)
     while frame is not None and _is_library(frame):
         frame = frame.f_back
@@ -100,7 +100,7 @@ def _line() -> str:
 
 
 def line_of(error: BaseException, function: Callable) -> str:
-    """As `_line`, of what raised the error in this function, or at its call."""
+    """Return file and line, as `_line`, of what raised the error in this function, or of the function."""
     places = [place for place in traceback.walk_tb(error.__traceback__) if not _is_library(place[0])]
     code, line = (
         (places[-1][0].f_code, places[-1][1]) if places else (function.__code__, function.__code__.co_firstlineno)
