@@ -4,13 +4,12 @@ What runs without the interpreter runs in processes of its own: one per architec
 """
 
 import itertools
-import re
 import sys
 
 import pytest
 import torch
 import triton.language as tl
-from support.aot import GENERATIONS, compile_for
+from support.aot import GENERATIONS, KINDS, Variant, compile_all, in_turn
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 
@@ -20,14 +19,6 @@ from lstm_triton.kernels.inputs import ReadoutGradients, ReadoutInputs, ReadoutO
 
 pytestmark = pytest.mark.long
 
-KINDS = [
-    (torch.bfloat16, "ieee"),
-    (torch.float16, "ieee"),
-    (torch.float32, "tf32"),
-    (torch.float32, "tf32x3"),
-    (torch.float32, "ieee"),
-    (torch.float64, "ieee"),
-]
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 SIZES = (1, 16, 17, 64, 65, 128, 1000, 128 * 1024)
 INNERMOST = ("stride_h_k", "stride_weight_k", "stride_bias", "stride_dy_v")
@@ -35,13 +26,13 @@ INNERMOST = ("stride_h_k", "stride_weight_k", "stride_bias", "stride_dy_v")
 
 @pytest.mark.parametrize("archs", GENERATIONS, ids=str)
 def test_every_configuration_compiles_well(archs):
-    assert "kernels compiled" in run_without_interpreter(__file__, *map(str, archs), timeout=1800)
+    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), timeout=1800)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("archs", GENERATIONS, ids=str)
 def test_the_full_product_compiles_well(archs):
-    assert "kernels compiled" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=3600)
+    assert "kernels compiled well" in run_without_interpreter(__file__, *map(str, archs), "all", timeout=3600)
 
 
 def test_jit():
@@ -97,53 +88,26 @@ def _others(dtype):
         yield kernel, common | c.constants, c
 
 
-def _cases(archs, everything):
-    """(kernel, constants, configuration, dtype, dtype of y, aligned, whether on tensor cores) to be compiled.
+def _variants(archs, everything):
+    """What is launched: each configuration aligned, and unaligned with the dtype that y and dy may have besides.
 
-    float16, which is the code of bfloat16 but for the type, on one generation alone. Unless everything: without float16, and
-    each configuration on one generation of architectures, as one variant.
+    float16, which is the code of bfloat16 but for the type, on one generation alone and with everything.
     """
-    generation = GENERATIONS.index(archs)
-    for turn, (dtype, precision) in enumerate(KINDS):
-        if dtype == torch.float16 and not (everything and archs == (90,)):
+    for turn, (kind, (dtype, precision)) in enumerate(KINDS.items()):
+        if kind == "fp16" and not (everything and archs == (90,)):
             continue
         tensor_cores = configs.uses_tensor_cores(dtype, precision)
         launches = [(launch, tensor_cores) for launch in _products(dtype, precision)]
         if precision == "ieee":
             launches += [(launch, False) for launch in _others(dtype)]
-        for position, (launch, on_tensor_cores) in enumerate(launches):
+        for position, ((kernel, constants, config), on_tensor_cores) in enumerate(launches):
             # Under autocast y and dy of the products are float32.
             under_autocast = dtype.itemsize == 2 and on_tensor_cores
-            variants = [(dtype, True), (torch.float32 if under_autocast else dtype, False)]
-            if not everything:
-                chosen, its_generation = divmod(turn + position, len(GENERATIONS))
-                variants = [variants[chosen % len(variants)]] if generation == its_generation else []
-            for result, aligned in variants:
-                yield *launch, dtype, result, aligned, on_tensor_cores
-
-
-def _compile_all(archs, everything):
-    compiled, failures = 0, []
-    for kernel, constants, c, dtype, result, aligned, tensor_cores in _cases(archs, everything):
-        signature = _signature(kernel, constants, dtype, result, aligned)
-        for report in compile_for(archs, kernel, signature, constants, **c.options):
-            what = f"{report.name} sm_{report.arch} {dtype} {result} {'' if aligned else 'un'}aligned {constants} {c}"
-            failures += [f"{what}: {fault}" for fault in _faults(report, tensor_cores)]
-            compiled += 1
-    if failures:
-        sys.exit("\n".join(failures))
-    print(f"{compiled} kernels compiled")
-
-
-def _faults(report, tensor_cores):
-    if not report.fits():
-        yield f"{report.shared_memory} bytes of shared memory"
-    if report.stack_bytes and report.local_memory_in_loops():
-        yield f"{report.local_memory_in_loops()} accesses to local memory in loops"
-    matrix_instructions = bool(re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", report.ptx))
-    # Whether products of float64 have any is up to the architecture.
-    if "f64" not in report.ptx and tensor_cores != matrix_instructions:
-        yield f"{'no ' * tensor_cores}matrix instructions"
+            forms = [(dtype, True), (torch.float32 if under_autocast else dtype, False)]
+            for result, aligned in in_turn(archs, everything, turn + position, forms):
+                signature = _signature(kernel, constants, dtype, result, aligned)
+                words = f"{kind} {result} {'' if aligned else 'un'}aligned {constants}"
+                yield Variant(kernel, signature, constants, config, on_tensor_cores, words)
 
 
 def _grids(driver):
@@ -202,6 +166,6 @@ def check_sizes_recompile_only_by_divisibility():
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _compile_all(tuple(int(arch) for arch in sys.argv[1:] if arch != "all"), everything="all" in sys.argv)
+        compile_all(_variants, spills=True)
     else:
         run_checks(globals())

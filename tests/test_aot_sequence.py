@@ -7,16 +7,9 @@ import sys
 
 import pytest
 import torch
+from support.aot import KINDS
 from support.process import run_without_interpreter
 
-KINDS = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp32": (torch.float32, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 PLAIN, RESETS, DROPOUT = (), ("resets",), ("random", "dropout")
 SEGMENTS = ("resets", "lengths", "cells", "reset_gradients")
 ALL = (*SEGMENTS, *DROPOUT)
@@ -113,12 +106,12 @@ def _cases(arch, everything):
 
 def _compile_all(arch, everything):
     from support.aot import compile_ahead
-    from support.aot_sequence import DEVICES, choose, cost_of_earlier_tile, faults
+    from support.aot_sequence import DEVICES, choose, faults
 
     from lstm_triton.kernels.config import LaunchConfig
     from lstm_triton.kernels.dropout import _lstm_kept_kernel
     from lstm_triton.kernels.search import MOST_COMPILATIONS, candidates
-    from lstm_triton.kernels.sequence_cost import cost, registers
+    from lstm_triton.kernels.sequence_cost import registers
 
     found, compilations = [], []
     signature = {"seed_ptr": "*i64:16", "out_ptr": "*u8:16", "B": "i32", "N": "i32", "p_hi": "i32", "p_lo": "i32"}
@@ -137,8 +130,6 @@ def _compile_all(arch, everything):
         is_scarce = (case.way, case.H, case.B) in SCARCE or counted > MANY_REGISTERS
         if fitting and not (config.persistent or is_scarce):
             found.append(f"{case}: one launch per step")
-        if cost(case.problem, config, DEVICES[arch]) > cost_of_earlier_tile(case, arch):
-            found.append(f"{case}: {config} costs more than the tile of an earlier table")
         found += [f"{case}, {config}: {fault}" for fault in faults(case, config, report, 32 if is_scarce else 8)]
     if found:
         sys.exit("\n".join(f"sm_{arch} {text}" for text in found))

@@ -10,15 +10,19 @@ import functools
 import math
 import re
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
+
+from lstm_triton.kernels.config import LaunchConfig
 
 from .compiled import Signature, compiled, derived
 
@@ -27,6 +31,15 @@ SHARED_MEMORY_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 <<
 
 # Architectures for which Triton writes the same PTX, products of float64 apart: one process of a test compiles for all of them.
 GENERATIONS = ((80, 86, 89), (90,), (100,), (120,))
+
+KINDS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
 
 _GLOBAL_LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
 _LOCAL_MEMORY = {"LDL", "STL"}
@@ -175,6 +188,54 @@ def compile_for(archs: Sequence[int], kernel: Any, signature: Any, constants: Ma
     if "f64" in first.ptx:
         return [first, *(compile_ahead(kernel, signature, constants, arch=arch, **options) for arch in archs[1:])]
     return [replace(first, arch=arch) for arch in archs]
+
+
+class Variant(NamedTuple):
+    """A launch to be compiled. signature: see `compiled`. tensor_cores: whether its products, if not of float64, run there."""
+
+    kernel: Any
+    signature: Signature
+    constants: Mapping[str, Any]
+    config: LaunchConfig
+    tensor_cores: bool
+    words: str  # what is particular about it
+
+
+def in_turn(archs: Sequence[int], everything: bool, turn: int, variants: Sequence[Any]) -> Sequence[Any]:
+    """All variants of a configuration, or unless everything one of them, for the generation whose turn it is."""
+    chosen, generation = divmod(turn, len(GENERATIONS))
+    if everything:
+        return variants
+    return [variants[chosen % len(variants)]] if archs == GENERATIONS[generation] else []
+
+
+def compile_all(variants: Callable[[Sequence[int], bool], Iterable[Variant]], spills: bool) -> None:
+    """For a script with architectures of a generation as arguments, and "all": compile and print how many, or what is wrong.
+
+    spills: whether there may be local memory, if none of it is accessed in loops.
+    """
+    archs, count, failures = tuple(int(arch) for arch in sys.argv[1:] if arch != "all"), 0, []
+    for variant in variants(archs, "all" in sys.argv):
+        for report in compile_for(
+            archs, variant.kernel, variant.signature, variant.constants, **variant.config.options
+        ):
+            what = f"{report.name} sm_{report.arch} {variant.words} {variant.config}"
+            failures += [f"{what}: {fault}" for fault in _faults(report, variant.tensor_cores, spills)]
+            count += 1
+    if failures:
+        sys.exit("\n".join(failures))
+    print(count, "kernels compiled well")
+
+
+def _faults(report: Report, tensor_cores: bool, spills: bool) -> Iterator[str]:
+    if report.stack_bytes and not (spills and report.local_memory_in_loops() == 0):
+        yield f"{report.stack_bytes} bytes of local memory"
+    if not report.fits():
+        yield f"{report.shared_memory} bytes of shared memory"
+    found = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", report.ptx)
+    # Whether products of float64 have any is up to the architecture.
+    if "f64" not in report.ptx and tensor_cores != bool(found):
+        yield f"{len(found)} matrix instructions"
 
 
 def _run(tool: Any, *args: Any) -> str:

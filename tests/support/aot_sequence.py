@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,16 +9,13 @@ from typing import NamedTuple
 import torch
 
 from lstm_triton.kernels import search
-from lstm_triton.kernels.config import cdiv
 from lstm_triton.kernels.figures import figures
 from lstm_triton.kernels.fragments import ADJACENT_WORDS
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
-from lstm_triton.kernels.sequence_cost import cost
 from lstm_triton.kernels.specialization import POINTERS, TRAINING
 
 from .aot import SHARED_MEMORY_PER_BLOCK, Report
 from .barrier_lint import lint_grid_barrier, loads_behind_grid_barrier
-from .earlier_tiles import TILES
 from .fake_driver import fake_driver
 
 # A GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
@@ -73,18 +69,6 @@ def choose(case: Case, arch: int) -> Choice:
             return Choice(config, Report(compile_for(case.problem, config), arch, config.options), len(asked))
     finally:
         search.compile_for = compile_for
-
-
-def cost_of_earlier_tile(case: Case, arch: int) -> float:
-    """Cycles of a step, by the model, with the tile that a table made by hand gave; infinite where it had none."""
-    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: case.precision, torch.float64: "fp64"}
-    tile = TILES.get((arch, case.way, kinds[case.dtype], case.H, case.B, case.D))
-    if tile is None:
-        return math.inf
-    block_b, block_h, split_k, block_k, in_flight, num_warps = tile
-    programs, groups = cdiv(case.H, block_h), cdiv(case.B, block_b) * case.D
-    config = SequenceConfig(num_warps, 1, block_b, block_h, split_k, block_k, in_flight, programs, groups, True)
-    return cost(case.problem, config, DEVICES[arch])
 
 
 def faults(case: Case, config: SequenceConfig, report: Report, most_words: int = 8) -> Iterator[str]:
