@@ -1,10 +1,10 @@
 # make demo      the fused LSTM on this machine: accuracy, a language model trained for a minute, timing, one report
 # make test      the test suite: without a GPU in Triton's interpreter, and on code compiled for TARGET=sm_90, executed on the CPU
 # make sweep     without a GPU: random problems on compiled code, for BUDGET seconds
-# make quick     of the test suite what takes little time, while you change things
+# make quick     a short test suite, for use between changes
 # make check     ruff, formatting, types
 # make gpu       on an NVIDIA GPU: its tests, benchmarks (BUDGET=300 seconds) and their report, compute-sanitizer, resumable
-# make mutants   synchronisation taken out of the compiled kernels, one piece at a time: what is not noticed (minutes)
+# make mutants   removes synchronisation from the compiled kernels, one piece at a time, and prints what the executor misses (minutes)
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 # make matrix    the test suite with the oldest and with the newest torch and Triton: prints a table
 # make clients   other packages and torch's tools with converted LSTMs, in an environment of their own: prints a table

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Cells of one's own, when they are first asked for: deriving them imports torch's tracer, in about a second."""
+    """Import the names of `cells` at their first use, because that imports torch's tracer, in about a second."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import cells
