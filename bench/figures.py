@@ -1,12 +1,10 @@
-"""Figures as SVG text, by matplotlib. Colours are the page's CSS variables, so one picture serves light and dark.
-
-Series differ in colour, dash and marker alike: no one needs the colours to tell them apart.
-"""
+"""Figures as SVG text, by matplotlib. Colours are the page's CSS variables, so one picture serves light and dark."""
 
 import io
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,20 +12,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-# What matplotlib draws in, and the variables of page.html that take its place.
-TEXT, QUIET, RULE, *SERIES = (f"#0{k}0{k}0{k}" for k in range(1, 10))
-_VARIABLES = {TEXT: "text", QUIET: "quiet", RULE: "rule"} | {ink: f"s{k}" for k, ink in enumerate(SERIES)}
-_LOOKS = list(zip(SERIES, "os^DXv", ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))))
+# What figures.mplstyle draws in, and the variables of page.html that take its place.
+_VARIABLES = dict(zip((f"#0{k}0{k}0{k}" for k in range(1, 10)), "text quiet rule s0 s1 s2 s3 s4 s5".split()))
 _numbers = itertools.count()
-matplotlib.rc("font", size=11)
-matplotlib.rc("svg", fonttype="none", hashsalt="lstm_triton")
-matplotlib.rc("text", color=TEXT)
-matplotlib.rc("axes", labelcolor=QUIET, edgecolor=RULE, titlesize=11, grid=True, axisbelow=True)
-matplotlib.rc("axes.spines", top=False, right=False)
-matplotlib.rc("xtick", color=QUIET)
-matplotlib.rc("ytick", color=QUIET)
-matplotlib.rc("grid", color=RULE)
-matplotlib.rc("legend", frameon=False, fontsize=10)
+matplotlib.rc_file(Path(__file__).with_name("figures.mplstyle"))
 
 
 def curves(
@@ -45,12 +33,11 @@ def curves(
         return Markup("")
     figure = Figure((4.7, 3.5 + 0.2 * ((len(series) + 1) // 2)), layout="constrained")
     axes: Any = figure.subplots()
-    for (name, points), (ink, marker, dash) in zip(series.items(), itertools.cycle(_LOOKS)):
-        if points:
-            style = dict(color=ink, marker=marker, linestyle=dash, markersize=5, linewidth=1.8, clip_on=False)
-            axes.plot(*zip(*sorted(points.items())), label=name, **style)
+    for name, points in series.items():
+        x, y = sorted(points), [points[at] for at in sorted(points)]
+        axes.plot(x, y, label=name if points else "_", clip_on=False)
     if level is not None:
-        axes.axhline(level[0], color=TEXT, linewidth=1, linestyle=(0, (6, 4)))
+        axes.axhline(level[0], color="#010101", linewidth=1, linestyle=(0, (6, 4)))
         place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom")
         axes.annotate(level[1], (1, level[0]), (-4, 4), **place)
     if log:
@@ -65,7 +52,7 @@ def curves(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.set_xlabel(labels[1])
-    axes.set_title(labels[2], loc="left", color=QUIET)
+    axes.set_title(labels[2])
     figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure, labels[0])
 
