@@ -44,7 +44,7 @@ def _lstm_cell_forward_kernel(
     FORWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h, c = LSTM cell of x, h_prev, c_prev; one program owns BLOCK_B rows and BLOCK_H units with their four gates."""
+    """Compute h and c from x, h_prev and c_prev. One program owns BLOCK_B batch rows and BLOCK_H units with four gates."""
     # The grid has one axis, because CUDA limits the others to 65,535 programs.
     tiles_h = tl.cdiv(H, BLOCK_H)
     first_unit = (tl.program_id(0) % tiles_h) * BLOCK_H

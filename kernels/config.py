@@ -177,7 +177,7 @@ def readout_forward_config(
 
 @functools.lru_cache(maxsize=4096)
 def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -> ReadoutRescaleConfig:
-    """Long pieces of a row where they fill the GPU, as each program reads the whole row's statistics; else short ones."""
+    """Return long pieces of a row if they fill the GPU, because each program reads all statistics of a row; else short ones."""
     elements, warps = (4096, 8) if B * cdiv(V, 4096) >= multiprocessors else (512, 2)
     return ReadoutRescaleConfig(warps, 1, elements // block_v, 1024)
 
@@ -187,7 +187,7 @@ READOUT_ROW_DOTS = ReadoutRowDotsConfig(4, 1, 1024)
 
 @functools.lru_cache(maxsize=4096)
 def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
-    """Tiles for the gradients of h [B, H] and W [V, H]."""
+    """Return the tiles for the gradients of h [B, H] and W [V, H]."""
     # Wider tiles spill where rows are not aligned.
     if not uses_tensor_cores(dtype, precision) or precision == "tf32x3":
         return ReadoutBackwardConfig(4, 2, 16, 32, 32, 16)
@@ -200,7 +200,7 @@ READOUT_SUM_PARTS = ReadoutSumPartsConfig(4, 1, 128, 16)
 
 
 def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4) -> int:
-    """How many of the `steps` of a sum one program takes, so that `tiles` sums make up to 4 programs an SM.
+    """Return how many of the `steps` of a sum one program takes, so that `tiles` sums make up to 4 programs per SM.
 
     A part has at least `least` steps, as each costs a store and a load of its sum.
     """

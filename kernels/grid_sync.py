@@ -24,7 +24,7 @@ programs that have started wait for the others. Groups never wait for one anothe
 On sm_100 a resident program may still block: tcgen05.alloc waits while other programs on its SM hold the columns of tensor
 memory that it needs, and they release them only when they end. Neither occupancy nor a cooperative launch counts these
 columns. Therefore the columns of a program, times the programs of its launch that may share an SM, are at most the 512 that an
-SM has (`search`), so no program blocks on one that waits for it. Other kernels on the SM are assumed to end, as above.
+SM has (`sequence_cost`), so no program blocks on one that waits for it. Other kernels on the SM are assumed to end, as above.
 
 Why nothing is overwritten too early: h_t and dz_t have an address of their own for every t, which is never reused. Where two
 slices of dz_t overlap, both programs store the same bits before they arrive, and a reader waits for both.

@@ -79,7 +79,7 @@ def uninstall() -> None:
 
 
 def replace_in(owner: Any, name: str, repair: Callable) -> None:
-    """owner.name = repair(owner.name), until `uninstall`."""
+    """Replace owner.name by repair(owner.name) until `uninstall`."""
     original = getattr(owner, name)
     setattr(owner, name, repair(original))
     _repairs.callback(setattr, owner, name, original)
@@ -106,7 +106,7 @@ def _rounded_to_11_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _flushed(values: np.ndarray) -> np.ndarray:
-    """Subnormal float32 as zeros of their sign."""
+    """Flush subnormal float32 to zeros of their sign."""
     return np.where(np.abs(values) < np.float32(2**-126), np.copysign(np.float32(0), values), values)
 
 
@@ -186,7 +186,7 @@ class RepairedBuilder(_StockBuilder):
 
 
 def _in_float32(apply_impl):
-    """Reductions and scans with a numpy function of their own: their only operand may be bfloat16."""
+    """Repair reductions and scans with a numpy function of their own, whose only operand may be bfloat16."""
 
     def repaired(self, operands):
         if len(operands) > 1 or operands[0].dtype != tl.bfloat16:
@@ -218,7 +218,7 @@ def _once_a_launch(patch_lang):
 
 
 def _with_index_of_one_element(patch_lang_tensor):
-    """Triton 3.6.0 calls int() on an array of one element, which numpy 2.4 refuses."""
+    """Repair Triton 3.6.0, which calls int() on an array of one element; numpy 2.4 refuses that."""
 
     def repaired(tensor, scope):
         patch_lang_tensor(tensor, scope)

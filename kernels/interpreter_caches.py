@@ -1,11 +1,11 @@
-"""What Triton's interpreter works out anew at each operation, worked out once; `interpreter` puts these in its place."""
+"""Caches for results that Triton's interpreter computes at each operation; `interpreter` installs them."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def once_a_type(get_np_dtype: Callable) -> Callable:
-    """NumPy's dtype for Triton's: every operation asks for some, and Triton makes a table each time."""
+    """Cache NumPy's dtype for Triton's, for which Triton builds a table at each use."""
     known: dict[str, Any] = {}
 
     def get(dtype):
@@ -19,7 +19,7 @@ def once_a_type(get_np_dtype: Callable) -> Callable:
 
 
 def once_a_shape(init: Callable) -> Callable:
-    """Every operation makes types of blocks; all of one follows from its elements and shape. Equal shapes are one object."""
+    """Cache the attributes of block types by elements and shape. Equal shapes become one object."""
     known: dict[tuple, dict[str, Any]] = {}
     shapes: dict[tuple[int, ...], Any] = {}
 
@@ -37,7 +37,7 @@ def once_a_shape(init: Callable) -> Callable:
 
 
 def once_a_block(init: Callable) -> Callable:
-    """Of a tensor, all but its handle follows from its type."""
+    """Cache the attributes of tensors, which except for the handle follow from the type."""
     known: dict[str, dict[str, Any]] = {}
 
     def repaired(self, handle, type):
@@ -52,7 +52,7 @@ def once_a_block(init: Callable) -> Callable:
 
 
 def unless_alike(broadcast: Callable) -> Callable:
-    """Blocks of one shape need not be brought to one."""
+    """Skip the broadcast of blocks of the same shape."""
 
     def repaired(self, lhs, rhs):
         a, b = lhs.type, rhs.type

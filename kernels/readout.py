@@ -52,7 +52,7 @@ def _readout_forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Softmax of one [BLOCK_B, BLOCK_V] tile of h W^T + b, which never leaves registers until it is y."""
+    """Compute the softmax of one [BLOCK_B, BLOCK_V] tile of h W^T + b, which stays in registers until y is stored."""
     # Programs that run at the same time share up to GROUP row tiles of h and neighbouring tiles of the weight.
     tiles_b = tl.cdiv(B, BLOCK_B)
     tiles_v = tl.cdiv(V, BLOCK_V)

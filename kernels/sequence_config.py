@@ -89,7 +89,7 @@ class SequenceConfig(LaunchConfig):
         return cdiv(inner, self.split_k * self.block_k)
 
     def rounds(self, inner: int) -> int:
-        """L2 round trips of a step for the exchanged state, for an inner dimension of this size."""
+        """Return the L2 round trips of a step for the exchanged state, for an inner dimension of this size."""
         return cdiv(self.chunks(inner), self.in_flight)
 
 

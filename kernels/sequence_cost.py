@@ -1,4 +1,4 @@
-"""What a configuration of the sequence kernels takes of the device, and the cost model of a step.
+"""The registers and memory of a configuration of the sequence kernels, and the cost model of a step.
 
 No number here has been measured on a GPU yet.
 """

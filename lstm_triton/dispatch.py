@@ -55,7 +55,7 @@ class Environment:
 
 @functools.cache
 def environment(device: torch.device) -> Environment:
-    """The environment of calls on this device."""
+    """Return the environment of calls on this device."""
     capability = None
     if device.type == "cuda" and torch.version.cuda is not None:
         capability = torch.cuda.get_device_capability(device)

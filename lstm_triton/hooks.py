@@ -150,7 +150,7 @@ def cell_of(module: torch.nn.Module) -> Any:
 
 
 def is_torchs(module: torch.nn.Module) -> bool:
-    """Whether it is a torch.nn.LSTM, GRU, a cell of these, or of a class derived from them, and has not been converted."""
+    """Return whether module is of torch.nn.LSTM, GRU, their cells or a derived class, and not converted."""
     return isinstance(module, THEIRS) and kind(module) is None
 
 

@@ -1,7 +1,7 @@
-"""What was measured on this very device: the file that `lstm-triton tune` writes, and what "auto" and launches take from it.
+"""Measurements on this device: the file that `lstm-triton tune` writes, and its use by "auto" and by launches.
 
 A row holds for one shape, device, driver, Triton, torch and source of the kernels, and for sequences of half to twice its
-length. The user's file comes first, then the package's own of the same format, then the model (`kernels.search`).
+length. The user's file comes first, then the package's own in the same format, then the cost model (`kernels.search`).
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def path() -> Path:
 
 
 def _read(file: Path) -> list[Row]:
-    """Raises ValueError for anything but rows."""
+    """Read the rows of a file. Raises ValueError for anything else."""
     given = json.loads(file.read_text())
     if not isinstance(given, list):
         raise ValueError("not a list of rows")

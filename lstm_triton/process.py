@@ -86,8 +86,7 @@ class Process:
 
 
 def answer(connection: Any, respond: Callable[[Any], None]) -> None:
-    """In the new process: answer each request by the events that `respond` sends, until there are no more requests, or the
-    device is lost."""
+    """Answer each request, in the new process, by the events that `respond` sends, until requests end or the device is lost."""
     while True:
         try:
             request = connection.recv()

@@ -77,11 +77,11 @@ def check_packed(module: torch.nn.RNNBase, packed: PackedSequence) -> None:
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """t on this device. From the CPU without waiting for what the GPU has yet to do.
+    """Return t on this device, copied from the CPU without waiting for the GPU's pending work.
 
-    A copy of pageable memory may wait, one of the caller's pinned memory would read what that holds when the GPU gets there: it
-    goes through pinned memory of its own, which torch's allocator gives to nobody else before the copy is done. A captured copy
-    would be repeated from there at each replay: torch refuses the plain one.
+    A copy from pageable memory may wait, and one from the caller's pinned memory would read what that holds when the GPU gets
+    there. So t goes through pinned memory of its own, which torch's allocator does not reuse before the copy is done. During a
+    capture the copy is a plain one, which torch refuses, because a replay would repeat it from that memory.
     """
     is_plain = device.type != "cuda" or t.device.type != "cpu" or torch.compiler.is_compiling()
     if is_plain or torch.cuda.is_current_stream_capturing():

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def read(value: Any, hint: Any, where: str) -> Any:
-    """`value`, as json gives it, as the annotation `hint` has it: mappings become dataclasses, numbers are finite and >= 0.
+    """Convert `value`, from json, to the annotation `hint`: mappings become dataclasses; numbers must be finite and >= 0.
 
     Raises ValueError where it is not of that kind, and names the member; `where` is the name of the whole.
     """

@@ -1,4 +1,4 @@
-"""The one rule by which results are judged: no worse than torch itself in the same dtype, both against the truth.
+"""The rule that judges all results: no worse than torch in the same dtype, both against the truth.
 
 For every tensor of n elements, with errors taken against the truth (float64, or more for float64 results),
 
@@ -6,7 +6,7 @@ For every tensor of n elements, with errors taken against the truth (float64, or
     RMS error of ours     <= 1.25 * (1 + 3 / sqrt(2n)) * RMS error of torch + 1/4 ulp
 
 * torch computes in the same dtype and with the same input precision of float32 products. In TF32 that is the specification in
-  plain PyTorch, its products truncated as tensor cores do (`Tf32Products`): what cuBLAS and cuDNN make of TF32 differs from
+  plain PyTorch, its products truncated as by tensor cores (`Tf32Products`), because cuBLAS and cuDNN use TF32 differently from
   size to size, from rounding to nearest to full float32. Its error is the worst on this
   problem and on a few next to it (`neighbours`), because on one problem torch is often right, or wrong, by luck. Moving the
   inputs by a few ulps redraws most roundings and keeps every cancellation; moving them by some three percent also redraws
@@ -17,8 +17,7 @@ For every tensor of n elements, with errors taken against the truth (float64, or
 * ulp is the dtype's epsilon times the largest true value of the tensor. The floors stand for the rounding of the result
   itself, at most 1/2 ulp and 1/4 in RMS, and for the few before it; they matter where torch's error is near zero.
 
-On purpose there is nothing to tune per case: a result that fails has lost accuracy, or the yardstick was computed in another
-precision.
+Nothing can be tuned per case. A result that fails has lost accuracy, or torch computed in another precision.
 """
 
 import math
@@ -45,7 +44,7 @@ class Errors:
 
     @staticmethod
     def of(difference: Tensor, truth: Tensor) -> "Errors":
-        """From result minus truth, both in float64; infinite if the difference holds a NaN."""
+        """Return the errors of difference = result - truth, both in float64; infinite if it holds a NaN."""
         if difference.numel() == 0:
             return Errors(0, 0.0, 0.0)
         if difference.isnan().any():
@@ -59,7 +58,7 @@ def worst(of: Sequence[Errors]) -> Errors:
 
 
 def neighbours(tensors: Sequence[Tensor | None], seed: int = 0) -> list[list[Tensor | None]]:
-    """The given inputs, and NEIGHBOURS - 1 times the same moved a little: see above."""
+    """Return the inputs, and NEIGHBOURS - 1 times the same moved a little (see above)."""
     generator = torch.Generator().manual_seed(seed)
 
     def moved(t: Tensor | None, ulps: bool) -> Tensor | None:

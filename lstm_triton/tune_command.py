@@ -19,7 +19,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "fl
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`lstm-triton tune`."""
+    """Run `lstm-triton tune`."""
     parser = argparse.ArgumentParser(
         "lstm-triton tune", description="Find what runs a call fastest on this GPU, and keep it."
     )
