@@ -63,7 +63,8 @@ def _waiting_after_the_loads(way, source):
 
 
 def _loading_weights_in_every_step(source):
-    load = re.search(r"    el(if RESIDENT:\n        for chunk in [\s\S]*?\n            \)\n)", source)[1]
+    resident = r"    el(if RESIDENT:\n(?:        columns = .*\n)?        for chunk in [\s\S]*?\n            \)\n)"
+    load = re.search(resident, source)[1]
     product = re.search(r"        if IN_BAND:\n            (z = |# In the first step)", source)[0]
     again = "        weights = ()\n" + re.sub(r"^(?=.)", "    ", "    " + load, flags=re.MULTILINE)
     return source.replace(product, again + product)
