@@ -57,6 +57,8 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     stepwise = list(_stepwise(problem))
     least = min(cost(problem, config, device) for config in stepwise)
     kept = [config for config in costs if config.launches == 1 or costs[config] < least]
+    if problem.only_in_band:  # whose products from shared memory take longer than an exchange
+        kept = [config for config in kept if config.in_band] or kept
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
         chunk = config.block_b * config.block_k * problem.dtype.itemsize / 4096
@@ -95,7 +97,8 @@ def _forms(problem: Problem, block_b: int, block_h: int, num_warps: int) -> Iter
     # In band, `fragments` loads 16 bytes; forward, rows are padded for that (`exchanged_row`).
     if True in _IN_BAND and enough and (forward or 4 * problem.H * itemsize % 16 == 0):
         yield from itertools.product([True], [num_warps], [_CHUNK_BYTES // itemsize], _IN_FLIGHT_IN_BAND)
-    if False in _IN_BAND and block_b >= 16 and not problem.only_in_band:
+    # On CUDA cores, or in two parts, W_hh in shared memory serves a program that has all units, and waits for no other.
+    if False in _IN_BAND and block_b >= 16 and (problem.H <= block_h or not problem.only_in_band):
         yield from itertools.product([False], [1, num_warps] if forward else [num_warps], _DEPTHS, _BYTES_IN_FLIGHT)
 
 

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
     @property
     def only_in_band(self) -> bool:
-        """Whether one launch of all steps needs W_hh in registers: CUDA cores do, and tf32x3, which splits W_hh in two."""
+        """Whether programs of one launch need W_hh in registers: CUDA cores do, and tf32x3, which splits W_hh in two."""
         return self.dtype == torch.float32 and self.precision != "tf32"
 
 

@@ -45,6 +45,15 @@ def compiler(monkeypatch):
     return answering
 
 
+@pytest.mark.parametrize("precision, alone", [("ieee", 4), ("tf32x3", 8)])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_in_full_float32_one_program_holds_all_units_where_two_cannot_share_them(way, precision, alone):
+    for H in (alone, 32):
+        problem = Problem(way, 16, H, 1, torch.float32, precision)
+        persistent = [c for c in search.candidates(problem, H100) if c.persistent]
+        assert {(c.in_band, c.programs > 1) for c in persistent} == {(H != alone, H != alone)}, H
+
+
 def test_the_cheapest_candidate_that_compiles_well_is_taken(compiler):
     asked = compiler(0)
     first = search.candidates(PROBLEM, H100)[0]

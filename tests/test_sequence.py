@@ -132,6 +132,17 @@ def test_one_launch_where_a_program_holds_all_units(kind, H, device, count_launc
     layers.assert_as_accurate_as_torch(results, problem)
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind, H", [("fp32", 3), ("tf32x3", 8)])
+def test_one_launch_in_full_float32_where_a_program_holds_all_units(kind, H, device, count_launches):
+    """Elsewhere several programs exchange h, and hold W_hh in registers."""
+    dtype, precision = KINDS[kind]
+    problem = layers.draw(4, 3, 4, H, 1, dtype, precision=precision, device=device)
+    results = layers.by_kernels(problem, "triton-persistent")
+    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
+    layers.assert_as_accurate_as_torch(results, problem)
+
+
 def _without_results(dtype, T, B, H, backend, monkeypatch):
     """A layer that is planned as on a GPU and launches nothing: the error of its backend, or None."""
     from lstm_triton.kernels import interpreter, launch

@@ -73,9 +73,8 @@ def test_every_candidate_can_be_launched(name):
         for config in found:
             case = problem, config
             if config.persistent:
-                assert dtype != torch.float64 and (config.in_band or precision == "tf32" or dtype != torch.float32), (
-                    case
-                )
+                full = dtype == torch.float32 and precision != "tf32"  # W_hh is in registers, or all in one program
+                assert dtype != torch.float64 and (config.in_band or config.programs == 1 or not full), case
                 assert config.programs == 1 or config.programs * config.groups_at_once <= device.sms, case
                 assert config.launches == 1 or config.programs * config.groups > device.sms, case
                 assert _bytes(problem, config) <= device.shared_memory, case
