@@ -5,17 +5,10 @@ import itertools
 import pytest
 import torch
 from support import cells
+from support.problems import KINDS
 
 from lstm_triton.functional import lstm_cell
 
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp16": (torch.float16, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 # B, I, H. Tiles are 16, 32 or 64 rows, 4, 8 or 16 units, and 16, 32 or 64 of the inner dimension.

@@ -92,32 +92,15 @@ def test_no_input_features():
     assert cell.weight_ih.shape == (4 * N, 0)
 
 
-@pytest.mark.parametrize("index", range(8))
-def test_wrong_shapes(index):
-    matrices = _matrices()
-    matrices[index] = matrices[index][:-1]
-    with pytest.raises(ValueError, match="four matrices"):
-        from_gate_matrices(*matrices)
-
-
-def test_a_matrix_with_fewer_rows_than_units():
-    with pytest.raises(ValueError, match="four matrices"):
-        from_gate_matrices(*(t[: N - 1] if t.dim() == 2 else t for t in _matrices()))
-
-
-def test_wrong_ranks():
-    matrices = _matrices()
-    for index, wrong in (
-        (0, torch.zeros(())),
-        (0, torch.zeros(N)),
-        (2, torch.zeros(2, P + N, N)),
-        (6, torch.zeros(())),
-        (1, torch.zeros(())),
-    ):
+def test_wrong_shapes_and_ranks():
+    good = _matrices()
+    wrong = [[t[: N - 1] if t.dim() == 2 else t for t in good], [torch.zeros(())] * 8]
+    replaced = [(k, t[:-1]) for k, t in enumerate(good)]
+    replaced += [(k, torch.zeros(shape)) for k, shape in ((0, ()), (0, N), (2, (2, P + N, N)), (6, ()), (1, ()))]
+    wrong += [[*good[:k], t, *good[k + 1 :]] for k, t in replaced]
+    for matrices in wrong:
         with pytest.raises(ValueError, match="four matrices"):
-            from_gate_matrices(*matrices[:index], wrong, *matrices[index + 1 :])
-    with pytest.raises(ValueError, match="four matrices"):
-        from_gate_matrices(*[torch.zeros(())] * 8)
+            from_gate_matrices(*matrices)
 
 
 @pytest.mark.parametrize("index", [0, 3])

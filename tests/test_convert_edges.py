@@ -54,13 +54,6 @@ def no_warnings():
 # ---- which classes -------------------------------------------------------------------------------------------------
 
 
-def test_the_type_stays(no_warnings):
-    """What clients ask, look up in tables, or call by type."""
-    model = convert(torch.nn.Sequential(torch.nn.LSTM(3, 5), torch.nn.LSTMCell(3, 5)))
-    assert [type(m) for m in model] == [torch.nn.LSTM, torch.nn.LSTMCell]
-    assert isinstance(model[0], torch.nn.LSTM) and _is_converted(model[0])
-
-
 def test_modules_that_are_not_converted_are_torchs(no_warnings):
     convert(torch.nn.LSTM(3, 5))
     plain = torch.nn.LSTM(3, 5)
@@ -176,12 +169,6 @@ def test_a_printed_model_shows_what_has_been_converted(no_warnings):
     assert repr(model[0]) == "LSTM(3, 5, backend='auto', precision='ieee', recompute=True)"
     assert repr(model[1]) == "LSTMCell(3, 5, backend='auto', precision='ieee', recompute=True)"
     assert repr(to_torch(model)[0]) == "LSTM(3, 5)"
-
-
-def test_explain_of_a_model(no_warnings):
-    model = torch.nn.Sequential(torch.nn.LSTM(3, 5), torch.nn.Linear(5, 2))
-    assert explain(model) == "0: LSTM: torch's own: not converted."
-    assert explain(convert(model)).startswith("0: LSTM(3, 5) on cpu, torch.float32: torch: ")
 
 
 def test_weights_that_a_client_loads_anew(no_warnings):

@@ -220,11 +220,14 @@ def _judge_cell(scale):
 
 
 @pytest.mark.skipif(not interpreter.is_interpreting(), reason="changes the interpreter's functions")
-@pytest.mark.parametrize("judge", [_judge_layer, _judge_cell])
 @pytest.mark.parametrize(
-    "signs_of_exponentials, signs_of_reciprocals",
-    list(zip(2 * [*SIGNS.values()], [*SIGNS.values(), UP, DOWN])),
-    ids=["anywhere", "at the bounds", "anywhere, up", "at the bounds, down"],
+    "judge, signs_of_exponentials, signs_of_reciprocals",
+    [
+        *((_judge_cell, *signs) for signs in zip(2 * [*SIGNS.values()], [*SIGNS.values(), UP, DOWN])),
+        (_judge_layer, SIGNS["anywhere"], UP),
+        (_judge_layer, SIGNS["at the bounds"], DOWN),
+    ],
+    ids=["anywhere", "at the bounds", "anywhere, up", "at the bounds, down", "layer, up", "layer, down"],
 )
 def test_the_largest_errors_of_a_device_pass_the_rule(signs_of_exponentials, signs_of_reciprocals, judge, monkeypatch):
     np.random.seed(0)

@@ -6,14 +6,10 @@ import pytest
 import torch
 from support import cells, layers, readouts
 from support.layouts import LAYOUTS, expanded_columns
+from support.problems import KINDS
 
 from lstm_triton.kernels.device import fp32_precision
 
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "ieee"),
-}
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
 
 
@@ -47,7 +43,7 @@ def test_any_strides(of, shape, layout, kind, device):
 
 @pytest.mark.compiled
 @_cases(cells=[(3, 7, 19)], readouts=[(17, 7, 33), (2, 3, 260)], layers=[(7, 3, 5, 19)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
 def test_two_runs_agree_bit_for_bit(of, shape, kind, device, executed):
     """Whatever the order in which programs, warps and lanes take turns."""
     directions = {"D": 2 if kind == "tf32" else 1} if of is layers else {}  # as test_sequence compiles them

@@ -3,19 +3,12 @@
 import pytest
 import torch
 from support import readouts
+from support.problems import KINDS
 
 from lstm_triton import functional, reference
 from lstm_triton.kernels import config as configs
 from lstm_triton.kernels import readout, readout_backward, readout_sums
 
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp16": (torch.float16, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 # B, H, V. Logits are in tiles of 16 to 128 rows and 32 to 128 columns, and H goes by 16 to 64; 130 takes several tiles.

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 from support import recurrents, segmented
+from support.lstms import assert_close, flat, trained
 from test_cells import CATALOGUE, eight, lstm
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, dispatch, explain, patch, to_torch
 from lstm_triton.cells import catalogue, modules
@@ -38,24 +39,6 @@ def _states(module, device, B=B):
     return tuple(states) if has_two else states[0]
 
 
-def _flat(result):
-    y, hx, *others = result
-    y = y.data if isinstance(y, PackedSequence) else y
-    return [y, *(hx if isinstance(hx, tuple) else (hx,)), *others]
-
-
-def _trained(module, input, hx, leaves):
-    results = _flat(module(input, hx))
-    weights = [*leaves, *module.parameters()]
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in results]
-    return results + list(torch.autograd.grad(results, weights, cotangents, retain_graph=True))
-
-
-def _assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
 # ---- beside torch ----------------------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -76,10 +59,10 @@ def test_trains_like_torch(row, device):
     x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
     hx = _states(theirs, device)
     leaves = (x, *(hx if isinstance(hx, tuple) else (hx,)))
-    _assert_close(_trained(ours, x, hx, leaves), _trained(theirs, x, hx, leaves))
-    _assert_close(_flat(ours(x)), _flat(theirs(x)))
+    assert_close(trained(ours, x, hx, leaves), trained(theirs, x, hx, leaves))
+    assert_close(flat(ours(x)), flat(theirs(x)))
     unbatched = x[0] if ours.batch_first else x[:, 0]
-    _assert_close(_flat(ours(unbatched)), _flat(theirs(unbatched)))
+    assert_close(flat(ours(unbatched)), flat(theirs(unbatched)))
 
 
 @BACKENDS
@@ -90,7 +73,7 @@ def test_packed_sequences(name, backend, device):
     packed = pack_padded_sequence(x, torch.tensor([2, 4, 3]), enforce_sorted=False)
     hx = _states(theirs, device)
     leaves = (x, *(hx if isinstance(hx, tuple) else (hx,)))
-    _assert_close(_trained(ours, packed, hx, leaves), _trained(theirs, packed, hx, leaves))
+    assert_close(trained(ours, packed, hx, leaves), trained(theirs, packed, hx, leaves))
 
 
 @BACKENDS
@@ -110,11 +93,11 @@ def test_resets_and_lengths_are_segments_run_one_by_one(backend, device):
     first = whole(x[:2, :1], torch.stack((hx[0, :1], start[1, :1])))
     middle = whole(x[2:4, :1], start[:, :1].contiguous())
     last = whole(x[4:, :1], torch.stack((start[0, :1], hx[1, :1])))
-    _assert_close(y[:, :1], torch.cat([first[0], middle[0], last[0]]))
-    _assert_close(h_n[:, :1], torch.stack((last[1][0], first[1][1])))
+    assert_close(y[:, :1], torch.cat([first[0], middle[0], last[0]]))
+    assert_close(h_n[:, :1], torch.stack((last[1][0], first[1][1])))
     short = whole(x[:3, 1:], hx[:, 1:].contiguous())
-    _assert_close(y[:3, 1:], short[0])
-    _assert_close(h_n[:, 1:], short[1])
+    assert_close(y[:3, 1:], short[0])
+    assert_close(h_n[:, 1:], short[1])
     assert not y[3:, 1].any()
 
 
@@ -125,7 +108,7 @@ def test_recompute_gives_the_same_gradients(backend, device):
     hx = _states(ours, device)
     again = copy.deepcopy(ours)
     again.recompute = True
-    _assert_close(_trained(again, x, hx, (x, hx)), _trained(ours, x, hx, (x, hx)))
+    assert_close(trained(again, x, hx, (x, hx)), trained(ours, x, hx, (x, hx)))
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -149,9 +132,9 @@ def test_cells_step_like_torchs(backend, bias, device):
             found = found if isinstance(found, tuple) else (found,)
             total = sum(t.square().sum() for t in found)
             results.append([*found, *torch.autograd.grad(total, [x, h, *module.parameters()])])
-        _assert_close(*results)
-        _assert_close(ours(x), theirs(x))
-        _assert_close(ours(x[0]), theirs(x[0]))
+        assert_close(*results)
+        assert_close(ours(x), theirs(x))
+        assert_close(ours(x[0]), theirs(x[0]))
 
 
 # ---- torch.nn.GRU ----------------------------------------------------------------------------------------------------
@@ -186,18 +169,18 @@ def test_convert_and_patch(device):
     assert convert(model, backend="triton", precision="ieee") is model
     assert type(model.gru) is torch.nn.GRU and type(model.cell) is torch.nn.GRUCell
     assert "backend='triton'" in repr(model.gru)
-    _assert_close(model(x), expected)
+    assert_close(model(x), expected)
     ours = GRU(I, H, dtype=torch.float64, device=device, backend="reference")
     ours.load_state_dict(model.gru.state_dict())
-    _assert_close(model.gru(x, resets=resets), ours(x, resets=resets))
+    assert_close(model.gru(x, resets=resets), ours(x, resets=resets))
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        _assert_close(again(x), expected)
+        assert_close(again(x), expected)
         assert again.gru.backend == "triton"
-    _assert_close(to_torch(model)(x), expected)
+    assert_close(to_torch(model)(x), expected)
     assert not hasattr(model.gru, "backend")
     convert(model, compilable=True)
     assert type(model.gru) is GRU and type(model.cell) is torch.nn.GRUCell
-    _assert_close(model(x), expected)
+    assert_close(model(x), expected)
     assert type(to_torch(model).gru) is torch.nn.GRU
     with patch(backend="reference"):
         assert Model(device).gru.backend == "reference"

@@ -8,19 +8,12 @@ import pytest
 import torch
 import triton.language as tl
 from support import layers
+from support.problems import KINDS
 
 from lstm_triton import functional
 from lstm_triton.kernels import layer as sequence_layer
 from lstm_triton.kernels import layer_backward
 
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp16": (torch.float16, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 kinds = pytest.mark.parametrize("kind", KINDS)
 directions = pytest.mark.parametrize("D", [1, 2])
 

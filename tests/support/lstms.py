@@ -34,9 +34,10 @@ def states(module: torch.nn.RNNBase, B: int | None, **options) -> tuple[Tensor, 
 
 
 def flat(result) -> list[Tensor]:
-    """output, h_n, c_n and, if there are any, cell states; of a PackedSequence its data."""
-    output, (h_n, c_n), *cells = result
-    return [t.data if isinstance(t, PackedSequence) else t for t in (output, h_n, c_n, *cells)]
+    """output, h_n, c_n (or the one state of a GRU) and, if there are any, cell states; of a PackedSequence its data."""
+    output, states, *cells = result
+    states = states if isinstance(states, tuple) else (states,)
+    return [t.data if isinstance(t, PackedSequence) else t for t in (output, *states, *cells)]
 
 
 def gradients(results: list[Tensor], leaves, seed: int = 0) -> list[Tensor]:
