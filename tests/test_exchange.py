@@ -80,7 +80,7 @@ def test_the_state_is_loaded_in_rounds(monkeypatch, device):
 def test_full_precision_with_the_tiles_of_the_search(kind, monkeypatch, device, count_launches):
     for name, tiles in AS_SEARCHED.items():
         monkeypatch.setattr(search, name, tiles)
-    problem = layers.draw(T=4, B=18, I=3, H=96, **kind, device=device)
+    problem = layers.draw(T=4, B=18, I=3, H=64, **kind, device=device)
     results = _results(problem)
     launches = count_launches()
     assert launches[FORWARD] == launches[BACKWARD] == 1
