@@ -22,7 +22,7 @@ _cpu_figures = figures(132, 227 * 1024, (9, 0))  # those of an H100
 
 
 def device_figures(device: torch.device) -> DeviceFigures:
-    """Return the figures of a GPU or MIG instance; for a CPU, those of the GPU that it stands for (`launch.cpu_as`)."""
+    """Return the figures of a GPU or MIG instance; for a CPU, those of the GPU that it stands for."""
     return _cuda_figures(device.index) if device.type == "cuda" else _cpu_figures
 
 
