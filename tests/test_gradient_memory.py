@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import segmented
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
 
@@ -30,15 +31,19 @@ def check(outputs, leaves, create_graph):
 
 backends = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 recorded = pytest.mark.parametrize("create_graph", [False, True])
+OPTIONS = {
+    "one layer": {},
+    "deep": {"num_layers": 2, "bidirectional": True},
+    "recompute": {"recompute": True},
+    "projection": {"proj_size": 1},
+}
+AXES = {"backend": ["triton", "auto", "reference"], "segments": [*SEGMENTS], "options": [*OPTIONS]}
 
 
-@backends
 @recorded
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"recompute": True}, {"proj_size": 1}], ids=str
-)
-@pytest.mark.parametrize("segments", SEGMENTS)
-def test_of_a_layer(segments, options, backend, create_graph, device):
+@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(row.values()))
+def test_of_a_layer(row, create_graph, device):
+    backend, segments, options = row["backend"], row["segments"], OPTIONS[row["options"]]
     torch.manual_seed(0)
     H = 1 + options.get("proj_size", 0)
     module = LSTM(2, H, backend=backend, device=device, **options)
