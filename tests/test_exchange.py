@@ -100,7 +100,7 @@ def test_groups_that_do_not_fit_at_once_share_a_few_launches(monkeypatch, device
 
 
 def test_a_single_step_waits_for_nothing(device):
-    problem = layers.draw(T=1, B=3, I=3, H=32, D=2, **BF16, device=device)
+    problem = layers.draw(T=1, B=3, I=3, H=32, D=2, **BF16, **SEGMENTS, device=device)
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, "triton-persistent"), problem)
 
 
