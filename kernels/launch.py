@@ -59,9 +59,8 @@ class Launcher:
         """Launch with the kernel's arguments by name, on the device of the first tensor.
 
         arguments: one dict, since a call with as many keywords takes Python twice as long. The launcher adds the
-        meta-parameters of
-            the configuration and, where each stride_<name>_<dimension> belongs to a <name>_ptr, all strides in the order of
-            their dimensions; 0 for None.
+            meta-parameters of the configuration and, where each stride_<name>_<dimension> belongs to a <name>_ptr, all strides
+            in the order of their dimensions; 0 for None.
         launch_cooperative_grid: let the driver refuse a grid whose programs cannot all run at once. The arguments that select
             the compiled kernel must determine it.
 
