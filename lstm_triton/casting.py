@@ -17,9 +17,12 @@ _held: dict[torch.device, TensorWeakRef] = {}
 
 def is_autocast(device_type: str) -> bool:
     """Return whether autocast is on for this device type; False for types without autocast (meta)."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
+    if not torch._C._is_any_autocast_enabled():
         return False
-    return torch.is_autocast_enabled(device_type)
+    try:  # torch.amp.is_autocast_available would break the graph of torch.compile in torch 2.11
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        return False
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
