@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from support import cells
-from support.problems import KINDS
+from support.aot import KINDS
 
 from lstm_triton.functional import lstm_cell
 

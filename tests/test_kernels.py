@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from support import cells, layers, readouts
+from support.aot import KINDS
 from support.layouts import LAYOUTS, expanded_columns
-from support.problems import KINDS
 
 from lstm_triton.kernels.device import fp32_precision
 

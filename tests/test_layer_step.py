@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from support import layers
+from support.aot import KINDS
 from support.lstms import flat, gradients
 from torch.utils._pytree import tree_leaves
 
@@ -13,14 +14,6 @@ from lstm_triton.cells import catalogue
 from lstm_triton.kernels import launch, layer_step, search
 
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 
 
 @pytest.mark.compiled

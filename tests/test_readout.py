@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import readouts
-from support.problems import KINDS
+from support.aot import KINDS
 
 from lstm_triton import functional, reference
 from lstm_triton.kernels import config as configs

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import layers
-from support.problems import KINDS
+from support.aot import KINDS
 
 from lstm_triton.kernels import layer_backward
 from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, split_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 from support import layers
-from support.problems import KINDS
+from support.aot import KINDS
 
 from lstm_triton import functional
 from lstm_triton.kernels import layer as sequence_layer

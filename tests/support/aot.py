@@ -32,6 +32,7 @@ SHARED_MEMORY_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 <<
 # Architectures for which Triton writes the same PTX, products of float64 apart: one process of a test compiles for all of them.
 GENERATIONS = ((80, 86, 89), (90,), (100,), (120,))
 
+# What a test calls a dtype, and the precision of its products.
 KINDS = {
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),

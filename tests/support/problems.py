@@ -11,15 +11,6 @@ from torch import Tensor
 from . import tolerance
 from .extended import Extended
 
-# What a test calls a dtype, and the precision of its products.
-KINDS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp16": (torch.float16, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 Function = Callable[..., tuple[Tensor, ...]]
 Results = Sequence["Tensor | Extended | None"]
 
