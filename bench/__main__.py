@@ -13,11 +13,10 @@ from lstm_triton import process
 
 from . import device as devices
 from . import run, suites
-from .cases import DTYPES, MODES, Task, require
-from .device import UsageError
+from .cases import DTYPES, MODES, Task, UsageError, require
 from .progress import Progress, missing
 from .providers import PROVIDERS
-from .rows import CPU_LABEL, StoreError, read_all
+from .rows import CPU_LABEL, read_all
 
 EPILOG = """suites:
 {suites}
@@ -50,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         shows = options.validate or options.compare or options.report or options.readme
         return _show(options) if shows else _measure(options, started)
-    except (StoreError, UsageError, RuntimeError) as error:
+    except (UsageError, RuntimeError) as error:
         print(f"lstm-triton bench: {error}", file=sys.stderr)
-        return 2 if isinstance(error, StoreError | UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured is kept, and the same command continues", file=sys.stderr)
         return 130
@@ -74,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
     how, folders = (
         parser.add_argument_group("how").add_argument,
-        "bench/results/<device>, installed ./lstm-triton-bench/<device>",
+        "bench/results/<device>, installed ./lstm-triton-bench/",
     )
     how("--device", default="auto", help="auto (the GPU, if any), cuda, cuda:1, cpu")
     how("--output", type=Path, help=f"folder; default: {folders}")
@@ -148,7 +147,7 @@ def _measure(o: argparse.Namespace, started: float) -> int:
             print(f"{t.suite:<13} {t.kind:<11} {'+'.join(t.executions):<12} {t.case.describe()}  {t.case.name}")
         return 0
     o.seconds = o.seconds or (0.5 if o.device == "cpu" else 1.0)
-    o.output = o.output or devices.results_folder() / devices.folder_name(devices.describe(torch.device(o.device)).name)
+    o.output = o.output or devices.results_folder(devices.describe(torch.device(o.device)).name)
     if o.budget is not None:
         # What starting took is spent already, and the end wants its moment: the report, by the rows there are, and the exit.
         at_the_end = _END_S + _END_S_PER_BYTE * sum(file.stat().st_size for file in o.output.rglob("*.jsonl"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lstm_triton.reference import lstm_step
 
 from .cases import require
-from .problem import Model, Problem, Provider, Run, State, Unavailable, by_cells, load, torch_lstm
+from .problem import Model, Problem, Provider, Run, State, Unavailable, by_steps, load, torch_lstm
 
 
 def _model(problem: Problem, make: Callable[[Any, Problem], Run]) -> Model:
@@ -19,17 +19,16 @@ def _model(problem: Problem, make: Callable[[Any, Problem], Run]) -> Model:
     rule = "written for one layer of an LSTM in one direction, over padded batch rows"
     require({rule: kind == ("layer", "lstm", 1, 1, 0) and case.rows != "packed"}, Unavailable)
     lstm: Any = torch_lstm(case, problem.device, problem.x.dtype)
-    weights = load(lstm, problem)
-    return Model(make(lstm, problem), weights)
+    return Model(make(lstm, problem), load(lstm, problem))
 
 
-def _split(lstm: Any, problem: Problem) -> Run:
+def split(lstm: Any, problem: Problem) -> Run:
     """One call of torch.nn.LSTM from each step at which a batch row starts anew or ends to the next."""
     resets, lengths = problem.resets, problem.lengths
     require({"there is nothing to split at": resets is not None or lengths is not None}, Unavailable)
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        T, cuts, (h, c) = len(x), {0, len(x)}, state
+        cuts, (h, c) = {0, len(x)}, state
         if resets is not None:
             cuts |= set(resets.any(1).nonzero()[:, 0].tolist())
         if lengths is not None:
@@ -46,13 +45,12 @@ def _split(lstm: Any, problem: Problem) -> Run:
             y, (h, c) = lstm(x[start:stop, : h.shape[1]], (h, c))
             ys.append(nn.functional.pad(y, (0, 0, 0, x.shape[1] - y.shape[1])))
         h, c = (torch.cat(states[::-1], 1) for states in zip(*ended, (h, c)))
-        y = torch.cat(ys)
-        return nn.functional.pad(y, (0, 0, 0, 0, 0, T - len(y))), (h, c)
+        return torch.cat(ys), (h, c)
 
     return run
 
 
-def _packed(lstm: Any, problem: Problem) -> Run:
+def packed(lstm: Any, problem: Problem) -> Run:
     """Every segment a row of one packed call."""
     resets: Any = problem.resets
     of_full_rows = resets is not None and problem.lengths is None
@@ -67,13 +65,12 @@ def _packed(lstm: Any, problem: Problem) -> Run:
         stop[-1] = T
         length, order = (stop - start).sort(descending=True)
         row, start, stop = row[order], start[order], stop[order]
-        step = torch.arange(int(length[0]))[:, None]
+        step = torch.arange(int(length[0]), device=x.device)[:, None]
         active = step < length
         at = ((start + step) * B + row)[active]
         first = (start == 0) & ~resets[0, row]
         h, c = (s[:, row] * first[:, None] for s in state)
-        packed = nn.utils.rnn.PackedSequence(x.reshape(T * B, I)[at], active.sum(1))
-        y, last = lstm(packed, (h, c))
+        y, last = lstm(nn.utils.rnn.PackedSequence(x.reshape(T * B, I)[at], active.sum(1).cpu()), (h, c))
         ends = (stop == T).nonzero()[:, 0]
         ends = ends[row[ends].argsort()]
         h, c = (s[:, ends] for s in last)
@@ -82,9 +79,10 @@ def _packed(lstm: Any, problem: Problem) -> Run:
     return run
 
 
-def _loop(lstm: Any, problem: Problem) -> Run:
+def loop(lstm: Any, problem: Problem) -> Run:
     """One product for the inputs of all steps, and a loop that keeps h and c of each."""
     w_ih, w_hh, b_ih, b_hh = lstm._flat_weights
+    lengths = None if problem.lengths is None else problem.lengths.to(problem.device)
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
         cells = []
@@ -96,7 +94,7 @@ def _loop(lstm: Any, problem: Problem) -> Run:
             return h, (h, c)
 
         z = nn.functional.linear(x, w_ih, b_ih + b_hh)
-        y, state = by_cells(step, problem.resets, problem.lengths)(z, state)
+        y, state = by_steps(step, problem.resets, lengths)(z, state)
         if problem.case.cell_states:
             torch.stack(cells)
         return y, state
@@ -104,7 +102,6 @@ def _loop(lstm: Any, problem: Problem) -> Run:
     return run
 
 
-_WAYS: dict[str, Callable[[Any, Problem], Run]] = {"split": _split, "packed": _packed, "loop": _loop}
 PROVIDERS: dict[str, Provider] = {
-    f"torch by hand: {name}": functools.partial(_model, make=make) for name, make in _WAYS.items()
+    f"torch by hand: {way.__name__}": functools.partial(_model, make=way) for way in (split, packed, loop)
 }

@@ -14,6 +14,10 @@ DTYPES, MODES = get_args(Dtype), get_args(Mode)
 _UNUSUAL = "form cell input_size layers bidirectional proj_size rows resets cell_states carried scale".split()
 
 
+class UsageError(ValueError):
+    """Arguments that make no sense together or here, or a file that cannot be used; the message says which and why."""
+
+
 def require(rules: Mapping[str, object], kind: type[Exception] = ValueError) -> None:
     """Raise `kind` with the first of the sentences that does not hold."""
     for rule, holds in rules.items():
@@ -123,4 +127,4 @@ class Task:
     case: Case
     kind: Kind = "timing"
     executions: Sequence[Execution] = field(default=("eager",), compare=False)
-    providers: Sequence[str] | None = field(default=None, compare=False)  # None: those chosen for the run
+    providers: Sequence[str] | None = field(default=None, compare=False)  # None: those worth comparing

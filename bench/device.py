@@ -17,7 +17,7 @@ import torch
 import lstm_triton
 from lstm_triton import versions as installed
 
-from .cases import Task, require
+from .cases import Task, UsageError, require
 from .rows import CPU_LABEL, Device, Row, Source, Versions
 
 # What torch reads of a GPU by NVML.
@@ -28,10 +28,6 @@ _READERS: dict[str, Callable[[torch.device], float]] = {
     "utilization_percent": torch.cuda.utilization,
 }
 _LEFT_OUT = {"cli.py", "check.py", "_version.py", "process.py", "storage.py", "timing.py", "versions.py"}
-
-
-class UsageError(ValueError):
-    """Arguments that make no sense together, or here."""
 
 
 def pick(name: str) -> str:
@@ -94,15 +90,12 @@ def checkout() -> Path | None:
     return folder if (folder / "pyproject.toml").is_file() and (folder / "kernels").is_dir() else None
 
 
-def results_folder() -> Path:
-    """Where rows go by default: bench/results in a checkout, ./lstm-triton-bench where the package is installed."""
+def results_folder(name: str = "") -> Path:
+    """Where rows go by default: bench/results in a checkout, ./lstm-triton-bench where the package is installed; those of a
+    device in a folder of its `name`, such as "nvidia-h200"."""
     folder = checkout()
-    return folder / "bench" / "results" if folder else Path("lstm-triton-bench")
-
-
-def folder_name(name: str) -> str:
-    """A device's name as a folder: "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
+    folder = folder / "bench" / "results" if folder else Path("lstm-triton-bench")
+    return folder / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class RowMaker:

@@ -3,7 +3,6 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,9 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+from pandas import DataFrame
+
+from .rows import number
 
 # What figures.mplstyle draws in, and the variables of page.html that take its place.
 _VARIABLES = dict(zip((f"#0{k}0{k}0{k}" for k in range(1, 10)), "text quiet rule s0 s1 s2 s3 s4 s5".split()))
@@ -19,23 +21,21 @@ matplotlib.rc_file(Path(__file__).with_name("figures.mplstyle"))
 
 
 def curves(
-    labels: tuple[str, str, str],
-    series: Mapping[str, Mapping[float, float]],
-    level: tuple[float, str] | None = None,
-    log: bool = True,
+    labels: tuple[str, str, str], series: DataFrame, level: tuple[float, str] | None = None, log: bool = True
 ) -> Markup:
-    """Named curves of y by x with axes that they fill, and a named line at a level of y; empty without points.
+    """Named curves, the columns, of y by the index x, with axes that they fill, and a named line at a level of y; empty without
+    points.
 
     labels: of the picture, of x, of y. A series without points keeps its look for a picture beside this one, and is not drawn.
     """
-    everything = [point for points in series.values() for point in points.items()]
-    if not everything:
+    series = series.sort_index().dropna(how="all")
+    if not len(series):
         return Markup("")
-    figure = Figure((4.7, 3.5 + 0.2 * ((len(series) + 1) // 2)), layout="constrained")
+    figure = Figure((4.7, 3.5 + 0.2 * ((series.shape[1] + 1) // 2)), layout="constrained")
     axes: Any = figure.subplots()
     for name, points in series.items():
-        x, y = sorted(points), [points[at] for at in sorted(points)]
-        axes.plot(x, y, label=name if points else "_", clip_on=False)
+        points = points.dropna()
+        axes.plot(points.index, points, label=name if len(points) else "_", clip_on=False)
     if level is not None:
         axes.axhline(level[0], color="#010101", linewidth=1, linestyle=(0, (6, 4)))
         place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom")
@@ -43,23 +43,18 @@ def curves(
     if log:
         axes.loglog()
         axes.minorticks_off()
-        x_range, y_range = (max(values) / min(values) for values in zip(*everything))
+        x_range, y_range = series.index[-1] / series.index[0], series.max().max() / series.min().min()
         axes.xaxis.set_major_locator(LogLocator(2 if x_range < 64 else 4 if x_range < 4096 else 10))
         axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if y_range > 20 else (1, 1.5, 2, 3, 5, 7)))
     else:
         axes.set(xlim=(0, None), ylim=(0, None))
         axes.locator_params("x", nbins=5)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.set_xlabel(labels[1])
     axes.set_title(labels[2])
     figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure, labels[0])
-
-
-def _short(value: float) -> str:
-    size, unit = (1e6, " M") if abs(value) >= 1e6 else (1e3, " k") if abs(value) >= 1e4 else (1, "")
-    return f"{value / size:g}{unit}"
 
 
 def _svg(figure: Any, title: str) -> Markup:

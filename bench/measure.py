@@ -2,9 +2,8 @@
 
 import contextlib
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,28 +56,19 @@ class _Measurement:
         self.ready: dict[Pair, tuple[Built, dict[str, Errors], Callable[[], Any]]] = {}
 
     def run(self, pairs: Sequence[Pair]) -> None:
-        judge = None
+        judge: Any = None
         if self.task.kind not in ("roof", "cold-start"):
-            try:
+            with self._failing(pairs, "no float64 truth to compare with: "):
                 self.context.stage("float64", "eager", "truth")
                 judge = Judge(problems.make(self.task.case, self.context.maker.on), providers.true(self.task.case))
                 self.context.stage(torchs := providers.torchs(self.task.case), "eager", "check")
                 judge.ask_torch(providers.PROVIDERS[torchs])
-            except Exception as error:
-                raise_if_lost(error)
-                return self.tell(pairs, "failed", f"no float64 truth to compare with: {brief(error)}")
+            if judge is None:
+                return
         for name in dict.fromkeys(n for n, _ in pairs):
             mine = [pair for pair in pairs if pair[0] == name]
-            try:
+            with self._failing(mine):
                 self._alone(mine) if judge is None else self._check(mine, judge)
-            except Fatal:
-                raise
-            except Exception as error:
-                # A forced backend of this package says at its first call what it cannot do: that is no failure.
-                unable = isinstance(error, Unavailable)
-                status = "skipped" if unable or "cannot serve: " in str(error) else "failed"
-                self.tell(mine, status, str(error) if unable else brief(error))
-                raise_if_lost(error)
             with contextlib.suppress(Exception):
                 torch.cuda.empty_cache()
         del judge
@@ -88,6 +78,20 @@ class _Measurement:
     def tell(self, pairs: Sequence[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
         for pair in pairs:
             self._emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
+
+    @contextlib.contextmanager
+    def _failing(self, pairs: Sequence[Pair], what: str = "", **known: Any) -> Iterator[None]:
+        """What is raised within costs these pairs alone, and their rows say so. Raises Fatal where the device is lost."""
+        try:
+            yield
+        except Fatal:
+            raise
+        except Exception as error:
+            # A forced backend of this package says at its first call what it cannot do: that is no failure.
+            unable = isinstance(error, Unavailable)
+            status = "skipped" if unable or "cannot serve: " in str(error) else "failed"
+            self.tell(pairs, status, str(error) if unable else what + brief(error), **known)
+            raise_if_lost(error)
 
     def _alone(self, pairs: list[Pair]) -> None:
         """Roofs and first calls, which are compared with no truth."""
@@ -102,38 +106,33 @@ class _Measurement:
         built = Built(providers.PROVIDERS[name], judge.problem, states=kind == "accuracy")
         stage(*pairs[0], "check")
         found = judge.errors(built)
+        known: dict[str, Any] = dict(model=built.model, errors=found)
         if reason := judge.why_wrong(found):
-            self.tell(pairs, "wrong", reason, model=built.model, errors=found)
+            self.tell(pairs, "wrong", reason, **known)
         elif kind in ("accuracy", "memory"):
             stage(*pairs[0], kind)
-            self.tell(pairs, "ok", model=built.model, errors=found, values=held(built) if kind == "memory" else None)
+            self.tell(pairs, "ok", **known, values=held(built) if kind == "memory" else None)
         else:
             for pair in pairs:
-                try:
+                with self._failing([pair], "CUDA graph: ", model=built.model):
                     stage(*pair, "build")
                     self.ready[pair] = built, found, _graph(built, judge) if pair[1] == "graph" else built.call
-                except Exception as error:
-                    self.tell([pair], "failed", f"CUDA graph: {brief(error)}", model=built.model)
-                    raise_if_lost(error)
 
     def _time(self) -> None:
         """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
-        context, case = self.context, self.task.case
-        clock = timing.Clock(context.maker.on, host=True) if self.task.kind == "overhead" else context.clock
-        calls = {pair: call for pair, (_, _, call) in self.ready.items()}
+        context, host, calls = self.context, self.task.kind == "overhead", {p: of[2] for p, of in self.ready.items()}
+        clock = timing.Clock(context.maker.on, host=True) if host else context.clock
+        samples: dict[Pair, timing.Samples] = {}
         try:
-            with torch.set_grad_enabled(case.mode == "train"):
-                turn = lambda pair: context.stage(*pair, "timing")  # noqa: E731
-                samples = timing.interleaved(calls, clock, context.seconds, turn)
+            with torch.set_grad_enabled(self.task.case.mode == "train"):
+                samples = timing.interleaved(calls, clock, context.seconds, lambda pair: context.stage(*pair, "timing"))
         except timing.Failed as failure:
-            cause = failure.__cause__ or failure
-            self.tell([failure.key], "failed", brief(cause), model=self.ready.pop(failure.key)[0].model)
-            return raise_if_lost(cause)
-        figures = {} if self.task.kind == "overhead" else context.roofs
-        floor, state = roofs.floor(case, figures), state_of(context.maker.on)
+            with self._failing([failure.key], model=self.ready.pop(failure.key)[0].model):
+                raise failure.__cause__ or failure from None
+        floor, state = roofs.floor(self.task.case, {} if host else context.roofs), state_of(context.maker.on)
         for pair, sample in samples.items():
             built, found, _ = self.ready.pop(pair)
-            took = Timing.of(sample, case.length, clock.name)
+            took = Timing.of(sample, self.task.case.length, clock.name)
             distance = took.us_per_step / floor.us_per_step if floor else None
             measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
             self.tell([pair], "ok", model=built.model, **measured)
@@ -198,17 +197,11 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
-    case, provider, device_type = request
-    synchronize = torch.cuda.synchronize if device_type == "cuda" else lambda: None
-    built = Built(providers.PROVIDERS[provider], problems.make(case, torch.device(device_type)))
-    synchronize()  # CUDA itself starts before the clock does
-    times = [time.perf_counter()]
+    case, provider, device = request[0], request[1], torch.device(request[2])
+    built, clock = Built(providers.PROVIDERS[provider], problems.make(case, device)), timing.Clock(device)
+    clock.sample(lambda: None, 1)  # CUDA itself starts before the first call does
     with torch.set_grad_enabled(built.problem.training):
-        for _ in range(2):
-            built.call()
-            synchronize()
-            times.append(time.perf_counter())
-    first, second = times[1] - times[0], times[2] - times[1]
+        first, second = (clock.sample(built.call, 1)[1] / 1e6 for _ in range(2))
     connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 
 
@@ -243,7 +236,7 @@ def held(built: Built) -> dict[str, float]:
             outputs = built.forward()
             found["after_forward_bytes"] = torch.cuda.memory_allocated(device) - before
             if built.leaves:
-                torch.autograd.grad(outputs[0], list(built.leaves.values()), built.dy)
+                built.backward(outputs)
             torch.cuda.synchronize(device)
             found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import require
-from .problem import Model, Problem, Provider, State, Unavailable, load, set_precision
+from .problem import Model, Problem, Provider, State, Unavailable, load, precision
 
 DEVICE_TYPES = ("cuda",)  # on which they run
 PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrnn", "fastlstm": "fastlstm"}
@@ -24,12 +24,11 @@ def _module(name: str, problem: Problem, *dtypes: str, resets: bool = False) -> 
     is_simple = case.form == "layer" and case.is_simple and case.cell == "lstm"
     require({f"{top}: whole padded sequences, one layer, one direction, no projection": is_simple}, Unavailable)
     try:
-        module = importlib.import_module(name)
+        with precision(case):  # which is put back: fastlstm sets it when it is imported
+            module = importlib.import_module(name)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0] == top
         raise Unavailable(f"{top} is not installed" if missing else f"{top} cannot be imported: {error}") from None
-    finally:
-        set_precision(case)  # fastlstm sets torch's precision when it is imported
     rules = {
         f"{top} has no resets": resets or not case.resets,
         f"{top} computes in {' or '.join(dtypes)}": not dtypes or case.dtype_name.startswith(dtypes),

@@ -16,7 +16,7 @@ from lstm_triton.tolerance import Errors
 from .cases import Case
 
 State = tuple[Tensor, Tensor]  # h [L * D, B, R], c [L * D, B, H]; of a cell [B, H] each
-Run = Callable[[Tensor, State], tuple[Tensor, State]]
+Run = Callable[[Tensor, Any], tuple[Tensor, Any]]  # of x and the state (of a GRU h alone): y and the state after it
 _BACKENDS: Any = torch.backends
 
 
@@ -82,67 +82,44 @@ def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = Non
     return getattr(nn, case.cell.upper())(case.input_size, case.hidden_size, case.layers, **options)
 
 
-def paired(gru: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
-    """A GRU that takes and returns (h, c), as an LSTM does; c goes through."""
-
-    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, h = gru(x, state[0])
-        return y, (h, state[1])
-
-    return run
-
-
-def over_steps(
-    step: Run, pieces: Sequence[Tensor], state: State, resets: Tensor | None, lengths: Tensor | None = None
-) -> tuple[list[Tensor], State]:
-    """y of each step, and the last state, by a loop in Python over the `pieces` of x.
+def by_steps(step: Run, resets: Tensor | None, lengths: Tensor | None = None, is_cell: bool = True) -> Run:
+    """A whole sequence by a loop in Python: of a cell, whose states are [B, H], or of a layer that is called with one step.
 
     The state is zero where a segment starts. Past the end of a batch row it stays, and y is zero.
     """
-    outputs = []
-    for t, x in enumerate(pieces):
-        if resets is not None:
-            state = state[0] * ~resets[t, :, None], state[1] * ~resets[t, :, None]
-        y, (h, c) = step(x, state)
-        if lengths is not None:
-            active = (t < lengths)[:, None]
-            y, h, c = y * active, torch.where(active, h, state[0]), torch.where(active, c, state[1])
-        outputs.append(y)
-        state = h, c
-    return outputs, state
-
-
-def by_cells(step: Run, resets: Tensor | None, lengths: Tensor | None = None) -> Run:
-    """A whole sequence by a cell, whose states are [B, H]."""
 
     def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        outputs, (h, c) = over_steps(step, x.unbind(0), (state[0][0], state[1][0]), resets, lengths)
-        return torch.stack(outputs), (h[None], c[None])
+        outputs, (h, c) = [], (state[0][0], state[1][0]) if is_cell else state
+        for t, piece in enumerate(x.unbind(0) if is_cell else x.split(1)):
+            if resets is not None:
+                h, c = h * ~resets[t, :, None], c * ~resets[t, :, None]
+            y, (h_next, c_next) = step(piece, (h, c))
+            if lengths is not None:
+                active = (t < lengths)[:, None]
+                y, h_next, c_next = y * active, torch.where(active, h_next, h), torch.where(active, c_next, c)
+            outputs.append(y)
+            h, c = h_next, c_next
+        return (torch.stack(outputs), (h[None], c[None])) if is_cell else (torch.cat(outputs), (h, c))
 
     return run
 
 
 @contextlib.contextmanager
 def precision(case: Case) -> Iterator[None]:
-    """Within, torch's settings of float32 products are those of `set_precision`."""
-    with contextlib.ExitStack() as put_back:
-        for setting in (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
-            put_back.enter_context(fp32_precision(setting, setting.fp32_precision))
-        with contextlib.suppress(RuntimeError):  # the older and the newer setting disagree already
-            put_back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        set_precision(case)
-        yield
-
-
-def set_precision(case: Case) -> None:
-    """Set torch's precision of float32 products, cuDNN's and those of matrices alike, as the case has it.
+    """Within, torch's precision of float32 products, cuDNN's and those of matrices alike, is what the case has.
 
     For other dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too. Matrix products are set by torch's older call,
     which sets the newer `fp32_precision` along: after the newer one alone, libraries that read the older one get an error.
     """
     ieee = case.precision in ("ieee", "tf32x3")
-    torch.set_float32_matmul_precision("highest" if ieee else "high")
-    _BACKENDS.cudnn.rnn.fp32_precision = "ieee" if ieee else "tf32"
+    with contextlib.ExitStack() as put_back:
+        for setting in (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
+            put_back.enter_context(fp32_precision(setting, setting.fp32_precision))
+        with contextlib.suppress(RuntimeError):  # the older and the newer setting disagree already
+            put_back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest" if ieee else "high")
+        _BACKENDS.cudnn.rnn.fp32_precision = "ieee" if ieee else "tf32"
+        yield
 
 
 class Unavailable(RuntimeError):
@@ -189,17 +166,23 @@ class Built:
             self.leaves = {**{name: t.requires_grad_() for name, t in given.items()}, **self.model.weights}
 
     def forward(self) -> tuple[Tensor, ...]:
-        """y, h_n, c_n."""
-        y, state = self.model.run(self.inputs[0], self.inputs[1:])
+        """y, h_n, c_n. A GRU has no c, and the initial one is its last."""
+        x, h, c = self.inputs
+        if self.problem.case.cell == "gru":
+            return *self.model.run(x, h), c
+        y, state = self.model.run(x, (h, c))
         return y, *state
 
+    def backward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the input and every weight: zeros where y does not depend on one, as that of a GRU does not on c."""
+        absent = dict(allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(outputs[0], list(self.leaves.values()), self.dy, **absent)
+
     def call(self) -> tuple[Tensor, ...]:
-        """The forward, and in train mode the gradients of the input and every weight: zeros where y does not depend on one, as
-        that of a GRU does not on c."""
+        """The forward, and in train mode the backward."""
         outputs = self.forward()
         if self.leaves:
-            leaves, absent = list(self.leaves.values()), dict(allow_unused=True, materialize_grads=True)
-            return *outputs, *torch.autograd.grad(outputs[0], leaves, self.dy, **absent)
+            return *outputs, *self.backward(outputs)
         if self.problem.case.carried:
             self._set_state(outputs[1:])
         return outputs
@@ -244,9 +227,9 @@ class Judge:
     def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Errors]:
         """By tensor, in units of the largest true value; infinite where the shapes differ or the result has a NaN."""
         results, wrong = built.results(call), Errors(0, math.inf, math.inf)
-        pairs = {name: (result, self.truth[name]) for name, result in results.items()}
         return {
-            n: Errors.of(t.double() - true, true) if t.shape == true.shape else wrong for n, (t, true) in pairs.items()
+            name: Errors.of(t.double() - true, true) if t.shape == (true := self.truth[name]).shape else wrong
+            for name, t in results.items()
         }
 
     def why_wrong(self, found: Mapping[str, Errors]) -> str | None:

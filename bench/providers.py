@@ -6,6 +6,7 @@ A provider is a function of the problem that makes a model, or raises Unavailabl
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import lstm_triton
 from lstm_triton import reference
 
-from . import by_hand, peers, roofs
+from . import by_hand, peers
 from .cases import Case, Pair, Task, require
-from .problem import Model, Problem, Provider, Run, State, Unavailable, by_cells, load, over_steps, paired, torch_lstm
+from .problem import Model, Problem, Provider, Run, State, Unavailable, by_steps, load, torch_lstm
 
 MOST_CUDNN_STEPS = 65535
 OURS, CUDNN, TORCH_CELL = "lstm_triton auto", "torch.nn.LSTM", "torch.nn.LSTMCell"
@@ -34,7 +35,7 @@ def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
         h, c = cell(x, state)
         return h, (h, c)
 
-    return step if case.form == "cell" else by_cells(step, problem.resets)
+    return step if case.form == "cell" else by_steps(step, problem.resets)
 
 
 def _packed(lstm: nn.Module, problem: Problem) -> Run:
@@ -49,14 +50,14 @@ def _packed(lstm: nn.Module, problem: Problem) -> Run:
 
 def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
     """This package, its backend left to choose or forced."""
-    case, run = problem.case, None
+    case = problem.case
     options: dict[str, Any] = dict(device=problem.device, dtype=problem.x.dtype, backend=backend)
     options["precision"] = case.precision or None
     if case.form != "layer":
         one_way = not recompute and backend in ("auto", "triton", "reference")
         require({"a cell has one way in Triton: lstm_triton auto, triton or reference": one_way}, Unavailable)
         module: Any = lstm_triton.LSTMCell(case.input_size, case.hidden_size, **options)
-        run = _cells(problem, module)
+        run: Run = _cells(problem, module)
     else:
         kind: Any = functools.partial(lstm_triton.LSTM, proj_size=case.proj_size)
         if case.cell == "gru":  # whose cuDNN has no precision but torch's setting, which is that of the case
@@ -65,7 +66,6 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
         run = _packed(module, problem) if case.rows == "packed" else _segmented(module, problem)
-        run = paired(module) if case.cell == "gru" else run
     segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -125,13 +125,7 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-
-    def loop(x: Tensor, state: State) -> tuple[Tensor, State]:
-        outputs, state = over_steps(lstm, x.split(1), state, resets)
-        return torch.cat(outputs), state
-
-    run: Run = _packed(lstm, problem) if case.rows != "padded" else lstm if resets is None else loop
-    run = paired(lstm) if case.cell == "gru" else run
+    by_calls = lstm if resets is None else by_steps(lstm, resets, is_cell=False)
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
     remarks = {
         "torch does not flatten bfloat16 weights for cuDNN: each call copies them": copies,
@@ -140,7 +134,8 @@ def torchs_lstm(problem: Problem) -> Model:
         "no resets in torch.nn.LSTM: one call per step, the states masked between them": resets is not None,
     }
     said = [remark for remark, holds in remarks.items() if holds]
-    return Model(run, weights, algorithm=cudnn_algorithm(problem), remarks=said)
+    run = by_calls if case.rows == "padded" else _packed(lstm, problem)
+    return Model(run, weights, None, cudnn_algorithm(problem), said)
 
 
 def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
@@ -190,29 +185,28 @@ def pairs_of(task: Task, device_type: str, names: Sequence[str] | None = None) -
 
 
 def names_of(task: Task, device_type: str, names: Sequence[str] | None) -> list[str]:
-    """The providers of a task, in order: those asked for (`names`), by default those worth comparing. Which of them can serve,
-    they say themselves. Roofs and the anchor know no choice.
+    """The providers of a task, in order: those asked for (`names`), by default the suite's, or else those worth comparing.
+    Which of them can serve, they say themselves. Roofs and the anchor know no choice.
+
+    "torch" in a suite is torch's own provider of the case. On a CPU auto takes the place of the kernels.
     """
-    case, kind, gpu, of_layers = task.case, task.kind, device_type == "cuda", task.case.form == "layer"
-    if kind == "roof":
-        return [name for name in roofs.PARTS if name != "exchange" or gpu]
-    if names is not None and kind != "anchor":
+    case, gpu, of_layers = task.case, device_type == "cuda", task.case.form == "layer"
+    if names is not None and task.kind not in ("roof", "anchor"):
         return list(names)
-    if task.providers is not None:
-        return list(task.providers)
-    if kind in ("overhead", "cold-start"):
-        return [KERNELS if gpu else OURS, torchs(case)]
-    if kind == "memory":
-        return [OURS, *[KERNELS, f"{KERNELS} recompute"] * gpu, f"{OURS} recompute", CUDNN]
-    by_lstms, plain = case.is_simple and case.cell == "lstm", [REFERENCE]
-    plain *= case.length <= (256 if kind == "accuracy" else 0 if gpu else 64)
-    if not of_layers:
-        return [OURS, TORCH_CELL, *plain]  # torch.compile where a suite asks for it: it compiles for seconds
-    # Not "lstm_triton triton", which takes one of the first two.
-    forced = ["lstm_triton triton-persistent", "lstm_triton triton-stepwise"] * gpu
-    forced += ["lstm_triton cudnn"] * (gpu and not case.resets and case.rows != "lengths")
-    loop = [TORCH_CELL] * (by_lstms and bool(case.resets or case.length <= 64))
+    by_lstms = of_layers and case.is_simple and case.cell == "lstm"
     others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and by_lstms)
-    # One that is not installed is named at the first hidden size of the headline, not in every case.
-    others = [name for name in others if case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name])]
-    return [OURS, *forced, CUDNN, *loop, *plain, *others]
+    worth = {
+        OURS: True,
+        "lstm_triton triton-persistent": of_layers,  # not "lstm_triton triton", which takes one of these two
+        "lstm_triton triton-stepwise": of_layers,
+        "lstm_triton cudnn": of_layers and not case.resets and case.rows != "lengths",
+        torchs(case): True,
+        TORCH_CELL: not of_layers or (by_lstms and (case.resets or case.length <= 64)),
+        REFERENCE: case.length <= (256 if task.kind == "accuracy" else 0 if gpu else 64),
+        # One that is not installed is named at the first hidden size of the headline, not in every case.
+        **{name: case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name]) for name in others},
+    }
+    chosen = task.providers or [name for name, is_worth in worth.items() if is_worth]
+    if not gpu:
+        chosen = [re.sub("lstm_triton (triton|cudnn)[-a-z]*", OURS, name) for name in chosen if name != "exchange"]
+    return list(dict.fromkeys(torchs(case) if name == "torch" else name for name in chosen))

@@ -1,25 +1,27 @@
 """The report, and the tables of Markdown pages: everything in them comes from rows."""
 
-import functools
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from lstm_triton.storage import unfinished
 
 from . import figures, tables
-from .cases import require
+from .cases import UsageError, require
 from .providers import CUDNN
-from .rows import CPU_LABEL, Row, StoreError
-from .suites import SUITES
-from .tables import WAYS, Comparison
+from .rows import CPU_LABEL, Row
+from .suites import HERE, SUITES
+from .tables import WAYS
 
 MODES = {"forward": "Forward, evaluation mode", "train": "Training step: forward and backward"}
 Figure = tuple[str, list[Any]]  # a caption, and pictures: SVG, or a heading and a table
+# The sections, in order. table: a function of `tables`, of the rows of that suite, or of all; ways: of WAYS, to be explained.
+VIEWS = json.loads((HERE / "sections.json").read_text(encoding="utf-8"))
 
 
 class Section(NamedTuple):
@@ -46,8 +48,7 @@ class Part(NamedTuple):
 def _render(template: str, is_html: bool, **given: Any) -> str:
     environment = jinja2.Environment(autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
     environment.filters["text"] = tables.text
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(given)
+    return environment.from_string((HERE / template).read_text(encoding="utf-8")).render(given)
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> None:
@@ -70,100 +71,56 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
     write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
 
 
-def _part(machine: str, rows: Sequence[Row], views: Sequence["View"], dtype: str = "", draws: bool = False) -> Part:
+def _part(machine: str, rows: Sequence[Row], views: Sequence[dict], dtype: str = "", draws: bool = False) -> Part:
     """One machine's, with its figures or without. dtype: the only one that the headline is to show."""
     last, found = max(rows, key=lambda row: row.date), tables.comparisons(rows)
-    found = [c for c in found if not dtype or c.suite != "hidden-sizes" or c.case.dtype == dtype]
+    if dtype:
+        found = found[(found["suite"] != "hidden-sizes") | (found["dtype"] == dtype)]
     notes = [CPU_LABEL] * (last.device.type == "cpu")
     notes += ["SYNTHETIC rows, made up to test this page: not results"] * any(row.synthetic for row in rows)
     options = f" --device cpu --threads {last.device.threads}" if last.device.type == "cpu" else ""
     options += " --flush-l2" * any(row.l2 == "flushed" for row in rows)
     about = f"torch {last.versions.torch}, triton {last.versions.triton}, {last.date[:10]}, commit {last.source}"
     sections = []
-    for suite, table, draw, section in views:
+    for view in views:
+        suite, figure = view.get("suite", ""), view.get("figure") if draws else None
+        compared = found[found["suite"] == suite] if suite else found
         its = [row for row in rows if suite in ("", row.suite)]
-        compared = [c for c in found if suite in ("", c.suite)]
+        table = getattr(tables, view["table"])(its, compared, **view.get("options", {}))
+        drawn = _heat(compared) if figure == "heat map" else _over(compared, figure) if figure else ()
+        note = " ".join(
+            [SUITES.get(suite, ""), *(f"{way.capitalize()}: {WAYS[way]}." for way in view.get("ways", ()))]
+        ).strip()
         command = f"lstm-triton bench --suite {suite}{options}" if suite else ""
-        note = " ".join(filter(None, (SUITES.get(suite), section.note)))
-        drawn = list(draw(compared)) if draw and draws else []
-        sections.append(section._replace(note=note, figures=drawn, table=table(its, compared), command=command))
+        sections.append(Section(view["title"], (), list(drawn), table, view.get("wraps", False), note, command))
     return Part(sections, machine, "; ".join(notes), about)
 
 
-def _groups(found: Iterable[Comparison], key: Callable[[Comparison], Any]) -> dict[Any, list[Comparison]]:
-    groups: dict[Any, list[Comparison]] = {}
-    for c in found:
-        groups.setdefault(key(c), []).append(c)
-    return groups
-
-
-def _over(found: Sequence[Comparison], x_name: str) -> Iterator[Figure]:
+def _over(found: DataFrame, x: str) -> Iterator[Figure]:
     """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
-    eager = (c for c in found if c.execution == "eager")
-    for (dtype, mode), group in _groups(eager, lambda c: (c.case.dtype_name, c.case.mode)).items():
-        times: dict[str, dict[float, float]] = {CUDNN: {}, "kernels": {}, "auto": {}}
-        floor: dict[float, float] = {}
-        for c in group:
-            x = float(getattr(c.case, x_name.replace(" ", "_")))
-            by: dict[str, Any] = {n: row for n, row in c.rows.items() if not n.startswith("lstm_triton")}
-            by |= {way: row for way in WAYS if (row := getattr(c, way))}
-            for name, row in by.items():
-                times.setdefault(name, {})[x] = row.timing.us_per_step
-                floor |= {x: row.floor.us_per_step} if row.floor else {}
-        torchs, case = times[CUDNN], group[0].case
-        ratios = {name: {x: torchs[x] / us for x, us in of.items() if x in torchs} for name, of in times.items()}
-        size = f"hidden size {case.hidden_size}" if x_name == "length" else f"{case.length} steps"
-        title, beside = f"{MODES[mode]}, {dtype}; batch {case.batch}, {size}", f"{CUDNN}'s time over theirs"
-        step = figures.curves((f"{title}: time", x_name, "microseconds per step"), times | {"floor": floor})
-        ratio = figures.curves((f"{title}: speed-up", x_name, beside), ratios | {CUDNN: {}}, (1, ""))
-        yield f"{title}.", [step, ratio]
+    for (dtype, mode), group in found[found["execution"] == "eager"].groupby(["dtype", "mode"], sort=False):
+        others = [name for name in group["of"].unique() if not name.startswith("lstm_triton")]
+        times = group.pivot_table("us", x, "of", "last").reindex(columns=dict.fromkeys([CUDNN, *WAYS, *others]))
+        ratios = times.rdiv(times[CUDNN], axis="index").assign(**{CUDNN: None})
+        floors = {at: row.floor.us_per_step for at, row in zip(group[x], group["row"]) if row.floor}
+        times["floor"] = Series(floors, dtype=float)
+        first = group.iloc[0]
+        size = f"hidden size {first['hidden size']}" if x == "length" else f"{first['length']} steps"
+        title, beside = f"{MODES[mode]}, {dtype}; batch {first['batch']}, {size}", f"{CUDNN}'s time over theirs"
+        step = figures.curves((f"{title}: time", x, "microseconds per step"), times)
+        yield f"{title}.", [step, figures.curves((f"{title}: speed-up", x, beside), ratios, (1, ""))]
 
 
-def _heat(found: Sequence[Comparison]) -> Iterator[Figure]:
+def _heat(found: DataFrame) -> Iterator[Figure]:
     """Speed-ups by hidden size and batch."""
-    for way in WAYS:
-        known = [c for c in found if c.ratio(way) is not None]
-        for dtype, group in _groups(known, lambda c: c.case.dtype_name).items():
-            pictures = []
-            for (mode, execution), part in _groups(group, lambda c: (c.case.mode, c.execution)).items():
-                cells = [{"H \\ B": c.case.hidden_size, "B": c.case.batch, "x": c.ratio(way)} for c in part]
-                table = DataFrame(cells).pivot(index="H \\ B", columns="B", values="x")
-                pictures.append((f"{MODES[mode]}: {execution}", table))
-            steps = group[0].case.length
-            yield f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {_meaning(way)}", pictures
-
-
-def _meaning(*ways: str) -> str:
-    return " ".join(f"{way.capitalize()}: {WAYS[way]}." for way in ways)
-
-
-# A section of the page, and a table of Markdown pages: the suite whose rows it shows, or ""; table; figures; all else.
-View = tuple[str, Callable[..., DataFrame], Callable[[Sequence[Comparison]], Iterator[Figure]] | None, Section]
-_BOTH = _meaning(*WAYS)
-_KERNELS = functools.partial(tables.lost, ways=("kernels",), theirs=CUDNN)
-_FROM_PADDED = functools.partial(tables.timings, base="padded")
-_H, _T = functools.partial(_over, x_name="hidden size"), functools.partial(_over, x_name="length")
-VIEWS: Sequence[View] = (
-    ("hidden-sizes", tables.timings, _H, Section("Time per step against hidden size", note=_BOTH)),
-    ("", tables.count_lost, None, Section("Comparisons that torch wins")),
-    ("", _KERNELS, None, Section("Where cuDNN still wins", note=_meaning("kernels"), wraps=True)),
-    ("batch", tables.timings, _heat, Section("Hidden size by batch")),
-    ("length", tables.timings, _T, Section("Scaling in the number of steps", note=_BOTH)),
-    ("cell", tables.timings, _heat, Section("One step: the cell")),
-    ("step", tables.timings, None, Section("One step a call, the state carried")),
-    ("real", tables.timings, None, Section("LSTMs that people run", note=_BOTH)),
-    ("real", tables.sources, None, Section("Sources of their shapes", wraps=True)),
-    ("features", _FROM_PADDED, None, Section("What features cost")),
-    ("segments", tables.timings, None, Section("Beside what torch alone can do")),
-    ("memory", tables.readings, None, Section("Memory of a training step")),
-    ("accuracy", tables.readings, None, Section("Accuracy against float64")),
-    ("overhead", tables.readings, None, Section("Host time of a call")),
-    ("cold-start", tables.readings, None, Section("The first call", wraps=True)),
-    ("", tables.lost, None, Section("Where torch is ahead, the worst first", note=_BOTH, wraps=True)),
-    ("", tables.not_timed, None, Section("Not timed: wrong, failed, skipped", wraps=True)),
-    ("roofs", tables.readings, None, Section("Roofs and floors", wraps=True)),
-    ("", tables.environment, None, Section("Environment and drift", wraps=True)),
-)
+    points = found[found["of"].isin(WAYS)].rename(columns={"hidden size": "H \\ B"}).dropna(subset="ratio")
+    for (way, dtype, steps), group in points.groupby(["of", "dtype", "length"], sort=False):
+        pictures = [
+            (f"{MODES[mode]}: {execution}", part.pivot_table("ratio", "H \\ B", "batch", "last"))
+            for (mode, execution), part in group.groupby(["mode", "execution"], sort=False)
+        ]
+        about = f"{way.capitalize()}: {WAYS[way]}."
+        yield f"Speed-up, {dtype}, {steps} step{'s' * (steps > 1)}. ▲ ahead, ▼ behind. {about}", pictures
 
 
 def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> str:
@@ -188,21 +145,21 @@ _WRITTEN = (
 def update_markdown(path: Path, rows: Sequence[Row]) -> None:
     """Replace what stands between the markers of a file: the summary's, those of all tables, or both.
 
-    Raises StoreError: no such file, or no pair of markers in it; rows that are synthetic.
+    Raises UsageError: no such file, or no pair of markers in it; rows that are synthetic.
     """
     made_up = any(row.synthetic for row in rows)
-    require({"synthetic rows are no results: they do not go into a README": not made_up}, StoreError)
+    require({"synthetic rows are no results: they do not go into a README": not made_up}, UsageError)
     try:
         written = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error
+        raise UsageError(f"{path}: {error.strerror or error}") from error
 
     def tables_of(match: re.Match) -> str:
         return f"{match[1]}\n{markdown(rows, 'summary' in match[2])}\n{match[3]}"
 
     written, count = re.subn(_WRITTEN, tables_of, written, flags=re.DOTALL)
     begin, end = "<!-- benchmark: begin (written by lstm-triton bench --readme) -->", "<!-- benchmark: end -->"
-    require({f"{path} needs one line\n{begin}\nand one line\n{end}": count}, StoreError)
+    require({f"{path} needs one line\n{begin}\nand one line\n{end}": count}, UsageError)
     with unfinished(path) as file:
         file.write_text(written, encoding="utf-8")
 

@@ -15,7 +15,7 @@ from lstm_triton import storage
 from lstm_triton.timing import Samples, median_interval
 from lstm_triton.tolerance import Errors
 
-from .cases import Case, Execution, Kind, Pair, Task, require
+from .cases import Case, Execution, Kind, Pair, Task, UsageError, require
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
 
@@ -194,12 +194,8 @@ def summary(written: Sequence[Row]) -> str:
     return "\n".join([f"{written[0].suite} · {written[0].case.describe()}", *lines])
 
 
-class StoreError(RuntimeError):
-    """A file of rows cannot be used; the message says which and why."""
-
-
 def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """The good rows of files and, recursively, of folders, and a sentence for each line that is none. Raises StoreError for a
+    """The good rows of files and, recursively, of folders, and a sentence for each line that is none. Raises UsageError for a
     file that cannot be read, or whose lines are no rows at all."""
     rows, problems = list[Row](), list[str]()
     for file in (f for path in paths for f in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])):
@@ -207,7 +203,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
         try:
             lines = file.read_bytes().split(b"\n")
         except OSError as error:  # no such file, a folder of this name
-            raise StoreError(f"{file}: {(error.strerror or str(error)).lower()}") from error
+            raise UsageError(f"{file}: {(error.strerror or str(error)).lower()}") from error
         for count, line in enumerate(lines, 1):
             try:
                 found += [decode(line)] if line.strip() else []
@@ -215,7 +211,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
                 cut = "cut off: " if count == len(lines) else ""  # the last line has no newline
                 wrong.append(f"{file}:{count}: {cut}{error}")
         if wrong and not found:
-            raise StoreError(f"{file} holds no benchmark rows. First problem: {wrong[0]}")
+            raise UsageError(f"{file} holds no benchmark rows. First problem: {wrong[0]}")
         rows, problems = rows + found, problems + wrong
     return rows, problems
 
@@ -233,13 +229,13 @@ def append(path: Path, row: Row) -> None:
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
             data = b"\n" + data
         if (written := file.write(data)) != len(data):
-            raise StoreError(f"{path}: the disk took {written} of {len(data)} bytes")
+            raise UsageError(f"{path}: the disk took {written} of {len(data)} bytes")
         os.fsync(file)
 
 
 @contextlib.contextmanager
 def one_run_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run, since two at once would time each other. Raises StoreError where another run holds it, or it
+    """Hold `folder` for one run, since two at once would time each other. Raises UsageError where another run holds it, or it
     cannot be written."""
     with contextlib.ExitStack() as stack:
         try:
@@ -247,7 +243,7 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
             stack.callback(os.close, handle := os.open(folder, os.O_RDONLY))
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself: no file to commit by mistake
         except BlockingIOError:
-            raise StoreError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
+            raise UsageError(f"another benchmark run is writing to {folder}: wait for it, or give --output") from None
         except OSError as error:
-            raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
+            raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
         yield

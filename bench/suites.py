@@ -11,11 +11,12 @@ import csv
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from .cases import Case, Execution, Task
 
@@ -56,12 +57,13 @@ def _crossed(suite: str, sizes: dict[str, Any], block: dict[str, Any]) -> Iterat
 
 
 def _real(sizes: dict[str, Any]) -> Iterator[tuple[float, Task]]:
-    turns: dict[str, int] = {}
-    for workload in workloads():
-        turns[workload.domain] = turn = turns.get(workload.domain, -1) + 1
-        if workload.case is not None:
-            executions: list[Execution] = ["eager", "graph"] if workload.case.carried else ["eager"]
-            yield 2.2 + 0.3 * turn, Task("real", _shrunk(workload.case, sizes["most flops"]), executions=executions)
+    turns = Counter[str]()
+    for row, case in workloads():
+        turns[row["domain"]] += 1
+        if case is not None:
+            executions: list[Execution] = ["eager", "graph"] if case.carried else ["eager"]
+            order = 1.9 + 0.3 * turns[row["domain"]]
+            yield order, Task("real", _shrunk(case, sizes["most flops"]), executions=executions)
 
 
 def _shrunk(case: Case, most: float) -> Case:
@@ -74,28 +76,16 @@ def _shrunk(case: Case, most: float) -> Case:
     return _shrunk(replace(case, **smaller), most)
 
 
-class Workload(NamedTuple):
-    """One row of real_workloads.csv; `case` is None where it cannot be run, for `reason`."""
-
-    id: str
-    domain: str
-    project: str
-    source: str
-    case: Case | None
-    reason: str = ""
-
-
 @functools.cache
-def workloads() -> tuple[Workload, ...]:
-    """Every row of the table, in its order."""
-    kinds, found = get_type_hints(Case), []
+def workloads() -> list[tuple[dict[str, str], Case | None]]:
+    """The rows of real_workloads.csv, each with its case; None where it cannot be run, and its `run` says "no: ..."."""
+    kinds, found = get_type_hints(Case), list[tuple[dict[str, str], Case | None]]()
     with (HERE / "real_workloads.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            about, run = (row["id"], row["domain"], row["project"], row["source"]), row["run"]
-            if run.startswith("no: "):
-                found.append(Workload(*about, None, run.removeprefix("no: ")))
-                continue
-            given = dict(part.split("=", 1) for part in re.split(r"; (?=\w+=)", run))
-            options = {n: kinds[n](text) if kinds[n] in (int, float, bool) else text for n, text in given.items()}
-            found.append(Workload(*about, Case(row["id"], **options)))  # type: ignore[arg-type]
-    return tuple(found)
+            case = None
+            if not row["run"].startswith("no: "):
+                given = dict(part.split("=", 1) for part in re.split(r"; (?=\w+=)", row["run"]))
+                options = {n: kinds[n](text) if kinds[n] in (int, float, bool) else text for n, text in given.items()}
+                case = Case(row["id"], **options)  # type: ignore[arg-type]
+            found.append((row, case))
+    return found

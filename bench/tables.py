@@ -1,10 +1,10 @@
 """From rows to tables: DataFrames whose index is the first column, of text and of speed-ups, which are numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
-from pandas import DataFrame
+from pandas import DataFrame, json_normalize
 
 from . import suites
 from .cases import Case
@@ -31,51 +31,30 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return {machine: list(of.values()) for machine, of in found.items()}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Everyone's rows, by provider, of one case in one suite and execution; and of those the fastest of this package's Triton
-    backends, what auto takes, and the fastest that torch alone can do.
+def comparisons(rows: Iterable[Row]) -> DataFrame:
+    """A line for each time, `of` a provider, and once more for each of WAYS that there is. torch: the row of the fastest that
+    torch alone can do with the case, or None; ratio: its time over this one; lost: whether it is ahead beyond what the samples
+    leave open.
     """
-
-    suite: str
-    case: Case
-    execution: str
-    rows: dict[str, Row]
-    kernels: Any  # rows, or None
-    auto: Any
-    torchs: Any
-
-    def ratio(self, way: str) -> float | None:
-        """torch's time over that of a way of this package; None where one of them is missing."""
-        mine, theirs = getattr(self, way), self.torchs
-        return _us(theirs) / _us(mine) if mine and theirs else None
-
-    def lost(self, way: str) -> bool:
-        """Whether torch is ahead beyond what the samples leave open."""
-        mine, theirs = getattr(self, way), self.torchs
-        return bool(mine and theirs) and mine.timing.ci_low_us > theirs.timing.ci_high_us
-
-    def __str__(self) -> str:
-        return self.case.describe() + ", graph" * (self.execution == "graph")
-
-
-def _us(row: Any) -> float:
-    return row.timing.p50_us
-
-
-def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """One for each suite, case and execution that was timed."""
-    found: dict[tuple[str, Case, str], dict[str, Row]] = {}
+    found: dict[tuple[str, Case, str], dict[str, Any]] = {}
     for row in rows:
         if row.kind == "timing" and row.timing:
             found.setdefault((row.suite, row.case, row.execution), {})[row.provider] = row
-    made = []
-    for key, by in found.items():
+    lines = []
+    for (suite, case, execution), by in found.items():
         kernels = [r for n, r in by.items() if n.startswith("lstm_triton") and (r.backend or "").startswith("triton")]
-        theirs = [row for name, row in by.items() if name == torchs(key[1]) or name.startswith("torch by hand")]
-        fastest = (min(some, key=_us, default=None) for some in (kernels, [by[OURS]] if OURS in by else [], theirs))
-        made.append(Comparison(*key, by, *fastest))
-    return made
+        theirs = [row for name, row in by.items() if name == torchs(case) or name.startswith("torch by hand")]
+        kernel, torch = (min(of, key=lambda r: r.timing.p50_us, default=None) for of in (kernels, theirs))
+        said = case.describe() + ", graph" * (execution == "graph")
+        about = [suite, case, said, case.dtype_name, case.mode, execution, case.hidden_size, case.batch, case.length]
+        everyone: dict[str, Any] = {"kernels": kernel, "auto": by.get(OURS)} | by
+        for name, row in everyone.items():
+            if row:
+                ratio = torch.timing.p50_us / row.timing.p50_us if torch else None
+                lost = torch is not None and row.timing.ci_low_us > torch.timing.ci_high_us
+                lines.append([*about, name, row, row.timing.us_per_step, torch, ratio, lost])
+    about = ["suite", "case", "said", "dtype", "mode", "execution", "hidden size", "batch", "length"]
+    return DataFrame(lines, columns=[*about, "of", "row", "us", "torch", "ratio", "lost"])
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
@@ -98,69 +77,70 @@ def plain(table: DataFrame) -> str:
 # ---- The tables: each of rows and of their comparisons.
 
 
-def timings(rows: Sequence[Row], found: Sequence[Comparison], base: str | None = None) -> DataFrame:
+def timings(rows: Sequence[Row], found: DataFrame, base: str | None = None) -> DataFrame:
     """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
 
     base: the name of a case; beside each time stands its multiple of the same provider's there.
     """
-    names = list(dict.fromkeys(name for c in found for name in c.rows))
-    bases = {(c.case.mode, name): row for c in found if c.case.name == base for name, row in c.rows.items()}
+    names = [name for name in found["of"].unique() if name not in WAYS]
+    bases = {(of.case.mode, of.of): of.us for of in found.itertuples() if of.case.name == base}
 
-    def order(c: Comparison) -> Any:
-        k = c.case
-        return k.mode if base else (k.hidden_size, k.batch, k.length, k.dtype_name, k.mode, c.execution)
+    def time(mode: str, name: str, us: float | None) -> str:
+        other = bases.get((mode, name))
+        return number(us) + (f" (x{us / other:.2f})" if us and other else "")
 
-    def time(c: Comparison, name: str) -> str:
-        row, other = c.rows.get(name), bases.get((c.case.mode, name))
-        us = number(row.timing.us_per_step if row and row.timing else None)
-        return f"{us} (x{_us(row) / _us(other):.2f})" if row and other else us
-
-    return frame(
-        {"case": f"{c.case.name}: " * bool(base or c.suite == "real") + str(c)}
-        | {f"{name}, us/step": time(c, name) for name in names}
-        | {"speed-up of kernels": c.ratio("kernels"), "of auto": c.ratio("auto")}
-        | {"auto takes": c.auto and c.auto.backend, "cuDNN algorithm": c.torchs and c.torchs.algorithm}
-        | {"kernels, times the floor": number(c.kernels and c.kernels.distance)}
-        for c in sorted(found, key=order)
-    )
-
-
-def count_lost(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
-    """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
-    counts = {way: (sum(c.lost(way) for c in found), sum(c.ratio(way) is not None for c in found)) for way in WAYS}
-    lines = {f"{way}: {WAYS[way]}": f"{lost} of {n}" for way, (lost, n) in counts.items() if n}
-    return frame({"compared": what, "torch is ahead in": count} for what, count in lines.items())
-
-
-def lost(
-    rows: Sequence[Row], found: Sequence[Comparison], ways: Iterable[str] = WAYS, theirs: str | None = None
-) -> DataFrame:
-    """Where torch (or only its provider `theirs`) is ahead, the worst first, with what the rows know of why; at most 60."""
+    order = ["mode"] if base else ["hidden size", "batch", "length", "dtype", "mode", "execution"]
+    of_cases = found.sort_values(order, kind="stable").groupby(["suite", "case", "execution"], sort=False)
     lines = []
-    for way in ways:
-        worse = [c for c in found if c.lost(way) and theirs in (None, c.torchs.provider)]
-        for c in sorted(worse, key=lambda c: c.ratio(way) or 0.0)[:60]:
-            mine, torch = getattr(c, way), c.torchs
-            distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
-            beside = f"cuDNN: {torch.algorithm}" if torch.algorithm else f"beside {torch.provider}"
-            why = mine.backend_reason, beside, distance
-            cells = {"case": str(c), "speed-up": c.ratio(way), "ours, us/step": number(mine.timing.us_per_step)}
-            cells |= {"torch, us/step": number(torch.timing.us_per_step), "compared": way}
-            cells |= {"what ran": mine.backend if way == "auto" else mine.provider}
-            lines.append(cells | {"what is known of why": "; ".join(filter(None, why))})
+    for (suite, case, _), of in of_cases:
+        of, first = of.set_index("of"), of.iloc[0]
+        us, ratio, row = of["us"], of["ratio"], of["row"]
+        lines.append(
+            {"case": f"{case.name}: " * bool(base or suite == "real") + first["said"]}
+            | {f"{name}, us/step": time(case.mode, name, us.get(name)) for name in names}
+            | {"speed-up of kernels": ratio.get("kernels"), "of auto": ratio.get("auto")}
+            | {"auto takes": row["auto"].backend if "auto" in of.index else None}
+            | {"cuDNN algorithm": first["torch"].algorithm if first["torch"] else None}
+            | {"kernels, times the floor": number(row["kernels"].distance) if "kernels" in of.index else ""}
+        )
     return frame(lines)
 
 
-def sources(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
+def count_lost(rows: Sequence[Row], found: DataFrame) -> DataFrame:
+    """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
+    known = found[found["ratio"].notna()]
+    by_way = ((f"{way}: {what}", known[known["of"] == way]["lost"]) for way, what in WAYS.items())
+    return frame({"compared": what, "torch is ahead in": f"{of.sum()} of {len(of)}"} for what, of in by_way if len(of))
+
+
+def lost(rows: Sequence[Row], found: DataFrame, ways: Iterable[str] = WAYS, theirs: str | None = None) -> DataFrame:
+    """Where torch (or only its provider `theirs`) is ahead, the worst first, with what the rows know of why; at most 60."""
+    lines = []
+    for way in ways:
+        worse = found[found["lost"] & (found["of"] == way)].sort_values("ratio", kind="stable")
+        of_theirs = [of for of in worse.itertuples() if theirs in (None, of.torch.provider)]
+        for said, mine, torch, ratio in [(of.said, of.row, of.torch, of.ratio) for of in of_theirs][:60]:
+            distance = f"{mine.distance:.1f} times the floor" if mine.distance else ""
+            beside = f"cuDNN: {torch.algorithm}" if torch.algorithm else f"beside {torch.provider}"
+            cells = {"case": said, "speed-up": ratio, "ours, us/step": number(mine.timing.us_per_step)}
+            cells |= {"torch, us/step": number(torch.timing.us_per_step), "compared": way}
+            cells |= {"what ran": mine.backend if way == "auto" else mine.provider}
+            lines.append(
+                cells | {"what is known of why": "; ".join(filter(None, (mine.backend_reason, beside, distance)))}
+            )
+    return frame(lines)
+
+
+def sources(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     """Where the shapes of the real workloads come from."""
     return frame(
-        {"workload": w.id, "project": w.project, "source of the shape": w.source}
-        | {"remark": w.case.note if w.case else f"not run: {w.reason}"}
-        for w in (suites.workloads() if found else ())
+        {"workload": row["id"], "project": row["project"], "source of the shape": row["source"]}
+        | {"remark": case.note if case else f"not run: {row['run'].removeprefix('no: ')}"}
+        for row, case in (suites.workloads() if len(found) else ())
     )
 
 
-def readings(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
+def readings(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     """What rows without a time say, by case and provider: errors, bytes, host times, first calls, limits of the device."""
     good = sorted((r for r in rows if r.status == "ok"), key=lambda r: (r.case.form, r.case.hidden_size, r.case.length))
     cells: dict[str, dict[str, str]] = {}
@@ -169,7 +149,7 @@ def readings(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     return frame({"case": case} | of for case, of in cells.items())
 
 
-def not_timed(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
+def not_timed(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     """List what was wrong, failed or was skipped, and why; equal reasons appear once."""
     lines = [{"what": r.status, "provider": r.provider, "why": r.reason} for r in rows if r.kind != "anchor"]
     counts = DataFrame(lines, columns=["what", "provider", "why"]).dropna().value_counts(sort=False).reset_index()
@@ -177,20 +157,18 @@ def not_timed(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
     return counts.rename(columns={"count": "rows"}).astype(str).set_index("what")
 
 
-def environment(rows: Sequence[Row], found: Sequence[Comparison]) -> DataFrame:
+def environment(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     """What the rows were taken on and by, and how steady it was."""
-    rows = sorted(rows, key=lambda r: r.date)
-    last, times = rows[-1], [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
-    facts = {name: str(value) for name, value in (vars(last.device) | vars(last.versions)).items() if value is not None}
-    facts |= {"commits of the rows": ", ".join(sorted({str(r.source) for r in rows}))}
-    facts |= {
-        "digest of the newest code": last.source.digest,
-        "rows": f"{len(rows)}, from {rows[0].date} to {last.date}",
-    }
-    facts |= {"L2 cache": ", ".join(sorted({r.l2 for r in rows if r.l2})) or "not stated"}
-    facts |= {"commands": "; ".join(sorted({r.command for r in rows})[:8])}
-    states = DataFrame([r.state for r in rows]).reindex(columns=["sm_clock_mhz", "power_w", "temperature_c"])
-    facts |= {str(name): f"{seen.min():g} to {seen.max():g}" for name, seen in states.dropna(axis=1, how="all").items()}
+    facts = {"rows": str(len(rows))}
+    seen = json_normalize([asdict(row) for row in rows], max_level=1)
+    for name, values in seen.filter(regex=r"^(device|versions|source|state)\.|^(date|l2|command)$").items():
+        known = sorted(values.dropna().unique())
+        known = (
+            list(map(number, known)) if name.startswith("state.") and values.dtype == float else list(map(str, known))
+        )
+        is_range = len(known) > 1 and name.startswith(("state.", "date"))
+        facts |= {name: f"{known[0]} to {known[-1]}" if is_range else "; ".join(known[:8])} if known else {}
+    times = [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
     if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
         moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
         facts["drift"] = f"the same anchor case, {moved}; smaller differences than that mean nothing here"

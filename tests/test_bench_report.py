@@ -8,7 +8,7 @@ from support.benches import FLOOR, IEEE, Page, make_row
 
 from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import rows
-from lstm_triton.bench.cases import Case
+from lstm_triton.bench.cases import Case, UsageError
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 from lstm_triton.tolerance import Errors
 
@@ -16,6 +16,7 @@ figures, report, tables = (
     pytest.importorskip(f"lstm_triton.bench.{name}", reason="needs the libraries of the extra [bench]")
     for name in ("figures", "report", "tables")
 )
+DataFrame = tables.DataFrame
 GPU = rows.Device("cuda", "A GPU that does not exist", "0")
 PERSISTENT, STEPWISE = "lstm_triton triton-persistent", "lstm_triton triton-stepwise"
 BACKENDS = {PERSISTENT: "triton-persistent", STEPWISE: "triton-stepwise"}
@@ -138,9 +139,11 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
     for backend, us in (("cudnn", 39.0), ("torch", 1.0)):
         found += timed(case, {f"lstm_triton {backend}": us}, backend=backend)
     given = compared(found)
-    (one,) = given[1]
-    assert one.kernels.provider == STEPWISE and one.ratio("kernels") == pytest.approx(0.5) and one.lost("kernels")
-    assert one.ratio("auto") == pytest.approx(1.0) and not one.lost("auto") and one.torchs.provider == CUDNN
+    one = given[1].set_index("of").loc[["kernels", "auto"]]
+    assert [row.provider for row in one["row"]] == [STEPWISE, OURS] and {row.provider for row in one["torch"]} == {
+        CUDNN
+    }
+    assert list(one["ratio"]) == pytest.approx([0.5, 1.0]) and list(one["lost"]) == [True, False]
     won = tables.lost(*given, ("kernels",), CUDNN)
     assert won["what ran"].item() == STEPWISE and "cuDNN: STANDARD" in won["what is known of why"].item()
     assert not len(tables.lost(*given, ("auto",)))
@@ -149,12 +152,10 @@ def test_cudnn_called_by_this_package_hides_no_loss_of_its_kernels():
     cells = compared(timed(Case("c", 64, 4, 1, form="cell"), {OURS: 9.0, TORCH_CELL: 4.0}))
     assert len(tables.lost(*cells, ("kernels",)))
     assert not len(tables.lost(*cells, ("kernels",), CUDNN)), "no cell is cuDNN's"
-    (segments,) = compared(timed(Case("r", 64, 4, 9, resets=0.1), {OURS: 11.0, CUDNN: 50.0, SPLIT: 10.0, LOOP: 12.0}))[
-        1
-    ]
-    assert segments.torchs.provider == SPLIT and segments.ratio("auto") == pytest.approx(10 / 11)
-    (alone,) = tables.comparisons([make_row(case, CUDNN)])
-    assert alone.ratio("kernels") is None and alone.kernels is None
+    times = {OURS: 11.0, CUDNN: 50.0, SPLIT: 10.0, LOOP: 12.0}
+    segments = compared(timed(Case("r", 64, 4, 9, resets=0.1), times))[1].set_index("of").loc["auto"]
+    assert segments["torch"].provider == SPLIT and segments["ratio"] == pytest.approx(10 / 11)
+    assert list(tables.comparisons([make_row(case, CUDNN)])["of"]) == [CUDNN]
 
 
 def test_the_newest_row_counts_and_other_settings_stand_apart(render):
@@ -201,7 +202,7 @@ def test_what_has_no_time_is_said_by_case_and_provider():
         ("H512 B4 T1024 float32 ieee train", "max 4.0e-06 (y), RMS 1.3e-06 (dx)"),
     ]
     held = [make_row(provider=p, kind="memory", values={"saved_bytes": n}) for p, n in ((OURS, 3 * 10**6), (CUDNN, 5))]
-    (line,) = tables.readings(held, []).itertuples(index=False)
+    (line,) = tables.readings(held, None).itertuples(index=False)
     assert list(line) == ["saved_bytes 3 M", "saved_bytes 5"]
 
 
@@ -223,10 +224,10 @@ def test_cells_are_escaped_and_coloured_by_who_is_ahead(render):
 
 def test_figures_bear_one_point_none_and_large_ranges():
     labels = ("a", "x", "y")
-    one = figures.curves(labels, {"s": {4.0: 2.0}, "t": {}}, (1.0, "a level"))
+    one = figures.curves(labels, DataFrame({"s": {4.0: 2.0}, "t": {}}), (1.0, "a level"))
     assert one.startswith("<svg") and ">s</text>" in one and ">t</text>" not in one and ">a level</text>" in one
-    assert figures.curves(labels, {"s": {}}) == ""
-    wide = figures.curves(labels, {"s": {1.0: 1e-3, 1e6: 1e7}})
+    assert figures.curves(labels, DataFrame({"s": {}})) == ""
+    wide = figures.curves(labels, DataFrame({"s": {1.0: 1e-3, 1e6: 1e7}}))
     assert wide.count("<text") < 40
     ids = re.findall(r' id="([^"]+)"', one + wide)
     assert len(set(ids)) == len(ids)
@@ -253,7 +254,7 @@ def test_readme_tables_between_markers(tmp_path):
         (text, sample_rows(), "synthetic rows are no results"),
         ("no markers", real, "needs one line"),
     ):
-        with pytest.raises(rows.StoreError, match=message):
+        with pytest.raises(UsageError, match=message):
             updated(given, found)
 
 

@@ -10,6 +10,7 @@ import pytest
 from support.benches import FLOOR, ROOT, make_row
 
 from lstm_triton.bench import rows
+from lstm_triton.bench.cases import UsageError
 from lstm_triton.tolerance import Errors
 
 
@@ -135,7 +136,7 @@ def test_a_file_without_rows_is_an_error(tmp_path):
         folder.parent: "directory",
     }
     for where, text in texts.items():
-        with pytest.raises(rows.StoreError, match=text):
+        with pytest.raises(UsageError, match=text):
             rows.read_all([where])
 
 
@@ -159,7 +160,7 @@ def test_two_processes_append_at_once(tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with rows.one_run_at_a_time(tmp_path):
-        with pytest.raises(rows.StoreError, match="another benchmark run"), rows.one_run_at_a_time(tmp_path):
+        with pytest.raises(UsageError, match="another benchmark run"), rows.one_run_at_a_time(tmp_path):
             pass
     with rows.one_run_at_a_time(tmp_path):
         pass

@@ -19,7 +19,6 @@ from lstm_triton import process, timing
 from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import device, progress, providers, rows, run, suites
 from lstm_triton.bench import measure as measuring
-from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.providers import CUDNN, OURS
 
 CHEAP = Here if torch.cuda.is_available() else Forked  # which the threads of autograd do not survive
@@ -100,7 +99,7 @@ def test_the_state_of_the_cache_is_in_rows_of_failures_too():
     assert made(dataclasses.replace(task, kind="memory"), OURS, "eager", "skipped", "a reason").l2 is None
 
 
-HOST = Task("overhead", Case("host", 16, 1, 1, form="cell", dtype="float32"), "overhead")
+HOST = next(t for t in suites.tasks(["overhead"], "tiny", "cpu") if t.case.form == "cell")
 CELL, LAYER = "torch.nn.LSTMCell", "lstm_triton reference"
 
 
@@ -124,7 +123,7 @@ def test_an_interrupted_task_of_first_calls_continues(tmp_path, monkeypatch):
 
 
 def test_roofs_and_anchors_know_no_choice_of_providers():
-    roof = Task("roofs", Case("roofs", 1, 1, 1), "roof")
+    (roof,) = suites.tasks(["roofs"], "tiny", "cpu")
     for task, kind, asked, expected in (
         (run.anchor("cuda"), "cuda", (OURS,), [CUDNN]),
         (roof, "cuda", (OURS,), ["copies", "matrix products", "exchange"]),
@@ -285,7 +284,10 @@ def test_one_line_where_someone_watches(monkeypatch, capsys):
 
 
 def test_default_folders(monkeypatch):
-    assert device.results_folder() == ROOT / "bench" / "results" and device.folder_name("NVIDIA H200") == "nvidia-h200"
+    assert (
+        device.results_folder() == ROOT / "bench" / "results"
+        and device.results_folder("NVIDIA H200").name == "nvidia-h200"
+    )
     monkeypatch.setattr(device, "checkout", lambda: None)
     assert device.results_folder() == Path("lstm-triton-bench")
 

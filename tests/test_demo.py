@@ -16,7 +16,7 @@ import torch
 from support.benches import CPU, Page
 
 from lstm_triton import LSTMCell, check, environment, explain
-from lstm_triton.bench.device import UsageError
+from lstm_triton.bench.cases import UsageError
 from lstm_triton.demo import corpus, timing, train
 from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lstm_triton import check, environment, explain
-from lstm_triton.bench.device import UsageError, pick
+from lstm_triton.bench.cases import UsageError
+from lstm_triton.bench.device import pick
 from lstm_triton.bench.progress import missing
 from lstm_triton.bench.rows import Row
 from lstm_triton.demo import corpus, timing, train

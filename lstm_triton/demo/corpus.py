@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from lstm_triton.bench.device import UsageError
+from lstm_triton.bench.cases import UsageError
 
 CHARACTERS = 128  # all others become "?"
 VALIDATION_SHARE = 16  # one file in so many is held out

@@ -4,6 +4,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pandas import DataFrame
+
 from lstm_triton import environment
 from lstm_triton.bench import figures, tables
 from lstm_triton.bench.report import Part, Section, write_page
@@ -16,10 +18,8 @@ def write(
 ) -> None:
     """Write the page to `path`, at once or not at all. unigram: bits of character frequencies alone; said: what was printed of
     each section, by its title; rows: what was timed."""
-    lines: dict[str, dict[float, float]] = {
-        "training": {p.tokens: p.train_bits for p in curve if p.step > 0},
-        "validation": {p.tokens: p.validation_bits for p in curve},
-    }
+    points = DataFrame(curve, columns=Point._fields).set_index("tokens")[["train_bits", "validation_bits"]]
+    lines = points.set_axis(["training", "validation"], axis="columns")
     labels = ("bits per character", "characters trained on", "bits per character")
     picture = figures.curves(labels, lines, (unigram, f"character frequencies alone: {unigram:.2f}"), log=False)
     drawn = [("Training and held-out text.", [picture])]

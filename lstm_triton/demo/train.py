@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from lstm_triton.bench.device import UsageError
+from lstm_triton.bench.cases import UsageError
 from lstm_triton.bench.progress import Progress
 from lstm_triton.demo.corpus import CHARACTERS, Corpus
 from lstm_triton.demo.model import CharModel, State
