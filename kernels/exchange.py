@@ -24,7 +24,7 @@ another program are read once, whatever bits they hold. Nothing is overwritten: 
 import triton
 import triton.language as tl
 
-from .grid_sync import MAX_POLLS
+from .grid_sync import max_polls
 
 
 @triton.constexpr_function
@@ -98,7 +98,7 @@ def load_words(starts, waits, left, stall_ptr, STRIDE: tl.constexpr, LEFT_BEFORE
     ROWS: tl.constexpr = len(starts)
     addresses = [start.to(tl.int64) for start in starts]
     return tl.inline_asm_elementwise(
-        _waiting_loads(ROWS, CHUNKS, STRIDE, LEFT_BEFORE, MAX_POLLS),
+        _waiting_loads(ROWS, CHUNKS, STRIDE, LEFT_BEFORE, max_polls()),
         _operands(4 * ROWS * CHUNKS, ROWS),
         addresses + waits + (left, stall_ptr.to(tl.int64) if stall_ptr is not None else tl.cast(0, tl.int64)),
         dtype=types_of_words(4 * ROWS * CHUNKS),

@@ -5,7 +5,7 @@ from thread `lane` of a warp, and of 64 bytes of that row the elements with thes
 
     k = 8 * LO * hi + 2 * LO * (lane % 4) + LO * register + lo    hi, register: 0, 1; LO elements to a word, two of 16 bits
 
-up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`ADJACENT_WORDS`).
+up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`adjacent_words`).
 A product may take the inner dimension in any order that both operands share. So a thread loads 16 adjacent bytes of each row,
 and the order is such that these are the elements it has to hold. It loads W_hh, which stays in registers, in the same order. No
 data moves between threads.
@@ -19,9 +19,17 @@ import triton.language as tl
 
 from .exchange import load_words, types_of_words
 
-# How many of the words that a thread holds of a row have adjacent columns. Triton chooses this for operands that are joined
-# from parts, and it shows only in the compiled code; any other order costs a move for each element.
-ADJACENT_WORDS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1)
+_ADJACENT_WORDS = 2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1
+
+
+@triton.constexpr_function
+def adjacent_words():
+    """Return how many of the words that a thread holds of a row have adjacent columns.
+
+    Triton chooses this for operands that are joined from parts, and it shows only in the compiled code; any other order costs a
+    move for each element.
+    """
+    return _ADJACENT_WORDS
 
 
 @triton.constexpr_function
@@ -80,7 +88,7 @@ def load_fragments(rows, waits, first, stall_ptr, N: tl.constexpr, CHUNKS: tl.co
 @triton.jit
 def _right_operand(words, first: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr):
     tile = _tile(words, first, ROWS, dtype)
-    tile = tl.permute(tile, (0, 5, 2, 4, 6, 3, 1) if ADJACENT_WORDS == 2 else (0, 4, 5, 2, 6, 3, 1))
+    tile = tl.permute(tile, (0, 5, 2, 4, 6, 3, 1) if adjacent_words() == 2 else (0, 4, 5, 2, 6, 3, 1))
     return tl.reshape(tile, (words[0].shape[0], BLOCK_K, 8 * ROWS))
 
 
@@ -155,7 +163,7 @@ def load_weight_fragments(
 @triton.jit
 def _left_operand(words, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr):
     tile = _tile(words, 0, ROWS, dtype)
-    tile = tl.permute(tile, (0, 3, 1, 5, 2, 4, 6) if ADJACENT_WORDS == 2 else (0, 3, 1, 4, 5, 2, 6))
+    tile = tl.permute(tile, (0, 3, 1, 5, 2, 4, 6) if adjacent_words() == 2 else (0, 3, 1, 4, 5, 2, 6))
     return tl.reshape(tile, (words[0].shape[0], 8 * ROWS, BLOCK_K))
 
 

@@ -40,10 +40,13 @@ import triton.language as tl
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 
+
 # A wait times out after this many polls. Then a program of the group does not run, perhaps because another kernel keeps its SM:
 # communication may wait long for another process (`device.FREE_MULTIPROCESSORS` leaves room for it). A poll is assumed to take
 # about a microsecond (not measured), and all of them some fifteen seconds.
-MAX_POLLS = tl.constexpr(1 << 24)
+@triton.constexpr_function
+def max_polls():
+    return 1 << 24
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def wait(counter_ptr, target, stall_ptr):
     while arrived < target:
         arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
         polls += 1
-        if polls == MAX_POLLS:
+        if polls == max_polls():
             # The function call in tl.device_assert would serialize every wgmma of the kernel, even if it is never made.
             tl.inline_asm_elementwise(
                 "st.volatile.u32 [$2], $1; membar.sys; trap; mov.u32 $0, $1;",

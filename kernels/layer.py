@@ -22,7 +22,7 @@ from .layer_step import OneStep, layer_step_forward
 from .layout import as_rows, is_time_major, new_states
 from .sequence import _lstm_sequence_forward_kernel
 from .sequence_config import Problem, SequenceConfig, exchanged_row
-from .specialization import TRAINING, features
+from .specialization import POINTERS, TRAINING, features
 
 _forward = Launcher(_lstm_sequence_forward_kernel)
 
@@ -83,7 +83,9 @@ def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
 def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig | OneStep]:
     """Return `plan` of a call that records gradients, forward and backward. problem: either way, with its other features."""
     saved = TRAINING["forward"] - ({"gates"} if problem.recompute else set())
-    forward = problem._replace(way="forward", features=problem.features | saved, recompute=False)
+    forward = problem._replace(
+        way="forward", features=problem.features & set(POINTERS["forward"]) | saved, recompute=False
+    )
     backward = problem._replace(way="backward", features=problem.features | TRAINING["backward"])
     return {"forward": plan(forward, T, on), "backward": plan(backward, T, on)}
 

@@ -8,7 +8,7 @@ from triton.runtime.errors import OutOfResources
 
 from .cell_equations import states_of
 from .cells import backward_of, forward_of
-from .launch import accumulator
+from .launch import accumulator, accumulator_dtype
 from .sequence import _lstm_sequence_forward_kernel
 from .sequence_backward import _lstm_sequence_backward_kernel
 from .sequence_config import Problem, SequenceConfig, exchanged_row
@@ -25,6 +25,7 @@ POINTERS = {"forward": {**_SEGMENTS, **_FORWARD}, "backward": {**_SEGMENTS, **_B
 TRAINING = {"forward": frozenset({"cells", "gates"}), "backward": frozenset({"dy", "dh_n", "dc_n"})}
 
 _INT32 = dict.fromkeys(("counters_ptr", "stall_ptr"), torch.int32)
+_STATES = ("c_in_ptr", "c_out_ptr", "dc_in_ptr", "dc_out_ptr")
 _DTYPES = {"resets_ptr": torch.uint8, **_INT32, **dict.fromkeys(("lengths_ptr", "seed_ptr"), torch.int64)}
 
 
@@ -45,7 +46,10 @@ def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
 
 
 def _stand_ins(problem: Problem, config: SequenceConfig) -> list[Any]:
-    """Return stand-ins for the arguments of a launch: a dtype for an aligned tensor, 2 for an unspecialised integer."""
+    """Return stand-ins for the arguments of a launch: a dtype for an aligned tensor, 2 for an unspecialised integer.
+
+    Of one launch per step it is one between the first and the last, which keep the state in another dtype (`layer.launches`).
+    """
     pointers = POINTERS[problem.way].items()
     absent = {name for feature, names in pointers if feature not in problem.features for name in names}
     absent |= set() if problem.D == 2 else {"w_reverse_ptr"}
@@ -66,6 +70,9 @@ def _stand_ins(problem: Problem, config: SequenceConfig) -> list[Any]:
         **config.constants,
         **dict.fromkeys(absent),
     )
+
+    if not config.persistent:
+        values |= dict.fromkeys(_STATES, accumulator_dtype(problem.dtype))
 
     def stand_in(name: str) -> Any:
         return _DTYPES.get(name, problem.dtype) if name.endswith("_ptr") else 2

@@ -94,8 +94,11 @@ def _explain_layer(module: Any, input: Any, hx: Any = None, **features: Any) -> 
     x, sizes = torch.empty(0, dtype=dtype, device=on), (T, shape.batch, shape.hidden_size, shape.directions)
     given = {name: features.get(name) is not None for name in ("resets", "lengths")}
     given |= {"lengths": given["lengths"] or is_packed, "random": bool(cell and cell.masks and module.training)}
-    states = (t for s in (hx, features.get("reset_state")) for t in ([s] if isinstance(s, torch.Tensor) else s or ()))
-    inputs = [input.data if is_packed else input, *states, *(module.unit_parameters() if cell else ())]
+    states, reset_states = (
+        [s] if isinstance(s, torch.Tensor) else list(s or ()) for s in (hx, features.get("reset_state"))
+    )
+    given |= {"reset_gradients": torch.is_grad_enabled() and any(t.requires_grad for t in reset_states)}
+    inputs = [input.data if is_packed else input, *states, *reset_states, *(module.unit_parameters() if cell else ())]
     weights = split_weights(module._flat_weights, module.num_layers, shape.directions)
     plans = []
     for k, layer in enumerate(weights):

@@ -143,6 +143,8 @@ def run(
         )
         given = [name for name in ("resets", "lengths") if getattr(segments, name) is not None]
         given += ["random"] * draws
+        if is_recorded and any(t is not None and t.requires_grad for t in (segments.reset_h, segments.reset_c)):
+            given.append("reset_gradients")
         plans(chosen, x, (len(x), B, H, len(directions)), given, options, is_recorded)
     if directions[0].w_hr is not None:
         y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
@@ -224,7 +226,7 @@ def plans(
     """Return the configurations of the kernels: forward, and if gradients are recorded backward. This may compile kernels.
 
     Args:
-        x: of the dtype and device. sizes: T, B, H, D. given: of "resets", "lengths" and "random".
+        x: of the dtype and device. sizes: T, B, H, D. given: of "resets", "lengths", "random" and "reset_gradients".
 
     Raises:
         RuntimeError: chosen is "triton-persistent", and they would not all be one launch.

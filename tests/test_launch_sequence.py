@@ -1,12 +1,15 @@
 """What the sequence kernels compile, and what they do not compile again: the real JIT on a driver that launches nothing."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
+from support import layers
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITCallable
 
 
 @pytest.mark.long
@@ -268,6 +271,27 @@ def check_what_is_compiled_ahead_is_what_is_launched():
                 assert ahead.ptx in {kernel.asm["ptx"] for kernel in launcher._compiled.values()}, (way, H, features)
 
 
+def check_a_call_that_is_planned_before_compiles_nothing_more():
+    for options in ({}, dict(resets=True, reset_state="stored", cells=True)):
+        problem = layers.draw(3, 3, 5, 19, **options)
+        with _kernels_compiled() as compiled:
+            layers.by_kernels(problem, "triton-persistent")
+            assert compiled() == (1, 1), options
+
+
+def check_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before():
+    """Else processes would not find each other's kernels. In Triton up to 3.8 a global constant that a called function reads is
+    part of the kernel's key only if that function has a key already, from another kernel."""
+    functions = [f for name, m in sys.modules.items() if ".kernels." in name for f in vars(m).values()]
+    functions = [f for f in functions if isinstance(f, JITCallable)]
+    kernels, found = [f for f in functions if f.__name__.endswith("_kernel")], []
+    for order in (kernels, kernels[::-1]):
+        for function in functions:
+            function.hash, function.used_global_vals = None, {}
+        found.append({kernel.__name__: kernel.cache_key for kernel in order})
+    assert len(found[0]) > 5 and found[0] == found[1]
+
+
 def check_one_launch_per_step_compiles_nothing_more():
     """Between launches c is kept in float32: the first, the last and other steps, and a single one, have their own kernels."""
     from lstm_triton.kernels import layer, layer_backward
@@ -275,8 +299,9 @@ def check_one_launch_per_step_compiles_nothing_more():
     for dtype, each in ((torch.bfloat16, 4), (torch.float64, 1)):
         case = dict(H=2048 if dtype == torch.bfloat16 else 19, dtype=dtype, resets=True, lengths=True)
         with _kernels_compiled() as compiled:
-            for T in (7, 1):
-                _run(T, 2, **case)
+            _run(7, 2, **case)
+            assert compiled() == (max(each - 1, 1),) * 2, "those launched are those that the search asked about"
+            _run(1, 2, **case)
             assert compiled() == (each, each)
             for T in (1, 2, 3, 8):
                 for B in (1, 2, 15, 16):

@@ -10,7 +10,7 @@ import torch
 
 from lstm_triton.kernels import search
 from lstm_triton.kernels.figures import figures
-from lstm_triton.kernels.fragments import ADJACENT_WORDS
+from lstm_triton.kernels.fragments import adjacent_words
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 from lstm_triton.kernels.specialization import POINTERS, TRAINING
 
@@ -84,7 +84,7 @@ def faults(case: Case, config: SequenceConfig, report: Report, most_words: int =
         if report.arch == 90 and wide and not report.counts["HGMMA"]:
             yield "no wgmma"
     # The compiler lays operands out for the narrowest type loaded on the way to them: anything else costs a move per element.
-    width = max(4 // case.dtype.itemsize, 1) * (ADJACENT_WORDS.value if config.in_band else 1)
+    width = max(4 // case.dtype.itemsize, 1) * (adjacent_words() if config.in_band else 1)
     if other := set(re.findall(r"kWidth = (\d+)", report.ttgir)) - {str(width)}:
         yield f"operands laid out for elements of another width: kWidth {other}"
     if not config.persistent:
