@@ -28,7 +28,7 @@ def _loss(results):
 
 @operations("cell", "readout")
 def test_derivatives_by_differences(operation, device):
-    """Those of a layer are in the slow test below; test_sequence and test_segments judge them by the tolerance rule."""
+    """Those of a layer are in the slow test below; test_sequence and test_compiled_waiting judge them by the tolerance rule."""
     leaves, _ = operation.draw(device)
     assert gradcheck(operation.run, leaves, fast_mode=True)
     assert gradgradcheck(operation.run, leaves, fast_mode=True)

@@ -1,7 +1,5 @@
 """A layer's outputs, states and every gradient against more than float64, on awkward shapes in every dtype and precision."""
 
-import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,20 +12,27 @@ from lstm_triton import functional
 from lstm_triton.kernels import layer as sequence_layer
 from lstm_triton.kernels import layer_backward
 
-kinds = pytest.mark.parametrize("kind", KINDS)
-directions = pytest.mark.parametrize("D", [1, 2])
-
 # T, B, I, H. Tiles are 16, 32 or 64 rows, 8 to 128 units, and 16 to 256 of the inner dimension.
 SMALL, ONES = (7, 3, 5, 19), (1, 1, 1, 1)
-SMALL_IN = [(kind, 1 + n % 2) for n, kind in enumerate(KINDS)]  # each kind in one direction or in two
-EDGES_OF_B = [(2, B, 3, 5) for B in (15, 16, 17, 63, 64, 65)]
-EDGES_OF_H = [(2, 3, 5, H) for H in (15, 16, 17, 31, 33, 63, 64, 65)]
+EDGES = [(2, B, 3, 5) for B in (15, 16, 17, 63, 64, 65)] + [(2, 3, 5, H) for H in (15, 16, 17, 31, 33, 63, 64, 65)]
 LARGE = [(3, 2, 7, 128), (2, 3, 130, 129), (2, 35, 3, 150)]
+SEGMENTS = {
+    "plain": {},
+    "resets": dict(resets=True),
+    "resets to one state": dict(resets=True, reset_state="shared"),
+    "lengths": dict(lengths=True),
+    "everything": dict(resets=True, reset_state="stored", lengths=True, cells=True),
+}
+SMALL_IN = [(kind, 1 + n % 2) for n, kind in enumerate(KINDS)]  # each kind in one direction or in two
+
+
+def _draw(shape, kind, device, D=1, **options):
+    dtype, precision = KINDS[kind]
+    return layers.draw(*shape, D, dtype, precision=precision, device=device, **options)
 
 
 def _check(shape, kind, device, D=1, backend="triton", **options):
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(*shape, D, dtype, precision=precision, device=device, **options)
+    problem = _draw(shape, kind, device, D, **options)
     layers.assert_as_accurate_as_torch(layers.by_kernels(problem, backend), problem)
 
 
@@ -41,14 +46,9 @@ def test_small_shapes(shape, kind, D, scale, device):
     _check(shape, kind, device, D, scale=scale)
 
 
-@pytest.mark.parametrize("shape, kind", list(zip(EDGES_OF_B, itertools.cycle(["fp32", "bf16"]))), ids=str)
-def test_tile_edges_of_the_batch(shape, kind, device):
-    _check(shape, kind, device)
-
-
-@pytest.mark.parametrize("shape, kind", list(zip(EDGES_OF_H, itertools.cycle(["tf32", "bf16"]))), ids=str)
-def test_tile_edges_of_the_hidden_size(shape, kind, device):
-    _check(shape, kind, device, D=2 if shape[3] % 2 else 1)
+@pytest.mark.parametrize("number, shape", [*enumerate(EDGES)], ids=str)
+def test_tile_edges(number, shape, device):
+    _check(shape, ("tf32", "bf16", "fp32")[number % 3], device, D=1 + number % 2)
 
 
 @pytest.mark.compiled
@@ -59,78 +59,46 @@ def test_large_layers(shape, device):
 
 
 @pytest.mark.slow
-@kinds
-@directions
-@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D, scale", [(1, 4.0), (2, 1.0)])
 @pytest.mark.parametrize("backend", ["triton", "triton-stepwise"])
-@pytest.mark.parametrize("shape", [SMALL, ONES, *EDGES_OF_B, *EDGES_OF_H, *LARGE], ids=str)
-def test_full_product(shape, backend, scale, D, kind, device):
-    _check(shape, kind, device, D, backend, scale=scale)
+@pytest.mark.parametrize(
+    "shape, segments",
+    [
+        *((shape, "plain") for shape in (ONES, *EDGES, *LARGE, (2, 3, 8, 1030), (200, 3, 4, 9))),
+        *((shape, segments) for shape in (SMALL, (9, 18, 3, 33)) for segments in SEGMENTS),
+    ],
+    ids=str,
+)
+def test_full_product(shape, segments, backend, D, scale, kind, device):
+    _check(shape, kind, device, D, backend, scale=scale, **SEGMENTS[segments])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
-@pytest.mark.parametrize("shape", [(2, 3, 8, 1030), (200, 3, 4, 9)], ids=str)
-def test_wide_and_long(shape, kind, device):
-    _check(shape, kind, device)
-
-
-@directions
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_without_biases(kind, D, device):
-    _check((4, 3, 5, 9), kind, device, D, bias=False)
-
-
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp64"])
-def test_batch_major_input(kind, device):
-    """The outputs follow the memory order of the input: no copy where a module is batch-first."""
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(5, 4, 3, 7, 2, dtype, precision=precision, device=device, batch_major=True, cells=True)
-    results = layers.by_kernels(problem)
-    layers.assert_as_accurate_as_torch(results, problem)
-    named = dict(zip(problem.names, results))
+def test_outputs_follow_the_memory_order_of_the_input(device):
+    """No copy where a module is batch-first. test_compiled_waiting judges the values."""
+    problem = _draw((5, 4, 3, 7), "fp32", device, D=2, batch_major=True, cells=True)
+    named = dict(zip(problem.names, layers.by_kernels(problem)))
     for name in ("y", "c", "dx"):
         assert named[name].transpose(0, 1).is_contiguous(), name
-
-
-def test_no_initial_state_is_zeros(device):
-    problem = layers.draw(4, 3, 5, 9, 2, device=device)
-    zeros = torch.zeros_like(problem.hx[0])
-    y, (h_n, c_n) = functional.lstm(problem.x, None, problem.weights, precision="ieee", backend="triton")
-    found = layers.by_kernels(replace(problem, hx=(zeros, zeros)))
-    assert all(map(torch.equal, (y, h_n, c_n), found))
-
-
-def test_outputs_only_without_gradients(device):
-    problem = layers.draw(4, 3, 5, 9, 2, cells=True, device=device)
-    with torch.no_grad():
-        y, (h_n, c_n), c = functional.lstm(
-            problem.x, problem.hx, problem.weights, return_cell_states=True, precision="ieee", backend="triton"
-        )
-    assert all(map(torch.equal, (y, h_n, c_n, c), layers.by_kernels(problem)))
 
 
 # ---- one launch or many ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
-@pytest.mark.parametrize("H", [5, 16, 19])
+full_float32 = pytest.mark.compiled  # elsewhere several programs exchange h, and hold W_hh in registers
+
+
+@pytest.mark.parametrize(
+    "kind, H",
+    [
+        ("tf32", 19),
+        ("bf16", 16),
+        pytest.param("fp32", 3, marks=full_float32),
+        pytest.param("tf32x3", 8, marks=full_float32),
+    ],
+)
 def test_one_launch_where_a_program_holds_all_units(kind, H, device, count_launches):
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(5, 3, 4, H, 2, dtype, precision=precision, device=device)
-    layers.by_kernels(problem, "triton-stepwise")
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 5, "_lstm_sequence_backward_kernel": 5}
-    results = layers.by_kernels(problem, "triton-persistent")
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
-    layers.assert_as_accurate_as_torch(results, problem)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("kind, H", [("fp32", 3), ("tf32x3", 8)])
-def test_one_launch_in_full_float32_where_a_program_holds_all_units(kind, H, device, count_launches):
-    """Elsewhere several programs exchange h, and hold W_hh in registers."""
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(4, 3, 4, H, 1, dtype, precision=precision, device=device)
+    problem = _draw((4, 3, 4, H), kind, device)
     results = layers.by_kernels(problem, "triton-persistent")
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
     layers.assert_as_accurate_as_torch(results, problem)
@@ -173,44 +141,13 @@ def test_the_interpreter_cannot_wait(count_launches):
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1}
 
 
-@directions
-def test_a_sequence_equals_its_parts_with_the_state_carried(D, device):
-    """Forward for one direction; the reverse one carries its state the other way."""
-    problem = layers.draw(7, 3, 5, 9, D, torch.float64, device=device)
-    leaves = [t.detach().requires_grad_() for t in problem.inputs]
-    x, h0, c0, *weights = leaves
-    n = len(weights) // D
-
-    def run(x, h, c, d):
-        y, state = functional.lstm(x, (h, c), weights[d * n : (d + 1) * n], backend="triton")
-        return y, *state
-
-    ys, states = [], []
-    for d in range(D):
-
-        def flip(t, d=d):
-            return t.flip(0) if d else t
-
-        first, h, c = run(flip(x)[:3], h0[d : d + 1], c0[d : d + 1], d)
-        second, h, c = run(flip(x)[3:], h, c, d)
-        ys.append(flip(torch.cat([first, second])))
-        states.append((h, c))
-    outputs = [torch.cat(ys, 2), *(torch.cat(s) for s in zip(*states))]
-    found = [*outputs, *torch.autograd.grad(outputs, leaves, problem.cotangents)]
-    layers.assert_close(found, layers.by_kernels(problem), problem, ulps=32)
-
-
 # ---- what must not spread --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["h0", "reset_h"])
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("kind, name", [("tf32", "h0"), ("bf16", "reset_h")])
 def test_an_infinite_state_only_saturates_gates(kind, name, device):
     """Also where rows are padded for one launch, and infinity times the padding's zeros would be NaN."""
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(
-        4, 5, 3, 6, 2, dtype, precision=precision, device=device, cells=True, resets=True, reset_state="stored"
-    )
+    problem = _draw((4, 5, 3, 6), kind, device, D=2, cells=True, resets=True, reset_state="stored")
     tensors = [t.clone() for t in (*problem.inputs, *problem.cotangents)]
     tensors[1 if name == "h0" else 3 + len(problem.weights)][..., 2] = torch.inf
     problem = problem.with_tensors(tensors)
@@ -221,24 +158,29 @@ def test_an_infinite_state_only_saturates_gates(kind, name, device):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_cells_beyond_the_overflow_of_a_naive_tanh(kind, device):
-    """With i = f = g = 1 the cells grow by one a step: beyond 45, exp(-2c) and exp(2c) leave float32 on either side."""
-    dtype, precision = KINDS[kind]
-    problem = layers.draw(50, 2, 3, 5, dtype=dtype, precision=precision, device=device)
-    problem.weights[1][:15] = 0
-    problem.weights[2][:15] = 30
-    problem.weights[2][10:12] = -30.0  # and two of the units downwards
-    results = layers.by_kernels(problem)
-    layers.assert_as_accurate_as_torch(results, problem)
-    c_n = results[2]
-    assert c_n.max() > 45 and c_n.min() < -45
+@pytest.mark.parametrize("value, batch_major, recompute", [(torch.nan, False, False), (torch.inf, True, True)])
+def test_nothing_past_the_end_of_a_row_matters(value, batch_major, recompute, device):
+    """Neither input, nor reset state, nor gradient of an output; nor, to a product, the state of a row without steps."""
+    problem = layers.draw(6, 4, 3, 5, 2, device=device, batch_major=batch_major, **SEGMENTS["everything"])
+    problem = replace(problem, reset_state=tuple(s.expand(6, 2, 4, 5).contiguous() for s in problem.reset_state))
+    past = (torch.arange(6, device=device)[:, None] >= problem.lengths)[..., None]
+    empty = (problem.lengths == 0)[:, None]
+    spoilt = [problem.x.clone().masked_fill_(past, value), *(torch.where(empty, value, s) for s in problem.hx)]
+    spoilt += [*problem.weights, *(torch.where(past[:, None], value, s) for s in problem.reset_state)]
+    spoilt += [torch.where(past, value, g) if g.shape[0] == 6 else g for g in problem.cotangents]
+    spoilt = problem.with_tensors(spoilt)
+    expected = layers.by_kernels(problem, recompute=recompute)
+    found = layers.by_kernels(spoilt, recompute=recompute)
+    for name, result, wanted in zip(problem.names, found, expected, strict=True):
+        if name in ("h_n", "c_n"):  # a row without steps ends where it begins
+            result, wanted = (torch.where(empty, 0, t) for t in (result, wanted))
+        assert torch.equal(result, wanted), name
+    assert not torch.where(past, found[problem.names.index("dx")], 0).any()
 
 
-@pytest.mark.parametrize("options", [{}, dict(resets=True, reset_state="stored", lengths=True, cells=True)])
-def test_offsets_of_64_bits_give_the_same(options, device, monkeypatch):
+def test_offsets_of_64_bits_give_the_same(device, monkeypatch):
     """Those within one step take them where a step's tensors have 2**31 elements or more, too many for a test."""
-    problem = layers.draw(3, 17, 4, 19, 2, batch_major=True, precision="tf32", device=device, **options)
+    problem = _draw((3, 17, 4, 19), "tf32", device, D=2, batch_major=True, **SEGMENTS["everything"])
     expected = layers.by_kernels(problem)
     assert all(layer.index_type(problem.x) == tl.int32 for layer in (sequence_layer, layer_backward))
     for layer in (sequence_layer, layer_backward):
@@ -253,10 +195,3 @@ def test_64_bits_are_taken_where_a_step_is_so_large():
     for stride, wanted in ((2**30 - 3, tl.int32), (2**30 - 2, tl.int64)):
         step = torch.empty(0, device="meta").as_strided((2, 3, 5), (1, stride, 1))
         assert sequence_layer.index_type(narrow, step) == wanted
-
-
-def test_drawn_weights_have_the_scale_of_torchs():
-    """So that the comparisons above are of typical layers."""
-    weights = layers.draw(1, 1, 40, 50).weights
-    assert weights[0].shape == (200, 40)
-    assert weights[1].std().item() == pytest.approx(1 / math.sqrt(50), rel=0.05)
