@@ -1,5 +1,8 @@
 """Resets and lengths on a CPU: torch's own kernels with filler steps, as accurate as the reference."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from support import segmented
@@ -23,54 +26,33 @@ FEATURES = {
 ROWS = [row for row in segmented.pairwise(FEATURES) if row["resets"] or row["cells"] or row["rows"] == "lengths"]
 
 
-@pytest.fixture
-def no_reference(monkeypatch):
-    """Nothing may be left to the reference."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the reference was called")
-
-    def allow():
-        monkeypatch.undo()
-
-    monkeypatch.setattr(reference, "lstm_layer", refuse)
-    return allow
+@contextlib.contextmanager
+def without_the_reference():
+    with mock.patch.object(reference, "lstm_layer", None):
+        yield
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(map(str, row.values())))
 def test_accuracy(row):
-    segmented.judge(segmented.Case(T=7, B=4, I=3, H=5, **row), torch.device("cpu"), "auto")
+    segmented.judge(segmented.Case(T=7, B=4, I=3, H=5, **row), torch.device("cpu"), "auto", without_the_reference())
 
 
-@pytest.mark.parametrize(
-    "features",
-    [{"resets"}, {"lengths"}, {"resets", "lengths"}, {"return_cell_states"}, {"resets", "return_cell_states"}],
-    ids=sorted,
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torchs_kernels_serve(features, dtype, no_reference):
-    """Also where rows have no steps, where every step is a reset, and where no row has any step."""
-    ours, plain = LSTM(3, 5, bidirectional=True, dtype=dtype), LSTM(3, 5, bidirectional=True, dtype=dtype)
-    plain.backend = "reference"
+def test_special_segments(dtype):
+    """Where no row, or each, has steps, and where restarts are at every step, at one step alone, or nowhere."""
+    ours, plain = (LSTM(3, 5, bidirectional=True, dtype=dtype, backend=backend) for backend in ("auto", "reference"))
     plain.load_state_dict(ours.state_dict())
     x, hx = torch.randn(4, 3, 3, dtype=dtype), states(ours, 3)
-    hx = tuple(s.to(dtype) for s in hx)
-    arguments = {"resets": torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1]], dtype=torch.bool)}
-    arguments["lengths"] = torch.tensor([4, 0, 2])
-    arguments["return_cell_states"] = True
-    arguments = {name: arguments[name] for name in sorted(features)}
-    calls = [arguments]
-    if "lengths" in features:
-        calls += [arguments | {"lengths": torch.tensor(lengths)} for lengths in ([0, 0, 0], [4, 4, 4])]
-    if "resets" in features:  # at one step alone, and at none
-        one = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
-        calls += [arguments | {"resets": one}, arguments | {"resets": torch.zeros_like(one)}]
-    found = [flat(ours(x, hx, **call)) for call in calls]
-    no_reference()
-    for results, call in zip(found, calls):
-        expected = flat(plain(x, hx, **call))
-        for result, wanted in zip(results, expected):
-            torch.testing.assert_close(result, wanted, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    every, no = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)
+    one = torch.arange(4)[:, None] == torch.tensor([2, 2, 7])
+    calls = [{"lengths": torch.tensor(lengths)} for lengths in ([0, 0, 0], [4, 4, 4], [4, 0, 2])]
+    calls += [{"resets": resets} | more for resets in (every, one, no) for more in ({}, calls[-1])]
+    for call in calls:
+        call = call | {"return_cell_states": True}
+        with without_the_reference():
+            found = flat(ours(x, hx, **call))
+        for result, expected in zip(found, flat(plain(x, hx, **call))):
+            torch.testing.assert_close(result, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -90,23 +72,18 @@ def test_what_is_not_finite_stays_in_its_segment(starts, place, value):
     torch.testing.assert_close(found[0][:2], expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_second_derivatives(dtype, no_reference):
+def test_second_derivatives():
     """torch's kernels have them on a CPU, and so have segments."""
-    case = segmented.Case(T=4, B=3, num_layers=2, bidirectional=True, rows="lengths", resets="zero", dtype=dtype)
-    drawn = []
-    for backend in ("auto", "reference"):
-        data = segmented.draw(case, torch.device("cpu"))
-        inputs = [t.requires_grad_() for t in data.inputs]
+    case = segmented.Case(T=4, B=3, num_layers=2, bidirectional=True, rows="lengths", resets="zero")
+    data, drawn = segmented.draw(case, torch.device("cpu")), []
+    inputs = [t.requires_grad_() for t in data.inputs]
+    for backend, context in (("auto", without_the_reference()), ("reference", contextlib.nullcontext())):
         module = case.module(backend)
         module.precision = None
-        names = [name for name, _ in module.named_parameters()]
+        weights = {name: t for (name, _), t in zip(module.named_parameters(), inputs[3:])}
         options = {"resets": data.resets, "lengths": data.lengths}
-        call = (inputs[0], tuple(inputs[1:3]))
-        outputs = flat(functional_call(module, dict(zip(names, inputs[3:])), call, options))
-        first = torch.autograd.grad([t.pow(2).sum() for t in outputs], inputs, create_graph=True)
-        drawn.append([*first, *gradients([sum(g.pow(2).sum() for g in first)], inputs)])
-        no_reference()
-    for found, expected in zip(*drawn, strict=True):
-        atol = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        with context:
+            outputs = flat(functional_call(module, weights, (inputs[0], tuple(inputs[1:3])), options))
+            first = torch.autograd.grad([t.pow(2).sum() for t in outputs], inputs, create_graph=True)
+            drawn.append([*first, *gradients([sum(g.pow(2).sum() for g in first)], inputs)])
+    torch.testing.assert_close(*drawn, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,20 @@ def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -
     )
 
 
-def judge(case: Case, device: torch.device, backend: str = "triton") -> None:
-    """The backend is as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`."""
+def judge(
+    case: Case,
+    device: torch.device,
+    backend: str = "triton",
+    context: contextlib.AbstractContextManager | None = None,
+) -> None:
+    """The backend is as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`.
+
+    It runs in this context.
+    """
     drawn = draw(case, device)
     tensors = [*drawn.inputs, *drawn.cotangents]
-    found = results(case, drawn, tensors, backend)
+    with context or contextlib.nullcontext():
+        found = results(case, drawn, tensors, backend)
 
     def reference(tensors):
         return results(case, drawn, tensors, "reference")
