@@ -19,6 +19,7 @@ from .config import cdiv, cell_backward_config
 from .device import matmul_precision
 from .gates import gate_rows, join_gates, load_gates
 from .inputs import CellGradients, CellInputs, CellOptions, CellSaved
+from .interleave import interleave
 from .launch import Launcher, accumulator
 from .tiles import choose_tile, count_tiles, load_tile, store_tile
 
@@ -146,12 +147,8 @@ def _state_gradient_tile(
 ):
     """Compute dc_prev of BLOCK_H units for the whole batch, and their four slices of db."""
     first_unit = tile * BLOCK_H
-    offs_h = first_unit + tl.arange(0, BLOCK_H)
     offs_c = first_unit * STATES + tl.arange(0, STATES * BLOCK_H)
-    db_i = tl.zeros((BLOCK_H,), ACC)
-    db_f = tl.zeros((BLOCK_H,), ACC)
-    db_g = tl.zeros((BLOCK_H,), ACC)
-    db_o = tl.zeros((BLOCK_H,), ACC)
+    db = tl.zeros((4 * BLOCK_H,), ACC)
     for first_row in range(0, B, BLOCK_B):
         dz_i, dz_f, dz_g, dz_o, dc_prev = _gate_gradients(
             step, first_row, first_unit, BACKWARD, STATES, ACC, BLOCK_B, BLOCK_H
@@ -159,23 +156,15 @@ def _state_gradient_tile(
         if dc_prev_ptr is not None:
             offs_b = first_row + tl.arange(0, BLOCK_B)
             store_tile(dc_prev_ptr, dc_prev, offs_b, offs_b < B, offs_c, offs_c < STATES * H, STATES * H)
-        db_i += tl.sum(dz_i, axis=0)
-        db_f += tl.sum(dz_f, axis=0)
-        db_g += tl.sum(dz_g, axis=0)
-        db_o += tl.sum(dz_o, axis=0)
+        db += tl.sum(interleave((dz_i, dz_f, dz_g, dz_o)), axis=0)
+    n = tl.arange(0, 4 * BLOCK_H)
+    units = first_unit + n // 4
+    rows = n % 4 * H + units
     # Each bias has a gradient of its own, because a caller may change one in place.
     if db_ih_ptr is not None:
-        _store_bias_gradient(db_ih_ptr, db_i, db_f, db_g, db_o, offs_h, H)
+        tl.store(db_ih_ptr + rows, db.to(db_ih_ptr.dtype.element_ty), mask=units < H)
     if db_hh_ptr is not None:
-        _store_bias_gradient(db_hh_ptr, db_i, db_f, db_g, db_o, offs_h, H)
-
-
-@triton.jit
-def _store_bias_gradient(db_ptr, db_i, db_f, db_g, db_o, offs_h, H):
-    tl.store(db_ptr + offs_h, db_i.to(db_ptr.dtype.element_ty), mask=offs_h < H)
-    tl.store(db_ptr + H + offs_h, db_f.to(db_ptr.dtype.element_ty), mask=offs_h < H)
-    tl.store(db_ptr + 2 * H + offs_h, db_g.to(db_ptr.dtype.element_ty), mask=offs_h < H)
-    tl.store(db_ptr + 3 * H + offs_h, db_o.to(db_ptr.dtype.element_ty), mask=offs_h < H)
+        tl.store(db_hh_ptr + rows, db.to(db_hh_ptr.dtype.element_ty), mask=units < H)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -204,7 +193,7 @@ def _lstm_cell_backward_kernel(
     # strides
     stride_dh_b, stride_dh_h, stride_dc_b, stride_dc_h, stride_x_b, stride_x_i, stride_h_prev_b, stride_h_prev_h,
     stride_c_prev_b, stride_c_prev_h, stride_w_ih_row, stride_w_ih_k, stride_w_hh_row, stride_w_hh_k,
-    # meta-parameters; STATES: states per unit in c (states.py)
+    # meta-parameters; STATES: states per unit in c (interleave.py)
     BACKWARD: tl.constexpr, STATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,7 @@ class CellEquations(NamedTuple):
     """One step of a cell, in torch and as the source of two @triton.jit functions, `cells.forward_of` and `cells.backward_of`.
 
     step: (z0, z1, z2, z3, state before, masks) -> (h, state), of pre-activations [B, H] and a state [B, states * H] as in
-        `states`; masks [n, B, H], or None for their expectations.
+        `interleave`; masks [n, B, H], or None for their expectations.
     states: the number of states per unit. probabilities: with which each of the n masks is 1.
     """
 

@@ -4,7 +4,7 @@ forward(z0, z1, z2, z3, before, at) -> saved0, saved1, saved2, saved3, state, h
 backward(saved0, saved1, saved2, saved3, before, state, dh, d_state, at) -> dz0, dz1, dz2, dz3, d_before
 
 All are tiles [BLOCK_B, BLOCK_H]; z are four pre-activations of each unit. before, state and their gradients are wider and hold
-all states of a unit (`states`). at: (seed, t, batch rows, units) for random masks, as in `dropout`; None without masks.
+all states of a unit (`interleave`). at: (seed, t, batch rows, units) for random masks, as in `dropout`; None without masks.
 
 Kernels mask what they load with zeros, and rely on backward(zeros) being zeros.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from .cell_equations import generated
 from .dropout import mask
 from .equations import expm1, log1p, lstm_backward, lstm_forward, sigmoid, tanh
-from .states import join_states, split_states
+from .interleave import deinterleave, interleave
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _compiled(name: str, source: str) -> tuple[Any, Any]:
     file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "expm1": expm1, "log1p": log1p}
-    names |= {"split_states": split_states, "join_states": join_states, "mask": mask}
+    names |= {"deinterleave": deinterleave, "interleave": interleave, "mask": mask}
     namespace: dict[str, Any] = {"__name__": f"{__name__}.{name}", **names}
     exec(compile(source, file, "exec"), namespace)
     return namespace["forward"], namespace["backward"]

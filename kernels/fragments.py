@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .exchange import load_words, types_of_words
+from .interleave import joined
 
 _ADJACENT_WORDS = 2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1
 
@@ -182,14 +183,3 @@ def _elements(word, dtype: tl.constexpr):
         return word.to(tl.int16).to(dtype, bitcast=True), (word >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
         return (word.to(dtype, bitcast=True),)
-
-
-@triton.jit
-def joined(parts):
-    """Join 2^n tensors to one with n more axes, of which the first new axis separates the first half from the second."""
-    for _ in tl.static_range(len(parts).bit_length() - 1):
-        joined = ()
-        for i in tl.static_range(len(parts) // 2):
-            joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)  # type: ignore[assignment]
-        parts = joined
-    return parts[0]

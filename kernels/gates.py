@@ -13,6 +13,8 @@ takes all four gates of a unit.
 import triton
 import triton.language as tl
 
+from .interleave import deinterleave, interleave
+
 
 @triton.jit
 def gate_rows(first_unit, H, BLOCK_H: tl.constexpr):
@@ -31,19 +33,13 @@ def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """Split [BLOCK_B, 4 * BLOCK_H] in fragment order into four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
     tile = tl.reshape(tile, (BLOCK_B, BLOCK_H // 4, 2, 4, 2))
     tile = tl.permute(tile, (0, 1, 3, 2, 4))
-    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
-
-
-@triton.jit
-def split_units(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Split [BLOCK_B, 4 * BLOCK_H] in memory order into four [BLOCK_B, BLOCK_H] tiles i, f, g, o."""
-    return _split_pairs(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+    return deinterleave(tl.reshape(tile, (BLOCK_B, 4 * BLOCK_H)), 4)
 
 
 @triton.jit
 def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """Join four [BLOCK_B, BLOCK_H] tiles to [BLOCK_B, 4 * BLOCK_H] in fragment order."""
-    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
+    tile = tl.reshape(interleave((i, f, g, o)), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
     tile = tl.permute(tile, (0, 1, 3, 2, 4))
     return tl.reshape(tile, (BLOCK_B, 4 * BLOCK_H))
 
@@ -64,7 +60,7 @@ def load_gates(
         tile = tl.load(ptr + offsets)
     else:
         tile = tl.load(ptr + offsets, mask=(n < 4 * H)[None, :], other=0.0)
-    return split_units(tile, BLOCK_B, BLOCK_H)
+    return deinterleave(tile, 4)
 
 
 @triton.jit
@@ -87,22 +83,8 @@ def store_gates(
     ALL_UNITS promises that all units exist.
     """
     n = first_unit * 4 + tl.arange(0, 4 * BLOCK_H)
-    tile = tl.reshape(_join_pairs(i, f, g, o), (BLOCK_B, 4 * BLOCK_H)).to(ptr.dtype.element_ty)
+    tile = interleave((i, f, g, o)).to(ptr.dtype.element_ty)
     if ALL_UNITS:
         tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None])
     else:
         tl.store(ptr + rows[:, None] * (4 * H) + n[None, :], tile, mask=mask_rows[:, None] & (n < 4 * H)[None, :])
-
-
-@triton.jit
-def _split_pairs(tile):
-    # [..., hi, lo] with gate = 2 * hi + lo; tl.split splits the last axis, lo, first.
-    ig, fo = tl.split(tile)
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
-
-
-@triton.jit
-def _join_pairs(i, f, g, o):
-    return tl.join(tl.join(i, g), tl.join(f, o))

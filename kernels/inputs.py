@@ -27,7 +27,7 @@ class Records(NamedTuple):
 class CellInputs(NamedTuple):
     """x [B, I]; h [B, H] and c [B, STATES * H] before the step; w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None.
 
-    STATES, the number of states per unit, is 1 for the LSTM; `states` has their order. seed: [1] int64, seed of the cell's
+    STATES, the number of states per unit, is 1 for the LSTM; `interleave` has their order. seed: [1] int64, seed of the cell's
     masks, or None for their expectations.
     """
 

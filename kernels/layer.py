@@ -4,7 +4,6 @@ The GEMM computes the pre-activations of all steps and directions, the kernel th
 W_ih and the biases from gate-major order to the unit-major order [H, 4] of the pre-activations (`input_weights`).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .cell_equations import states_of
 from .device import matmul_precision, torch_products
 from .dropout import probability
 from .input_weights import input_weights
-from .inputs import Direction, LayerInputs, LayerOptions, LayerOutputs, Segments
+from .inputs import LayerInputs, LayerOptions, LayerOutputs
 from .launch import Launcher, accumulator, accumulator_dtype
 from .layer_step import OneStep, layer_step_forward
 from .layout import as_rows, is_time_major, new_states
@@ -139,25 +138,27 @@ def state_strides(name: str, state: Tensor | None) -> dict[str, int]:
     return {f"stride_{name}_t": t, f"stride_{name}_d": d, f"stride_{name}_b": b}
 
 
-def recurrent_weights(directions: Sequence[Direction], row: int) -> dict[str, Tensor | None]:
-    """Return the arguments for W_hh of each direction, in rows of `row` elements, those past H zero.
+def shared_arguments(
+    problem: Problem, inputs: LayerInputs, dropout: float, states: Tensor, reset_c: Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments that both sequence kernels take.
 
-    W_hh is copied once for all steps if it is not so, contiguous and aligned.
+    states: [T, B, D * row], the h of every step. W_hh is copied once for all steps if it does not begin at a multiple of 16
+    bytes, in rows of `row` elements, those past H zero.
     """
-    reverse = aligned(padded(directions[1].w_hh, row)) if len(directions) == 2 else None
-    return {"w_ptr": aligned(padded(directions[0].w_hh, row)), "w_reverse_ptr": reverse}
-
-
-def segment_arguments(segments: Segments) -> dict[str, Any]:
-    """Return the arguments for resets, viewed as integers that a kernel can load, and for lengths."""
-    flags, lengths = segments.resets, segments.lengths
-    stride_t, stride_b = (0, 0) if flags is None else flags.stride()
-    return {
-        "resets_ptr": None if flags is None else flags.view(torch.uint8),
-        "lengths_ptr": None if lengths is None else lengths.contiguous(),
-        "stride_resets_t": stride_t,
-        "stride_resets_b": stride_b,
-    }
+    T, B, size = states.shape
+    row, (flags, _, _, lengths) = size // problem.D, inputs.segments
+    w, w_reverse = (None if w is None else aligned(padded(w, row)) for w in (inputs.w_hh, inputs.w_hh_reverse))
+    pointers = dict(w_ptr=w, w_reverse_ptr=w_reverse, reset_c_ptr=reset_c, seed_ptr=inputs.seed)
+    pointers["resets_ptr"] = None if flags is None else flags.view(torch.uint8)  # integers that a kernel can load
+    pointers["lengths_ptr"] = None if lengths is None else lengths.contiguous()
+    p_hi, p_lo = probability(dropout)
+    stride_t, stride_b = (stride // size for stride in states.stride()[:2])
+    resets_t, resets_b = (0, 0) if flags is None else flags.stride()
+    sizes = dict(T=T, B=B, p_hi=p_hi, p_lo=p_lo, stride_t=stride_t, stride_b=stride_b, H=problem.H, D=problem.D)
+    strides = dict(stride_resets_t=resets_t, stride_resets_b=resets_b, **state_strides("reset_c", reset_c))
+    cell = dict(FORWARD=cells.forward_of(problem.cell), STATES=states_of(problem.cell))
+    return pointers | sizes | strides | cell | dict(ACC=accumulator(problem.dtype), PRECISION=problem.precision)
 
 
 def pre_activations(x: Tensor, w: Tensor, b: Tensor | None, D: int) -> Tensor:
@@ -208,37 +209,10 @@ def lstm_layer_forward(inputs: LayerInputs, options: LayerOptions = LayerOptions
         both_zero = segments.reset_h is None and segments.reset_c is None and c0.shape == h0.shape
         reset_c = reset_h if both_zero else reset_state(segments.resets, segments.reset_c, c0)
         h0, reset_h = padded(h0, row), None if reset_h is None else padded(reset_h, row)
-        p_hi, p_lo = probability(options.dropout)
-        arguments = dict(
-            pre_ptr=pre,
-            h0_ptr=h0,
-            reset_h_ptr=reset_h,
-            reset_c_ptr=reset_c,
-            y_ptr=h,
-            h_n_ptr=h_n,
-            c_ptr=c,
-            gates_ptr=gates,
-            seed_ptr=inputs.seed,
-            dropped_ptr=dropped,
-            T=T,
-            B=B,
-            p_hi=p_hi,
-            p_lo=p_lo,
-            stride_t=h.stride(0) // (D * row),
-            stride_b=h.stride(1) // (D * row),
-            H=H,
-            ROW=row,
-            D=D,
-            FORWARD=cells.forward_of(options.cell),
-            STATES=states_of(options.cell),
-            ACC=accumulator(dtype),
-            PRECISION=precision,
-            INDEX=index_type(pre, h, c),  # h is the longer one where H = 1
-            **recurrent_weights(directions, row),
-            **segment_arguments(segments),
-            **state_strides("reset_h", reset_h),
-            **state_strides("reset_c", reset_c),
-        )
+        arguments = shared_arguments(problem, inputs, options.dropout, h, reset_c)
+        arguments |= dict(pre_ptr=pre, h0_ptr=h0, reset_h_ptr=reset_h, y_ptr=h, h_n_ptr=h_n, c_ptr=c, gates_ptr=gates)
+        arguments |= dict(dropped_ptr=dropped, ROW=row, **state_strides("reset_h", reset_h))
+        arguments["INDEX"] = index_type(pre, h, c)  # h is the longer one where H = 1
         for step, stop, c_in, c_out in launches(config, c0, c_n, 0, T):
             steps = dict(first_step=step, last_step=stop, c_in_ptr=c_in, c_out_ptr=c_out)
             launch(_forward, config, on, arguments | steps)

@@ -11,12 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cells, stall
-from .cell_equations import states_of
 from .device import matmul_precision, torch_products
-from .dropout import probability
 from .input_weights import input_weights
 from .inputs import CellOptions, LayerGradients, LayerInputs, LayerOptions, LayerSaved
-from .launch import Launcher, accumulator, accumulator_dtype
+from .launch import Launcher, accumulator_dtype
 from .layer import (
     aligned,
     index_type,
@@ -24,11 +22,9 @@ from .layer import (
     launches,
     mark_as_absent,
     pre_activations,
-    recurrent_weights,
     reset_state,
-    segment_arguments,
     sequence_plan,
-    state_strides,
+    shared_arguments,
 )
 from .layer_gradients import gradient_at_resets, initial_state_gradient, previous_states, unit_major, weight_gradients
 from .layer_step import layer_step_backward, serves
@@ -131,40 +127,11 @@ def _gate_gradients(
     problem = problem._replace(cell=options.cell)
     config = sequence_plan(problem, T, on)
     mark_as_absent(dz, config)
-    p_hi, p_lo = probability(options.dropout)
     stride_dy_t, stride_dy_b, stride_dy_h = (0, 0, 0) if dy is None else dy.stride()
-    arguments = dict(
-        dy_ptr=dy,
-        seed_ptr=inputs.seed,
-        dc_states_ptr=dc_states,
-        dh_n_ptr=dh_n,
-        c_ptr=c,
-        c0_ptr=c0,
-        reset_c_ptr=reset_c,
-        dz_ptr=dz,
-        dreset_c_ptr=dreset_c,
-        T=T,
-        B=B,
-        p_hi=p_hi,
-        p_lo=p_lo,
-        stride_t=h.stride(0) // (D * H),
-        stride_b=h.stride(1) // (D * H),
-        stride_dy_t=stride_dy_t,
-        stride_dy_b=stride_dy_b,
-        stride_dy_h=stride_dy_h,
-        H=H,
-        D=D,
-        FORWARD=cells.forward_of(options.cell),
-        STATES=states_of(options.cell),
-        BACKWARD=cells.backward_of(options.cell),
-        ACC=accumulator(dtype),
-        PRECISION=precision,
-        INDEX=index,
-        ACTIVATED=gates is not None,
-        **recurrent_weights(directions, H),
-        **segment_arguments(segments),
-        **state_strides("reset_c", reset_c),
-    )
+    arguments = shared_arguments(problem, inputs, options.dropout, h, reset_c)
+    arguments |= dict(dy_ptr=dy, stride_dy_t=stride_dy_t, stride_dy_b=stride_dy_b, stride_dy_h=stride_dy_h)
+    arguments |= dict(dc_states_ptr=dc_states, dh_n_ptr=dh_n, c_ptr=c, c0_ptr=c0, dz_ptr=dz, dreset_c_ptr=dreset_c)
+    arguments |= dict(BACKWARD=cells.backward_of(options.cell), INDEX=index, ACTIVATED=gates is not None)
     state_in, weights = dc_n, input_weights(directions) if gates is None else None
     for first, last in [(0, T)] if gates is not None else recomputed_ranges(T):
         # The two directions run through time in opposite ways, so a range of steps is two ranges of t.

@@ -30,17 +30,28 @@ def row_lengths(lengths_ptr, rows_b, T):
 
 
 @triton.jit
-def begins_at(t, lengths, T, direction, HAS_LENGTHS: tl.constexpr):
-    """Return whether step t starts from the initial state: one value for all rows, or [BLOCK_B] where there are lengths."""
+def rows_before(t, every, initial, direction, T, lengths, ROW: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """Return pointers to the rows of a state before step t, and whether it is the initial one, for each of them or for all.
+
+    every: (pointer, elements of a step, rows within a step), the state after each step. initial: (pointer, rows).
+    """
+    every_ptr, step_size, rows = every
+    initial_ptr, initial_rows = initial
+    t_prev = t - 1 + 2 * direction
+    every_ptr += t_prev * step_size
     if HAS_LENGTHS:
-        return tl.where(direction == 0, t == 0, t == lengths - 1)
+        # Batch rows that have not begun would read past the end: they load the initial state instead, and do not use it.
+        begins = tl.where(direction == 0, t == 0, t == lengths - 1) | (t_prev < 0) | (t_prev >= T)
+        return tl.where(begins, initial_ptr + initial_rows * ROW, every_ptr + rows * ROW), begins
     else:
-        return tl.where(direction == 0, t == 0, t == T - 1)
+        begins = tl.where(direction == 0, t == 0, t == T - 1)
+        return tl.where(begins, initial_ptr, every_ptr) + tl.where(begins, initial_rows, rows) * ROW, begins
 
 
 @triton.jit
-def resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction):
-    """Return [BLOCK_B], whether the state before step t is reset."""
+def resets_at(t, flags, rows_b, lengths, direction):
+    """Return [BLOCK_B], whether the state before step t is reset. flags: (resets_ptr, its strides)."""
+    resets_ptr, stride_resets_t, stride_resets_b = flags
     at = t + direction
     pointers = resets_ptr + at * stride_resets_t.to(tl.int64) + rows_b.to(tl.int64) * stride_resets_b
     in_rows = (at < lengths) & (rows_b >= 0)  # rows_b >= 0 is always true; without lengths it gives the mask its shape
@@ -48,7 +59,15 @@ def resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, 
 
 
 @triton.jit
-def reset_state_rows(state_ptr, t, direction, rows_b, stride_t, stride_d, stride_b, ROW: tl.constexpr):
-    """Return pointers [BLOCK_B] to the rows of a state [T, D, B, ROW], whose strides are in units of rows."""
+def reset_state_rows(state, t, direction, rows_b, ROW: tl.constexpr):
+    """Return pointers [BLOCK_B] to the rows of a state [T, D, B, ROW]: (pointer, its strides in units of rows)."""
+    state_ptr, stride_t, stride_d, stride_b = state
     row = t * stride_t.to(tl.int64) + direction * stride_d.to(tl.int64)
     return state_ptr + (row + rows_b.to(tl.int64) * stride_b) * ROW
+
+
+@triton.jit
+def with_resets(c, resets, rows, offs_c, mask_c):
+    """Return c [BLOCK_B, states], or where resets [BLOCK_B] are True what is in memory there. rows: `reset_state_rows`."""
+    state = tl.load(rows[:, None] + offs_c[None, :], mask=mask_c & resets[:, None], other=0.0)
+    return tl.where(resets[:, None], state.to(c.dtype), c)

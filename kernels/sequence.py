@@ -13,9 +13,10 @@ import triton.language as tl
 from .dropout import begin, drop
 from .exchange import store_state
 from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores, rows_of_block
-from .gates import gate_rows, load_gates, split_gates, split_units, store_gates
+from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import UNSPECIALIZED, begins_at, reset_state_rows, resets_at, row_lengths
+from .interleave import deinterleave
+from .segments import UNSPECIALIZED, reset_state_rows, resets_at, row_lengths, rows_before, with_resets
 from .splits import chunk_offsets, product_of_arriving_rows, product_of_rows
 
 
@@ -34,33 +35,6 @@ def _load_split_weight_chunk(
     k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
     offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * ROW + k[:, :, None]
     return tl.load(w_ptr + offsets, mask=(k < ROW)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
-
-
-@triton.jit
-def _rows_before(
-    rows_b, t, lengths, resets, direction, T, B, y_ptr, h0_ptr, reset_h_ptr, HAS_LENGTHS: tl.constexpr,
-    stride_b, h_step_size, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b,
-    ROW: tl.constexpr, D: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Return pointers to the h before step t of batch rows rows_b, and whether it comes from outside of y."""
-    t_prev = t - 1 + 2 * direction
-    previous_ptr = y_ptr + t_prev * h_step_size
-    output_rows = rows_b.to(INDEX) * stride_b * D + direction
-    state_rows = direction.to(INDEX) * B + rows_b
-    begins = begins_at(t, lengths, T, direction, HAS_LENGTHS)
-    if not HAS_LENGTHS:
-        h_rows = tl.where(begins, h0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * ROW
-    else:
-        # Batch rows that have not begun would read past the end of y: they load the initial state instead, and do not use it.
-        begins |= (t_prev < 0) | (t_prev >= T)
-        h_rows = tl.where(begins, h0_ptr + state_rows * ROW, previous_ptr + output_rows * ROW)
-    if resets is not None:
-        reset_h_rows = reset_state_rows(
-            reset_h_ptr, t, direction, rows_b, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW
-        )
-        h_rows = tl.where(resets, reset_h_rows, h_rows)
-        begins = begins | resets
-    return h_rows, begins
 
 
 @triton.jit
@@ -103,7 +77,7 @@ def _lstm_sequence_forward_kernel(
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
     # meta-parameters; ROW: units from a row of h or W_hh to the next, H to PROGRAMS * BLOCK_H, those past H zero;
-    # STATES: states per unit in c (states.py); INDEX: integer type of offsets within one timestep; IN_BAND: h is exchanged
+    # STATES: states per unit in c (interleave.py); INDEX: integer type of offsets within one timestep; IN_BAND: h is exchanged
     # without a barrier (exchange.py), and all bits of y are set before the launch
     FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -167,13 +141,16 @@ def _lstm_sequence_forward_kernel(
             gathered = gathered + (block_rows,)  # type: ignore[assignment]
             row_ends = row_ends + (row_lengths(lengths_ptr, block_rows, T),)  # type: ignore[assignment]
 
+    flags = (resets_ptr, stride_resets_t, stride_resets_b)
+    reset_h = (reset_h_ptr, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b)
+    reset_c = (reset_c_ptr, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b)
     c = tl.load(c_in_ptr + c_state_offsets, mask=mask_c, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
     x_i, x_f, x_g, x_o = load_gates(
         pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
     )
     if resets_ptr is not None:
-        resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+        resets = resets_at(t, flags, rows_b, lengths, direction)
 
     # num_stages=1, because the software pipeliner would move the loads of h above the wait. disable_licm, because outside of
     # the loop each address of W_hh in shared memory would take a register.
@@ -181,28 +158,27 @@ def _lstm_sequence_forward_kernel(
         t = step + direction * (T - 1 - 2 * step)
         h_rows, awaits = (), ()
         for k in tl.static_range(len(gathered)):
-            cleared = None
+            of_y, of_h0 = gathered[k].to(INDEX) * stride_b * D + direction, direction.to(INDEX) * B + gathered[k]
+            every_h, initial_h = (y_ptr, h_step_size, of_y), (h0_ptr, of_h0)
+            pointers, from_outside = rows_before(
+                t, every_h, initial_h, direction, T, row_ends[k], ROW, lengths_ptr is not None
+            )
             if resets_ptr is not None:
                 cleared = rows_of_block(resets, k, SPLIT_K) if IN_BAND else resets
-            pointers, from_outside = _rows_before(
-                gathered[k], t, row_ends[k], cleared, direction, T, B, y_ptr, h0_ptr, reset_h_ptr, lengths_ptr is not None,
-                stride_b, h_step_size, stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, ROW, D, INDEX,
-            )  # fmt: skip
+                pointers = tl.where(cleared, reset_state_rows(reset_h, t, direction, gathered[k], ROW), pointers)
+                from_outside = from_outside | cleared
             h_rows = h_rows + (pointers,)  # type: ignore[assignment]
             awaits = awaits + (tl.broadcast_to(tl.where(from_outside, 0, -1), pointers.shape),)  # type: ignore[assignment]
         if resets_ptr is not None:
-            reset_c_rows = reset_state_rows(
-                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, STATES * H
-            )
-            reset_c = tl.load(reset_c_rows[:, None] + offs_c[None, :], mask=mask_c & resets[:, None], other=0.0)
-            c = tl.where(resets[:, None], reset_c.to(ACC), c)
+            reset_c_rows = reset_state_rows(reset_c, t, direction, rows_b, STATES * H)
+            c = with_resets(c, resets, reset_c_rows, offs_c, mask_c)
 
         # The next step's input does not depend on h, so load it before the wait. The last step loads its own again.
         n_i, n_f, n_g, n_o = x_i, x_f, x_g, x_o
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * direction, 0), T - 1)
         if resets_ptr is not None:
             # If these bytes were loaded in the step that uses them, the compiler would choose the operands' layout by them.
-            resets = resets_at(t_next, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
+            resets = resets_at(t_next, flags, rows_b, lengths, direction)
         at = None
         if seed_ptr is not None:
             # In the loop, because what follows from the seed would otherwise stay in registers.
@@ -217,10 +193,10 @@ def _lstm_sequence_forward_kernel(
 
         if IN_BAND:
             z = product_of_arriving_rows(h_rows, awaits, stall_ptr, weights, ROW, IN_FLIGHT, PRECISION, ACC)
-            z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
+            z_i, z_f, z_g, z_o = deinterleave(z, 4)
         elif SPLIT_K > 1:
             z = product_of_rows(h_rows[0], None, weights, ROW, IN_FLIGHT, PRECISION, ACC)  # type: ignore[misc]
-            z_i, z_f, z_g, z_o = split_units(z, BLOCK_B, BLOCK_H)
+            z_i, z_f, z_g, z_o = deinterleave(z, 4)
         else:
             z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)
             if RESIDENT:

@@ -14,7 +14,7 @@ from .exchange import store_gates_of_units
 from .fragments import fragment_rows, load_weight_fragments, on_cuda_cores
 from .gates import load_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
-from .segments import UNSPECIALIZED, begins_at, reset_state_rows, resets_at, row_lengths
+from .segments import UNSPECIALIZED, reset_state_rows, resets_at, row_lengths, rows_before, with_resets
 from .splits import chunk_offsets, load_rows_chunk, product_of_arriving_rows, product_of_rows, sum_of_splits
 
 
@@ -56,8 +56,8 @@ def _lstm_sequence_backward_kernel(
     # strides; all [T, B, D, ...] tensors but dy have the same, in units of D rows; reset states in units of one row
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
     stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; STATES: states per unit in c (states.py); INDEX: integer type of offsets within one timestep; IN_BAND: dz
-    # is exchanged without a barrier (exchange.py), and all bits of dz are set before the launch
+    # meta-parameters; STATES: states per unit in c (interleave.py); INDEX: integer type of offsets within one timestep;
+    # IN_BAND: dz is exchanged without a barrier (exchange.py), and all bits of dz are set before the launch
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, ACTIVATED: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
@@ -118,44 +118,33 @@ def _lstm_sequence_backward_kernel(
     gates_t = tl.where(direction == 0, gates_t, gates_reverse_t)
     last_arrival = (last_step - first_step) * PROGRAMS - 1
 
+    flags = (resets_ptr, stride_resets_t, stride_resets_b)
+    reset_c = (reset_c_ptr, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b)
     dc = tl.zeros((BLOCK_B, STATES * BLOCK_H), ACC)
     if dc_in_ptr is not None:
         dc = tl.load(dc_in_ptr + c_state_offsets, mask=mask_c_loads, other=0.0).to(ACC)
     t = T - 1 - first_step + direction * (2 * first_step - T + 1)
     c = tl.load(c_ptr + t * step_size * STATES + c_offsets, mask=mask_c_loads, other=0.0)
     if resets_ptr is not None:
-        resets_next = resets_at(
-            t + 1 - 2 * direction, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction
-        )
+        resets_next = resets_at(t + 1 - 2 * direction, flags, rows_b, lengths, direction)
 
     # num_stages and disable_licm: as in the forward.
     for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = T - 1 - step + direction * (2 * step - T + 1)
-        t_prev = t - 1 + 2 * direction  # the step before in the recurrence, the next one here
-        t_next = t + 1 - 2 * direction
+        t_next = t + 1 - 2 * direction  # in the recurrence, the one before here
 
         # Load everything that does not depend on other programs before the wait.
         i, f, g, o = load_gates(
             gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
         )
-        begins = begins_at(t, lengths, T, direction, lengths_ptr is not None)
-        previous_ptr = c_ptr + t_prev * step_size * STATES
-        if lengths_ptr is None:
-            c_rows = tl.where(begins, c0_ptr, previous_ptr) + tl.where(begins, state_rows, output_rows) * (STATES * H)
-        else:
-            # Batch rows that have not begun would read past the end of c: they load the initial state instead, and do not use
-            # it.
-            begins |= (t_prev < 0) | (t_prev >= T)
-            c_rows = tl.where(begins, c0_ptr + state_rows * (STATES * H), previous_ptr + output_rows * (STATES * H))
+        every_c, initial_c = (c_ptr, step_size * STATES, output_rows), (c0_ptr, state_rows)
+        c_rows, _ = rows_before(t, every_c, initial_c, direction, T, lengths, STATES * H, lengths_ptr is not None)
         c_previous = tl.load(c_rows[:, None] + offs_c[None, :], mask=mask_c_loads, other=0.0)
         c_prev = c_previous.to(ACC)
         if resets_ptr is not None:
-            resets = resets_at(t, resets_ptr, stride_resets_t, stride_resets_b, rows_b, lengths, direction)
-            reset_c_rows = reset_state_rows(
-                reset_c_ptr, t, direction, rows_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b, STATES * H
-            )
-            reset_c = tl.load(reset_c_rows[:, None] + offs_c[None, :], mask=mask_c_loads & resets[:, None], other=0.0)
-            c_prev = tl.where(resets[:, None], reset_c.to(ACC), c_prev)
+            resets = resets_at(t, flags, rows_b, lengths, direction)
+            reset_c_rows = reset_state_rows(reset_c, t, direction, rows_b, STATES * H)
+            c_prev = with_resets(c_prev, resets, reset_c_rows, offs_c, mask_c_loads)
 
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         at = None

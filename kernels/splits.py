@@ -7,12 +7,8 @@ of all warps are added up. A chunk is [SPLIT_K, BLOCK_K] of the inner dimension:
 import triton
 import triton.language as tl
 
-from .fragments import joined, load_fragments, on_cuda_cores
-
-
-@triton.constexpr_function
-def _bits(number):
-    return number.bit_length()
+from .fragments import load_fragments, on_cuda_cores
+from .interleave import joined, log2
 
 
 @triton.jit
@@ -128,7 +124,7 @@ def sum_of_splits(parts, SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: 
     in every warp, and each warp would then compute all units.
     """
     rest = tl.permute(parts, (1, 2, 0))
-    for halving in tl.static_range(1, _bits(SPLIT_K)):
+    for halving in tl.static_range(1, log2(SPLIT_K) + 1):
         a, b = tl.split(tl.reshape(rest, (BLOCK_B, COLUMNS, SPLIT_K >> halving, 2)))
         rest = a + b
     return tl.reshape(rest, (BLOCK_B, COLUMNS))

@@ -56,8 +56,8 @@ def _functions(of: Cell) -> tuple:
     )
     namespace = {"tl": tl, "triton": types.SimpleNamespace(jit=lambda f: f)}
     namespace |= {name: getattr(torch, name) for name in ("sigmoid", "tanh", "expm1", "log1p")}
-    namespace["split_states"] = lambda t, n: t.unflatten(-1, (-1, n)).unbind(-1)
-    namespace["join_states"] = lambda states, n: torch.stack(torch.broadcast_tensors(*states), -1).flatten(-2)
+    namespace["deinterleave"] = lambda t, n: t.unflatten(-1, (-1, n)).unbind(-1)
+    namespace["interleave"] = lambda states: torch.stack(torch.broadcast_tensors(*states), -1).flatten(-2)
     namespace["mask"] = lambda like, at, number, p: torch.full_like(like, p) if at is None else at[number - 1]
     exec(of.triton_source(), namespace)
     return namespace["forward"], namespace["backward"]

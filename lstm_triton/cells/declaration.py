@@ -263,7 +263,7 @@ declared: dict[str, Cell] = {}  # by their names in the kernels
 
 
 def _split(carried: Tensor, n: int) -> Sequence[Tensor]:
-    """Split [..., H * n] into n tensors [..., H], in the order of `kernels.states`."""
+    """Split [..., H * n] into n tensors [..., H], in the order of `kernels.interleave`."""
     return [carried] if n == 1 else carried.unflatten(-1, (-1, n)).unbind(-1)
 
 

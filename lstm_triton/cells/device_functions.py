@@ -68,7 +68,7 @@ def _source(
 ) -> str:
     """Return the source of a @triton.jit function of these parameters, tiles of one shape. A number is a tile too.
 
-    A list stands for the states of a unit in one tile, as in `kernels.states`. masks: the probability of each.
+    A list stands for the states of a unit in one tile, as in `kernels.interleave`. masks: the probability of each.
     """
     lines, names = _named(parameters)
     counter, like = itertools.count(), next(iter(parameters))
@@ -98,7 +98,7 @@ def _source(
     def returned_as(output: Any) -> str:
         if isinstance(output, list):
             tiles = ", ".join(map(returned_as, output))
-            return tiles if len(output) == 1 else f"join_states(({tiles}), {len(output)})"
+            return tiles if len(output) == 1 else f"interleave(({tiles}))"
         if isinstance(output, Value):
             return names[output]
         return f"tl.zeros_like({like})" + (f" + {float(output)}" if output else "")
@@ -120,6 +120,6 @@ def _named(parameters: dict[str, Any]) -> tuple[list[str], dict[Value, str]]:
             names |= {} if value[0] is None else {value[0]: parameter}
         elif any(v is not None for v in value):
             parts = [f"{parameter}{k}" for k in range(len(value))]
-            lines.append(f"{', '.join(parts)} = split_states({parameter}, {len(parts)})")
+            lines.append(f"{', '.join(parts)} = deinterleave({parameter}, {len(parts)})")
             names |= {v: part for v, part in zip(value, parts) if v is not None}
     return lines, names
