@@ -18,28 +18,14 @@ from .progress import Progress, missing
 from .providers import PROVIDERS
 from .rows import CPU_LABEL, read_all
 
-EPILOG = """suites:
-{suites}
-
-providers:
-  {providers}
-
-examples:
-  lstm-triton bench --budget 8m                      the most telling cases first; the same command continues
-  lstm-triton bench --suite hidden-sizes --dtype bfloat16 --hidden 512..1024
-  lstm-triton bench --device cpu                     {CPU_LABEL}
-  lstm-triton bench --report                         only render what is there
-  lstm-triton bench --compare A.jsonl B.jsonl        two GPUs or two commits, side by side
-"""
 NO_LIBRARY = 3  # exit code where a library of the extra [bench] is missing for what was asked
 _LONGEST_START_S = 60.0  # a process older than this when a run begins was not started for it
 _END_S, _END_S_PER_BYTE = 6.0, 5e-7  # what the report takes at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a
-    library that the output needs, 130 after Ctrl-C.
-    """
+    """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a library
+    that the output needs, 130 after Ctrl-C."""
     age = process.age_s()
     # A budget counts from the user's Enter, not from here, where torch is imported.
     started = time.monotonic() - (age if age < _LONGEST_START_S else 0.0)
@@ -59,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     about = "\n".join(f"  {name:<12}  {what}" for name, what in suites.SUITES.items())
-    epilog = EPILOG.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
+    epilog = (suites.HERE / "help.txt").read_text(encoding="utf-8")
+    epilog = epilog.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
     text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)
     parser.set_defaults(anchors=True)
@@ -170,8 +157,7 @@ def _measure(o: argparse.Namespace, started: float) -> int:
 def _show(o: argparse.Namespace) -> int:
     """Do what needs rows alone: check them, compare them, write the report or the tables of a Markdown page."""
     paths = o.validate or o.compare or o.rows or [o.output or devices.results_folder()]
-    sides = [read_all([path]) for path in paths]
-    rows, problems = [row for side in sides for row in side[0]], [problem for side in sides for problem in side[1]]
+    rows, problems = read_all(paths)
     for problem in problems:
         print(f"not a row, left out: {problem}", file=sys.stderr)
     if o.validate:
@@ -186,7 +172,7 @@ def _show(o: argparse.Namespace) -> int:
     if o.report == Path("report.html"):
         o.report = (paths[0] if paths[0].is_dir() else paths[0].parent) / o.report
     if o.compare:
-        print(report.compare([(path, side[0]) for path, side in zip(paths, sides)], o.report))
+        print(report.compare([(path, read_all([path])[0]) for path in paths], o.report))
     elif o.report:
         report.write(o.report, rows, problems)
     if o.readme:

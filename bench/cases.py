@@ -11,6 +11,7 @@ Kind = Literal["timing", "accuracy", "memory", "overhead", "cold-start", "roof",
 Execution = Literal["eager", "graph"]
 Pair = tuple[str, Execution]  # of a provider and how it is run
 DTYPES, MODES = get_args(Dtype), get_args(Mode)
+GATES = {"lstm": 4, "gru": 3}
 _UNUSUAL = "form cell input_size layers bidirectional proj_size rows resets cell_states carried scale".split()
 
 
@@ -85,10 +86,6 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
-    def gates(self) -> int:
-        return 3 if self.cell == "gru" else 4
-
-    @property
     def output_size(self) -> int:
         """The size of y in one direction."""
         return self.proj_size or self.hidden_size
@@ -115,7 +112,7 @@ class Case:
         """Floating-point operations of the matrix products, forward and (in train mode) backward."""
         H, R, P, D = self.hidden_size, self.output_size, self.proj_size, self.directions
         inputs = [self.input_size, *[R * D] * (self.layers - 1)]
-        per_step = sum(2.0 * self.gates * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
+        per_step = sum(2.0 * GATES[self.cell] * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
         return per_step * self.length * (3 if self.mode == "train" else 1)
 
 

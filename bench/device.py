@@ -74,14 +74,12 @@ def source() -> Source:
     files = [path for path in package.glob("*.py") if path.name not in _LEFT_OUT]
     digest = installed.digest([*files, *(package / "kernels").glob("*.py")])[:12]
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(checkout()), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
-
+    command = ["git", "-C", str(checkout()), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        return Source(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")), digest)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # installed, or no git
         return Source(None, None, digest)
+    return Source(said.removesuffix("-dirty"), said.endswith("-dirty"), digest)
 
 
 def checkout() -> Path | None:

@@ -1,7 +1,6 @@
 """Figures as SVG text, by matplotlib. Colours are the page's CSS variables, so one picture serves light and dark."""
 
 import io
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from .rows import number
 
 # What figures.mplstyle draws in, and the variables of page.html that take its place.
 _VARIABLES = dict(zip((f"#0{k}0{k}0{k}" for k in range(1, 10)), "text quiet rule s0 s1 s2 s3 s4 s5".split()))
-_numbers = itertools.count()
 matplotlib.rc_file(Path(__file__).with_name("figures.mplstyle"))
 
 
@@ -60,13 +58,12 @@ def curves(
 def _svg(figure: Any, title: str) -> Markup:
     """The picture as an element of the page, as wide as there is room."""
     target = io.StringIO()
-    figure.savefig(target, format="svg", transparent=True)
+    figure.savefig(
+        target, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     svg = target.getvalue().partition("<svg ")[2]
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|\s?xmlns(:xlink)?="[^"]*"', "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(id="|#)(?=[a-z]+[0-9a-f]{9,})', rf"\1f{next(_numbers)}", svg)  # unique on a page of many figures
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    svg = re.sub(r'<style.*?</style>|\s?xmlns(:xlink)?="[^"]*"', "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in all figures of a page
     for ink, name in _VARIABLES.items():
         svg = svg.replace(ink, f"var(--{name})")
     return Markup('<svg class="chart" role="img" aria-label="{}" ').format(title) + Markup(svg)

@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,25 +10,21 @@ import torch
 from torch import Tensor
 
 from lstm_triton import process, timing
-from lstm_triton.process import Fatal, raise_if_lost
+from lstm_triton.process import Fatal, brief, raise_if_lost
 from lstm_triton.tolerance import Errors
 
 from . import problem as problems
 from . import providers, roofs
 from .cases import Case, Pair, Task
 from .device import RowMaker
-from .device import state as state_of
 from .problem import Built, Judge, Unavailable
 from .rows import Row, Timing
 
 
 @dataclass
 class Context:
-    """State that all tasks of a run share.
-
-    seconds: of sampling, for each provider. roofs: figures of the suite of that name. stage: receives provider, execution and
-    what is done next, so that what hangs can be named.
-    """
+    """What all tasks of a run share. seconds: of sampling, for each provider. roofs: figures of the suite of that name. stage:
+    receives provider, execution and what is done next, so that what hangs can be named."""
 
     maker: RowMaker
     clock: timing.Clock
@@ -39,21 +34,21 @@ class Context:
 
 
 def measure(task: Task, context: Context, emit: Callable[[Row], None], pairs: Sequence[Pair] | None = None) -> None:
-    """Emit one row for each of these pairs of provider and execution, by default for all of the task.
-
-    Raises Fatal, after its row, when the device is lost.
-    """
+    """Emit a row for each of these pairs of provider and execution, by default for all of the task. Raises Fatal, after its
+    row, when the device is lost."""
     pairs = providers.pairs_of(task, context.maker.on.type) if pairs is None else pairs
     with problems.precision(task.case):
         _Measurement(task, context, emit).run(pairs)
 
 
+@dataclass
 class _Measurement:
-    """The measurement of one task: it holds what is ready to be timed, and emits the rows of all else."""
+    """The measurement of one task: it holds what is `ready` to be timed, and emits the rows of all else."""
 
-    def __init__(self, task: Task, context: Context, emit: Callable[[Row], None]) -> None:
-        self.task, self.context, self._emit = task, context, emit
-        self.ready: dict[Pair, tuple[Built, dict[str, Errors], Callable[[], Any]]] = {}
+    task: Task
+    context: Context
+    emit: Callable[[Row], None]
+    ready: dict[Pair, tuple[Built, dict[str, Errors], Callable[[], Any]]] = field(default_factory=dict)
 
     def run(self, pairs: Sequence[Pair]) -> None:
         judge: Any = None
@@ -68,7 +63,7 @@ class _Measurement:
         for name in dict.fromkeys(n for n, _ in pairs):
             mine = [pair for pair in pairs if pair[0] == name]
             with self._failing(mine):
-                self._alone(mine) if judge is None else self._check(mine, judge)
+                self._check(mine, judge)
             with contextlib.suppress(Exception):
                 torch.cuda.empty_cache()
         del judge
@@ -77,7 +72,7 @@ class _Measurement:
 
     def tell(self, pairs: Sequence[Pair], status: str, reason: str | None = None, **measured: Any) -> None:
         for pair in pairs:
-            self._emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
+            self.emit(self.context.maker.make(self.task, *pair, status, reason, **measured))
 
     @contextlib.contextmanager
     def _failing(self, pairs: Sequence[Pair], what: str = "", **known: Any) -> Iterator[None]:
@@ -93,15 +88,12 @@ class _Measurement:
             self.tell(pairs, status, str(error) if unable else what + brief(error), **known)
             raise_if_lost(error)
 
-    def _alone(self, pairs: list[Pair]) -> None:
-        """Roofs and first calls, which are compared with no truth."""
-        name, kind, on = pairs[0][0], self.task.kind, self.context.maker.on
-        self.context.stage(*pairs[0], kind)
-        values = roofs.PARTS[name](on) if kind == "roof" else cold_start(self.task.case, name, on)
-        self.tell(pairs, "ok", values=values)
-
-    def _check(self, pairs: list[Pair], judge: Judge) -> None:
-        name, stage, kind = pairs[0][0], self.context.stage, self.task.kind
+    def _check(self, pairs: list[Pair], judge: Judge | None) -> None:
+        name, stage, kind, on = pairs[0][0], self.context.stage, self.task.kind, self.context.maker.on
+        if judge is None:  # roofs and first calls are compared with no truth
+            stage(*pairs[0], kind)
+            values = roofs.PARTS[name](on) if kind == "roof" else cold_start(self.task.case, name, on)
+            return self.tell(pairs, "ok", values=values)
         stage(*pairs[0], "build")
         built = Built(providers.PROVIDERS[name], judge.problem, states=kind == "accuracy")
         stage(*pairs[0], "check")
@@ -129,13 +121,13 @@ class _Measurement:
         except timing.Failed as failure:
             with self._failing([failure.key], model=self.ready.pop(failure.key)[0].model):
                 raise failure.__cause__ or failure from None
-        floor, state = roofs.floor(self.task.case, {} if host else context.roofs), state_of(context.maker.on)
+        floor = roofs.floor(self.task.case, {} if host else context.roofs)
         for pair, sample in samples.items():
             built, found, _ = self.ready.pop(pair)
             took = Timing.of(sample, self.task.case.length, clock.name)
             distance = took.us_per_step / floor.us_per_step if floor else None
-            measured: dict[str, Any] = dict(errors=found, timing=took, state=state, floor=floor, distance=distance)
-            self.tell([pair], "ok", model=built.model, **measured)
+            known: dict[str, Any] = dict(model=built.model, errors=found, floor=floor, distance=distance)
+            self.tell([pair], "ok", timing=took, **known)
 
 
 def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
@@ -169,20 +161,9 @@ def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     return graph.replay, result
 
 
-def brief(error: BaseException) -> str:
-    """The kind and the first line of an error, and whether a backward raised it."""
-    in_backward = any(frame.name == "backward" for frame in traceback.extract_tb(error.__traceback__))
-    text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-    return "in its backward: " * in_backward + text[:330]
-
-
-# ---- Costs of a call besides its time: the first call of a process, and memory.
-
-
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
-    """Seconds to import, of the first call (for this package with an empty and with a warm cache of kernels) and of the
-    second, in new processes.
-    """
+    """Seconds of the imports, the first call (for this package with an empty and a warm cache of kernels) and the second, in
+    new processes."""
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}

@@ -1,6 +1,7 @@
 """The tensors of a case, the same for every provider; what a provider makes of them; its errors, and when it is wrong."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,11 @@ class Problem:
     def training(self) -> bool:
         return self.case.mode == "train"
 
+    @functools.cached_property
+    def ends(self) -> Tensor | None:
+        """The lengths, on the device."""
+        return None if self.lengths is None else self.lengths.to(self.device)
+
     def double(self) -> "Problem":
         """The same problem in float64. Batch rows with an end are padded, and cell states are not returned."""
         rows: Any = "padded" if self.lengths is None else "lengths"
@@ -82,26 +88,25 @@ def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = Non
     return getattr(nn, case.cell.upper())(case.input_size, case.hidden_size, case.layers, **options)
 
 
-def by_steps(step: Run, resets: Tensor | None, lengths: Tensor | None = None, is_cell: bool = True) -> Run:
-    """A whole sequence by a loop in Python: of a cell, whose states are [B, H], or of a layer that is called with one step.
+def by_steps(
+    step: Any, resets: Tensor | None, x: Tensor, state: State, lengths: Tensor | None = None, is_cell: bool = True
+) -> tuple[Tensor, State]:
+    """A whole sequence by a loop in Python: by a cell, whose states are [B, H], or a layer that is called with one step.
 
     The state is zero where a segment starts. Past the end of a batch row it stays, and y is zero.
     """
-
-    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        outputs, (h, c) = [], (state[0][0], state[1][0]) if is_cell else state
-        for t, piece in enumerate(x.unbind(0) if is_cell else x.split(1)):
-            if resets is not None:
-                h, c = h * ~resets[t, :, None], c * ~resets[t, :, None]
-            y, (h_next, c_next) = step(piece, (h, c))
-            if lengths is not None:
-                active = (t < lengths)[:, None]
-                y, h_next, c_next = y * active, torch.where(active, h_next, h), torch.where(active, c_next, c)
-            outputs.append(y)
-            h, c = h_next, c_next
-        return (torch.stack(outputs), (h[None], c[None])) if is_cell else (torch.cat(outputs), (h, c))
-
-    return run
+    outputs, (h, c) = [], (state[0][0], state[1][0]) if is_cell else state
+    for t, piece in enumerate(x.unbind(0) if is_cell else x.split(1)):
+        if resets is not None:
+            h, c = h * ~resets[t, :, None], c * ~resets[t, :, None]
+        found = step(piece, (h, c))
+        y, (h_next, c_next) = (found[0], found) if is_cell else found
+        if lengths is not None:
+            active = (t < lengths)[:, None]
+            y, h_next, c_next = y * active, torch.where(active, h_next, h), torch.where(active, c_next, c)
+        outputs.append(y)
+        h, c = h_next, c_next
+    return (torch.stack(outputs), (h[None], c[None])) if is_cell else (torch.cat(outputs), (h, c))
 
 
 @contextlib.contextmanager

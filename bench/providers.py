@@ -7,7 +7,7 @@ A provider is a function of the problem that makes a model, or raises Unavailabl
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,24 +28,17 @@ KERNELS, REFERENCE = "lstm_triton triton", "lstm_triton reference"
 
 def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
     """The case by a cell, called once or for every step."""
-    is_simple, case = problem.case.is_simple and problem.case.cell == "lstm", problem.case
+    is_simple = problem.case.is_simple and problem.case.cell == "lstm"
     require({"by cells: one layer of an LSTM, one direction, padded batch rows": is_simple}, Unavailable)
-
-    def step(x: Tensor, state: State) -> tuple[Tensor, State]:
-        h, c = cell(x, state)
-        return h, (h, c)
-
-    return step if case.form == "cell" else by_steps(step, problem.resets)
+    if problem.case.form != "cell":
+        return functools.partial(by_steps, cell, problem.resets)
+    return lambda x, state: ((after := cell(x, state))[0], after)
 
 
-def _packed(lstm: nn.Module, problem: Problem) -> Run:
+def _packed(lstm: nn.Module, problem: Problem, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
-
-    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = lstm(pack_padded_sequence(x, problem.lengths), state)  # type: ignore[arg-type]
-        return pad_packed_sequence(y, total_length=problem.case.length)[0], state
-
-    return run
+    y, state = lstm(pack_padded_sequence(x, problem.lengths), state)  # type: ignore[arg-type]
+    return pad_packed_sequence(y, total_length=problem.case.length)[0], state
 
 
 def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Model:
@@ -65,7 +58,7 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
             kind, options["precision"] = lstm_triton.GRU, None
         options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
-        run = _packed(module, problem) if case.rows == "packed" else _segmented(module, problem)
+        run = functools.partial(_packed, module, problem) if case.rows == "packed" else _segmented(module, problem)
     segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -77,8 +70,7 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
 
 
 def _segmented(module: Callable[..., Any], problem: Problem) -> Run:
-    lengths = problem.lengths.to(problem.device) if problem.lengths is not None else None
-    given = dict(resets=problem.resets, lengths=lengths, return_cell_states=problem.case.cell_states or None)
+    given = dict(resets=problem.resets, lengths=problem.ends, return_cell_states=problem.case.cell_states or None)
     given = {name: value for name, value in given.items() if value is not None}
     return lambda x, state: module(x, state, **given)[:2]
 
@@ -125,7 +117,7 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-    by_calls = lstm if resets is None else by_steps(lstm, resets, is_cell=False)
+    by_calls = lstm if resets is None else functools.partial(by_steps, lstm, resets, is_cell=False)
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
     remarks = {
         "torch does not flatten bfloat16 weights for cuDNN: each call copies them": copies,
@@ -134,7 +126,7 @@ def torchs_lstm(problem: Problem) -> Model:
         "no resets in torch.nn.LSTM: one call per step, the states masked between them": resets is not None,
     }
     said = [remark for remark, holds in remarks.items() if holds]
-    run = by_calls if case.rows == "padded" else _packed(lstm, problem)
+    run = by_calls if case.rows == "padded" else functools.partial(_packed, lstm, problem)
     return Model(run, weights, None, cudnn_algorithm(problem), said)
 
 
@@ -180,19 +172,12 @@ def true(case: Case) -> Provider:
 
 
 def pairs_of(task: Task, device_type: str, names: Sequence[str] | None = None) -> list[Pair]:
-    """The providers of a task and how they are run, in order. names: see `names_of`."""
-    return [(name, execution) for name in names_of(task, device_type, names) for execution in task.executions]
-
-
-def names_of(task: Task, device_type: str, names: Sequence[str] | None) -> list[str]:
-    """The providers of a task, in order: those asked for (`names`), by default the suite's, or else those worth comparing.
-    Which of them can serve, they say themselves. Roofs and the anchor know no choice.
+    """The providers of a task and how they are run, in order: those asked for (`names`), by default the suite's, or else those
+    worth comparing. Which of them can serve, they say themselves. Roofs and the anchor know no choice.
 
     "torch" in a suite is torch's own provider of the case. On a CPU auto takes the place of the kernels.
     """
     case, gpu, of_layers = task.case, device_type == "cuda", task.case.form == "layer"
-    if names is not None and task.kind not in ("roof", "anchor"):
-        return list(names)
     by_lstms = of_layers and case.is_simple and case.cell == "lstm"
     others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and by_lstms)
     worth = {
@@ -206,7 +191,10 @@ def names_of(task: Task, device_type: str, names: Sequence[str] | None) -> list[
         # One that is not installed is named at the first hidden size of the headline, not in every case.
         **{name: case.hidden_size == 768 or importlib.util.find_spec(peers.PACKAGES[name]) for name in others},
     }
-    chosen = task.providers or [name for name, is_worth in worth.items() if is_worth]
+    chosen: Iterable[str] = task.providers or [name for name, is_worth in worth.items() if is_worth]
     if not gpu:
         chosen = [re.sub("lstm_triton (triton|cudnn)[-a-z]*", OURS, name) for name in chosen if name != "exchange"]
-    return list(dict.fromkeys(torchs(case) if name == "torch" else name for name in chosen))
+    if names is not None and task.kind not in ("roof", "anchor"):
+        chosen = names
+    chosen = dict.fromkeys(torchs(case) if name == "torch" else name for name in chosen)
+    return [(name, execution) for name in chosen for execution in task.executions]

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from pandas import DataFrame, Series
@@ -24,35 +24,19 @@ Figure = tuple[str, list[Any]]  # a caption, and pictures: SVG, or a heading and
 VIEWS = json.loads((HERE / "sections.json").read_text(encoding="utf-8"))
 
 
-class Section(NamedTuple):
-    """A part of a page. texts: paragraphs. wraps: cells of the table are sentences. command: what reproduces it."""
-
-    title: str
-    texts: Iterable[str] = ()
-    figures: Sequence[Figure] = ()
-    table: DataFrame | None = None
-    wraps: bool = False
-    note: str = ""
-    command: str = ""
-
-
-class Part(NamedTuple):
-    """Sections that belong together: those of one device. note: a caution; about: what they were measured with."""
-
-    sections: Sequence[Section]
-    title: str = ""
-    note: str = ""
-    about: str = ""
-
-
 def _render(template: str, is_html: bool, **given: Any) -> str:
     environment = jinja2.Environment(autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
     environment.filters["text"] = tables.text
     return environment.from_string((HERE / template).read_text(encoding="utf-8")).render(given)
 
 
-def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> None:
-    """One HTML file, complete in itself, for light and dark, wide and narrow."""
+def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> None:
+    """One HTML file, complete in itself, for light and dark, wide and narrow.
+
+    A part, such as a device's, has sections and perhaps a title, and a note that cautions. A section has a title and some of:
+    note; texts, its paragraphs; figures, pairs of a caption and pictures; table, a DataFrame; wraps, where cells are sentences;
+    command, which reproduces it.
+    """
     with unfinished(path) as file:
         file.write_text(_render("page.html", True, title=title, lead=lead, parts=parts), encoding="utf-8")
 
@@ -71,7 +55,9 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
     write_page(path, "lstm_triton beside cuDNN and others", lead, parts)
 
 
-def _part(machine: str, rows: Sequence[Row], views: Sequence[dict], dtype: str = "", draws: bool = False) -> Part:
+def _part(
+    machine: str, rows: Sequence[Row], views: Sequence[dict], dtype: str = "", draws: bool = False
+) -> dict[str, Any]:
     """One machine's, with its figures or without. dtype: the only one that the headline is to show."""
     last, found = max(rows, key=lambda row: row.date), tables.comparisons(rows)
     if dtype:
@@ -87,13 +73,13 @@ def _part(machine: str, rows: Sequence[Row], views: Sequence[dict], dtype: str =
         compared = found[found["suite"] == suite] if suite else found
         its = [row for row in rows if suite in ("", row.suite)]
         table = getattr(tables, view["table"])(its, compared, **view.get("options", {}))
-        drawn = _heat(compared) if figure == "heat map" else _over(compared, figure) if figure else ()
+        drawn = list(_heat(compared) if figure == "heat map" else _over(compared, figure) if figure else ())
         note = " ".join(
             [SUITES.get(suite, ""), *(f"{way.capitalize()}: {WAYS[way]}." for way in view.get("ways", ()))]
         ).strip()
         command = f"lstm-triton bench --suite {suite}{options}" if suite else ""
-        sections.append(Section(view["title"], (), list(drawn), table, view.get("wraps", False), note, command))
-    return Part(sections, machine, "; ".join(notes), about)
+        sections.append(view | dict(note=note, figures=drawn, table=table, command=command))
+    return dict(title=machine, note="; ".join(notes), about=about, sections=sections)
 
 
 def _over(found: DataFrame, x: str) -> Iterator[Figure]:
@@ -133,7 +119,8 @@ def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> s
         lead.append(f"{side}: {path.stem} ({devices}; {', '.join(commits[:3])})")
     lead += ["A / B above 1: B is faster.", said]
     if page:
-        write_page(page, "lstm_triton: two sets of rows", lead, [Part([Section("Both sides", table=table)])])
+        sections = [dict(title="Both sides", table=table)]
+        write_page(page, "lstm_triton: two sets of rows", lead, [dict(sections=sections)])
     return "\n\n".join(["\n".join(lead), tables.plain(table)])
 
 

@@ -15,7 +15,7 @@ import torch
 from lstm_triton import timing
 from lstm_triton.kernels.device import fp32_precision
 
-from .cases import Case
+from .cases import GATES, Case
 from .rows import Floor, Row
 
 ASSUMED_EXCHANGE_US = 0.55  # where none was measured: a store, its way through the L2 cache of an H100, a load
@@ -33,7 +33,7 @@ def floor(case: Case, roofs: Mapping[str, float]) -> Floor | None:
     rate, copies = roofs.get(f"gemm_{case.dtype_name.replace(' ', '_')}_flops_per_s"), roofs.get("copy_bytes_per_s")
     if rate is None or copies is None:
         return None
-    size, G = getattr(torch, case.dtype).itemsize, case.gates
+    size, G = getattr(torch, case.dtype).itemsize, GATES[case.cell]
     passes, recurrences = (3, 2) if case.mode == "train" else (1, 1)
     H, R, B, D, I = case.hidden_size, case.output_size, case.batch, case.directions, case.input_size
     tensor_us = 2.0 * G * H * R * B * D * case.layers * passes / rate * 1e6

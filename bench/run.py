@@ -51,8 +51,7 @@ def serve(connection: Any, setup: tuple[Namespace, str]) -> None:
 def make_context(options: Namespace, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
     """Make what the tasks of a run share, on the device that the options name."""
     device = torch.device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -68,14 +67,11 @@ def anchor(device_type: str) -> Task:
 
 
 def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[Task, Pair]]:
-    """What need not be measured again: it has rows of the same code, device and libraries, with the same settings."""
-
-    def identity(of: Any) -> tuple:
-        versions = of.versions.torch, of.versions.triton, of.versions.cudnn
-        return of.source.digest, of.device.name, of.device.driver, of.device.threads, versions
+    """What need not be measured again: it has rows of the same code, device and software, with the same settings."""
 
     def counts(row: Row) -> bool:
-        same = identity(row) == identity(maker) and row.l2 in (None, maker.l2)  # null where the cache plays no part
+        one, other = ((of.source.digest, of.device, of.versions) for of in (row, maker))
+        same = one == other and row.l2 in (None, maker.l2)  # null where the cache plays no part
         return same and row.kind != "anchor" and not row.synthetic and (not retry or row.status in ("ok", "wrong"))
 
     return {(row.task, row.pair) for row in found if counts(row)}

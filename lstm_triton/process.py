@@ -98,7 +98,14 @@ def answer(connection: Any, respond: Callable[[Any], None]) -> None:
         except Exception as error:
             traceback.print_exc()
             what = "the device was lost" if isinstance(error, Fatal) else "the measuring process itself failed"
-            return connection.send(Died(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+            return connection.send(Died(f"{what}: {brief(error)}"))
+
+
+def brief(error: BaseException) -> str:
+    """Return the kind and the first line of an error, and whether a backward raised it."""
+    in_backward = any(frame.name == "backward" for frame in traceback.extract_tb(error.__traceback__))
+    text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return "in its backward: " * in_backward + text[:330]
 
 
 def main(begin: float, function: str, handle: str) -> None:

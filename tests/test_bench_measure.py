@@ -297,9 +297,13 @@ def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkey
 
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
     assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.PROVIDERS)
-    chosen = providers.names_of(Task("s", Case("a", 512, 16, 1024)), "cuda", None)
-    assert {f"lstm_triton {b}" for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(chosen)
-    assert "lstm_triton cudnn" not in providers.names_of(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda", None)
+    chosen = providers.pairs_of(Task("s", Case("a", 512, 16, 1024)), "cuda")
+    assert {(f"lstm_triton {b}", "eager") for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(
+        chosen
+    )
+    assert ("lstm_triton cudnn", "eager") not in providers.pairs_of(
+        Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda"
+    )
 
 
 def test_limits_of_what_is_wrong():

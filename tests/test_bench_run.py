@@ -131,7 +131,7 @@ def test_roofs_and_anchors_know_no_choice_of_providers():
         (HOST, "cuda", None, ["lstm_triton triton", CELL]),
         (HOST, "cpu", None, [OURS, CELL]),
     ):
-        assert providers.names_of(task, kind, asked) == expected
+        assert [name for name, _ in providers.pairs_of(task, kind, asked)] == expected
 
 
 def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):

@@ -3,12 +3,13 @@
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pandas import DataFrame
 
 from lstm_triton import environment
 from lstm_triton.bench import figures, tables
-from lstm_triton.bench.report import Part, Section, write_page
+from lstm_triton.bench.report import write_page
 from lstm_triton.bench.rows import Row
 from lstm_triton.demo.train import Point
 
@@ -22,9 +23,8 @@ def write(
     lines = points.set_axis(["training", "validation"], axis="columns")
     labels = ("bits per character", "characters trained on", "bits per character")
     picture = figures.curves(labels, lines, (unigram, f"character frequencies alone: {unigram:.2f}"), log=False)
-    drawn = [("Training and held-out text.", [picture])]
-    first, *others, last = ((title, texts) for title, texts in said.items())
-    table = tables.timings(rows, tables.comparisons(rows))
-    sections = [Section(*first, drawn), *(Section(*other) for other in others), Section(*last, table=table)]
-    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    write_page(path, "lstm_triton on this machine", [f"Version {environment.__version__}, {now}."], [Part(sections)])
+    sections: list[dict[str, Any]] = [dict(title=title, texts=texts) for title, texts in said.items()]
+    sections[0]["figures"] = [("Training and held-out text.", [picture])]
+    sections[-1]["table"] = tables.timings(rows, tables.comparisons(rows))
+    lead = f"Version {environment.__version__}, {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
+    write_page(path, "lstm_triton on this machine", [lead], [dict(sections=sections)])
