@@ -11,7 +11,7 @@ from lstm_triton import Recurrent, RecurrentCell
 from lstm_triton.cells import catalogue
 
 T, B, I, H = 5, 3, 4, 6
-BACKENDS = pytest.mark.parametrize("backend", ["triton", "triton-stepwise", "reference"])
+BOTH = pytest.mark.parametrize("backend", ["triton", "reference"])
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -65,7 +65,6 @@ def zoneout_lstm(x, h, states, W, R, biases, _, d_h, d_c):
 EQUATIONS = {of.__name__: of for of in (cifg, minimal_gated_unit, peephole_lstm, slstm, zoneout_lstm)}
 P_H, P_C = 0.3, 0.6
 zoneout = catalogue.zoneout(P_H, P_C)
-SEVERAL = pytest.mark.parametrize("name", ["peephole_lstm", "slstm", "zoneout_lstm"])
 
 
 def _problem(name: str, device, backend: str, **options):
@@ -104,7 +103,7 @@ def _loop(name: str, module, x: Tensor, hx, lengths, starts: Tensor, masks):
     return torch.cat(outputs, dim=2), *(torch.cat(states).view(-1, B, H) for states in zip(*last))
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["triton", "triton-stepwise", "reference"])
 @pytest.mark.parametrize(
     "name, case", [*itertools.product(EQUATIONS, ["plain", "resets and lengths"]), ("zoneout_lstm", "evaluation")]
 )
@@ -133,26 +132,23 @@ def test_papers_equations(name, case, backend, device):
     torch.testing.assert_close([*found, *gradients[0]], [*expected, *gradients[1]], **within)
 
 
-@BACKENDS
-@SEVERAL
-def test_one_step_is_that_of_the_layer(name, backend, device):
+@BOTH
+@pytest.mark.parametrize("name, bias", [("peephole_lstm", True), ("slstm", False), ("zoneout_lstm", True)])
+def test_one_step_is_that_of_the_layer(name, bias, backend, device):
     """With the same masks, where there are any."""
-    module, x, hx = _problem(name, device, backend)
-    options = dict(dtype=torch.float64, device=device, backend=backend.removesuffix("-stepwise"), precision="ieee")
-    cell = RecurrentCell(module.cell, I, H, **options)
+    module, x, hx = _problem(name, device, backend, bias=bias)
+    cell = RecurrentCell(module.cell, I, H, bias, device, torch.float64, backend=backend, precision="ieee")
     cell.load_state_dict({key.removesuffix("_l0"): value for key, value in module.state_dict().items()})
-    for training in (True, False) if cell.cell.masks else (True,):
-        module.train(training), cell.train(training)
-        with philox.seeded(5):
-            y, states = module(x[:1], hx)
-        with philox.seeded(5):
-            found = cell(x[0], tuple(s[0] for s in hx))
-        torch.testing.assert_close(list(found), [y[0], *(s[0] for s in states[1:])], rtol=0, atol=1e-12)
-        found, expected = (
-            torch.autograd.grad(sum(t.square().sum() for t in of), [x, *hx, *m.parameters()])
-            for of, m in ((found, cell), (states, module))
-        )
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if cell.cell.masks else 1e-11)
+    for training in (True, False):
+        results = []
+        for m, given, states in (module, x[:1], hx), (cell, x[0], tuple(s[0] for s in hx)):
+            m.train(training)
+            with philox.seeded(5):
+                found = m(given, states)
+            found = [s[0] for s in found[1]] if m is module else list(found)
+            total = sum(t.square().sum() for t in found)
+            results.append([*found, *torch.autograd.grad(total, [x, *hx, *m.parameters()])])
+        torch.testing.assert_close(*results, rtol=0, atol=1e-11)
     assert torch.equal(cell.train()(x[0])[0], cell(x[0])[0]) == (not cell.cell.masks)
     assert cell(x[0, 0])[0].shape == (H,)
 
@@ -160,7 +156,7 @@ def test_one_step_is_that_of_the_layer(name, backend, device):
 # ---- several states in a module's arguments and results --------------------------------------------------------------
 
 
-@BACKENDS
+@BOTH
 def test_every_state_of_every_step(backend, device):
     module, x, hx = _problem("slstm", device, backend, batch_first=True)
     x = x.transpose(0, 1)
@@ -177,7 +173,7 @@ def test_every_state_of_every_step(backend, device):
     assert [s.shape for s in of_alone] == [(1, H)] * 4
 
 
-@BACKENDS
+@BOTH
 def test_a_reset_state_broadcasts(backend, device):
     """To learned numbers of each unit, one for each state."""
     module, x, hx = _problem("slstm", device, backend)
