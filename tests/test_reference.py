@@ -1,4 +1,4 @@
-"""The plain-PyTorch reference of the cell against torch.nn.LSTMCell and central differences, all in float64."""
+"""The plain-PyTorch reference of the cell against torch.nn.LSTMCell, in float64."""
 
 import pytest
 import torch
@@ -23,30 +23,6 @@ def test_forward_and_written_backward_are_torchs(shape, biases):
     for expected in gradients[5:]:
         if expected is not None:
             torch.testing.assert_close(found[5], expected)
-
-
-def test_forward_is_the_module():
-    cell = torch.nn.LSTMCell(3, 5, dtype=torch.float64)
-    x, h, c = (torch.randn(2, n, dtype=torch.float64) for n in (3, 5, 5))
-    found = reference.lstm_cell(x, h, c, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    torch.testing.assert_close(found, cell(x, (h, c)))
-
-
-def test_backward_by_central_differences():
-    problem = cells.draw(2, 3, 4, torch.float64)
-    found = reference.lstm_cell_backward(problem.cotangents, *problem.inputs)
-    step = 1e-6
-    for index, gradient in enumerate((*found[:5], found[5], found[5])):
-        expected = torch.empty_like(gradient)
-        for position in range(gradient.numel()):
-            values = []
-            for sign in (1, -1):
-                inputs = [t.clone() for t in problem.inputs]
-                inputs[index].view(-1)[position] += sign * step
-                results = reference.lstm_cell(*inputs)
-                values.append(sum((t * d).sum() for t, d in zip(results, problem.cotangents)))
-            expected.view(-1)[position] = (values[0] - values[1]) / (2 * step)
-        torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_reference_is_differentiable_twice_and_its_backward_once():
