@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 
+class Nothing(NamedTuple):
+    """What an operator saves whose backward takes nothing but its inputs."""
+
+
 class Records(NamedTuple):
     """The types of an operator's arguments and results.
 
@@ -18,7 +22,7 @@ class Records(NamedTuple):
     options: Any
     outputs: Any
     gradients: Any
-    saved: Any
+    saved: Any = Nothing
 
 
 # ---- the cell: [B, I] and [B, H] -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from . import (
 from .kernels.cell_equations import probabilities_of, step_of
 from .kernels.device import matmul_precision
 from .kernels.inputs import Direction, LayerInputs, LayerOptions, Segments, split_weights
-from .modes import is_batched, is_jit_tracing
+from .modes import any_requires_grad, is_batched, is_jit_tracing
 from .segments import checked_segments
 
 
@@ -54,8 +54,7 @@ def lstm(  # noqa: PLR0913
         lengths: [B] integers, 0 ... T: the steps of each batch row. Outputs and cell states past them are zero, h_n and c_n are
             those of each row's last step, and the reverse direction starts there.
         return_cell_states: also return c of every step. recompute: keep y and c for the backward, but compute the gates (4/7
-        of the memory where I = H) again by GEMMs. On a CPU,
-            where torch's own kernels run, it changes nothing.
+            of the memory where I = H) again by GEMMs. On a CPU, where torch's own kernels run, it changes nothing.
         precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cudnn.rnn
             ("tf32" unless you changed it).
         backend: "auto", "triton" (one launch where it fits, else one per step), "triton-persistent" (one launch, or an
@@ -91,11 +90,10 @@ def lstm(  # noqa: PLR0913
     _check(x, hx, weights, directions)
     (by_direction,) = split_weights(weights, 1, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
-    plain = resets is None and lengths is None and not return_cell_states and not (recompute and x.is_cuda)
-    names = ("resets", resets), ("lengths", lengths), ("cells", return_cell_states or None)
+    features = shapes.features(resets, reset_state, lengths, return_cell_states)
+    plain = not features and not (recompute and x.is_cuda)
 
     def shape() -> shapes.Shape:
-        features = ",".join(name for name, given in names if given is not None)
         sizes = shapes.Shape(x.shape[2], H, 1, directions, 0, B, features)
         return shapes.with_numbers(sizes, x, weights, precision, recompute)
 
@@ -128,19 +126,16 @@ def run(
     B, H = x.shape[1], directions[0].w_ih.shape[0] // 4
     if not 0 <= options.dropout <= 1:  # set after construction
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
-    if chosen == "torch" and options.cell == "lstm" and B and H:
-        if filler_steps.can_serve(x, segments):
-            found = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
-            if found is not None:
-                y, *states = found
-                return _dropped(y, options.dropout), *states
+    if chosen == "torch" and options.cell == "lstm" and B and H and filler_steps.can_serve(x, segments):
+        found = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
+        if found is not None:
+            y, *states = found
+            return _dropped(y, options.dropout), *states
     if chosen in ("reference", "torch") or B == 0 or H == 0:
         return _by_reference(x, hx, directions, segments, options, draws)
     if chosen == "triton-persistent":
         weights = [w for direction in directions for w in direction]
-        is_recorded = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *hx, *weights, *segments)
-        )
+        is_recorded = torch.is_grad_enabled() and any_requires_grad((x, *hx, *weights, *segments))
         given = [name for name in ("resets", "lengths") if getattr(segments, name) is not None]
         given += ["random"] * draws
         if is_recorded and any(t is not None and t.requires_grad for t in (segments.reset_h, segments.reset_c)):
@@ -149,10 +144,8 @@ def run(
     if directions[0].w_hr is not None:
         y, *rest = projection.lstm_layer(x, hx, directions, segments, options)
         return _dropped(y, options.dropout), *rest
-    if not options.dropout and not draws:
-        return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments), options)
-    seed = random_seed(x)
-    if not is_batched(seed):
+    seed = random_seed(x) if options.dropout or draws else None
+    if seed is None or not is_batched(seed):
         return operators.lstm_layer(LayerInputs.of(x, hx, directions, segments, seed), options)
     if draws:
         return _by_reference(x, hx, directions, segments, options, draws)
@@ -173,8 +166,7 @@ def _by_reference(
     if reference_ops.is_recorded():
         y, *states = reference_ops.lstm_layer(x, hx, directions, segments, options.cell, masks)
     else:
-        step = step_of(options.cell)
-        y, *states = reference.lstm_layer(x, *hx, directions, segments, step=step, masks=masks)
+        y, *states = reference.lstm_layer(x, *hx, directions, segments, step=step_of(options.cell), masks=masks)
     return _dropped(y, options.dropout), *states
 
 
@@ -208,9 +200,7 @@ def autocast(
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensors):
-        if tensors is None:
-            return None
-        return [casting.cast(t, dtype) for t in tensors]
+        return None if tensors is None else [casting.cast(t, dtype) for t in tensors]
 
     return cast([x])[0], cast(hx), cast(reset_state), cast(weights)
 

@@ -64,9 +64,7 @@ def _is_torchs(module, input) -> bool:
     # A named backend may be impossible; that error comes after those for wrong arguments.
     if not isinstance(x, Tensor) or not x.is_cpu or module.backend != "auto":
         return False
-    if cell_of(module) is not None:
-        return False
-    if torch.compiler.is_compiling() or is_jit_tracing():
+    if cell_of(module) is not None or torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if x is input and not module.proj_size and _is_autocast_to_float16():
         return False  # oneDNN has float16 on few CPUs only
@@ -173,16 +171,9 @@ def _check_states(module, packed: PackedSequence, hx) -> None:
 def _choose(module, x: Tensor, features: str, T: int, B: int) -> str:
     is_lstm = cell_of(module) is None
     measured = measurements.for_call(module.backend, lambda: shapes.of_module(module, x, features, B), T, x.device)
-    return dispatch.layer_backend(
-        module.backend,
-        x.device,
-        x.dtype,
-        is_lstm and features in ("", "packed") and not (module.recompute and x.is_cuda),
-        dispatch.is_long(T, x.device),
-        module.precision,
-        module.proj_size > 0,
-        measured,
-    )
+    plain = is_lstm and features in ("", "packed") and not (module.recompute and x.is_cuda)
+    call = plain, dispatch.is_long(T, x.device), module.precision, module.proj_size > 0, measured
+    return dispatch.layer_backend(module.backend, x.device, x.dtype, *call)
 
 
 def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen=None):
@@ -204,23 +195,17 @@ def _run(module, x, hx, resets, reset_state, lengths, return_cell_states, chosen
         return y, (h_n, c_n)
     directions = 2 if module.bidirectional else 1
     layers.check_alike(x, hx, weights)
-    checked = segments.checked_segments(
-        x,
-        (x.shape[0], module.num_layers * directions, x.shape[1]),
-        shapes.state_sizes(module),
-        resets,
-        reset_state,
-        lengths,
-    )
+    rows = x.shape[0], module.num_layers * directions, x.shape[1]
+    checked = segments.checked_segments(x, rows, shapes.state_sizes(module), resets, reset_state, lengths)
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     weights, of_units = weights[: len(weights) - len(of_units)], weights[len(weights) - len(of_units) :]
     last, c = [], None
     for k, layer in enumerate(split_weights(weights, module.num_layers, directions)):
-        rows = slice(k * directions, (k + 1) * directions)
-        states, within = (hx[0][rows], hx[1][rows]), checked.of_rows(rows)
+        of_layer = slice(k * directions, (k + 1) * directions)
+        states, within = (hx[0][of_layer], hx[1][of_layer]), checked.of_rows(of_layer)
         if cell is not None:
-            layer, states, within = cell.layer_inputs(layer, of_units, rows, states, within)
+            layer, states, within = cell.layer_inputs(layer, of_units, of_layer, states, within)
         options = layer_options(module, k, chosen, return_cell_states)
         draws = cell is not None and bool(cell.masks) and module.training
         x, h_n, c_n, c, *_ = layers.run(chosen, x, states, layer, within, options, draws)
@@ -304,9 +289,7 @@ class LSTM(torch.nn.RNNBase):
         check_options(precision, backend)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("LSTM", *sizes, device, dtype)
-        self.precision = precision
-        self.backend = backend
-        self.recompute = recompute
+        self.precision, self.backend, self.recompute = precision, backend, recompute
 
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self) + (", recompute=True" if self.recompute else "")

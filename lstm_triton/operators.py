@@ -37,11 +37,11 @@ def _cell_unread(needs: frozenset[str]) -> set[str]:
 lstm_cell = Operator(
     "lstm_cell",
     records.CELL,
+    _cell_reference,
     "cell:lstm_cell_forward",
     "cell_backward:lstm_cell_backward",
     save=lambda outputs: records.CellSaved(outputs.c, outputs.gates),
     fake=_cell_fake,
-    reference=_cell_reference,
     unread=_cell_unread,
 )
 
@@ -86,12 +86,12 @@ def _layer_reference(inputs: records.LayerInputs, options: records.LayerOptions)
 lstm_layer = Operator(
     "lstm_layer",
     records.LAYER,
+    _layer_reference,
     "layer:lstm_layer_forward",
     "layer_backward:lstm_layer_backward",
     save=lambda outputs: records.LayerSaved(outputs.y if outputs.h is None else outputs.h, outputs.c, outputs.gates),
     fake=_layer_fake,
     fake_backward=_layer_fake_gradients,
-    reference=_layer_reference,
     recurrent=True,
 )
 
@@ -140,13 +140,10 @@ def _readout_reference(inputs: records.ReadoutInputs, options: records.ReadoutOp
 softmax_readout = Operator(
     "softmax_readout",
     records.READOUT,
+    _readout_reference,
     "readout:softmax_readout_forward",
     "readout_backward:softmax_readout_backward",
     save=lambda outputs: records.ReadoutSaved(outputs.y),
-    fake=lambda inputs, options, save: records.ReadoutOutputs(
-        inputs.h.new_empty((inputs.h.shape[0], inputs.weight.shape[0]), dtype=options.dtype)
-    ),
-    reference=_readout_reference,
     unread=lambda needs: {"bias"} | {name for name, other in (("h", "weight"), ("weight", "h")) if other not in needs},
 )
 
@@ -164,30 +161,17 @@ class ProductOutputs(NamedTuple):
     ab: Tensor
 
 
-class ProductSaved(NamedTuple):
-    """Nothing but the inputs."""
-
-
-def _product(inputs: Product, options: records.CellOptions, save: bool) -> ProductOutputs:
-    a, b = inputs
-    with product.reference_precision(a.dtype, options.precision):
-        return ProductOutputs(a @ b)
-
-
 def _product_backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
     (dy,), (a, b) = grads, inputs
-    with product.reference_precision(a.dtype, options.precision):
+    with product.kernels_products(a.dtype, options.precision):
         ways = {"a": lambda: dy @ b.t(), "b": lambda: a.t() @ dy}
         return {name: ways[name]() for name in needs}
 
 
 product = Operator(
     "lstm_product",
-    records.Records(Product, records.CellOptions, ProductOutputs, records.ReadoutGradients, ProductSaved),
-    _product,
-    _product_backward,
-    save=lambda outputs: ProductSaved(),
-    fake=lambda inputs, options, save: ProductOutputs(inputs.a.new_empty((inputs.a.shape[0], inputs.b.shape[1]))),
+    records.Records(Product, records.CellOptions, ProductOutputs, records.ReadoutGradients),
     reference=lambda inputs, options: (inputs.a @ inputs.b,),
+    backward=_product_backward,
     recurrent=True,
 )

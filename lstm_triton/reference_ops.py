@@ -53,23 +53,10 @@ class _Outputs(NamedTuple):
     c: Tensor
 
 
-class _Saved(NamedTuple):
-    """Nothing but the inputs."""
-
-
 def _reference(inputs: _Inputs, options: CellOptions) -> tuple[Tensor, ...]:
     states, segments = (inputs.h0, inputs.c0), Segments(inputs.resets, inputs.reset_h, inputs.reset_c, inputs.lengths)
     step = step_of(options.cell)
     return reference.lstm_layer(inputs.x, *states, inputs.directions, segments, step=step, masks=inputs.masks)
-
-
-def _forward(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
-    return _Outputs(*_reference(inputs, options))
-
-
-def _backward(grads, inputs, saved, needs, options) -> dict[str, Tensor]:
-    found = reference.back_through(lambda *tensors: _reference(_Inputs(*tensors), options), grads, inputs)
-    return {name: g.clone() for name, g in zip(_Inputs._fields, found) if name in needs and g is not None}
 
 
 def _fake(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
@@ -80,12 +67,9 @@ def _fake(inputs: _Inputs, options: CellOptions, save: bool) -> _Outputs:
 
 _operator = Operator(
     "lstm_reference",
-    Records(_Inputs, CellOptions, _Outputs, LayerGradients, _Saved),
-    _forward,
-    _backward,
-    save=lambda outputs: _Saved(),
+    Records(_Inputs, CellOptions, _Outputs, LayerGradients),
+    _reference,
     fake=_fake,
-    reference=_reference,
 )
 
 

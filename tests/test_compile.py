@@ -54,7 +54,7 @@ def test_operators_pass_opcheck(operation, some, device, monkeypatch):
     inputs = [t if t is None else t.detach() for t in inputs]
     needs = [name in names for name in operation.operator.names]
     for arrived in (grads, (None, *grads[1:]))[: len(cotangents)]:
-        arguments = (*arrived, *inputs, *saved, needs, *options)
+        arguments = (*arrived, *inputs, *saved, *options, needs)
         torch.library.opcheck(operation.operator.backward_operator, arguments, **checks)
 
 
@@ -96,7 +96,7 @@ def test_fake_results_have_the_memory_order_of_real_ones(dropout, recompute, dev
     y, _, _, c, gates, h = torch.ops.lstm_triton.lstm_layer(*forward)
     saved = (h if dropout else y, c, None if recompute else gates)
     needs = [t is not None and t.is_floating_point() for t in inputs]
-    backward = (torch.randn_like(y), None, None, None, *inputs, *saved, needs, *options)
+    backward = (torch.randn_like(y), None, None, None, *inputs, *saved, *options, needs)
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer, forward, test_utils="test_faketensor")
     torch.library.opcheck(torch.ops.lstm_triton.lstm_layer_backward, backward, test_utils="test_faketensor")
 

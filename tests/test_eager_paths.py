@@ -49,13 +49,13 @@ def test_operators_take_any_strides(device):
     inputs, (dh, dc) = cell.draw(device)
     _, c, gates = torch.ops.lstm_triton.lstm_cell(*inputs, None, None, "lstm", True)
     backward, needs = torch.ops.lstm_triton.lstm_cell_backward, [True] * 7 + [False]
-    expected = backward(dh, dc, *inputs, None, c, gates, needs, None, "lstm")
-    assert all(map(torch.equal, backward(dh, dc, *inputs, None, other(c), other(gates), needs, None, "lstm"), expected))
+    expected = backward(dh, dc, *inputs, None, c, gates, None, "lstm", needs)
+    assert all(map(torch.equal, backward(dh, dc, *inputs, None, other(c), other(gates), None, "lstm", needs), expected))
     inputs, (dy,) = readout.draw(device)
     y = torch.ops.lstm_triton.softmax_readout(*inputs, None, torch.float64, True)
     backward = torch.ops.lstm_triton.softmax_readout_backward
-    expected = backward(dy, *inputs, y, [True] * 3, None, torch.float64)
-    assert all(map(torch.equal, backward(dy, *inputs, other(y), [True] * 3, None, torch.float64), expected))
+    expected = backward(dy, *inputs, y, None, torch.float64, [True] * 3)
+    assert all(map(torch.equal, backward(dy, *inputs, other(y), None, torch.float64, [True] * 3), expected))
 
 
 # ---- which way a call takes ------------------------------------------------------------------------------------------
