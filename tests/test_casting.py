@@ -110,21 +110,6 @@ def write_through_data(module):
         p.data.mul_(2)
 
 
-def write_a_flat_buffer(module):
-    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
-    torch.nn.utils.vector_to_parameters(flat, module.parameters())
-    flat.mul_(2)
-
-
-def swap_averages(module):
-    averages = {name: 2 * t for name, t in module.state_dict().items()}
-    for name, p in module.named_parameters():
-        p.data.copy_(averages[name])
-
-
-CHANGES = [replace_values, replace_memory, write_through_data, write_a_flat_buffer, swap_averages]
-
-
 def called(module):
     x = torch.ones(3, 2, 3, device=next(module.parameters()).device)
     with torch.autocast(x.device.type, LOW):
@@ -132,12 +117,11 @@ def called(module):
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("kind", [LSTMCell, LSTM, SoftmaxReadout])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_parameter_is_cast_again(change, kind, backend, device):
+@pytest.mark.parametrize("change", [replace_values, replace_memory, write_through_data])
+def test_a_changed_parameter_is_cast_again(change, kind, device):
     torch.manual_seed(0)
-    module = kind(3, 5, device=device, backend=backend)
+    module = kind(3, 5, device=device, backend="triton")
     graph = called(module)  # holds the casts
     change(module)
     found = called(module)
@@ -183,15 +167,7 @@ def frozen(cell):
     return steps(cell.requires_grad_(False))
 
 
-@pytest.mark.parametrize("call", [without_gradients, without_the_cache, under_a_dispatch_mode, frozen])
-def test_where_no_cast_is_reused(call, cell):
-    casting._held.clear()
-    call(cell)
-    assert not casting._held
-
-
-def test_under_a_transform_no_cast_is_reused(cell):
-    casting._held.clear()
+def under_a_transform(cell):
     x = torch.ones(2, 3, device=cell.weight_ih.device)
 
     def loss(parameters):
@@ -199,6 +175,14 @@ def test_under_a_transform_no_cast_is_reused(cell):
             return torch.func.functional_call(cell, parameters, (x,))[0].float().sum()
 
     torch.func.grad(loss)({name: p.detach() for name, p in cell.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    "call", [without_gradients, without_the_cache, under_a_dispatch_mode, frozen, under_a_transform]
+)
+def test_where_no_cast_is_reused(call, cell):
+    casting._held.clear()
+    call(cell)
     assert not casting._held
 
 

@@ -1,7 +1,6 @@
 """The command line, and the accuracy check behind it."""
 
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,7 +14,8 @@ from lstm_triton import check, cli, environment, functional, reference
 def test_info_prints_the_line_and_the_listing(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[0] == environment.summary()
+    line = text.splitlines()[0]
+    assert line == environment.summary() and (torch.cuda.is_available() or line.startswith("CPU only"))
     for word in (torch.__version__, "triton", "cudnn", "reference", "Compiled kernels", sys.version.split()[0]):
         assert word in text
 
@@ -58,24 +58,6 @@ def test_info_finds_triton_s_own_cache_folder(tmp_path, monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert environment.cache_folder() == Path(knobs.cache.dir)
-
-
-@pytest.mark.long
-def test_info_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from lstm_triton.cli import main; sys.exit(main(['info']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "triton not installed" in done.stdout
-    assert "not available" in done.stdout
-
-
-def test_summary_names_what_runs():
-    line = environment.summary()
-    assert torch.__version__ in line and "\n" not in line
-    if torch.cuda.is_available():
-        assert torch.cuda.get_device_name() in line and "SMs" in line
-    else:
-        assert line.startswith("CPU only")
 
 
 def test_summary_does_not_name_a_gpu_that_is_not_used(monkeypatch):

@@ -51,28 +51,17 @@ def test_the_articles_equations_are_the_cell_and_the_readout(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_there_and_back(dtype, device):
-    matrices = _matrices(dtype, device)
+    matrices, state = _matrices(dtype, device), torch.get_rng_state()
     cell = from_gate_matrices(*matrices)
+    assert torch.equal(torch.get_rng_state(), state)
     assert type(cell) is LSTMCell and (cell.input_size, cell.hidden_size, cell.bias) == (P, N, True)
     assert {p.dtype for p in cell.parameters()} == {dtype} and all(p.requires_grad for p in cell.parameters())
     for found, expected in zip(to_gate_matrices(cell), matrices, strict=True):
         assert found.dtype == dtype and found.device == expected.device and torch.equal(found, expected)
-
-
-def test_values_are_copied():
-    matrices = _matrices()
-    cell = from_gate_matrices(*matrices)
     before = [p.clone() for p in cell.parameters()]
     for t in (*matrices, *to_gate_matrices(cell)):
         t.fill_(9)
-    assert all(map(torch.equal, cell.parameters(), before))
-
-
-def test_no_random_numbers_are_drawn():
-    matrices = _matrices()
-    state = torch.get_rng_state()
-    from_gate_matrices(*matrices)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, cell.parameters(), before)), "values are copied"
 
 
 def test_from_torchs_cell_and_to_it():
@@ -87,12 +76,8 @@ def test_from_torchs_cell_and_to_it():
     torch.testing.assert_close(from_gate_matrices(*to_gate_matrices(no_bias))(x), no_bias(x))
 
 
-def test_no_input_features():
-    cell = from_gate_matrices(*_matrices(p=0))
-    assert cell.weight_ih.shape == (4 * N, 0)
-
-
 def test_wrong_shapes_and_ranks():
+    assert from_gate_matrices(*_matrices(p=0)).weight_ih.shape == (4 * N, 0)
     good = _matrices()
     wrong = [[t[: N - 1] if t.dim() == 2 else t for t in good], [torch.zeros(())] * 8]
     replaced = [(k, t[:-1]) for k, t in enumerate(good)]

@@ -58,6 +58,7 @@ def test_modules_that_are_not_converted_are_torchs(no_warnings):
     convert(torch.nn.LSTM(3, 5))
     plain = torch.nn.LSTM(3, 5)
     assert not _is_converted(plain) and repr(plain) == "LSTM(3, 5)" and not hasattr(plain, "backend")
+    assert explain(torch.nn.Sequential(plain)) == "0: LSTM: torch's own: not converted."
     with pytest.raises(TypeError, match="unexpected keyword argument 'resets'"):
         plain(X, resets=torch.zeros(4, 2, dtype=torch.bool))
 
@@ -129,11 +130,6 @@ def test_the_error_of_torch_compile_names_both_ways(no_warnings):
     expected = flat(model(x))
     assert_close(found, expected)
     assert_close(gradients(found, [x, *model.parameters()]), gradients(expected, [x, *model.parameters()]))
-    torch._dynamo.reset()
-
-
-def test_converted_cells_compile(no_warnings):
-    torch._dynamo.reset()
     cell = convert(torch.nn.LSTMCell(3, 5), backend="triton", precision="ieee")
     found = torch.compile(cell, backend="aot_eager", fullgraph=True)(X[0])
     assert_close(found, cell(X[0]))
@@ -161,37 +157,6 @@ def test_what_was_converted_is_logged(caplog, no_warnings):
         "converted: 0 (LSTM), 3 (Derived)",
         "had been converted before: 2 (LSTMCell)",
     ]
-
-
-def test_a_printed_model_shows_what_has_been_converted(no_warnings):
-    model = torch.nn.Sequential(torch.nn.LSTM(3, 5), torch.nn.LSTMCell(3, 5))
-    convert(model, precision="ieee", recompute=True)
-    assert repr(model[0]) == "LSTM(3, 5, backend='auto', precision='ieee', recompute=True)"
-    assert repr(model[1]) == "LSTMCell(3, 5, backend='auto', precision='ieee', recompute=True)"
-    assert repr(to_torch(model)[0]) == "LSTM(3, 5)"
-
-
-def test_weights_that_a_client_loads_anew(no_warnings):
-    """A load that builds the model again, as of stable-baselines3: inside patch(), or converted after it."""
-
-    class Agent:
-        def __init__(self):
-            self.policy = torch.nn.Sequential(torch.nn.LSTM(3, 5))
-
-        @classmethod
-        def load(cls, state):
-            agent = cls()
-            agent.policy.load_state_dict(state)
-            return agent
-
-    saved = Agent()
-    convert(saved.policy)
-    state = saved.policy.state_dict()
-    with patch():
-        assert _is_converted(Agent.load(state).policy[0])
-    again = Agent.load(state)
-    assert explain(again.policy) == "0: LSTM: torch's own: not converted."
-    assert torch.equal(convert(again.policy)(X)[0], saved.policy(X)[0])
 
 
 # ---- pickles -------------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """What eager calls go through: the short way to the kernels, and all that has to keep off it."""
 
-import inspect
 import warnings
 
 import pytest
 import torch
 from support import cells
-from support.operations import cell, operations, readout
+from support.operations import operations
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
 
@@ -21,74 +20,19 @@ def lazily_negated(t):
     return t
 
 
-@operations("cell", "readout", "layer without biases")
-def test_lazily_negated_arguments(operation, device):
-    arguments, cotangents = operation.draw(device)
-    expected = operation.run(*arguments)
-    for position in range(len(arguments)):
-        given = [lazily_negated(t) if k == position else t for k, t in enumerate(arguments)]
-        assert all(map(torch.equal, operation.run(*given), expected)), f"argument {position}"
-    expected = operation.trained(arguments, cotangents)
-    found = operation.trained([lazily_negated(t) for t in arguments], cotangents)
-    assert all(map(torch.equal, found, expected))
-
-
-@three
-def test_lazily_negated_gradients(operation, device):
+@operations("cell", "readout", "layer without biases", "layer with segments")
+def test_lazily_negated_arguments_and_gradients(operation, device):
     arguments, cotangents = operation.draw(device)
     expected = operation.trained(arguments, cotangents)
-    for position in range(len(cotangents)):
-        given = [lazily_negated(t) if k == position else t for k, t in enumerate(cotangents)]
-        assert all(map(torch.equal, operation.trained(arguments, given), expected)), f"gradient {position}"
-
-
-def test_operators_take_any_strides(device):
-    def other(t):
-        return t.repeat_interleave(2, -1)[..., ::2]
-
-    inputs, (dh, dc) = cell.draw(device)
-    _, c, gates = torch.ops.lstm_triton.lstm_cell(*inputs, None, None, "lstm", True)
-    backward, needs = torch.ops.lstm_triton.lstm_cell_backward, [True] * 7 + [False]
-    expected = backward(dh, dc, *inputs, None, c, gates, None, "lstm", needs)
-    assert all(map(torch.equal, backward(dh, dc, *inputs, None, other(c), other(gates), None, "lstm", needs), expected))
-    inputs, (dy,) = readout.draw(device)
-    y = torch.ops.lstm_triton.softmax_readout(*inputs, None, torch.float64, True)
-    backward = torch.ops.lstm_triton.softmax_readout_backward
-    expected = backward(dy, *inputs, y, None, torch.float64, [True] * 3)
-    assert all(map(torch.equal, backward(dy, *inputs, other(y), None, torch.float64, [True] * 3), expected))
+    n = len(arguments)
+    for position in (*range(n + len(cotangents)), slice(0, n)):
+        given = [*arguments, *cotangents]
+        chosen = given[position]
+        given[position] = [*map(lazily_negated, chosen)] if isinstance(chosen, list) else lazily_negated(chosen)
+        assert all(map(torch.equal, operation.trained(given[:n], given[n:]), expected)), position
 
 
 # ---- which way a call takes ------------------------------------------------------------------------------------------
-
-
-@three
-def test_a_training_step_looks_up_no_signature(operation, device, monkeypatch):
-    """torch.autograd.Function.apply with setup_context does, at several times the cost of the rest."""
-    arguments, cotangents = operation.draw(device)
-    expected = operation.trained(arguments, cotangents)
-
-    def refuse(*_, **__):
-        raise AssertionError("inspect.signature")
-
-    # What the interpreter does at a launch is not meant.
-    for name in ("launch", "launch_backward"):
-        with_signature(monkeypatch, operation.operator, name)
-    monkeypatch.setattr(inspect, "signature", refuse)
-    found = operation.trained(arguments, cotangents)
-    monkeypatch.undo()
-    assert all(map(torch.equal, found, expected))
-
-
-def with_signature(monkeypatch, operator, name, signature=inspect.signature):
-    """Inside this launcher of the operator, inspect.signature is what it was."""
-    function = getattr(operator, name)
-
-    def wrapped(*args):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inspect, "signature", signature)
-            return function(*args)
-
-    monkeypatch.setattr(operator, name, wrapped)
 
 
 NODES = {"LSTMCellGradientBackward", "SoftmaxReadoutGradientBackward", "LSTMLayerGradientBackward"}

@@ -30,22 +30,15 @@ def _arguments(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_layers_one_by_one_are_the_layers_at_once(packed, monkeypatch):
+def test_on_a_gpu_layers_with_dropout_run_one_by_one(packed, monkeypatch):
+    """With torch's own dropout between them; without any they are the layers at once."""
     run, x = _arguments(packed)
-    expected = run(x, 0.0)
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: x)
-    for found, whole in zip(run(x.as_subclass(_OnGPU), 0.5), expected):
-        torch.testing.assert_close(found.as_subclass(torch.Tensor), whole)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_on_a_gpu_dropout_is_torchs_own(packed, monkeypatch):
-    run, x = _arguments(packed)
-    calls = []
+    calls, expected = [], run(x, 0.0)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: calls.append(p) or x)
     run(x, 0.5)
     assert calls == []
-    run(x.as_subclass(_OnGPU), 0.5)
+    for found, whole in zip(run(x.as_subclass(_OnGPU), 0.5), expected):
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), whole)
     assert calls == [0.5, 0.5]
 
 
@@ -80,45 +73,29 @@ def seen(monkeypatch):
     assert torch.backends.cudnn.rnn.fp32_precision == before
 
 
-def _eager(lstm, x):
-    return lstm(x)[0]
+RUNS = {
+    "eager": lambda lstm, x: lstm(x)[0],
+    "functional": lambda lstm, x: functional.lstm(x, None, list(lstm.parameters()), precision=lstm.precision)[0],
+    "packed": lambda lstm, x: lstm(torch.nn.utils.rnn.pack_sequence(list(x.unbind(1))))[0].data,
+    "compiled": lambda lstm, x: torch.compile(lstm, backend="aot_eager", fullgraph=True)(x)[0],
+    "checkpointed": lambda lstm, x: torch.utils.checkpoint.checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False),
+}
 
 
-def _functional(lstm, x):
-    return functional.lstm(x, None, list(lstm.parameters()), precision=lstm.precision)[0]
-
-
-def _packed(lstm, x):
-    return lstm(torch.nn.utils.rnn.pack_sequence(list(x.unbind(1))))[0].data
-
-
-def _compiled(lstm, x):
-    torch._dynamo.reset()
-    return torch.compile(lstm, backend="aot_eager", fullgraph=True)(x)[0]
-
-
-def _checkpointed(lstm, x):
-    return torch.utils.checkpoint.checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False)
-
-
-@pytest.mark.parametrize("run", [_eager, _functional, _packed, _compiled, _checkpointed])
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_forward_and_backward_find_the_precision_set(run, precision, seen):
     """Whatever is set when the backward runs; and the gradients are those of no precision given."""
     lstm, x = LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
-    expected = torch.autograd.grad(_eager(lstm, x).square().sum(), [x, *lstm.parameters()])
+    expected = torch.autograd.grad(lstm(x)[0].square().sum(), [x, *lstm.parameters()])
+    assert seen == [(way, torch.backends.cudnn.rnn.fp32_precision) for way in ("forward", "backward")]
     seen.clear()
+    torch._dynamo.reset()
     lstm.precision = precision
-    found = torch.autograd.grad(run(lstm, x).square().sum(), [x, *lstm.parameters()])
+    found = torch.autograd.grad(RUNS[run](lstm, x).square().sum(), [x, *lstm.parameters()])
     assert {way for way, _ in seen} == {"forward", "backward"} and {setting for _, setting in seen} == {precision}
     for gradient, wanted in zip(found, expected):
         torch.testing.assert_close(gradient, wanted)
-
-
-def test_without_a_precision_it_is_what_is_set(seen):
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    LSTM(3, 4)(x)[0].sum().backward()
-    assert seen == [(way, torch.backends.cudnn.rnn.fp32_precision) for way in ("forward", "backward")]
 
 
 def test_the_graph_is_kept_as_long_as_torchs(seen):

@@ -1,0 +1,293 @@
+"""What calls say about arguments that do not fit: what torch's own say, before a kernel of anybody's reads past their end."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_map
+
+from lstm_triton import GRU, LSTM, GRUCell, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
+
+ERRORS = AttributeError, IndexError, RuntimeError, TypeError, ValueError
+
+
+def _zeros(*shape, dtype=torch.float32, device=None):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _states(*shape, **options):
+    return _zeros(*shape, **options), _zeros(*shape, **options)
+
+
+def _packed(*shape, dtype=torch.float32):
+    return pack_padded_sequence(_zeros(*shape, dtype=dtype), torch.tensor([2, 4, 1]), enforce_sorted=False)
+
+
+# ---- modules, beside torch's own: with 2 inputs and 3 units ----------------------------------------------------------
+
+F64, INT, META = {"dtype": torch.float64}, {"dtype": torch.int64}, {"device": "meta"}
+X = _zeros(4, 3, 2)
+OF_A_LAYER = {
+    "input 0D": (_zeros(),),
+    "input 4D": (X[None],),
+    "input a list": ([[0.0, 0.0]],),
+    "input None": (None,),
+    "input dtype": (X.double(),),
+    "input of integers": (X.long(),),
+    "features": (_zeros(4, 3, 5),),
+    "features, unbatched": (_zeros(4, 5),),
+    "no steps": (_zeros(0, 3, 2),),
+    "hx one tensor": (X, _zeros(1, 3, 3)),
+    "hx of one": (X, _states(1, 3, 3)[:1]),
+    "hx of three": (X, (*_states(1, 3, 3), _zeros(1, 3, 3))),
+    "hx empty": (X, ()),
+    "hx of None": (X, (None, None)),
+    "hx a string": (X, "hc"),
+    "states 2D": (X, _states(3, 3)),
+    "h 2D": (X, (_zeros(3, 3), _zeros(1, 3, 3))),
+    "states 4D": (X, _states(1, 1, 3, 3)),
+    "layers": (X, _states(2, 3, 3)),
+    "h rows": (X, (_zeros(1, 2, 3), _zeros(1, 3, 3))),
+    "c rows": (X, (_zeros(1, 3, 3), _zeros(1, 2, 3))),
+    "h units": (X, (_zeros(1, 3, 4), _zeros(1, 3, 3))),
+    "c units": (X, (_zeros(1, 3, 3), _zeros(1, 3, 4))),
+    "unbatched, states 3D": (X[:, 0], _states(1, 1, 3)),
+    "unbatched, states 1D": (X[:, 0], _states(3)),
+    "unbatched, units": (X[:, 0], _states(1, 4)),
+    "h device": (X, (_zeros(1, 3, 3, **META), _zeros(1, 3, 3))),
+    "packed, hx rows": (_packed(4, 3, 2), _states(1, 2, 3)),
+    "packed, hx of one": (_packed(4, 3, 2), _states(1, 3, 3)[:1]),
+}
+OF_A_CELL = {
+    "input 0D": (_zeros(),),
+    "input 3D": (X,),
+    "features": (_zeros(3, 5),),
+    "features, unbatched": (_zeros(5),),
+    "hx one tensor": (X[0], _zeros(3, 3)),
+    "hx of one": (X[0], _states(3, 3)[:1]),
+    "hx of three": (X[0], (*_states(3, 3), _zeros(3, 3))),
+    "hx empty": (X[0], ()),
+    "hx of None": (X[0], (None, None)),
+    "h 3D": (X[0], (_zeros(1, 3, 3), _zeros(3, 3))),
+    "c 3D": (X[0], (_zeros(3, 3), _zeros(1, 3, 3))),
+    "h 0D": (X[0], (_zeros(), _zeros(3, 3))),
+    "h rows": (X[0], (_zeros(2, 3), _zeros(3, 3))),
+    "c rows": (X[0], (_zeros(3, 3), _zeros(2, 3))),
+    "c one row": (X[0], (_zeros(3, 3), _zeros(1, 3))),
+    "h units": (X[0], (_zeros(3, 5), _zeros(3, 3))),
+    "c units": (X[0], (_zeros(3, 3), _zeros(3, 5))),
+    "states unbatched": (X[0], _states(3)),
+    "c unbatched": (X[0], (_zeros(3, 3), _zeros(3))),
+    "states batched": (X[0, 0], _states(2, 3)),
+    "input a list": ([[0.0, 0.0]],),
+    "input None": (None,),
+}
+# The same type, in words that name the arguments.
+DTYPE = "must have the same dtype"
+OTHER_WORDS_OF_A_LAYER = {
+    "hx one tensor 4D": ("tuple of two Tensors", X, _zeros(2, 1, 3, 3)),
+    "states dtype": (DTYPE, X, _states(1, 3, 3, **F64)),
+    "c dtype": (DTYPE, X, (_zeros(1, 3, 3), _zeros(1, 3, 3, **F64))),
+    "states of integers": (DTYPE, X, _states(1, 3, 3, **INT)),
+    "input device": ("device|meta", X.to("meta")),
+    "packed, features": ("must be equal to input_size", _packed(4, 3, 5)),
+    "packed, input dtype": (DTYPE, _packed(4, 3, 2, **F64)),
+    "packed, hx units": ("Expected hidden", _packed(4, 3, 2), _states(1, 3, 4)),
+    "packed, hx layers": ("Expected hidden", _packed(4, 3, 2), _states(2, 3, 3)),
+    "packed, hx dtype": (DTYPE, _packed(4, 3, 2), _states(1, 3, 3, **F64)),
+}
+OTHER_WORDS_OF_A_CELL = {
+    "input dtype": (DTYPE, X[0].double()),
+    "h dtype": (DTYPE, X[0], (_zeros(3, 3, **F64), _zeros(3, 3))),
+    "input of integers": ("dtype|int64", X[0].long()),
+    "hx an integer": ("int", X[0], 3),
+    "input device": ("device|meta", X[0].to("meta")),
+    "h device": ("device", X[0], (_zeros(3, 3, **META), _zeros(3, 3))),
+}
+TORCHS = [("LSTM", OF_A_LAYER), ("LSTMCell", OF_A_CELL)]
+MISTAKES = {f"{kind}, {name}": (kind, None, args) for kind, table in TORCHS for name, args in table.items()}
+for _kind, _table in (("LSTM", OTHER_WORDS_OF_A_LAYER), ("LSTMCell", OTHER_WORDS_OF_A_CELL)):
+    MISTAKES |= {f"{_kind}, {name}": (_kind, words, args) for name, (words, *args) in _table.items()}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_errors_are_torchs(mistake, device):
+    name, words, args = MISTAKES[mistake]
+    args = tree_map(lambda a: a.to(device) if isinstance(a, torch.Tensor) and not a.is_meta else a, args)
+    ours = {"LSTM": LSTM, "LSTMCell": LSTMCell}[name](2, 3, device=device, backend="triton")
+    raised = []
+    for module in (getattr(torch.nn, name)(2, 3, device=device), ours):
+        with pytest.raises(ERRORS) as error:
+            module(*args)
+        raised.append((error.type, str(error.value)))
+    expected, found = raised
+    assert found == expected or (words and found[0] is expected[0] and re.search(words, found[1])), found
+
+
+# ---- functions of weights, and what torch has not: on the kernels' backend ----------------------------------------
+
+W = [_zeros(20, 4), _zeros(20, 5), _zeros(20), _zeros(20)]
+HX, IN = _states(1, 2, 5), _zeros(3, 2, 4)
+FLAGS = [[True, False]] * 4
+lstm, lstm_cell, softmax_readout = (
+    partial(function, backend="triton")
+    for function in (functional.lstm, functional.lstm_cell, functional.softmax_readout)
+)
+
+
+def _lstm(x, batch_first=False, **arguments):
+    return lambda: LSTM(2, 3, backend="triton", batch_first=batch_first)(x, **arguments)
+
+
+OURS = {
+    "x of two dimensions": (lambda: lstm(IN[0], HX, W), ValueError, "Expected input to be 3D, got 2D"),
+    "no steps": (lambda: lstm(IN[:0], HX, W), RuntimeError, "sequence length to be larger than 0"),
+    "x too wide": (lambda: lstm(IN.repeat(1, 1, 2), HX, W), RuntimeError, "input_size. Expected 4, got 8"),
+    "one weight": (lambda: lstm(IN, HX, W[:1]), RuntimeError, "needs w_ih and w_hh"),
+    "a vector for w_hh": (lambda: lstm(IN, HX, [W[0], W[2]]), RuntimeError, "needs w_ih and w_hh"),
+    "a weight of no dimension": (lambda: lstm(IN, HX, [_zeros(), W[1]]), RuntimeError, "needs w_ih and w_hh"),
+    "three weights": (lambda: lstm(IN, HX, W[:3]), RuntimeError, "weights must be w_ih and w_hh"),
+    "a bias too short": (lambda: lstm(IN, HX, [*W[:3], W[3][1:]]), RuntimeError, r"weights\[3\] must have size"),
+    "one state": (lambda: lstm(IN, HX[:1], W), RuntimeError, "expects two hidden states"),
+    "three states": (lambda: lstm(IN, (*HX, HX[0]), W), RuntimeError, "expects two hidden states"),
+    "a tensor for states": (lambda: lstm(IN, torch.stack(HX), W), TypeError, "tuple of two Tensors"),
+    "a dict for states": (lambda: lstm(IN, dict(enumerate(HX)), W), TypeError, "tuple of two Tensors"),
+    "states of None": (lambda: lstm(IN, (None, None), W), TypeError, "tuple of two Tensors"),
+    "states of other rows": (lambda: lstm(IN, (HX[0][:, :1], HX[1]), W), RuntimeError, r"Expected hidden\[0\]"),
+    "a state's dtype": (
+        lambda: lstm(IN, (HX[0], HX[1].double()), W),
+        RuntimeError,
+        r"hx\[1\] must have the same dtype",
+    ),
+    "a weight's device": (lambda: lstm(IN, HX, [*W[:3], W[3].to("meta")]), RuntimeError, "parameter tensor at meta"),
+    "unknown precision": (lambda: lstm(IN, HX, W, precision="fp8"), ValueError, "precision must be"),
+    "unknown backend": (lambda: functional.lstm(IN, HX, W, backend="cuda"), ValueError, "backend must be"),
+    "a row longer than x": (lambda: lstm(IN, HX, W, lengths=torch.tensor([1, 4])), ValueError, "lengths"),
+    "no weight": (lambda: lstm(IN, None, [None, W[1]]), TypeError, "Tensor"),
+    "no weight of a cell": (lambda: lstm_cell(IN[0], _states(2, 5), None, W[1]), TypeError, "Tensor"),
+    "no h of a readout": (lambda: softmax_readout(None, W[0]), TypeError, "Tensor"),
+    "no weight of a readout": (lambda: softmax_readout(IN, None), TypeError, "Tensor"),
+    "no h of a module": (lambda: SoftmaxReadout(2, 3, backend="triton")(None), TypeError, "Tensor"),
+    "resets a list": (_lstm(_zeros(4, 4, 2), resets=FLAGS), TypeError, "must be a tensor"),
+    "resets an array": (_lstm(_zeros(4, 2), resets=torch.tensor(FLAGS).numpy()), TypeError, "must be a tensor"),
+    "resets a list, batch first": (_lstm(_zeros(4, 4, 2), True, resets=FLAGS), TypeError, "must be a tensor"),
+    "lengths an integer": (_lstm(_zeros(4, 2), lengths=3), TypeError, "must be a tensor"),
+    "lengths a list": (_lstm(_zeros(4, 2, 2), lengths=[4, 2]), TypeError, "must be a tensor"),
+    "matrices of integers": (
+        lambda: from_gate_matrices(*[_zeros(5, 3).long(), _zeros(3).long()] * 4),
+        TypeError,
+        "floating-point",
+    ),
+    "hx a dict": (_lstm(X, hx=dict(enumerate(_states(1, 3, 3)))), TypeError, "tuple of two Tensors"),
+}
+
+
+@pytest.mark.parametrize("mistake", OURS)
+def test_errors_name_the_argument(mistake, device, monkeypatch):
+    for name, t in (("W", [w.to(device) for w in W]), ("HX", tuple(t.to(device) for t in HX)), ("IN", IN.to(device))):
+        monkeypatch.setitem(globals(), name, t)
+    call, error, words = OURS[mistake]
+    with torch.device(device), pytest.raises(error, match=words):
+        call()
+
+
+def test_weights_of_another_dtype(device):
+    module = LSTM(2, 3, backend="triton", device=device)
+    module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.double())
+    with pytest.raises(RuntimeError, match=r"Input and weights\[1\] must have the same dtype"):
+        module(X.to(device))
+
+
+def test_explain_no_rows():
+    assert "with B = 0" in explain(LSTM(2, 3, backend="triton"), batch=0)
+
+
+# ---- what torch's kernels would read past the end of, or at address 0: so "auto" too -------------------------------
+
+backends = pytest.mark.parametrize("backend", ["auto", "triton"])
+
+
+@backends
+@pytest.mark.parametrize("rows", [3, 5])
+def test_packed_rows_that_do_not_fit(rows, backend):
+    packed = PackedSequence(torch.zeros(rows, 2), torch.tensor([2, 2]))
+    for module in (LSTM(2, 3, backend=backend), LSTM(2, 3, proj_size=2, backend=backend), GRU(2, 3, backend=backend)):
+        with pytest.raises(RuntimeError, match=f"has 4 rows, got {rows}"):
+            module(packed)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("features", "state"), [(1, None), (7, None), (7, (1, 2, 3)), (2, (1, 2, 7)), (2, (1, 1, 3)), (2, (2, 3))], ids=str
+)
+def test_packed_sizes_that_do_not_fit(features, state, backend):
+    hx = None if state is None else _states(*state)
+    with pytest.raises(RuntimeError, match="must be equal to input_size|Expected hidden"):
+        LSTM(2, 3, backend=backend)(PackedSequence(torch.zeros(4, features), torch.tensor([2, 2])), hx)
+
+
+@backends
+@pytest.mark.parametrize("H", [1, 2, 3])
+def test_an_unbatched_input_with_states_of_a_batch(H, backend):
+    for kind in (LSTMCell, GRUCell):
+        for state in (torch.zeros(H, H), torch.zeros(1, H)):
+            with pytest.raises(RuntimeError, match="hidden"):
+                kind(3, H, backend=backend)(torch.zeros(3), (state, state) if kind is LSTMCell else state)
+
+
+@backends
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_without_memory(bias, backend):
+    x = torch.zeros(4, 2, 2)
+    packed = pack_padded_sequence(x, [4, 2])
+    inputs = {LSTMCell: [x[0]], GRUCell: [x[0]], SoftmaxReadout: [x], LSTM: [x, packed], GRU: [x, packed]}
+    for kind, given in inputs.items():
+        module = kind(2, 3, bias=bias, device="meta", backend=backend)
+        for input in given:
+            with pytest.raises(RuntimeError, match="device"):
+                module(input)
+    functional_call(module, dict(GRU(2, 3, bias=bias).named_parameters()), (packed,))  # nor are these looked at
+
+
+# ---- no mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_lengths_may_be_unsigned(dtype):
+    module, x, lengths = LSTM(2, 3), torch.randn(4, 2, 2), torch.tensor([1, 4])
+    assert torch.equal(module(x, lengths=lengths.to(dtype))[0], module(x, lengths=lengths)[0])
+    with pytest.raises(ValueError, match="lengths must lie in 0 ... 4"):
+        module(x, lengths=torch.tensor([1, 5]).to(dtype))
+
+
+@backends
+@pytest.mark.parametrize("segments", [False, True])
+def test_packed_under_another_default_device(segments, backend):
+    module, x = LSTM(2, 3, backend=backend), pack_padded_sequence(torch.randn(4, 2, 2), [4, 2])
+    options = {"return_cell_states": True, "resets": torch.tensor([[False, True]] * 4)} if segments else {}
+    expected = module(x, **options)[0].data
+    with torch.device("meta"):
+        assert torch.equal(module(x, **options)[0].data, expected)
+
+
+@backends
+def test_lengths_that_the_host_cannot_read(backend):
+    # In float32 the kernels round as tf32, the reference does not.
+    module = LSTM(2, 3, backend=backend, dtype=torch.float64).requires_grad_(False)
+    x, lengths = torch.randn(4, 2, 2, dtype=torch.float64), torch.tensor([4, 2])
+
+    def call(x, lengths):
+        return module(x, lengths=lengths)[0]
+
+    expected = call(x, lengths)
+    both = torch.func.vmap(call, in_dims=(None, 0))(x, torch.stack([lengths, lengths.flip(0)]))
+    torch.testing.assert_close(both, torch.stack([expected, call(x, lengths.flip(0))]))
+    torch.testing.assert_close(torch.func.linearize(lambda x: call(x, lengths), x)[0], expected)
+    torch.testing.assert_close(make_fx(call)(x, lengths)(x, lengths), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(mode.from_tensor(x), mode.from_tensor(lengths)).shape == (4, 2, 3)
