@@ -36,7 +36,7 @@ def _results(problem, recompute=False):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(T=3, B=10, I=3, H=36, D=2, **TF32),  # a last chunk that is cut off, a last program of four units
+        dict(T=3, B=10, I=3, H=36, **TF32),  # a last chunk that is cut off, a last program of four units
         dict(T=2, B=9, I=3, H=24, D=2, **FP16),
         dict(T=3, B=10, I=3, H=36, D=2, **SEGMENTS, **FP32),
         dict(T=3, B=10, I=3, H=36, **SEGMENTS, **TF32X3),
@@ -92,8 +92,8 @@ def test_full_precision_with_the_tiles_of_the_search(kind, monkeypatch, device, 
 def test_groups_that_do_not_fit_at_once_share_a_few_launches(monkeypatch, device, count_launches):
     """Of four programs each, of which ten SMs take two groups at once: five groups of one direction, six of two."""
     monkeypatch.setattr(device_module, "FREE_MULTIPROCESSORS", device_module.multiprocessor_count(device) - 10)
-    for D, launches in ((1, 3), (2, 3)):
-        problem = layers.draw(T=3, B=34 // D, I=3, H=64, D=D, **BF16, **SEGMENTS, device=device)
+    for D, launches, options in ((1, 3, {}), (2, 3, SEGMENTS)):
+        problem = layers.draw(T=3, B=34 // D, I=3, H=64, D=D, **BF16, **options, device=device)
         results = _results(problem)
         assert count_launches() == {FORWARD: launches, BACKWARD: launches}
         layers.assert_as_accurate_as_torch(results, problem)
@@ -112,11 +112,11 @@ def test_recomputed_gates_are_several_launches(monkeypatch, device, count_launch
     layers.assert_as_accurate_as_torch(results, problem)
 
 
-@pytest.mark.parametrize("kind", [BF16, TF32, FP32], ids=["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("kind, H", [(BF16, 32), (TF32, 36), (FP32, 64)], ids=["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("bits", ["all set", "NaN", "infinite"])
-def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, bits, device):
+def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, H, bits, device):
     """Bits all set are those of what is not there yet. They are NaN, and what follows from them is, in the same places."""
-    T, B, H, dtype = 4, 9, 32, kind["dtype"]
+    T, B, dtype = 4, 9, kind["dtype"]
     x, h0, c0 = torch.randn(T, B, 3), torch.rand(1, B, H), torch.rand(1, B, H)
     weights = [torch.randn(4 * H, n).to(dtype) / math.sqrt(H) for n in (3, H)]
     x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)

@@ -103,7 +103,7 @@ WAITS_WITHOUT_END = {
 def error_of(executed):
     """error_of(kernel, changes): the error of a layer, one of whose kernels is so changed."""
     # Programs of short steps run nearly level: in few of them nobody is late.
-    problem = layers.draw(T=12, B=3, I=4, H=64, **TF32)
+    problem = layers.draw(**EIGHT_PROGRAMS | dict(T=12, B=3))
 
     def run(kernel, changes):
         waiting.change(executed, kernel, changes)
@@ -158,8 +158,8 @@ def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, mo
         return found
 
     monkeypatch.setattr(grid_sync, "counters", zeros)
-    for T, B, D in ((3, 17, 2), (3, 17, 2), (2, 2, 1)):
-        problem = layers.draw(T, B, I=3, H=24, D=D, **TF32, device=device)
+    for options in (TWO_PROGRAMS, TWO_PROGRAMS, EIGHT_PROGRAMS | dict(T=2)):
+        problem = layers.draw(**options, device=device)
         layers.assert_as_accurate_as_torch(_in_one_launch(problem), problem)
     assert len(seen) == 6 and not any(c.any() for c in seen), "forward and backward of each"
     assert len({c.data_ptr() for c in seen}) == 1 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
@@ -183,9 +183,9 @@ def test_only_the_last_arrival_sets_its_counter_to_zero(executed):
     arrival = ARRIVAL.replace("[^;]*;", r"([^,]*), [^;]*;")
     executed.change = lambda name, ptx: re.sub(arrival, r"@first red.release.gpu.global.inc.u32 \1, 9999;", ptx)
     with torch.no_grad():
-        problem = layers.draw(T=4, B=3, I=4, H=32, **TF32)
-        functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent", precision="tf32")
-    assert sorted(torch.cat(list(grid_sync._counters.values())).unique().tolist()) == [0, 4 * 4]
+        problem = layers.draw(**EIGHT_PROGRAMS)
+        functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent")
+    assert sorted(torch.cat(list(grid_sync._counters.values())).unique().tolist()) == [0, 3 * 8]
     grid_sync.forget_counters()
 
 
@@ -208,7 +208,7 @@ def test_streams_and_graphs_have_counters_of_their_own(monkeypatch, capturing, c
 
 
 def test_more_arrivals_than_a_counter_holds_run_step_by_step(device):
-    steps = (2**31 - 1) // 3
-    problem = Problem("forward", 1, 24, 1, torch.float32, "tf32")
+    steps = (2**31 - 1) // 8
+    problem = Problem("forward", 1, 64, 1, torch.bfloat16, "ieee")
     assert layer.plan(problem, steps, device).persistent
     assert not layer.plan(problem, steps + 1, device).persistent

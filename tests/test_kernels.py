@@ -10,6 +10,7 @@ from support.layouts import LAYOUTS, expanded_columns
 
 from lstm_triton.kernels.device import fp32_precision
 
+THREE_KINDS = ("fp32", "tf32", "bf16")
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
 
 
@@ -42,11 +43,18 @@ def test_any_strides(of, shape, layout, kind, device):
 
 
 @pytest.mark.compiled
-@_cases(cells=[(3, 7, 19)], readouts=[(17, 7, 33), (2, 3, 260)], layers=[(7, 3, 5, 19)])
-@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    "of, shape, kind",  # as the tests of each compile them
+    [
+        *((of, shape, kind) for of, shape in ((cells, (3, 7, 19)), (layers, (7, 3, 5, 19))) for kind in THREE_KINDS),
+        *((readouts, shape, "fp32") for shape in ((2, 5, 260), (115, 3, 5))),
+        (readouts, (3, 19, 37), "tf32"),
+        (readouts, (3, 5, 530), "bf16"),
+    ],
+)
 def test_two_runs_agree_bit_for_bit(of, shape, kind, device, executed):
     """Whatever the order in which programs, warps and lanes take turns."""
-    directions = {"D": 2 if kind == "tf32" else 1} if of is layers else {}  # as test_sequence compiles them
+    directions = {"D": 2 if kind == "tf32" else 1} if of is layers else {}
     problem = _draw(of, shape, kind, device=device, **directions)
     results = of.by_kernels(problem)
     if executed is not None:

@@ -16,8 +16,7 @@ from lstm_triton.kernels import launch, layer_step, search
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize(
+STEPS = pytest.mark.parametrize(
     "kind, D, options",
     [
         ("fp32", 1, {}),
@@ -28,22 +27,34 @@ FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
         ("fp64", 2, {"bias": False, "cells": True}),
     ],
 )
-def test_a_step_is_as_accurate_as_torch_and_as_the_sequence_kernels(
-    kind, D, options, device, count_launches, monkeypatch
-):
+
+
+def _step(kind, D, options, device):
     dtype, precision = KINDS[kind]
-    problem = layers.draw(1, 3, 5, 19, D, dtype, precision=precision, device=device, **options)
+    return layers.draw(1, 3, 5, 19, D, dtype, precision=precision, device=device, **options)
+
+
+@pytest.mark.compiled
+@STEPS
+def test_a_step_is_as_accurate_as_torch(kind, D, options, device, count_launches):
+    problem = _step(kind, D, options, device)
     results = layers.by_kernels(problem)
     assert count_launches(every=True) == {FORWARD: D, BACKWARD: D}
     layers.assert_as_accurate_as_torch(results, problem)
     for again, result in zip(layers.by_kernels(problem, "triton-stepwise"), results):
         assert torch.equal(again, result)
+
+
+@STEPS
+def test_a_step_is_that_of_the_sequence_kernels(kind, D, options, device, count_launches, monkeypatch):
+    problem = _step(kind, D, options, device)
+    results = layers.by_kernels(problem)
     monkeypatch.setattr(layer_step, "serves", lambda *_: False)
     monkeypatch.setattr("lstm_triton.kernels.layer_backward.serves", lambda *_: False)
     count_launches()
     by_sequence = layers.by_kernels(problem)
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
-    if not precision.startswith("tf32"):  # of which the CPU's GEMM, beside the sequence kernels, knows nothing
+    if not kind.startswith("tf32"):  # of which the CPU's GEMM, beside the sequence kernels, knows nothing
         layers.assert_close(results, by_sequence, problem, ulps=4)
 
 
