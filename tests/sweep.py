@@ -3,9 +3,10 @@
 Draws kernels, shapes, dtypes, features, targets and orders of execution until the seconds are over. Each launch is executed and
 checked (support.executor), every result judged against float64. What fails is printed with its number, for
 `python tests/sweep.py again NUMBER`; the status is then 1. The first third of the seconds is for random cells in the
-interpreter (fuzz_cells.py).
+interpreter, in float64 beside autograd: with TRITON_INTERPRET=1 in the environment there are only these.
 """
 
+import contextlib
 import os
 import random
 import subprocess
@@ -13,13 +14,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+INTERPRETING = os.environ.setdefault("TRITON_INTERPRET", "0") == "1"  # before triton is imported
 
 import torch  # noqa: E402
-from support import cells, executor, layers, readouts, recurrents  # noqa: E402
+from support import cell_grammar, cells, executor, layers, readouts, recurrents  # noqa: E402
+
+from lstm_triton.cells import Cell  # noqa: E402
 
 KINDS = [
     (torch.bfloat16, "ieee"),
@@ -82,21 +84,37 @@ def own_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
     return shape, options, by_kernels, recurrents
 
 
+def interpreted_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+    """A small layer of a random cell, of functions with kinks too."""
+    *parts, words = cell_grammar.random_cell(rng)
+    options = {name: rng.random() < 0.3 for name in ("bidirectional", "resets", "lengths")}
+    backend, recompute = rng.choice(["triton", "triton-stepwise"]), rng.random() < 0.3
+    shape = Cell(*parts), rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 4), rng.choice([1, 3, 5, 17])
+
+    def by_kernels(problem: recurrents.Problem) -> list[torch.Tensor]:
+        return problem.run(backend, recompute=recompute)
+
+    by_kernels.__name__ = f"{backend}, recompute={recompute}, {words}"
+    return shape, options, by_kernels, recurrents
+
+
 def once(number: int) -> tuple[str, str | None, int]:
     """The problem of this number: what it is, what is wrong with it, how many programs were executed."""
     rng = random.Random(number)
     kind = rng.choice([cell, readout, own_cell, own_cell, own_cell, layer, layer, layer])
+    kind = interpreted_cell if INTERPRETING else kind
     shape, options, by_kernels, module = kind(rng)
-    dtype, precision = rng.choice(KINDS)
+    dtype, precision = KINDS[-1] if INTERPRETING else rng.choice(KINDS)
     target, seed, executed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6), 0
     what = f"{kind.__name__} {shape} {dtype} {precision} {options} {by_kernels.__name__} {target}, number {number}"
 
     def inaccurate(seed: int) -> str | None:
         nonlocal executed
         problem = module.draw(*shape, dtype, precision=precision, seed=seed, **options)
-        with executor.executing(target, seed=seed) as device:
+        with contextlib.nullcontext() if INTERPRETING else executor.executing(target, seed=seed) as device:
             results = by_kernels(problem)
-        executed += sum(launch.grid[0] * launch.grid[1] * launch.grid[2] for launch in device.executed)
+        launches = device.executed if device else ()
+        executed += sum(launch.grid[0] * launch.grid[1] * launch.grid[2] for launch in launches)
         try:
             module.assert_as_accurate_as_torch(results, problem)
         except AssertionError as error:
@@ -106,8 +124,8 @@ def once(number: int) -> tuple[str, str | None, int]:
     try:
         wrong = inaccurate(seed)
         # The rule allows three standard deviations. Of the thousands of tensors in a sweep some exceed these by chance, but not
-        # with other numbers too.
-        if wrong and not any([inaccurate(seed + 1), inaccurate(seed + 2)]):
+        # with other numbers too. Nothing in float64 is by chance.
+        if wrong and not INTERPRETING and not any([inaccurate(seed + 1), inaccurate(seed + 2)]):
             what, wrong = f"{what}\n    with one of three draws of its numbers {wrong}", None
     except Exception as error:
         wrong = f"{type(error).__name__}: {error}"
@@ -115,7 +133,7 @@ def once(number: int) -> tuple[str, str | None, int]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if (reason := executor.why_not()) is not None:
+    if not INTERPRETING and (reason := executor.why_not()) is not None:
         print(f"make sweep: {reason}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
@@ -125,9 +143,12 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if wrong else 0
     budget, seed = float(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.randrange(10**6)
     print(f"seed {seed}", flush=True)
-    interpreted = [sys.executable, str(Path(__file__).with_name("fuzz_cells.py")), str(budget / 3), str(seed)]
-    wrong_cells = subprocess.run(interpreted).returncode != 0
-    rng, end = random.Random(seed), time.monotonic() + 2 * budget / 3
+    wrong_cells = False
+    if not INTERPRETING:
+        interpreted = [sys.executable, __file__, str(budget / 3), str(seed)]
+        wrong_cells = subprocess.run(interpreted, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode != 0
+        budget *= 2 / 3
+    rng, end = random.Random(seed), time.monotonic() + budget
     drawn, programs, failed = Counter[str](), 0, 0
     while time.monotonic() < end:
         what, wrong, executed = once(rng.randrange(10**9))
