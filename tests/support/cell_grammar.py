@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 # What they are given they bound, or keep. At a kink rounding may choose another derivative; sin takes local memory on a GPU.
 _SPECIAL = {"relu", "sin", "exp", "elu", "hardtanh", "clamp", "abs", "softsign", "over", "maximum", "minimum", "where"}
-_UNARY: dict[str, Callable] = {
+UNARY: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -30,7 +30,7 @@ _UNARY: dict[str, Callable] = {
     "abs": torch.abs,
     "softsign": F.softsign,
 }
-_BINARY: dict[str, Callable] = {
+BINARY: dict[str, Callable] = {
     "plus": lambda x, y: x + y,
     "minus": lambda x, y: 1 - x - y,
     "times": lambda x, y: x * y,
@@ -45,7 +45,7 @@ _BINARY: dict[str, Callable] = {
 def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str, dict[str, float], str]:
     """(function, gates, states, parameters, masks, what it computes in words): at most four pre-activations, eight states and
     parameters and three masks."""
-    unary, binary = ([f for f in of if not (smooth and f in _SPECIAL)] for of in (_UNARY, _BINARY))
+    unary, binary = ([f for f in of if not (smooth and f in _SPECIAL)] for of in (UNARY, BINARY))
     gates = "abde"[: rng.randint(1, 4)]
     states, parameters = rng.choice(["", "c", "c", "cn", "cmn"]), rng.choice(["", "", "p", "pqr"])
     masks = {name: rng.choice([0.0, 0.2, 0.5]) for name in rng.choice(["", "", "u", "uvw"])}
@@ -68,7 +68,7 @@ def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str
         name, *operands = tree
         values = [evaluate(operand, given) for operand in operands]
         if values:
-            return (_UNARY if len(values) == 1 else _BINARY)[name](*values)
+            return (UNARY if len(values) == 1 else BINARY)[name](*values)
         value = given[name[0]]
         for part in name.split(".")[1:]:
             value = getattr(value, part)
