@@ -11,10 +11,9 @@ import torch
 
 from lstm_triton import process
 
+from . import cases, run
 from . import device as devices
-from . import run, suites
 from .cases import DTYPES, MODES, Task, UsageError, require
-from .progress import Progress, missing
 from .providers import PROVIDERS
 from .rows import CPU_LABEL, read_all
 
@@ -44,19 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = "\n".join(f"  {name:<12}  {what}" for name, what in suites.SUITES.items())
-    epilog = (suites.HERE / "help.txt").read_text(encoding="utf-8")
+    about = "\n".join(f"  {name:<12}  {what}" for name, what in cases.SUITES.items())
+    epilog = (cases.HERE / "help.txt").read_text(encoding="utf-8")
     epilog = epilog.format(suites=about, providers="\n  ".join(PROVIDERS), CPU_LABEL=CPU_LABEL)
     text, look = "Compare this package with cuDNN and others, on this machine.", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lstm-triton bench", epilog=epilog, formatter_class=look, description=text)
     parser.set_defaults(anchors=True)
     what = parser.add_argument_group("what is measured").add_argument
-    what("--suite", action="append", choices=[*suites.SUITES, "all"], help="may be given again; default: all")
+    what("--suite", action="append", choices=[*cases.SUITES, "all"], help="may be given again; default: all")
     what("--dtype", action="append", choices=DTYPES)
     what("--mode", action="append", choices=MODES)
     for name in ("hidden", "batch", "length"):
         what(f"--{name}", type=numbers, metavar="N|A..B,...", help=f"only these {name} sizes")
-    what("--scale", choices=list(suites.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
+    what("--scale", choices=list(cases.SIZES), help="sizes; default: gpu on a GPU, cpu on a CPU")
     what("--list", action="store_true", help="list the cases in the order of measurement, and stop")
     how, folders = (
         parser.add_argument_group("how").add_argument,
@@ -103,7 +102,7 @@ def select_tasks(options: argparse.Namespace) -> list[Task]:
     """The tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
     unknown = sorted(set(options.provider or ()) - set(PROVIDERS))
     require({f"--provider {', '.join(unknown)}: known are {', '.join(PROVIDERS)}": not unknown}, UsageError)
-    chosen = list(suites.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
+    chosen = list(cases.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))
 
     def passes(task: Task) -> bool:
         c, o = task.case, options
@@ -112,11 +111,11 @@ def select_tasks(options: argparse.Namespace) -> list[Task]:
         return task.kind == "roof" or (words and all(not given or any(n in of for of in given) for given, n in sizes))
 
     scale, kind = ("cpu", "cpu") if options.device == "cpu" else ("gpu", "cuda")
-    found = list(filter(passes, suites.tasks(chosen, options.scale or scale, kind)))
+    found = list(filter(passes, cases.tasks(chosen, options.scale or scale, kind)))
     some = chosen == ["roofs"] or any(task.kind != "roof" for task in found)
     require({"no case passes these filters; --list shows what there is": some}, UsageError)
     if kind == "cuda" and "roofs" not in chosen:
-        return [*suites.tasks(["roofs"], "gpu", "cuda"), *found]  # for the floors; measured once
+        return [*cases.tasks(["roofs"], "gpu", "cuda"), *found]  # for the floors; measured once
     return found
 
 
@@ -141,12 +140,12 @@ def _measure(o: argparse.Namespace, started: float) -> int:
         o.budget = max(o.budget - (time.monotonic() - started) - at_the_end, 1.0)
     if o.device == "cpu":
         print(f"{CPU_LABEL}.", flush=True)
-    if absent := missing():
+    if absent := run.missing():
         print(f"Rows are written all the same, with {absent}", flush=True)
-    runner = run.Runner(o, Progress(len(tasks)), run.Worker)
+    runner = run.Runner(o, run.Progress(len(tasks)), run.Worker)
     runner.run(tasks)
     print(runner.describe())
-    if not o.no_report and (runner.appended or runner.before) and not missing("pandas", "matplotlib", "jinja2"):
+    if not o.no_report and (runner.appended or runner.before) and not run.missing("pandas", "matplotlib", "jinja2"):
         from . import report
 
         report.write(o.output / "report.html", *read_all([o.output]))
@@ -163,7 +162,7 @@ def _show(o: argparse.Namespace) -> int:
     if o.validate:
         print(f"{len(rows)} good rows, {len(problems)} lines that are none")
         return 1 if problems else 0
-    if absent := missing("pandas", "matplotlib", "jinja2"):
+    if absent := run.missing("pandas", "matplotlib", "jinja2"):
         print(f"lstm-triton bench: {absent}", file=sys.stderr)
         return NO_LIBRARY
     from . import report

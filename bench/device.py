@@ -73,7 +73,6 @@ def source() -> Source:
     package = Path(lstm_triton.__file__).resolve().parent
     files = [path for path in package.glob("*.py") if path.name not in _LEFT_OUT]
     digest = installed.digest([*files, *(package / "kernels").glob("*.py")])[:12]
-
     command = ["git", "-C", str(checkout()), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
@@ -89,8 +88,7 @@ def checkout() -> Path | None:
 
 
 def results_folder(name: str = "") -> Path:
-    """Where rows go by default: bench/results in a checkout, ./lstm-triton-bench where the package is installed; those of a
-    device in a folder of its `name`, such as "nvidia-h200"."""
+    """Where rows go by default, those of a device in a folder of its name. ./lstm-triton-bench: of an installed package."""
     folder = checkout()
     folder = folder / "bench" / "results" if folder else Path("lstm-triton-bench")
     return folder / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -106,9 +104,7 @@ class RowMaker:
         self.versions = Versions(own, str(torch.__version__), *others, f"{platform.system()} {platform.machine()}")
         self._given: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
 
-    def make(
-        self, task: Task, provider: str, execution: Any, status: Any, reason: str | None = None, **measured: Any
-    ) -> Row:
+    def make(self, task: Task, provider: str, execution: Any, status: Any, reason: Any = None, **measured: Any) -> Row:
         """A row; `measured` has what there is of model (a problem.Model), state and Row's fields of figures."""
         if model := measured.pop("model", None):
             said = "; ".join(model.remarks) or None
@@ -117,7 +113,6 @@ class RowMaker:
             measured["errors"] = {name: e for name, e in errors.items() if math.isfinite(e.largest)}
         backends: Any = torch.backends
         precision = {"cudnn_rnn": backends.cudnn.rnn.fp32_precision, "cuda_matmul": backends.cuda.matmul.fp32_precision}
-        labels = [CPU_LABEL if self.device.type == "cpu" else "", task.case.note]
         if "state" not in measured:
             measured["state"] = state(self.on) if status == "ok" else {}
         return Row(
@@ -127,7 +122,7 @@ class RowMaker:
             # Failures name the state of the cache too: with another one they are tried again.
             l2=self.l2 if task.kind in ("timing", "anchor") else None,
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            label="; ".join(filter(None, labels)) or None,
+            label="; ".join(filter(None, [CPU_LABEL * (self.device.type == "cpu"), task.case.note])) or None,
             **self._given,
             **measured,
         )

@@ -35,6 +35,5 @@ def launch(programs: int, steps: int, device: torch.device) -> torch.Tensor:
     counter = torch.zeros(COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     slots = torch.zeros(steps + 1, programs, dtype=torch.int32, device=device)
     stalled = stall.word("_latency_kernel", device.type == "cuda")
-    grid = (programs,)
-    _latency_kernel[grid](counter, stalled, slots, steps, programs, num_warps=4, launch_cooperative_grid=True)
+    _latency_kernel[(programs,)](counter, stalled, slots, steps, programs, num_warps=4, launch_cooperative_grid=True)
     return slots[steps]

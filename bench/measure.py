@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from . import problem as problems
 from . import providers, roofs
 from .cases import Case, Pair, Task
 from .device import RowMaker
-from .problem import Built, Judge, Unavailable
+from .problem import Judge, Model, Unavailable
 from .rows import Row, Timing
 
 
@@ -34,8 +34,7 @@ class Context:
 
 
 def measure(task: Task, context: Context, emit: Callable[[Row], None], pairs: Sequence[Pair] | None = None) -> None:
-    """Emit a row for each of these pairs of provider and execution, by default for all of the task. Raises Fatal, after its
-    row, when the device is lost."""
+    """Emit a row for each pair, by default for all of the task. Raises Fatal, after its row, when the device is lost."""
     pairs = providers.pairs_of(task, context.maker.on.type) if pairs is None else pairs
     with problems.precision(task.case):
         _Measurement(task, context, emit).run(pairs)
@@ -48,7 +47,7 @@ class _Measurement:
     task: Task
     context: Context
     emit: Callable[[Row], None]
-    ready: dict[Pair, tuple[Built, dict[str, Errors], Callable[[], Any]]] = field(default_factory=dict)
+    ready: dict[Pair, tuple[Model, dict[str, Errors], Callable[[], Any]]] = field(default_factory=dict)
 
     def run(self, pairs: Sequence[Pair]) -> None:
         judge: Any = None
@@ -64,8 +63,7 @@ class _Measurement:
             mine = [pair for pair in pairs if pair[0] == name]
             with self._failing(mine):
                 self._check(mine, judge)
-            with contextlib.suppress(Exception):
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         del judge
         while self.ready:
             self._time()
@@ -95,20 +93,20 @@ class _Measurement:
             values = roofs.PARTS[name](on) if kind == "roof" else cold_start(self.task.case, name, on)
             return self.tell(pairs, "ok", values=values)
         stage(*pairs[0], "build")
-        built = Built(providers.PROVIDERS[name], judge.problem, states=kind == "accuracy")
+        model = providers.PROVIDERS[name](replace(judge.problem, states=kind == "accuracy"))
         stage(*pairs[0], "check")
-        found = judge.errors(built)
-        known: dict[str, Any] = dict(model=built.model, errors=found)
+        found = judge.errors(model)
+        known: dict[str, Any] = dict(model=model, errors=found)
         if reason := judge.why_wrong(found):
             self.tell(pairs, "wrong", reason, **known)
         elif kind in ("accuracy", "memory"):
             stage(*pairs[0], kind)
-            self.tell(pairs, "ok", **known, values=held(built) if kind == "memory" else None)
+            self.tell(pairs, "ok", **known, values=held(model) if kind == "memory" else None)
         else:
             for pair in pairs:
-                with self._failing([pair], "CUDA graph: ", model=built.model):
+                with self._failing([pair], "CUDA graph: ", model=model):
                     stage(*pair, "build")
-                    self.ready[pair] = built, found, _graph(built, judge) if pair[1] == "graph" else built.call
+                    self.ready[pair] = model, found, _graph(model, judge) if pair[1] == "graph" else model.call
 
     def _time(self) -> None:
         """Time all at once; a provider that fails gets its row and is left out, and the others start again."""
@@ -119,28 +117,28 @@ class _Measurement:
             with torch.set_grad_enabled(self.task.case.mode == "train"):
                 samples = timing.interleaved(calls, clock, context.seconds, lambda pair: context.stage(*pair, "timing"))
         except timing.Failed as failure:
-            with self._failing([failure.key], model=self.ready.pop(failure.key)[0].model):
+            with self._failing([failure.key], model=self.ready.pop(failure.key)[0]):
                 raise failure.__cause__ or failure from None
         floor = roofs.floor(self.task.case, {} if host else context.roofs)
         for pair, sample in samples.items():
-            built, found, _ = self.ready.pop(pair)
+            model, found, _ = self.ready.pop(pair)
             took = Timing.of(sample, self.task.case.length, clock.name)
             distance = took.us_per_step / floor.us_per_step if floor else None
-            known: dict[str, Any] = dict(model=built.model, errors=found, floor=floor, distance=distance)
+            known: dict[str, Any] = dict(model=model, errors=found, floor=floor, distance=distance)
             self.tell([pair], "ok", timing=took, **known)
 
 
-def _graph(built: Built, judge: Judge) -> Callable[[], Any]:
+def _graph(model: Model, judge: Judge) -> Callable[[], Any]:
     """The replay of a CUDA graph of what eager rows time, its results checked."""
-    with torch.set_grad_enabled(built.problem.training):
-        replay, returned = graphed(built.call)
+    with torch.set_grad_enabled(model.problem.training):
+        replay, returned = graphed(model.call)
 
     def replayed() -> Any:
         replay()
         torch.cuda.synchronize()
         return returned
 
-    if reason := judge.why_wrong(judge.errors(built, replayed)):
+    if reason := judge.why_wrong(judge.errors(model, replayed)):
         raise RuntimeError(f"replayed, {reason}")
     return replay
 
@@ -162,8 +160,7 @@ def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
-    """Seconds of the imports, the first call (for this package with an empty and a warm cache of kernels) and the second, in
-    new processes."""
+    """Seconds of imports, first and second call in new processes; of this package with an empty and a warm cache of kernels."""
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
@@ -179,46 +176,39 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device)."""
     case, provider, device = request[0], request[1], torch.device(request[2])
-    built, clock = Built(providers.PROVIDERS[provider], problems.make(case, device)), timing.Clock(device)
+    model, clock = providers.PROVIDERS[provider](problems.make(case, device)), timing.Clock(device)
     clock.sample(lambda: None, 1)  # CUDA itself starts before the first call does
-    with torch.set_grad_enabled(built.problem.training):
-        first, second = (clock.sample(built.call, 1)[1] / 1e6 for _ in range(2))
+    with torch.set_grad_enabled(model.problem.training):
+        first, second = (clock.sample(model.call, 1)[1] / 1e6 for _ in range(2))
     connection.send({"import_s": process.imports_s, "first_call_s": first, "second_call_s": second})
 
 
-def held(built: Built) -> dict[str, float]:
-    """Bytes of one training step.
-
-    saved: in tensors that autograd keeps for backward, each storage once, without inputs and weights. On a GPU also, above what
-    there was before: after_forward, and peak over forward and backward, which take in what no tensor shows.
-    """
-    device = built.problem.device
-    with torch.set_grad_enabled(built.problem.training):
-        given, saved = _storages((*built.inputs, *built.model.weights.values())), dict[int, int]()
+def held(model: Model) -> dict[str, float]:
+    """Bytes of one training step. saved: in tensors that autograd keeps for backward, each storage once, without inputs and
+    weights. On a GPU also, above what there was before: after_forward, and peak over forward and backward, which take in what
+    no tensor shows."""
+    device = model.problem.device
+    with torch.set_grad_enabled(model.problem.training):
+        given, saved = _storages((*model.inputs, *model.weights.values())), dict[int, int]()
 
         def pack(t: Tensor) -> Tensor:
             saved.update(_storages([t]).items() - given.items())
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            outputs = built.forward()
+            outputs = model.forward()
         # saved tensors stay alive with the outputs, so that no address is counted for two of them
-        found: dict[str, float] = {
-            "saved_bytes": sum(saved.values()),
-            "outputs_bytes": sum(dict(_storages(outputs).items() - saved.items()).values()),
-        }
+        others = dict(_storages(outputs).items() - saved.items())
+        found: dict[str, float] = {"saved_bytes": sum(saved.values()), "outputs_bytes": sum(others.values())}
         del outputs
         if device.type == "cuda":
-            built.call()  # compiled, workspaces allocated
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
+            model.call()  # compiled, workspaces allocated
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            outputs = built.forward()
+            outputs = model.forward()
             found["after_forward_bytes"] = torch.cuda.memory_allocated(device) - before
-            if built.leaves:
-                built.backward(outputs)
-            torch.cuda.synchronize(device)
+            if model.leaves:
+                model.backward(outputs)
             found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     return found
 

@@ -1,7 +1,6 @@
 """The tensors of a case, the same for every provider; what a provider makes of them; its errors, and when it is wrong."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,10 @@ _BACKENDS: Any = torch.backends
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs and weights, already rounded to the case's dtype, on the device.
-
-    weights: by torch.nn.LSTM's parameter names (a cell's too, as "weight_ih_l0"). x: [T, B, I]; h0 [L * D, B, R],
-    c0 [L * D, B, H]; of a cell x [B, I], h0 and c0 [B, H]. lengths: [B] on the CPU, longest first, or None. resets: [T, B]
-    bool or None. dy: the cotangent of y.
-    """
+    """Inputs and weights, already rounded to the case's dtype, on the device. weights: by torch.nn.LSTM's parameter names (a
+    cell's too, as "weight_ih_l0"). x: [T, B, I]; h0 [L * D, B, R], c0 [L * D, B, H]; of a cell x [B, I], h0 and c0 [B, H].
+    lengths: [B] on the CPU, longest first, or None; ends: the same on the device. resets: [T, B] bool or None. dy: the
+    cotangent of y. states: whether the gradients of h0 and c0 are computed too."""
 
     case: Case
     device: torch.device
@@ -37,17 +34,12 @@ class Problem:
     c0: Tensor
     weights: dict[str, Tensor]
     lengths: Tensor | None
+    ends: Tensor | None
     resets: Tensor | None
     dy: Tensor
+    states: bool = False
 
-    @property
-    def training(self) -> bool:
-        return self.case.mode == "train"
-
-    @functools.cached_property
-    def ends(self) -> Tensor | None:
-        """The lengths, on the device."""
-        return None if self.lengths is None else self.lengths.to(self.device)
+    training = property(lambda self: self.case.mode == "train")
 
     def double(self) -> "Problem":
         """The same problem in float64. Batch rows with an end are padded, and cell states are not returned."""
@@ -78,7 +70,8 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
         # From half of the steps to all, as in a batch of sentences that were sorted into buckets.
         lengths = torch.linspace(T, max(T // 2, 1), B).round().long()
         dy = dy * (torch.arange(T)[:, None] < lengths)[..., None].to(device)  # no gradient past the end of a batch row
-    return Problem(case, device, x, h0, c0, weights, lengths, resets, dy)
+    ends = None if lengths is None else lengths.to(device)
+    return Problem(case, device, x, h0, c0, weights, lengths, ends, resets, dy)
 
 
 def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM | nn.GRU:
@@ -91,10 +84,8 @@ def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = Non
 def by_steps(
     step: Any, resets: Tensor | None, x: Tensor, state: State, lengths: Tensor | None = None, is_cell: bool = True
 ) -> tuple[Tensor, State]:
-    """A whole sequence by a loop in Python: by a cell, whose states are [B, H], or a layer that is called with one step.
-
-    The state is zero where a segment starts. Past the end of a batch row it stays, and y is zero.
-    """
+    """A whole sequence by a loop in Python: by a cell, whose states are [B, H], or a layer that is called with one step. The
+    state is zero where a segment starts. Past the end of a batch row it stays, and y is zero."""
     outputs, (h, c) = [], (state[0][0], state[1][0]) if is_cell else state
     for t, piece in enumerate(x.unbind(0) if is_cell else x.split(1)):
         if resets is not None:
@@ -111,11 +102,9 @@ def by_steps(
 
 @contextlib.contextmanager
 def precision(case: Case) -> Iterator[None]:
-    """Within, torch's precision of float32 products, cuDNN's and those of matrices alike, is what the case has.
-
-    For other dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too. Matrix products are set by torch's older call,
-    which sets the newer `fp32_precision` along: after the newer one alone, libraries that read the older one get an error.
-    """
+    """Within, torch's precision of float32 products, cuDNN's and those of matrices alike, is what the case has. For other
+    dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too. Matrix products are set by torch's older call, which sets
+    the newer `fp32_precision` along: after the newer one alone, libraries that read the older one get an error."""
     ieee = case.precision in ("ieee", "tf32x3")
     with contextlib.ExitStack() as put_back:
         for setting in (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):
@@ -131,21 +120,6 @@ class Unavailable(RuntimeError):
     """The provider cannot serve here; the message says why."""
 
 
-@dataclass
-class Model:
-    """A problem as one provider computes it. run: of x and the initial state, y and the final one, shaped as in Problem.
-    weights: its parameters by torch.nn.LSTM's names, in torch's layout. remarks: why this backend, and what else to know."""
-
-    run: Run
-    weights: Mapping[str, Tensor]
-    backend: str | None = None
-    algorithm: str | None = None
-    remarks: Sequence[str] = ()
-
-
-Provider = Callable[[Problem], Model]
-
-
 def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
     """Put the problem's weights into a module or cell; returns its parameters by the layer's names."""
     module.train(problem.training).requires_grad_(problem.training)
@@ -156,26 +130,32 @@ def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
     return parameters
 
 
-class Built:
-    """A provider's model of a problem. `call` is what a user would write and what is timed.
+@dataclass
+class Model:
+    """A problem as one provider computes it. `call` is what a user would write and what is timed. run: of x and the initial
+    state, y and the final one, shaped as in Problem. weights: its parameters by torch.nn.LSTM's names, in torch's layout.
+    remarks: why this backend, and what else to know."""
 
-    states: the gradients of h0 and c0 are computed too. Raises Unavailable where the provider cannot serve.
-    """
+    problem: Problem
+    run: Run
+    weights: Mapping[str, Tensor]
+    backend: str | None = None
+    algorithm: str | None = None
+    remarks: Sequence[str] = ()
 
-    def __init__(self, provider: Provider, problem: Problem, states: bool = False) -> None:
-        self.problem, self.model = problem, provider(problem)
-        x, h0, c0, self.dy = (t.clone() for t in (problem.x, problem.h0, problem.c0, problem.dy))
+    def __post_init__(self) -> None:
+        x, h0, c0, self.dy = (t.clone() for t in (self.problem.x, self.problem.h0, self.problem.c0, self.problem.dy))
         self.inputs, self.leaves = (x, h0, c0), dict[str, Tensor]()
-        if problem.training:
-            given = {"x": x, "h0": h0, "c0": c0} if states else {"x": x}
-            self.leaves = {**{name: t.requires_grad_() for name, t in given.items()}, **self.model.weights}
+        if self.problem.training:
+            given = {"x": x, "h0": h0, "c0": c0} if self.problem.states else {"x": x}
+            self.leaves = {**{name: t.requires_grad_() for name, t in given.items()}, **self.weights}
 
     def forward(self) -> tuple[Tensor, ...]:
         """y, h_n, c_n. A GRU has no c, and the initial one is its last."""
         x, h, c = self.inputs
         if self.problem.case.cell == "gru":
-            return *self.model.run(x, h), c
-        y, state = self.model.run(x, (h, c))
+            return *self.run(x, h), c
+        y, state = self.run(x, (h, c))
         return y, *state
 
     def backward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -206,6 +186,7 @@ class Built:
             mine.copy_(new)
 
 
+Provider = Callable[[Problem], Model]
 # Bits of the mantissa that a product keeps of its operands, by how it takes them: one rounding costs 2^-bits near 1.
 MANTISSA = {"float32 tf32": 11, "float32": 24, "float16": 11, "bfloat16": 8, "float64": 53}
 # A provider is wrong beyond so many times torch's own error on the same problem, plus so many roundings: far from what
@@ -221,17 +202,17 @@ class Judge:
 
     def __init__(self, problem: Problem, true: Provider) -> None:
         self.problem, self.torchs = problem, dict[str, Errors]()
-        self.truth = Built(true, problem.double(), states=True).results()
+        self.truth = true(replace(problem.double(), states=True)).results()
 
     def ask_torch(self, torchs: Provider) -> None:
         try:
-            self.torchs = self.errors(Built(torchs, self.problem, states=True))
+            self.torchs = self.errors(torchs(replace(self.problem, states=True)))
         except Exception as failure:  # it gets a row of its own where it was asked for
             raise_if_lost(failure)
 
-    def errors(self, built: Built, call: Callable[[], Any] | None = None) -> dict[str, Errors]:
+    def errors(self, model: Model, call: Callable[[], Any] | None = None) -> dict[str, Errors]:
         """By tensor, in units of the largest true value; infinite where the shapes differ or the result has a NaN."""
-        results, wrong = built.results(call), Errors(0, math.inf, math.inf)
+        results, wrong = model.results(call), Errors(0, math.inf, math.inf)
         return {
             name: Errors.of(t.double() - true, true) if t.shape == (true := self.truth[name]).shape else wrong
             for name, t in results.items()

@@ -1,5 +1,4 @@
 """Who computes a case, and which of them a task compares: this package in each of its ways, torch's modules, peers.
-
 A provider is a function of the problem that makes a model, or raises Unavailable and says why it cannot serve. Everything else
 (modes, gradients, graphs, checks, timing) is the same code for all.
 """
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
-from lstm_triton import reference
+from lstm_triton import dispatch, reference
 
-from . import by_hand, peers
+from . import peers
 from .cases import Case, Pair, Task, require
 from .problem import Model, Problem, Provider, Run, State, Unavailable, by_steps, load, torch_lstm
 
@@ -58,7 +57,10 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
             kind, options["precision"] = lstm_triton.GRU, None
         options |= dict(bidirectional=case.bidirectional, recompute=recompute)
         module = kind(case.input_size, case.hidden_size, case.layers, **options)
-        run = functools.partial(_packed, module, problem) if case.rows == "packed" else _segmented(module, problem)
+        given = dict(resets=problem.resets, lengths=problem.ends, return_cell_states=case.cell_states or None)
+        given = {name: value for name, value in given.items() if value is not None}
+        run = lambda x, state: module(x, state, **given)[:2]  # noqa: E731
+        run = functools.partial(_packed, module, problem) if case.rows == "packed" else run
     segmented = problem.resets is not None or case.rows == "lengths" or case.cell_states
     try:
         said = lstm_triton.explain(module, steps=case.length, segments=segmented, batch=case.batch)
@@ -66,13 +68,7 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
         raise Unavailable(str(error)) from None
     _, chosen, reason = said.split(": ", 2)
     algorithm = cudnn_algorithm(problem) if chosen == "cudnn" else None
-    return Model(run, load(module, problem), chosen, algorithm, [reason.rstrip(".")])
-
-
-def _segmented(module: Callable[..., Any], problem: Problem) -> Run:
-    given = dict(resets=problem.resets, lengths=problem.ends, return_cell_states=problem.case.cell_states or None)
-    given = {name: value for name, value in given.items() if value is not None}
-    return lambda x, state: module(x, state, **given)[:2]
+    return Model(problem, run, load(module, problem), chosen, algorithm, [reason.rstrip(".")])
 
 
 def cudnn_algorithm(problem: Problem) -> str | None:
@@ -84,10 +80,8 @@ def cudnn_algorithm(problem: Problem) -> str | None:
 
 
 def algorithm(case: Case, capability: tuple[int, int], sms: int) -> str:
-    """The algorithm by the rules of torch 2.11 to 2.13, which decides it for every call and does not tell.
-
-    The forward of a training step and its backward are chosen apart: both are named where they differ.
-    """
+    """The algorithm by the rules of torch 2.11 to 2.13, which decides it for every call and does not tell. The forward of a
+    training step and its backward are chosen apart: both are named where they differ."""
 
     def chosen(small: int) -> str:
         if case.proj_size or case.rows != "padded":  # batch rows with lengths are packed for torch.nn.LSTM
@@ -117,7 +111,8 @@ def torchs_lstm(problem: Problem) -> Model:
     lstm = torch_lstm(case, problem.device, problem.x.dtype)
     weights = load(lstm, problem)
     lstm.flatten_parameters()
-    by_calls = lstm if resets is None else functools.partial(by_steps, lstm, resets, is_cell=False)
+    run = lstm if resets is None else functools.partial(by_steps, lstm, resets, is_cell=False)
+    run = functools.partial(_packed, lstm, problem) if case.rows != "padded" else run
     copies = problem.device.type == "cuda" and case.dtype == "bfloat16"
     remarks = {
         "torch does not flatten bfloat16 weights for cuDNN: each call copies them": copies,
@@ -126,8 +121,7 @@ def torchs_lstm(problem: Problem) -> Model:
         "no resets in torch.nn.LSTM: one call per step, the states masked between them": resets is not None,
     }
     said = [remark for remark, holds in remarks.items() if holds]
-    run = by_calls if case.rows == "padded" else functools.partial(_packed, lstm, problem)
-    return Model(run, weights, None, cudnn_algorithm(problem), said)
+    return Model(problem, run, weights, None, cudnn_algorithm(problem), said)
 
 
 def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
@@ -136,26 +130,24 @@ def torchs_cell(problem: Problem, compiled: bool = False) -> Model:
     require({"torch has no tf32x3": case.precision != "tf32x3"}, Unavailable)
     cell = nn.LSTMCell(case.input_size, case.hidden_size, device=problem.device, dtype=problem.x.dtype)
     if not compiled:
-        return Model(_cells(problem, cell), load(cell, problem))
+        return Model(problem, _cells(problem, cell), load(cell, problem))
     torch.compiler.reset()  # or the cases of a long run exhaust its count of recompilations
     function = torch.compile(reference.lstm_cell, fullgraph=True, dynamic=False)
+    weights = load(cell, problem)
+    given: Any = tuple(weights.values())
+    run = _cells(problem, lambda x, hx: function(x, *hx, *given))
+    return Model(problem, run, weights, "inductor", None, ["fullgraph, static shapes"])
 
-    def step(x: Tensor, hx: State) -> State:
-        return function(x, *hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 
-    return Model(_cells(problem, step), load(cell, problem), "inductor", None, ["fullgraph, static shapes"])
-
-
-_BACKENDS = ("auto", "triton-persistent", "triton-stepwise", "triton", "cudnn", "reference")
 # Everyone, in the order of the tables.
 PROVIDERS: dict[str, Provider] = {
-    **{f"lstm_triton {name}": functools.partial(ours, backend=name) for name in _BACKENDS},
+    **{f"lstm_triton {name}": functools.partial(ours, backend=name) for name in dispatch.BACKENDS},
     f"{OURS} recompute": functools.partial(ours, recompute=True),
     f"{KERNELS} recompute": functools.partial(ours, backend="triton", recompute=True),
     CUDNN: torchs_lstm,
     TORCH_CELL: torchs_cell,
     "torch.compile": functools.partial(torchs_cell, compiled=True),
-    **by_hand.PROVIDERS,
+    **peers.BY_HAND,
     **peers.PEERS,
 }
 
@@ -173,10 +165,8 @@ def true(case: Case) -> Provider:
 
 def pairs_of(task: Task, device_type: str, names: Sequence[str] | None = None) -> list[Pair]:
     """The providers of a task and how they are run, in order: those asked for (`names`), by default the suite's, or else those
-    worth comparing. Which of them can serve, they say themselves. Roofs and the anchor know no choice.
-
-    "torch" in a suite is torch's own provider of the case. On a CPU auto takes the place of the kernels.
-    """
+    worth comparing. Which of them can serve, they say themselves. Roofs and the anchor know no choice. "torch" in a suite is
+    torch's own provider of the case. On a CPU auto takes the place of the kernels."""
     case, gpu, of_layers = task.case, device_type == "cuda", task.case.form == "layer"
     by_lstms = of_layers and case.is_simple and case.cell == "lstm"
     others = (["torchrl"] if case.resets else list(peers.PEERS)) * (gpu and by_lstms)

@@ -1,5 +1,4 @@
 """Roofs of this very device (copies, matrix products, exchanges), and the floor of a step that follows from them.
-
 Every step of a recurrence needs the h of the step before from all programs: a store, a way through the L2 cache, a load.
 Besides it the recurrent product of the step runs at the rate of matrix products, or the step's data passes through memory,
 whichever takes longer: floor = one exchange + max(tensor, memory). Not counted: the product with the input (which can run
@@ -21,15 +20,13 @@ from .rows import Floor, Row
 ASSUMED_EXCHANGE_US = 0.55  # where none was measured: a store, its way through the L2 cache of an H100, a load
 LOCAL_EXCHANGE_US = 0.3  # all of W_hh in one SM: nothing leaves it. The latency of one step inside it, assumed
 SHARED_MEMORY_BYTES = 227 * 1024
-_STEPS = 2000
+_STEPS = 500, 2000
 
 
 def floor(case: Case, roofs: Mapping[str, float]) -> Floor | None:
-    """The floor of a case by figures of the suite `roofs`, or None where no rate of its products is known.
-
-    A stack of layers is counted as a wavefront: one exchange a step for all of them. Backward is a recurrence of its own, of
-    twice the product (dh and, per step, its share of dW_hh).
-    """
+    """The floor of a case by figures of the suite `roofs`, or None where no rate of its products is known. A stack of layers
+    is counted as a wavefront: one exchange a step for all of them. Backward is a recurrence of its own, of twice the product
+    (dh and, per step, its share of dW_hh)."""
     rate, copies = roofs.get(f"gemm_{case.dtype_name.replace(' ', '_')}_flops_per_s"), roofs.get("copy_bytes_per_s")
     if rate is None or copies is None:
         return None
@@ -81,11 +78,9 @@ def gemm_rates(device: torch.device) -> dict[str, float]:
 
 
 def exchange_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of an exchange between two programs of one launch, and between as many as there are SMs; on a GPU.
-
-    Each program stores a value that depends on the one it loaded before, and waits at the package's own barrier
-    (kernels/grid_sync.py); that the last one is right is checked.
-    """
+    """Microseconds of an exchange between two programs of one launch, and between as many as there are SMs; on a GPU. Each
+    program stores a value that depends on the one it loaded before, and waits at the package's own barrier
+    (kernels/grid_sync.py); that the last one is right is checked."""
     from .grid_latency import launch
 
     def time_of(programs: int, steps: int) -> float:
@@ -94,11 +89,9 @@ def exchange_times(device: torch.device) -> dict[str, float]:
         return timing.median_us(lambda: launch(programs, steps, device), timing.Clock(device), 10)
 
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return {
-        name: (time_of(programs, _STEPS) - time_of(programs, _STEPS // 4)) / (_STEPS - _STEPS // 4)  # launches cancel
-        for name, programs in (("exchange_us", 2), (f"exchange_p{sms}_us", sms))
-    }
+    few, many = _STEPS  # whose difference has no launch in it
+    both = {"exchange_us": 2, f"exchange_p{sms}_us": sms}
+    return {name: (time_of(n, many) - time_of(n, few)) / (many - few) for name, n in both.items()}
 
 
-# The providers of the suite, each with its row: functions of the device that return figures by name.
-PARTS = {"copies": copy_rate, "matrix products": gemm_rates, "exchange": exchange_times}
+PARTS = {"copies": copy_rate, "matrix products": gemm_rates, "exchange": exchange_times}  # the providers of the suite

@@ -15,7 +15,7 @@ from lstm_triton import storage
 from lstm_triton.timing import Samples, median_interval
 from lstm_triton.tolerance import Errors
 
-from .cases import Case, Execution, Kind, Pair, Task, UsageError, require
+from .cases import Case, Execution, Kind, Task, UsageError, require
 
 CPU_LABEL = "CPU, not a statement about GPU speed"
 
@@ -144,13 +144,8 @@ class Row:
         }
         require(rules)
 
-    @property
-    def task(self) -> Task:
-        return Task(self.suite, self.case, self.kind)
-
-    @property
-    def pair(self) -> Pair:
-        return self.provider, self.execution
+    task = property(lambda self: Task(self.suite, self.case, self.kind))
+    pair = property(lambda self: (self.provider, self.execution))
 
     def encode(self) -> str:
         """One line of JSON, without its newline."""
@@ -217,17 +212,14 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add one row: a single write at the end of the file, on the disk before this returns.
-
-    Two processes may append at once. A line that an earlier crash cut off is ended first, so that it spoils no other.
-    """
-    data = row.encode().encode() + b"\n"
+    """Add one row: a single write at the end of the file, on the disk before this returns. Two processes may append at once. A
+    line that an earlier crash cut off is ended first, so that it spoils no other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        size = os.fstat(file.fileno()).st_size
-        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            data = b"\n" + data
+        size = file.seek(0, os.SEEK_END)
+        is_cut = size and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        data = b"\n" * bool(is_cut) + row.encode().encode() + b"\n"
         if (written := file.write(data)) != len(data):
             raise UsageError(f"{path}: the disk took {written} of {len(data)} bytes")
         os.fsync(file)

@@ -1,10 +1,11 @@
 """A run: which tasks are still to do, in which order, until when; every row is on the disk as soon as it is there.
-
 A kernel that hangs or corrupts the device takes its process along. So the tasks run in a process of their own, which tells what
 it is about to do; when it falls silent or dies, the run knows whom to blame, and goes on with a new one.
 """
 
 import contextlib
+import importlib.util
+import sys
 import time
 import uuid
 from argparse import Namespace
@@ -17,19 +18,55 @@ from lstm_triton import timing
 from lstm_triton.process import Died, Process, answer
 
 from . import measure, providers, roofs, rows
-from .cases import Case, Pair, Task
+from .cases import ANCHORS, Pair, Task
 from .device import RowMaker
-from .progress import Progress
 from .rows import Row
 
 ANCHOR_SECONDS = 60.0
+# What serves output alone, and what is not shown without it.
+EXTRAS = dict(pandas="tables", matplotlib="figures", jinja2="report", rich="progress line", pynvml="GPU clocks")
+
+
+def missing(*names: str) -> str | None:
+    """A sentence about those of EXTRAS (by default of all) that are not installed, or None."""
+    absent = [name for name in names or EXTRAS if importlib.util.find_spec(name) is None]
+    without = ", ".join(f"no {EXTRAS[name]} without {name}" for name in absent)
+    return f"{without}: pip install 'lstm-triton[bench]'" if absent else None
+
+
+class Progress:
+    """Counts what is `done` of `total`, on a line of the terminal with the time that is left at this pace."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self._bar = total, 0.0, None
+        if sys.stderr.isatty() and missing("rich") is None:
+            from rich import console, progress
+
+            columns = "{task.percentage:3.0f} %", progress.TimeRemainingColumn(), "left · {task.description}"
+            self._bar = progress.Progress(*columns, console=console.Console(file=sys.stderr), transient=True)
+            self._line = self._bar.add_task("", total=total)
+            self._bar.start()
+
+    def show(self, what: str) -> None:
+        """`what` is under way."""
+        if self._bar is not None:
+            self._bar.update(self._line, completed=self.done, total=self.total, description=what)
+
+    def say(self, text: str) -> None:
+        """A line that stays, on standard output."""
+        self.close()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class Worker(Process):
-    """A process that measures, asked with a task, what of it, and roofs. maker: makes rows as it does.
-
-    Its events are rows, and before whatever may take the process along, whose turn it is: provider, execution, what is done.
-    """
+    """A process that measures, asked with a task, what of it, and roofs. maker: makes rows as it does. Its events are rows,
+    and before whatever may take the process along, whose turn it is: provider, execution, what is done."""
 
     def __init__(self, options: Namespace, run: str) -> None:
         super().__init__(f"{__name__}:serve", (options, run), {"TRITON_INTERPRET": None})
@@ -59,13 +96,6 @@ def make_context(options: Namespace, run: str, stage: Callable[[str, str, str], 
     return measure.Context(RowMaker(device, options.command, run, clock.l2), clock, options.seconds, {}, stage)
 
 
-def anchor(device_type: str) -> Task:
-    """A case that never changes, measured again and again: what moves in it is the machine."""
-    cpu = Case("anchor", 64, 4, 16, dtype="float32", precision="ieee")
-    case = Case("anchor", 512, 16, 128, dtype="float16") if device_type == "cuda" else cpu
-    return Task("anchor", case, "anchor", providers=(providers.CUDNN,))
-
-
 def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[Task, Pair]]:
     """What need not be measured again: it has rows of the same code, device and software, with the same settings."""
 
@@ -78,11 +108,8 @@ def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple
 
 
 class Runner:
-    """Runs tasks through a worker, restarts it when it dies, and appends every row.
-
-    options: of the command line. Counts tasks measured, those that were measured before and those that the budget left, and
-    rows appended.
-    """
+    """Runs tasks through a worker, restarts it when it dies, and appends every row. options: of the command line. Counts tasks
+    measured, those that were measured before and those that the budget left, and rows appended."""
 
     def __init__(self, options: Namespace, progress: Progress, new_worker: Any) -> None:
         self.options, self._worker = options, cast(Any, None)
@@ -104,7 +131,8 @@ class Runner:
             done = set() if self.options.again else done_before(self._rows, self._maker, self.options.retry)
             self.left = len(tasks)
             for task in tasks:
-                missing = [pair for pair in self._pairs(task) if (task, pair) not in done]
+                pairs = providers.pairs_of(task, self._maker.device.type, self.options.provider)
+                missing = [pair for pair in pairs if (task, pair) not in done]
                 if (count := len(missing)) == 0:
                     self.before, self.left = self.before + 1, self.left - 1
                     self._progress.total -= 1
@@ -129,20 +157,15 @@ class Runner:
 
     def predict(self, suite: str, count: int) -> float:
         """Seconds of so many rows, rather too many: by the upper quartile of the last eight tasks of the suite, or of all.
-
-        What does not fit into a budget is not begun, since what is cut off would be lost.
-        """
+        What does not fit into a budget is not begun, since what is cut off would be lost."""
         recent = sorted(self._took.get(suite, self._took[""])[-8:])
         return count * recent[3 * len(recent) // 4]
 
     def _anchor(self, least_s: float) -> None:
         if self.options.anchors and time.monotonic() - self._last_anchor > least_s:
-            task = anchor(self._maker.device.type)
-            self._measure(task, self._pairs(task))
+            kind = self._maker.device.type
+            self._measure(ANCHORS[kind], providers.pairs_of(ANCHORS[kind], kind))
             self._last_anchor = time.monotonic()
-
-    def _pairs(self, task: Task) -> list[Pair]:
-        return providers.pairs_of(task, self._maker.device.type, self.options.provider)
 
     def _started(self) -> Any:
         if self._worker is None:

@@ -6,8 +6,7 @@ from typing import Any
 
 from pandas import DataFrame, json_normalize
 
-from . import suites
-from .cases import Case
+from .cases import Case, workloads
 from .providers import OURS, torchs
 from .rows import Row, number, words
 
@@ -19,10 +18,8 @@ WAYS = {
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The newest row of each measurement by machine, GPUs before CPUs.
-
-    A machine is a device under its settings: a flushed L2 cache, or another number of threads, makes another one.
-    """
+    """The newest row of each measurement by machine, GPUs before CPUs. A machine is a device under its settings: a flushed L2
+    cache, or another number of threads, makes another one."""
     found: dict[str, dict[tuple, Row]] = {}
     for row in sorted(rows, key=lambda r: (r.device.type == "cpu", r.l2 == "flushed", r.date)):
         machine = row.device.name + (", L2 cache flushed before each call" if row.l2 == "flushed" else "")
@@ -34,8 +31,7 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def comparisons(rows: Iterable[Row]) -> DataFrame:
     """A line for each time, `of` a provider, and once more for each of WAYS that there is. torch: the row of the fastest that
     torch alone can do with the case, or None; ratio: its time over this one; lost: whether it is ahead beyond what the samples
-    leave open.
-    """
+    leave open."""
     found: dict[tuple[str, Case, str], dict[str, Any]] = {}
     for row in rows:
         if row.kind == "timing" and row.timing:
@@ -69,19 +65,9 @@ def text(cell: Any) -> str:
     return f"{'▼ ' if cell < 1 else ''}{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
-def plain(table: DataFrame) -> str:
-    """The table for a terminal."""
-    return table.map(text).reset_index().to_string(index=False, justify="left") if len(table) else ""
-
-
-# ---- The tables: each of rows and of their comparisons.
-
-
 def timings(rows: Sequence[Row], found: DataFrame, base: str | None = None) -> DataFrame:
-    """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
-
-    base: the name of a case; beside each time stands its multiple of the same provider's there.
-    """
+    """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor. base:
+    the name of a case; beside each time stands its multiple of the same provider's there."""
     names = [name for name in found["of"].unique() if name not in WAYS]
     bases = {(of.case.mode, of.of): of.us for of in found.itertuples() if of.case.name == base}
 
@@ -136,7 +122,7 @@ def sources(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     return frame(
         {"workload": row["id"], "project": row["project"], "source of the shape": row["source"]}
         | {"remark": case.note if case else f"not run: {row['run'].removeprefix('no: ')}"}
-        for row, case in (suites.workloads() if len(found) else ())
+        for row, case in (workloads() if len(found) else ())
     )
 
 
@@ -162,12 +148,10 @@ def environment(rows: Sequence[Row], found: DataFrame) -> DataFrame:
     facts = {"rows": str(len(rows))}
     seen = json_normalize([asdict(row) for row in rows], max_level=1)
     for name, values in seen.filter(regex=r"^(device|versions|source|state)\.|^(date|l2|command)$").items():
-        known = sorted(values.dropna().unique())
-        known = (
-            list(map(number, known)) if name.startswith("state.") and values.dtype == float else list(map(str, known))
-        )
-        is_range = len(known) > 1 and name.startswith(("state.", "date"))
-        facts |= {name: f"{known[0]} to {known[-1]}" if is_range else "; ".join(known[:8])} if known else {}
+        known = list(map(number if values.dtype == float else str, sorted(values.dropna().unique())))
+        if known:
+            is_range = len(known) > 1 and name.startswith(("state.", "date"))
+            facts[name] = f"{known[0]} to {known[-1]}" if is_range else "; ".join(known[:8])
     times = [r.timing.p50_us for r in rows if r.kind == "anchor" and r.timing]
     if len(times) > 1:  # what the repeated anchor case says of the machine's steadiness
         moved = f"measured {len(times)} times, moved by {max(times) / min(times) - 1:.1%}"
@@ -179,11 +163,10 @@ def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:
     """Timed rows of the same case, provider and execution, and a sentence on how many there are on one side only."""
     # Machines differ in their numbers of threads: those are no part of what is compared, the state of the cache is.
     timed = ((r for of in newest(side).values() for r in of if r.kind == "timing" and r.timing) for side in (a, b))
-    one, two = ({(r.task, r.pair, r.l2): r for r in side} for side in timed)
+    one, two = (dict[tuple, Any](((r.task, r.pair, r.l2), r) for r in side) for side in timed)
     lines = []
-    for key in (key for key in one if key in two):
+    for key in filter(two.__contains__, one):
         row, s, t = one[key], one[key].timing, two[key].timing
-        assert s and t
         apart, ratio = s.ci_high_us < t.ci_low_us or t.ci_high_us < s.ci_low_us, s.p50_us / t.p50_us
         line = {"case": f"{row.case.describe()}, {row.execution}", "provider": row.provider, "A, us": f"{s.p50_us:.4g}"}
         line |= {"B, us": f"{t.p50_us:.4g}", "A / B": f"{'▼ ' if apart and ratio < 1 else ''}{ratio:.3f}"}

@@ -6,7 +6,8 @@ import pytest
 from support.benches import make_row
 
 from lstm_triton import timing
-from lstm_triton.bench import providers, roofs, rows, suites
+from lstm_triton.bench import cases as suites
+from lstm_triton.bench import providers, roofs, rows
 from lstm_triton.bench.cases import Case
 
 STATIC, SMALL, STANDARD = "PERSIST_STATIC", "PERSIST_STATIC_SMALL_H", "STANDARD"
@@ -155,9 +156,9 @@ def test_what_users_ask_for_is_there():
     tasks = suites.tasks(suites.SUITES, "gpu", "cuda")
     both = ["eager", "graph"]
     steps = [t for t in tasks if t.suite == "step"]
-    assert {t.case.form for t in steps} == {"layer", "cell"} and all(t.executions == both for t in steps)
+    assert {t.case.form for t in steps} == {"layer", "cell"} and all(list(t.executions) == both for t in steps)
     carried = [t for t in tasks if t.case.carried]
-    assert all(t.executions == both for t in carried) and {t.suite for t in carried} == {"step", "real"}
+    assert all(list(t.executions) == both for t in carried) and {t.suite for t in carried} == {"step", "real"}
     spoken = [t.case for t in tasks if t.case.name.startswith("diar_infer")]
     assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
         (128, 4, True, 589, "ieee", batch) for batch in (1, 32)

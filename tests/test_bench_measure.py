@@ -1,5 +1,6 @@
 """Measuring: the truth, checks before times, precision alike on both sides, providers that fail or cannot serve."""
 
+import dataclasses
 import functools
 import math
 import sys
@@ -10,9 +11,9 @@ from support.benches import CPU, IEEE, run
 
 from lstm_triton import dispatch, reference
 from lstm_triton.bench import peers, problem, providers
-from lstm_triton.bench.by_hand import PROVIDERS as BY_HAND
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.bench.problem import Built, Judge
+from lstm_triton.bench.peers import BY_HAND
+from lstm_triton.bench.problem import Judge
 from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.kernels.inputs import Segments
 from lstm_triton.tolerance import Errors
@@ -42,7 +43,7 @@ def test_providers_agree_with_the_truth(options, by_hand):
     unable = set()
     for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell", *BY_HAND):
         try:
-            built = Built(providers.PROVIDERS[name], given, states=True)
+            built = providers.PROVIDERS[name](dataclasses.replace(given, states=True))
         except problem.Unavailable:
             unable.add(name)
             continue
@@ -135,7 +136,7 @@ def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
     given = problem.make(Case("a", 5, 3, 1, form=form, **IEEE, carried=True), CPU)
     two = problem.make(Case("a", 5, 3, 2, **IEEE), CPU)
     name = "torch.nn.LSTM" if form == "layer" else "lstm_triton auto"
-    built = Built(providers.PROVIDERS[name], given)
+    built = providers.PROVIDERS[name](given)
     first = built.results()
     built.call()
     carried = built.call()[0].view(1, 3, 5)

@@ -12,10 +12,8 @@ from lstm_triton.bench.cases import Case, UsageError
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 from lstm_triton.tolerance import Errors
 
-figures, report, tables = (
-    pytest.importorskip(f"lstm_triton.bench.{name}", reason="needs the libraries of the extra [bench]")
-    for name in ("figures", "report", "tables")
-)
+report = pytest.importorskip("lstm_triton.bench.report", reason="needs the libraries of the extra [bench]")
+tables = report.tables
 DataFrame = tables.DataFrame
 GPU = rows.Device("cuda", "A GPU that does not exist", "0")
 PERSISTENT, STEPWISE = "lstm_triton triton-persistent", "lstm_triton triton-stepwise"
@@ -224,10 +222,10 @@ def test_cells_are_escaped_and_coloured_by_who_is_ahead(render):
 
 def test_figures_bear_one_point_none_and_large_ranges():
     labels = ("a", "x", "y")
-    one = figures.curves(labels, DataFrame({"s": {4.0: 2.0}, "t": {}}), (1.0, "a level"))
+    one = report.curves(labels, DataFrame({"s": {4.0: 2.0}, "t": {}}), (1.0, "a level"))
     assert one.startswith("<svg") and ">s</text>" in one and ">t</text>" not in one and ">a level</text>" in one
-    assert figures.curves(labels, DataFrame({"s": {}})) == ""
-    wide = figures.curves(labels, DataFrame({"s": {1.0: 1e-3, 1e6: 1e7}}))
+    assert report.curves(labels, DataFrame({"s": {}})) == ""
+    wide = report.curves(labels, DataFrame({"s": {1.0: 1e-3, 1e6: 1e7}}))
     assert wide.count("<text") < 40
     ids = re.findall(r' id="([^"]+)"', one + wide)
     assert len(set(ids)) == len(ids)

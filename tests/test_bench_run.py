@@ -17,7 +17,8 @@ from support.benches import CPU, ROOT, TINY, Forked, Here, make_row, measure, op
 from lstm_triton import cli as package_cli
 from lstm_triton import process, timing
 from lstm_triton.bench import __main__ as cli
-from lstm_triton.bench import device, progress, providers, rows, run, suites
+from lstm_triton.bench import cases as suites
+from lstm_triton.bench import device, providers, rows, run
 from lstm_triton.bench import measure as measuring
 from lstm_triton.bench.providers import CUDNN, OURS
 
@@ -125,7 +126,7 @@ def test_an_interrupted_task_of_first_calls_continues(tmp_path, monkeypatch):
 def test_roofs_and_anchors_know_no_choice_of_providers():
     (roof,) = suites.tasks(["roofs"], "tiny", "cpu")
     for task, kind, asked, expected in (
-        (run.anchor("cuda"), "cuda", (OURS,), [CUDNN]),
+        (suites.ANCHORS["cuda"], "cuda", (OURS,), [CUDNN]),
         (roof, "cuda", (OURS,), ["copies", "matrix products", "exchange"]),
         (roof, "cpu", None, ["copies", "matrix products"]),
         (HOST, "cuda", None, ["lstm_triton triton", CELL]),
@@ -274,7 +275,7 @@ def test_one_line_where_someone_watches(monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = progress.Progress(10)
+    bar = run.Progress(10)
     bar.done += 5
     bar.show("something")
     bar.say("a result")

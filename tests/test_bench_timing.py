@@ -12,7 +12,7 @@ from support.benches import CPU, IEEE, FakeClock, context
 from lstm_triton import process, timing
 from lstm_triton.bench import device, grid_latency, measure, problem, providers, rows
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.bench.problem import Built, Judge
+from lstm_triton.bench.problem import Judge
 from lstm_triton.kernels import interpreter, stall
 
 
@@ -78,7 +78,7 @@ def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
 
     monkeypatch.setattr(measure, "graphed", graphed)
     given = problem.make(case, CPU)
-    built = Built(providers.PROVIDERS["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"], given)
+    built = providers.PROVIDERS["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"](given)
     judge = Judge(given, providers.true(case))
     measure._graph(built, judge)
     assert captured == [built.call]
@@ -101,7 +101,7 @@ def test_saved_bytes():
     given = problem.make(case, CPU)
     held = {}
     for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
-        held[name] = measure.held(Built(providers.PROVIDERS[name], given))["saved_bytes"]
+        held[name] = measure.held(providers.PROVIDERS[name](given))["saved_bytes"]
     state = 5 * 2 * 8 * 4  # bytes of one tensor like y
     assert all(bytes > state for bytes in held.values()), held
 

@@ -11,8 +11,8 @@ import torch
 from lstm_triton import check, environment, explain
 from lstm_triton.bench.cases import UsageError
 from lstm_triton.bench.device import pick
-from lstm_triton.bench.progress import missing
 from lstm_triton.bench.rows import Row
+from lstm_triton.bench.run import missing
 from lstm_triton.demo import corpus, timing, train
 
 # The sections of the report.

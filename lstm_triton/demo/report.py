@@ -8,8 +8,8 @@ from typing import Any
 from pandas import DataFrame
 
 from lstm_triton import environment
-from lstm_triton.bench import figures, tables
-from lstm_triton.bench.report import write_page
+from lstm_triton.bench import tables
+from lstm_triton.bench.report import curves, write_page
 from lstm_triton.bench.rows import Row
 from lstm_triton.demo.train import Point
 
@@ -22,7 +22,7 @@ def write(
     points = DataFrame(curve, columns=Point._fields).set_index("tokens")[["train_bits", "validation_bits"]]
     lines = points.set_axis(["training", "validation"], axis="columns")
     labels = ("bits per character", "characters trained on", "bits per character")
-    picture = figures.curves(labels, lines, (unigram, f"character frequencies alone: {unigram:.2f}"), log=False)
+    picture = curves(labels, lines, (unigram, f"character frequencies alone: {unigram:.2f}"), log=False)
     sections: list[dict[str, Any]] = [dict(title=title, texts=texts) for title, texts in said.items()]
     sections[0]["figures"] = [("Training and held-out text.", [picture])]
     sections[-1]["table"] = tables.timings(rows, tables.comparisons(rows))

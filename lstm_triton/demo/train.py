@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lstm_triton.bench.cases import UsageError
-from lstm_triton.bench.progress import Progress
+from lstm_triton.bench.run import Progress
 from lstm_triton.demo.corpus import CHARACTERS, Corpus
 from lstm_triton.demo.model import CharModel, State
 from lstm_triton.storage import unfinished

@@ -10,7 +10,7 @@ import torch
 from lstm_triton import timing
 from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import measure as measuring
-from lstm_triton.bench import progress, rows
+from lstm_triton.bench import rows
 from lstm_triton.bench import run as running
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.device import RowMaker
@@ -99,7 +99,7 @@ class Forked(ForkedProcess):
 
 
 def measure(folder, tasks, new_worker=Here, **changes):
-    runner = running.Runner(options(folder, **changes), progress.Progress(len(tasks)), new_worker)
+    runner = running.Runner(options(folder, **changes), running.Progress(len(tasks)), new_worker)
     runner.run(tasks)
     return runner
 
