@@ -1,4 +1,4 @@
-"""Bounds in the repaired interpreter: an access outside them is named, any other passes. And that it can be uninstalled."""
+"""Checks in the interpreter: an access outside the bounds and an integer overflow are named, anything else passes."""
 
 import inspect
 
@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from support import bounds
-from triton.runtime import interpreter as stock
+from triton.runtime.errors import InterpreterError
 
 from lstm_triton.kernels import interpreter
 
@@ -32,6 +32,21 @@ def _atomic_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
     tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
 
 
+@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
+@pytest.mark.parametrize("first, outside, byte", [(6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)])
+def test_access_out_of_bounds_is_named(kernel, first, outside, byte):
+    name = kernel.fn.__name__
+    lines, start = inspect.getsourcelines(kernel.fn)
+    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
+    with pytest.raises(IndexError) as error:
+        kernel[(1,)](torch.zeros(8), first, 10_000, 4)
+    message = str(error.value)
+    assert message.startswith(f"{name.split('_')[1]} out of bounds at {place}, program (0, 0, 0): ")
+    assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
+    for first in (6, 1000):  # masked lanes may point anywhere
+        kernel[(1,)](torch.zeros(8), first, 8, 4)
+
+
 @triton.jit
 def _compare_and_swap_kernel(x_ptr, first):
     tl.atomic_cas(x_ptr + first, 0, 1)
@@ -41,28 +56,6 @@ def test_compare_and_swap_out_of_bounds_is_named():
     with pytest.raises(IndexError, match=r"atomic out of bounds at .*: `tl\.atomic_cas\("):
         _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 8)
     _compare_and_swap_kernel[(1,)](torch.zeros(8, dtype=torch.int32), 7)
-
-
-@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
-@pytest.mark.parametrize("first, outside, byte", [(6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)])
-def test_access_out_of_bounds_is_named(kernel, first, outside, byte):
-    name = kernel.fn.__name__
-    access = name.split("_")[1]
-    lines, start = inspect.getsourcelines(kernel.fn)
-    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
-    with pytest.raises(IndexError) as error:
-        kernel[(1,)](torch.zeros(8), first, 10_000, 4)
-    message = str(error.value)
-    assert message.startswith(f"{access} out of bounds at {place}, program (0, 0, 0): ")
-    assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
-
-
-@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
-def test_masked_lanes_may_point_anywhere(kernel):
-    x = torch.zeros(8)
-    kernel[(1,)](x, 6, 8, 4)
-    kernel[(1,)](x, 1000, 8, 4)
-    assert x[:6].eq(0).all()
 
 
 @triton.jit
@@ -91,19 +84,19 @@ def test_a_view_may_reach_the_rest_of_its_storage():
     assert x.eq(1).all()
 
 
-def test_uninstall_gives_the_interpreter_back():
-    def current():
-        functions = [stock.ReduceOps.apply_impl, stock.ScanOps.apply_impl, stock.InterpretedFunction.run]
-        functions += [stock._implicit_cvt, stock._patch_lang, stock._patch_lang_tensor, stock._get_np_dtype]
-        functions += [tl.block_type.__init__, tl.tensor.__init__, stock.TritonSemantic.broadcast_impl_value]
-        return [*functions, type(stock.interpreter_builder)]
+@triton.jit
+def _product_kernel(x_ptr, factor, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(x_ptr + i, (i + 1) * factor)
 
-    repaired = current()
-    bounds.install()
-    assert current() == repaired  # a second call does not wrap what the first has wrapped
-    interpreter.uninstall()
-    originals = current()
-    assert stock.interpreter_builder.options.sanitize_overflow
-    bounds.install()
-    assert not set(repaired) & set(originals)
-    assert all(original.__module__.startswith("triton.") for original in originals)
+
+def test_integer_overflow_is_an_error():
+    """A GPU wraps around silently: an offset that needs 64 bits would read from somewhere else."""
+    x = torch.zeros(4, dtype=torch.int64)
+    for factor in (2**29 - 1, 2**40):  # the second makes a product of 64 bits
+        _product_kernel[(1,)](x, factor, 4)
+        assert x.tolist() == [n * factor for n in (1, 2, 3, 4)]
+    with pytest.raises(
+        InterpreterError, match=r"int32 overflow at .*test_interpreter_bounds\.py:\d+ in _product_kernel"
+    ):
+        _product_kernel[(1,)](x, 2**29, 4)

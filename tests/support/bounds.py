@@ -24,14 +24,14 @@ class OutOfBounds(IndexError):
 
 
 def install() -> None:
-    """Repair the interpreter, and check in it, until `interpreter.uninstall`.
+    """Repair the interpreter, and check in it; a second call changes nothing.
 
     An unmasked lane of a load, store or atomic outside the storages of the tensors given to the launch raises `OutOfBounds`; a
     sum, difference or product that does not fit in its signed integer type raises OverflowError. Both name the source line.
     """
     interpreter.install()
     if not isinstance(stock.interpreter_builder, _CheckingBuilder):
-        interpreter.replace_in(stock.interpreter_builder, "__class__", lambda _: _CheckingBuilder)
+        stock.interpreter_builder.__class__ = _CheckingBuilder
         interpreter.replace_in(stock.InterpretedFunction, "run", _with_fresh_bounds)
         interpreter.replace_in(stock, "_implicit_cvt", _noting_storages)
 
