@@ -1,18 +1,15 @@
-"""torch.compile, torch.export, fake tensors and DistributedDataParallel: the same values as in eager mode, in one graph."""
+"""The operators for compilers, and what is not a plain call of compiled modules. Those of each kind: test_recorded."""
 
-import itertools
 import re
 
 import pytest
 import torch
 from support.lstms import gradients
 from support.operations import cell, operations
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lstm_triton import GRU, LSTM, LSTMCell, Recurrent, SoftmaxReadout, dispatch
-from lstm_triton.cells import catalogue
+from lstm_triton import LSTM, LSTMCell, SoftmaxReadout, dispatch
 from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, split_weights
 
 pytestmark = pytest.mark.long
@@ -46,14 +43,14 @@ def test_operators_pass_opcheck(operation, some, device, monkeypatch):
         t.requires_grad_(not some)
     torch.autograd.grad(operation.run(*leaves), [t for t in leaves if t.requires_grad], cotangents)
     (inputs, options, _), (grads, _, saved, names, _) = calls["launch"], calls["launch_backward"]
-    full = "h0" not in operation.operator.names and not some  # which takes seconds
+    full = operation is cell and not some  # which takes seconds
     checks = {} if full else {"test_utils": "test_faketensor"}
-    for save in (False, True):
+    for save in (False, True) if checks else (True,):
         given = [t if t is None else t.detach().requires_grad_(save and t.requires_grad) for t in inputs]
         torch.library.opcheck(operation.operator.operator, (*given, *options, save), **checks)
     inputs = [t if t is None else t.detach() for t in inputs]
     needs = [name in names for name in operation.operator.names]
-    for arrived in (grads, (None, *grads[1:]))[: len(cotangents)]:
+    for arrived in (grads, (None, *grads[1:]))[: len(cotangents) if checks else 1]:
         arguments = (*arrived, *inputs, *saved, *options, needs)
         torch.library.opcheck(operation.operator.backward_operator, arguments, **checks)
 
@@ -68,16 +65,6 @@ def test_the_forward_operator_is_differentiable(device):
     h, _, _ = torch.ops.lstm_triton.lstm_cell(*leaves, None, None, "lstm", False)
     with pytest.raises(RuntimeError, match="save=False"):
         h.sum().backward()
-
-
-@operations("cell", "readout", "layer with segments")
-def test_shapes_without_data(operation, device):
-    leaves, cotangents = operation.draw(device)
-    expected = operation.trained(leaves, cotangents)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        found = operation.trained(*([mode.from_tensor(t) for t in tensors] for tensors in (leaves, cotangents)))
-    for fake, t in zip(found, expected, strict=True):
-        assert (fake.shape, fake.dtype, fake.device) == (t.shape, t.dtype, t.device)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -113,87 +100,20 @@ def _input(device, T=T, B=B):
     return torch.randn(B, T, I, device=device, requires_grad=True)
 
 
-MODULES = {
-    "LSTM": _lstm,
-    "projection": lambda *on: _lstm(*on, num_layers=1, proj_size=1),
-    "recompute": lambda backend, device: LSTM(I, H, device=device, backend=backend, recompute=True),
-    "segments": lambda *on: _lstm(*on, num_layers=1),
-    "LSTMCell": lambda backend, device: LSTMCell(I, H, device=device, backend=backend),
-    "SoftmaxReadout": lambda backend, device: SoftmaxReadout(I, H, device=device, backend=backend),
-    "GRU": lambda backend, device: GRU(I, H, device=device, backend=backend, precision="ieee"),
-    "sLSTM": lambda backend, device: Recurrent(catalogue.slstm, I, H, device=device, backend=backend),
-    "peephole": lambda backend, device: Recurrent(catalogue.peephole_lstm, I, H, device=device, backend=backend),
-}
+@pytest.mark.parametrize("kind", [LSTMCell, SoftmaxReadout])
+def test_inference_and_autocast_in_one_graph(kind, device):
+    module, x = kind(I, H, device=device, backend="triton"), torch.randn(B, I, device=device)
 
+    def step(x, low):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            return tree_leaves(module(x))
 
-def _call(name, device):
-    """Arguments of one of these modules, leaves first."""
-    x, (h, c) = _input(device), torch.randn(2, 2, B, H, device=device, requires_grad=True)
-    if name == "segments":
-        resets = torch.rand(B, T, device=device) < 0.4
-        resets[0, 1] = True
-        lengths = torch.arange(T, T - B, -1, device=device).clamp(min=1)
-        start = torch.randn(2, 2, 1, H, device=device, requires_grad=True).unbind()
-        return (x, (h, c)), dict(resets=resets, lengths=lengths, reset_state=start, return_cell_states=True)
-    return ((x[:, 0].detach().requires_grad_(), (h[0], c[0])) if name == "LSTMCell" else (x,)), {}
-
-
-def _trained(module, args, kwargs, parameters):
-    found = tree_leaves(module(*args, **kwargs))
-    return [*found, *gradients(found, [args[0], *parameters])]
-
-
-@pytest.mark.parametrize(
-    "name, backend, compiler",
-    [
-        *itertools.product(["LSTM"], ["auto", "triton"], ["eager", "inductor"]),
-        *itertools.product(["segments", "LSTMCell", "SoftmaxReadout"], ["triton"], ["eager", "inductor"]),
-        *itertools.product(["projection"], ["auto", "triton"], ["aot_eager"]),
-        *itertools.product(["GRU", "sLSTM", "peephole"], ["triton"], ["aot_eager"]),
-        ("recompute", "triton", "inductor"),
-    ],
-)
-def test_training_in_one_graph(name, backend, compiler, device):
-    module, (args, kwargs) = MODULES[name](backend, device), _call(name, device)
-    compiled = torch.compile(module, backend=compiler, fullgraph=True)
-    parameters = list(module.parameters())
-    torch.testing.assert_close(*(_trained(of, args, kwargs, parameters) for of in (compiled, module)))
-
-
-@pytest.mark.parametrize("name", ["LSTMCell", "SoftmaxReadout"])
-def test_inference_in_one_graph(name, device):
-    module, (args, _) = MODULES[name]("triton", device), _call(name, device)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for given in {args, args[:1]}:
-            found, expected = (tree_leaves(of(*given)) for of in (compiled, module))
-            assert all(map(torch.equal, found, expected)) and not found[0].requires_grad
-
-
-@pytest.mark.parametrize("name, backend", [("segments", "auto"), ("segments", "triton"), ("LSTMCell", "triton")])
-def test_lengths_and_batches_are_dynamic(name, backend, device):
-    torch._dynamo.utils.counters.clear()
-    module = MODULES[name](backend, device)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        for rows, steps in ((7, 5), (8, 9)):  # unlike each other and all that is fixed, or they are taken for equal
-            x = _input(device, steps, rows)
-            x = x[:, 0] if name == "LSTMCell" else x
-            torch.testing.assert_close(compiled(x), module(x))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_autocast_in_one_graph(device):
-    cell = LSTMCell(I, H, device=device, backend="triton")
-
-    def step(x, states):
-        with torch.autocast(device.type, torch.bfloat16):
-            return cell(x, states)
-
-    args, _ = _call("LSTMCell", device)
-    found = torch.compile(step, backend="aot_eager", fullgraph=True)(*args)
-    assert found[0].dtype == torch.bfloat16
-    assert all(map(torch.equal, found, step(*args)))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for low in (False, True):
+        with torch.set_grad_enabled(low):
+            found, expected = compiled(x, low), step(x, low)
+        assert all(map(torch.equal, found, expected)) and found[0].requires_grad == low
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
 @both
@@ -212,10 +132,10 @@ def test_compiled_dropout(backend, device):
     torch.testing.assert_close(compiled(x)[0], lstm(x)[0])
 
 
-@pytest.mark.parametrize("name, backend", [("segments", "auto"), ("segments", "triton"), ("LSTMCell", "triton")])
-def test_second_derivatives_are_right_or_refused(name, backend, device):
-    module = MODULES[name](backend, device)
-    x = _call(name, device)[0][0]
+@pytest.mark.parametrize("kind, backend", [(LSTM, "auto"), (LSTM, "triton"), (LSTMCell, "triton")])
+def test_second_derivatives_are_right_or_refused(kind, backend, device):
+    module = kind(I, H, device=device, backend=backend)
+    x = torch.randn(*(() if kind is LSTMCell else (T,)), B, I, device=device, requires_grad=True)
 
     def second(module):
         y = module(x)[0]
@@ -230,35 +150,6 @@ def test_second_derivatives_are_right_or_refused(name, backend, device):
             assert re.search(refused, str(error)) and (compiler, backend) != ("eager", "triton"), error
         else:
             torch.testing.assert_close(found, second(module))
-
-
-@pytest.mark.parametrize(
-    "name, backend, operator",
-    [
-        ("LSTM", "auto", None),
-        ("LSTM", "triton", "lstm_layer"),
-        ("LSTMCell", "triton", "lstm_cell"),
-        ("SoftmaxReadout", "triton", "softmax_readout"),
-        ("GRU", "reference", None),
-        ("sLSTM", "reference", None),
-    ],
-)
-def test_export(name, backend, operator, device):
-    """The program holds for other sizes, has the parameters under their names, and is differentiable."""
-    module = MODULES[name](backend, device)
-    dims = {0: torch.export.Dim("first", min=2, max=64), 1: torch.export.Dim("second", min=2, max=64)}
-    x, longer = _input(device, 4, 5), _input(device, 6, 7)
-    if name == "LSTMCell":
-        dims, x, longer = {0: dims[0]}, x[:, 0], longer[:, 0]
-    program = torch.export.export(module, (x.detach(),), dynamic_shapes=(dims,))
-    nodes = [str(node.target) for node in program.graph.nodes]
-    assert operator is None or nodes.count(f"lstm_triton.{operator}.default") == (2 if name == "LSTM" else 1)
-    exported = program.module()
-    found, expected = tree_leaves(exported(longer)), tree_leaves(module(longer))
-    torch.testing.assert_close(found, expected)
-    theirs, ours = dict(exported.named_parameters()), dict(module.named_parameters())
-    assert list(ours) == list(theirs)
-    torch.testing.assert_close(gradients(found, theirs.values()), gradients(expected, ours.values()))
 
 
 class _Watching(TorchDispatchMode):

@@ -1,13 +1,9 @@
 """What eager calls go through: the short way to the kernels, and all that has to keep off it."""
 
-import warnings
-
 import pytest
 import torch
 from support import cells
 from support.operations import operations
-
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
 
 pytestmark = pytest.mark.long
 three = operations("cell", "readout", "layer with segments")
@@ -87,29 +83,3 @@ def test_second_derivatives_in_the_precision_asked_for(operation, precision, dev
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         assert torch.backends.cuda.matmul.fp32_precision == other
     assert set(settings) == {precision}
-
-
-# ---- torch.jit.trace -------------------------------------------------------------------------------------------------
-
-
-def _flat(results):
-    return [t for r in results for t in _flat(r)] if isinstance(results, tuple) else [results]
-
-
-@pytest.mark.parametrize("module", [LSTMCell, SoftmaxReadout, LSTM])
-def test_a_traced_module_equals_it(module, device):
-    """Values and gradients, for another batch, whether the trace was made in training or not."""
-    module = module(3, 4, device=device, backend="triton")
-    batch = (2, 3) if isinstance(module, LSTMCell) else (5, 2, 3)
-    example, x = torch.randn(batch, device=device), torch.randn(*batch[:-2], 7, 3, device=device)
-    for training in (True, False):
-        with warnings.catch_warnings(), torch.set_grad_enabled(training):
-            warnings.simplefilter("ignore")  # of checks, which are not recorded; and torch calls tracing deprecated
-            traced = torch.jit.trace(module, (example,))
-        found, expected = _flat(traced(x)), _flat(module(x))
-        assert all(map(torch.equal, found, expected))
-        gradients = [
-            torch.autograd.grad(sum(t.square().sum() for t in outputs), list(m.parameters()))
-            for outputs, m in ((found, traced), (expected, module))
-        ]
-        torch.testing.assert_close(*gradients)
