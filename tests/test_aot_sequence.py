@@ -99,9 +99,7 @@ def _cases(arch, everything):
         yield from further
     else:
         n, turn = len(ARCHITECTURES), ARCHITECTURES.index(arch)
-        yield from (
-            case_of(ways[k // n % 2], *case) for k, case in enumerate(CASES) if k % n == turn and case != SLOW
-        )
+        yield from (case_of(ways[k // n % 2], *case) for k, case in enumerate(CASES) if k % n == turn and case != SLOW)
         yield from further[turn : turn + 1]
     sharing = SHARING.get(arch, [])
     yield from (case_of("forward", *case) for case in (sharing if everything else sharing[:1]))
