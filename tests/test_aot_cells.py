@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from support.aot import ARCHITECTURES
 from support.process import run_without_interpreter
 
 pytestmark = pytest.mark.long
 
 
-ARCHS = (80, 90, 100, 120)
 SOME_ARCHS = (90, 120)
 
 
@@ -22,7 +22,7 @@ def test_cells_compile_well():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_full_product_compiles_well(arch):
     assert "cells compiled well" in run_without_interpreter(__file__, str(arch), "all", timeout=1800)
 

@@ -5,6 +5,7 @@ the script that it runs.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -24,19 +25,20 @@ def test_faults_show_in_the_compiled_code():
 
 
 def _find_mutants():
-    from support.aot_sequence import Case, choose, faults, loads_of_a_step
-    from support.barrier_lint import lint_grid_barrier, loads_behind_grid_barrier
+    from support.aot import Report
+    from support.aot_sequence import Case, choose, faults, loads_behind_barrier, loads_of_a_step
+    from support.fake_driver import fake_driver
 
     from lstm_triton.kernels import search
+    from lstm_triton.kernels.specialization import compile_for
 
     search._IN_BAND = (False,)
     for way in ("forward", "backward"):
         case = Case(way, 256, 16, 1, torch.bfloat16, "ieee")
-        assert lint_grid_barrier(choose(case, 90).report) == []
         [expected], _ = loads_of_a_step(case, choose(case, 90).config)
-        assert loads_behind_grid_barrier(choose(case, 90).report) == [expected]
+        assert loads_behind_barrier(choose(case, 90).report.ptx) == [expected]
         with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
-            assert loads_behind_grid_barrier(choose(case, 90).report) == []
+            assert loads_behind_barrier(choose(case, 90).report.ptx) == []
         case = case._replace(features=("training",), H=768)
         with _mutated(way, _loading_chunk_by_chunk):
             found = list(faults(case, *choose(case, 90)[:2]))
@@ -52,6 +54,11 @@ def _find_mutants():
         case = Case("forward", 256, 16, 1, torch.bfloat16, "ieee", ("resets", "training"))
         found = list(faults(case, *choose(case, 120)[:2]))
         assert any("another width" in text for text in found), found
+    case = Case("backward", 512, 16, 1, torch.bfloat16, "ieee")
+    config = dataclasses.replace(choose(case, 90).config, max_registers=32)
+    with fake_driver(90):
+        report = Report(compile_for(case.problem, config), 90)
+    assert report.local_memory_in_loops() and any("local memory" in text for text in faults(case, config, report))
     print("every mutant found")
 
 
@@ -94,7 +101,7 @@ def _mutated(way, change):
 
     kernel = KERNELS[way]
     path = Path(inspect.getsourcefile(kernel.fn))
-    product = inspect.getsource(splits).partition("\n\n\n")[2]
+    product = re.search(r"^from \.[\s\S]*", inspect.getsource(splits), re.MULTILINE)[0]
     source = re.sub(r"from \.splits import .*\n", "", path.read_text())
     source = source.replace("\n\n\n", f"\n\n\n{product}\n\n\n", 1)
     changed = change(source)

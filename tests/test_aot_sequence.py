@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.aot import KINDS
+from support.aot import ARCHITECTURES, KINDS
 from support.process import run_without_interpreter
 
 PLAIN, RESETS, DROPOUT = (), ("resets",), ("random", "dropout")
@@ -59,7 +59,6 @@ FURTHER = {
 }
 # Forward, programs of few units, of which several could share an SM and its tensor memory.
 SHARING = {100: [("bf16", 136, 256, 2, PLAIN), ("bf16", 168, 128, 1, PLAIN), ("bf16", 328, 128, 2, PLAIN)]}
-ARCHITECTURES = (80, 90, 100, 120)
 SLOW = ("bf16", 1536, 16, 1, ALL)  # takes seconds to compile, and several candidates
 # Where every tile that fits needs more registers than there are, or nearly, some words are spilled, or each step is a launch.
 # For these cases the count, which leaves out addresses and what the compiler keeps, says less than MANY_REGISTERS.
@@ -106,20 +105,12 @@ def _cases(arch, everything):
 
 
 def _compile_all(arch, everything):
-    from support.aot import compile_ahead
     from support.aot_sequence import DEVICES, choose, faults
 
-    from lstm_triton.kernels.config import LaunchConfig
-    from lstm_triton.kernels.dropout import _lstm_kept_kernel
     from lstm_triton.kernels.search import MOST_COMPILATIONS, candidates
     from lstm_triton.kernels.sequence_cost import registers
 
     found, compilations = [], []
-    signature = {"seed_ptr": "*i64:16", "out_ptr": "*u8:16", "B": "i32", "N": "i32", "p_hi": "i32", "p_lo": "i32"}
-    options = LaunchConfig(num_warps=1, num_stages=1).options
-    masks = compile_ahead(_lstm_kept_kernel, signature, {"NUMBER": 0, "BLOCK": 128}, arch=arch, **options)
-    if masks.stack_bytes:
-        found.append(f"{masks}")
     for case in dict.fromkeys(_cases(arch, everything)):
         config, report, n = choose(case, arch)
         compilations.append(n)

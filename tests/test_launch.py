@@ -13,8 +13,22 @@ import triton
 import triton.language as tl
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
+from triton import knobs
 
-from lstm_triton.kernels.inputs import CellGradients, CellInputs, CellSaved
+from lstm_triton.kernels import cell, cell_backward, config, launch, readout, readout_backward, readout_sums
+from lstm_triton.kernels.cell import lstm_cell_forward
+from lstm_triton.kernels.cell_backward import lstm_cell_backward
+from lstm_triton.kernels.config import LaunchConfig
+from lstm_triton.kernels.inputs import (
+    CellGradients,
+    CellInputs,
+    CellSaved,
+    ReadoutGradients,
+    ReadoutInputs,
+    ReadoutOptions,
+    ReadoutSaved,
+)
+from lstm_triton.kernels.launch import Launcher
 
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
 
@@ -27,18 +41,9 @@ def test_real_jit():
 # ---- in the suite's own process ------------------------------------------------------------------------------------
 
 
-def test_one_launch_each_way(device, count_launches):
-    from support import cells
-
-    cells.by_kernels(cells.draw(3, 7, 9, device=device))
-    assert count_launches() == {FORWARD: 1, BACKWARD: 1}
-
-
 @pytest.fixture
 def without_kernels(monkeypatch, poisoned_outputs):
     """Launches are recorded as (kernel, grid), not executed, and outputs are not poisoned."""
-    from lstm_triton.kernels import cell, cell_backward, launch
-
     launches = []
 
     def record(self, grid, *_, **__):
@@ -71,8 +76,6 @@ def test_nothing_but_allocations_and_the_launch(training, device, without_kernel
 def _backward_grid(needs, device, without_kernels):
     from support import cells
 
-    from lstm_triton.kernels.cell_backward import lstm_cell_backward
-
     x, h, c, w_ih, w_hh, *biases = cells.draw(40, 50, 70, device=device).inputs
     without_kernels.clear()
     saved = CellSaved(c, torch.empty(40, 70, 4, device=device))
@@ -93,21 +96,8 @@ def test_what_is_not_needed_is_not_launched(device, without_kernels):
         assert programs(*wanted) == sum(alone[name] for name in wanted), wanted
 
 
-def test_enough_programs_for_every_multiprocessor(device, without_kernels):
-    from support import cells
-
-    from lstm_triton.kernels.cell import lstm_cell_forward
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        lstm_cell_forward(CellInputs(*cells.draw(16, 8, 1024, dtype, device=device).inputs))
-        _, grid = without_kernels[-1]
-        assert grid[0] * grid[1] * grid[2] >= 132, grid
-
-
 def test_outputs_own_dense_storage(device, without_kernels):
     from support import cells
-
-    from lstm_triton.kernels.cell import lstm_cell_forward
 
     inputs = CellInputs(*cells.draw(3, 7, 9, device=device).inputs)
     outputs = lstm_cell_forward(inputs, save=True)
@@ -132,8 +122,6 @@ class _StandIn:
 
 def test_a_first_launch_is_not_captured(monkeypatch):
     """A kernel that is kept is launched while a CUDA graph is captured, one that must be compiled is an error."""
-    from lstm_triton.kernels import config, launch
-
     kernel, capturing = _StandIn(), False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(launch, "_launch_again", lambda compiled, grid, values: compiled[grid](*values))
@@ -165,65 +153,65 @@ def test_the_suite_poisons_every_output():
 # ---- in a process without the interpreter --------------------------------------------------------------------------
 
 
-def _forward(B, I, H, dtype=torch.bfloat16, save_gates=True, biases=True):
-    from lstm_triton.kernels.cell import lstm_cell_forward
-
-    t = [
-        torch.empty(shape, dtype=dtype)
-        for shape in ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
-    ]
-    return lstm_cell_forward(CellInputs(*(t if biases else t[:5])), save=save_gates)
+def _cell(B, I, H):
+    """A step forward and backward."""
+    shapes = ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    inputs = CellInputs(*(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes))
+    h, c, gates = lstm_cell_forward(inputs, save=True)
+    lstm_cell_backward(CellGradients(h, c), inputs, CellSaved(c, gates), CellInputs._fields)
 
 
-def _backward(B, I, H, dtype=torch.bfloat16):
-    from lstm_triton.kernels.cell_backward import lstm_cell_backward
-
-    shapes = ((B, H), (B, H), (B, H), (B, H, 4), (B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
-    dh, dc, c, gates, *inputs = (torch.empty(shape, dtype=dtype) for shape in shapes)
-    return lstm_cell_backward(CellGradients(dh, dc), CellInputs(*inputs), CellSaved(c, gates), CellInputs._fields)
-
-
-@contextlib.contextmanager
-def _fresh_cell_launchers():
-    from lstm_triton.kernels import cell, cell_backward
-
-    for launcher in (cell._forward, cell_backward._backward):
-        launcher._compiled.clear()
-    with fake_driver(compiling=False) as driver:
-        yield driver
+def _readout(B, H, V):
+    h, weight, bias = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((B, H), (V, H), (V,)))
+    inputs, options = ReadoutInputs(h, weight, bias), ReadoutOptions(None, h.dtype)
+    (y,) = readout.softmax_readout_forward(inputs, options)
+    readout_backward.softmax_readout_backward(ReadoutGradients(y), inputs, ReadoutSaved(y), inputs._fields, options)
 
 
 def check_sizes_recompile_only_by_divisibility():
-    from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
-    from lstm_triton.kernels.cell_backward import _lstm_cell_backward_kernel as backward
-
-    for kernel, call in ((forward, _forward), (backward, _backward)):
-        with _fresh_cell_launchers() as driver:
-
-            def compiled(*shapes, call=call, kernel=kernel):
+    """Calls with sizes of one group compile kernels once, and those of another again, this many in all of each kernel."""
+    cell_kernels = (cell._forward.kernel, cell_backward._backward.kernel)
+    readout_kernels = (readout._forward, readout._rescale, readout_backward._backward, readout_sums._dots)
+    readout_kernels = (*(launcher.kernel for launcher in readout_kernels), readout_sums._sum_parts.kernel)
+    for call, kernels, groups in (
+        (
+            _cell,
+            cell_kernels,
+            [
+                ([(7, 20, 36), (1, 20, 36), (16, 20, 36), (7, 33, 36), (7, 2, 2), (5, 999, 77)], (1, 1)),
+                ([(17, 20, 36), (64, 20, 36), (1001, 50, 20)], (2, 2)),  # the tile for larger batches
+                ([(7, 32, 64), (16, 64, 32), (1, 32, 160), (3, 1600, 64)], (3, 3)),  # multiples of 16
+            ],
+        ),
+        (
+            _readout,
+            readout_kernels,
+            [
+                ([(8, 64, 1024), (1, 64, 1024), (16, 64, 1024), (8, 1600, 1024), (8, 64, 4096)], (1,) * 5),
+                # Sums of parts of dh alone, as here, are of one size, which is not specialised.
+                ([(8, 33, 1025), (8, 77, 1025), (8, 2, 1025), (8, 33, 999), (3, 33, 4001)], (2, 2, 2, 2, 1)),
+            ],
+        ),
+    ):
+        with fake_driver(compiling=False) as driver:
+            for shapes, expected in groups:
                 for shape in shapes:
                     call(*shape)
-                return count_compiled(kernel)
-
-            assert compiled((7, 20, 36)) == 1
-            assert compiled((1, 20, 36), (2, 20, 36), (15, 20, 36), (16, 20, 36)) == 1, "the batch size recompiles"
-            assert compiled((7, 33, 36), (7, 20, 50), (7, 2, 2), (5, 999, 77)) == 1, "an odd size recompiles"
-            assert compiled((17, 20, 36)) == 2, "the tile for larger batches"
-            assert compiled((64, 20, 36), (1000, 20, 36), (1001, 50, 20)) == 2, "the batch size recompiles"
-            assert compiled((7, 32, 64)) == 3, "multiples of 16"
-            assert compiled((16, 64, 32), (1, 32, 160), (3, 1600, 64)) == 3, "multiples of 16 recompile"
-            assert len(driver.launches) == 17 and {name for name, _ in driver.launches} == {kernel.fn.__name__}
+                    assert tuple(map(count_compiled, kernels)) == expected, shape
+            assert {name for name, _ in driver.launches} == {kernel.fn.__name__ for kernel in kernels}
 
 
-def check_only_inference_skips_the_gates():
-    from lstm_triton.kernels.cell import _lstm_cell_forward_kernel as forward
-
-    with _fresh_cell_launchers():
-        _forward(7, 20, 36)
-        _forward(7, 20, 36, save_gates=False)
-        assert count_compiled(forward) == 2
-        _forward(8, 20, 36, save_gates=False)
-        assert count_compiled(forward) == 2
+def check_small_batches_fill_the_gpu():
+    """One row of a large vocabulary, and the cell at B = 16."""
+    with fake_driver(sm_count=132, compiling=False) as driver:
+        _readout(1, 64, 128 * 1024)
+        grids = {launch.kernel: launch.grid[0] for launch in driver.launches}
+        assert grids["_readout_forward_kernel"] == 1024 and grids["_readout_row_dots_kernel"] == 128, grids
+        assert grids["_readout_rescale_kernel"] >= 132 and grids["_readout_backward_kernel"] >= 3 * 132, grids
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            shapes = ((16, 8), (16, 1024), (16, 1024), (4096, 8), (4096, 1024))
+            lstm_cell_forward(CellInputs(*(torch.empty(shape, dtype=dtype) for shape in shapes)))
+            assert driver.launches[-1].grid[0] >= 132, dtype
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -246,9 +234,6 @@ class _Watched(dict):
 
 
 def check_a_kept_kernel_is_the_one_triton_would_choose():
-    from lstm_triton.kernels.config import LaunchConfig
-    from lstm_triton.kernels.launch import Launcher
-
     storage = {dtype: torch.empty(256, dtype=dtype) for dtype in (torch.float32, torch.float16)}
     pointers = [(t.dtype, offset) for t in storage.values() for offset in (0, 8, 1)]
     calls = itertools.product(
@@ -279,64 +264,49 @@ def check_a_kept_kernel_is_the_one_triton_would_choose():
         assert len(driver.launches) == 2 * len(calls)
 
 
+def _launch_tiny(launcher, **changed):
+    arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32) | changed
+    launcher((1, 1, 1), LaunchConfig(1, 1), {name: value for name, value in arguments.items() if value != "left out"})
+
+
 def check_hooks_of_triton_see_every_launch():
     """They see launches of kept kernels too, and those of kept kernels happen without them."""
-    from triton import knobs
-
-    from lstm_triton.kernels.config import LaunchConfig
-    from lstm_triton.kernels.launch import Launcher
-
-    launcher, x, seen = Launcher(_tiny_kernel), torch.zeros(16), []
-
-    def launch():
-        launcher((1, 1, 1), LaunchConfig(4, 1), dict(x_ptr=x, y_ptr=None, n=16, stride=1, BLOCK=16))
+    launcher, seen, hook = Launcher(_tiny_kernel), [], knobs.runtime.launch_enter_hook
 
     def enter(metadata):
         seen.append(metadata.get()["name"])
 
     with fake_driver(compiling=False) as driver:
-        launch()
-        launch()
-        assert len(driver.launches) == 2 and driver.launches[0] == driver.launches[1] and not seen
-        knobs.runtime.launch_enter_hook.add(enter)
-        try:
-            launch()
-        finally:
-            knobs.runtime.launch_enter_hook.remove(enter)
-        launch()
-        assert len(driver.launches) == 4 and seen == ["_tiny_kernel"]
+        for n, hooked in enumerate((False, False, True, False)):
+            with contextlib.ExitStack() as stack:
+                if hooked:
+                    hook.add(enter)
+                    stack.callback(hook.remove, enter)
+                _launch_tiny(launcher)
+            assert len(driver.launches) == n + 1 and driver.launches[n] == driver.launches[0]
+            assert seen == ["_tiny_kernel"] * (n >= 2)
 
 
 def check_every_argument_has_a_name():
-    from lstm_triton.kernels.config import LaunchConfig
-    from lstm_triton.kernels.launch import Launcher
-
-    arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32)
     with fake_driver(compiling=False):
-        launcher = Launcher(_tiny_kernel)
-        launcher((1, 1, 1), LaunchConfig(1, 1), arguments)
         for wrong, error in (
-            ({**arguments, "m": 1}, TypeError),
-            ({name: value for name, value in arguments.items() if name != "n"}, TypeError),
-            ({"m" if name == "n" else name: value for name, value in arguments.items()}, KeyError),
+            (dict(m=1), TypeError),
+            (dict(n="left out"), TypeError),
+            (dict(n="left out", m=1), KeyError),
         ):
             with pytest.raises(error):
-                launcher((1, 1, 1), LaunchConfig(1, 1), wrong)
+                _launch_tiny(Launcher(_tiny_kernel), **wrong)
 
 
 def check_kept_kernels_are_bounded():
-    from lstm_triton.kernels import launch
-    from lstm_triton.kernels.config import LaunchConfig
-
-    x = torch.empty(64)
     launch._MAX_KEPT = 8
     with fake_driver(compiling=False):
-        launcher = launch.Launcher(_tiny_kernel)
+        launcher = Launcher(_tiny_kernel)
         for n in range(100):
-            launcher((1, 1, 1), LaunchConfig(1, 1), dict(x_ptr=x, y_ptr=None, n=n, stride=2, BLOCK=32))
+            _launch_tiny(launcher, n=n)
         assert len(launcher._compiled) == 1, "one for each value of an integer that is not specialised"
         for stride in range(2, 100):
-            launcher((1, 1, 1), LaunchConfig(1, 1), dict(x_ptr=x, y_ptr=None, n=7, stride=stride, BLOCK=32))
+            _launch_tiny(launcher, stride=stride)
             assert len(launcher._compiled) <= 8
         assert count_compiled(_tiny_kernel) == 2
 

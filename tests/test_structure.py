@@ -1,80 +1,112 @@
 """The shape of the code, which reviews alone would not hold: short paths, names for what travels together, no circles."""
 
-import pytest
+import ast
+import graphlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
-from support import structure
-from support.structure import trace
 
 from lstm_triton import LSTM
+from lstm_triton.kernels.launch import Launcher
 
-OURS = tuple(structure.FOLDERS)
-# Public signatures follow PyTorch's.
-PUBLIC = {"lstm_triton/layers.py:lstm"}
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "lstm_triton": ROOT / "lstm_triton",
+    "lstm_triton.cells": ROOT / "lstm_triton" / "cells",
+    "lstm_triton.kernels": ROOT / "kernels",
+    "lstm_triton.bench": ROOT / "bench",
+    "lstm_triton.demo": ROOT / "lstm_triton" / "demo",
+}
+FILES = {
+    package if path.stem == "__init__" else f"{package}.{path.stem}": path
+    for package, folder in FOLDERS.items()
+    for path in sorted(folder.glob("*.py"))
+}
 
 
-@pytest.fixture
-def layer(device):
-    """A layer and its input, run once: imports are no part of a call."""
+class _Frame(NamedTuple):
+    file: str
+    function: str
+
+
+def _path_to_a_launch(call) -> list[_Frame]:
+    """The frames of this package from `call` to its first launch."""
+    found: list[_Frame] = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code is Launcher.__call__.__code__ and not found:
+            while frame is not None:
+                path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+                if path.parent.name in ("lstm_triton", "kernels") and not name.startswith("<"):  # a comprehension
+                    found.insert(0, _Frame(path.name, name))
+                frame = frame.f_back
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_a_layer_reaches_its_kernels_in_few_frames(device):
     module, x = LSTM(4, 5, backend="triton", device=device), torch.randn(3, 2, 4, device=device)
-    module(x)[0].sum().backward()
-    return module, x
-
-
-def test_a_layer_reaches_its_kernel_in_few_frames(layer):
-    module, x = layer
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            found = trace(lambda: module(x))
-        assert (found.chain[0], found.chain[-1]) == (("lstm.py", "forward"), ("launch.py", "__call__"))
-        assert len(found.chain) <= 8 and len(found.files) <= 6, found.chain
-
-
-def test_so_does_its_backward(layer, device):
-    if device.type != "cpu":
-        pytest.skip("on a GPU the backward runs in a thread of autograd's, which is not traced")
-    module, x = layer
     loss = module(x)[0].sum()
-    found = trace(lambda: torch.autograd.grad(loss, list(module.parameters())))
-    assert (found.chain[0], found.chain[-1]) == (("autograd.py", "backward"), ("launch.py", "__call__"))
-    assert len(found.chain) <= 7 and len(found.files) <= 6, found.chain
+    loss.backward(retain_graph=True)  # imports are no part of a call
+    calls = [
+        (lambda: module(x), "lstm.py", "forward", 8),
+        (torch.no_grad()(lambda: module(x)), "lstm.py", "forward", 8),
+    ]
+    if device.type == "cpu":  # on a GPU the backward runs in a thread of autograd's, which is not traced
+        calls.append((lambda: torch.autograd.grad(loss, list(module.parameters())), "autograd.py", "backward", 7))
+    for call, file, function, most in calls:
+        found = _path_to_a_launch(call)
+        assert (found[0], found[-1]) == ((file, function), ("launch.py", "__call__"))
+        assert len(found) <= most and len({frame.file for frame in found}) <= 6, found
 
 
-def test_arguments_that_belong_together_travel_together():
-    found = structure.wide_functions(8, "lstm_triton", "kernels", "bench")
-    assert set(found) == PUBLIC, found
+def test_arguments_that_belong_together_travel_together_and_have_names():
+    """At most eight parameters where ruff does not count them, and no look-up by position past the first few."""
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{module}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.FunctionDef) and module.startswith("lstm_triton.kernels"):
+                is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                assert is_kernel or len(node.args.args) + len(node.args.kwonlyargs) <= 8, where
+            elif isinstance(node, ast.Subscript) and not module.startswith(("lstm_triton.bench", "lstm_triton.demo")):
+                ends = [node.slice.lower, node.slice.upper] if isinstance(node.slice, ast.Slice) else [node.slice]
+                numbers = [end.value for end in ends if isinstance(end, ast.Constant) and isinstance(end.value, int)]
+                assert not any(4 < number < 32 for number in numbers), where
 
 
-def test_what_travels_has_names():
-    """No look-up by position past the first few, as in a flat list of arguments."""
-    assert not structure.flat_indices("lstm_triton", "kernels")
+def _imports(module: str) -> set[str]:
+    """The modules of this project that a module imports, wherever in the file; not those only for types."""
+    tree, found = ast.parse(FILES[module].read_text()), set()
+    package = module if FILES[module].stem == "__init__" else module.rpartition(".")[0]
+    conditions = (node for node in ast.walk(tree) if isinstance(node, ast.If))
+    of_types = {n for c in conditions if "TYPE_CHECKING" in ast.unparse(c.test) for n in ast.walk(c)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node not in of_types:
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= names if names <= set(FILES) else names | {base}
+    return found & set(FILES) - {module}
 
 
-def test_nothing_is_imported_in_a_circle():
-    graph = structure.imports(*OURS)
-    assert {"lstm_triton.lstm", "lstm_triton.kernels.layer"} <= set(graph)
-    assert not structure.circles(graph)
-
-
-def test_kernels_know_nothing_of_what_calls_them():
-    for module, imported in structure.imports(*OURS).items():
+def test_who_imports_whom():
+    """Nothing in a circle; the kernels none of what calls them; and the command line and the demo alone the benchmark."""
+    graph = {module: _imports(module) for module in FILES}
+    assert "lstm_triton.kernels.layer" in graph["lstm_triton.kernels.layer_backward"]
+    graphlib.TopologicalSorter(graph).prepare()
+    clients = "lstm_triton.bench", "lstm_triton.demo", "lstm_triton.cli"
+    for module, imported in graph.items():
         if module.startswith("lstm_triton.kernels"):
             assert all(name.startswith("lstm_triton.kernels") for name in imported), module
-
-
-def test_the_library_knows_nothing_of_its_clients():
-    """The command line and the demo alone import the benchmark."""
-    clients = "lstm_triton.bench", "lstm_triton.demo"
-    for module, imported in structure.imports(*OURS).items():
-        if not module.startswith((*clients, "lstm_triton.cli")):
-            assert not any(name.startswith(clients) for name in imported), module
-
-
-def test_circles_are_found():
-    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": set()}
-    assert structure.circles(graph) == [{"b", "c"}, {"d"}]
-
-
-def test_ruff_formats_nearly_all_of_it():
-    """But the signatures of a few kernels, whose arguments stand in groups."""
-    skips, offs = structure.hand_formatted("lstm_triton", "kernels", "bench", "tests", "examples", "docs")
-    assert skips < 10 and offs == 0
+        elif not module.startswith(clients):
+            assert not any(name.startswith(clients[:2]) for name in imported), module

@@ -1,8 +1,4 @@
-"""What became of a kernel that was compiled for some NVIDIA GPU: its resources and instructions.
-
-report = compile_ahead(kernel, {"x_ptr": "*bf16:16", "T": "i32"}, {"BLOCK": 64}, arch=90, num_warps=4, num_stages=1)
-assert report.fits() and report.local_memory_in_loops() == 0
-"""
+"""What became of a kernel that was compiled for some NVIDIA GPU: its resources and instructions, on a machine without one."""
 
 from __future__ import annotations
 
@@ -10,27 +6,21 @@ import functools
 import math
 import re
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel, make_backend
-
-from lstm_triton.kernels.config import LaunchConfig
-
-from .compiled import Signature, compiled, derived
+from triton.compiler import CompiledKernel
+from triton.runtime.cache import get_cache_manager
 
 # Bytes that one block may have, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_MEMORY_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Architectures for which Triton writes the same PTX, products of float64 apart: one process of a test compiles for all of them.
-GENERATIONS = ((80, 86, 89), (90,), (100,), (120,))
+# One of each generation; the others have the same instructions.
+ARCHITECTURES = (80, 90, 100, 120)
 
 # What a test calls a dtype, and the precision of its products.
 KINDS = {
@@ -42,7 +32,6 @@ KINDS = {
     "fp64": (torch.float64, "ieee"),
 }
 
-_GLOBAL_LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
 _LOCAL_MEMORY = {"LDL", "STL"}
 
 
@@ -53,11 +42,10 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled kernel's resources and code. Nothing is disassembled before it is asked for."""
+    """The resources and code of a kernel that a `fake_driver` has loaded. Nothing is disassembled before it is asked for."""
 
     kernel: CompiledKernel = field(repr=False)
-    arch: int  # the kernel's own, or another one of its generation
-    options: Mapping[str, Any]  # of the launch
+    arch: int
 
     @property
     def name(self) -> str:
@@ -89,39 +77,20 @@ class Report:
     @property
     def registers(self) -> int:
         """Per thread."""
-        return self._resources["REG"]
+        return self.kernel.n_regs
 
     @property
     def stack_bytes(self) -> int:
         """Local memory per thread: for want of registers, or for arrays."""
-        return self._resources["STACK"]
-
-    @functools.cached_property
-    def cubin(self) -> Path:
-        return derived(self.kernel, f"sm_{self.arch}.cubin", self._assemble)
-
-    def _assemble(self) -> bytes:
-        """The PTX for another architecture of its generation is what compiling would give, in a fraction of the time."""
-        if self.arch == self.kernel.metadata.target.arch:
-            return self.kernel.asm["cubin"]
-        ptx = re.sub(r"\.target sm_\d+", f".target sm_{self.arch}", self.ptx)
-        backend = make_backend(GPUTarget("cuda", self.arch, 32))
-        return backend.make_cubin(ptx, {}, backend.parse_options(self.options), self.arch)
-
-    @functools.cached_property
-    def _resources(self) -> dict[str, int]:
-        def read() -> str:
-            return _run(knobs.nvidia.cuobjdump, "--dump-resource-usage", self.cubin)
-
-        usage = derived(self.kernel, f"sm_{self.arch}.resources", read).read_text()
-        return {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
+        return 4 * self.kernel.n_spills
 
     @functools.cached_property
     def sass(self) -> str:
-        def read() -> str:
-            return _run(knobs.nvidia.nvdisasm, "--print-code", self.cubin)
-
-        return derived(self.kernel, f"sm_{self.arch}.sass", read).read_text()
+        beside = get_cache_manager(self.kernel.hash)  # in Triton's cache
+        if not (path := beside.get_file("sass")):
+            command = [knobs.nvidia.nvdisasm.path, "--print-code", beside.get_file(f"{self.name}.cubin")]
+            path = beside.put(subprocess.run(command, capture_output=True, text=True, check=True).stdout, "sass")
+        return Path(path).read_text()
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
@@ -155,9 +124,9 @@ class Report:
                 labels = []
         return listing
 
-    def fits(self, arch: int | None = None) -> bool:
-        """Whether one block has room in the shared memory of `arch`, by default the one compiled for."""
-        return self.shared_memory <= SHARED_MEMORY_PER_BLOCK[arch or self.arch]
+    def fits(self) -> bool:
+        """Whether one block has room in shared memory."""
+        return self.shared_memory <= SHARED_MEMORY_PER_BLOCK[self.arch]
 
     def blocks_per_sm(self) -> int:
         """The most blocks of this kernel that share an SM of sm_90 or sm_100: by its registers, shared memory and warps."""
@@ -168,76 +137,6 @@ class Report:
         """Loads from and stores to local memory inside loops: spills that are paid for again and again."""
         return sum(instruction.opcode in _LOCAL_MEMORY for instruction in self.in_loops)
 
-    def global_loads_in_loop(self) -> int:
-        return sum(instruction.opcode in _GLOBAL_LOADS for instruction in self.in_loops)
-
     def matrix_instructions(self) -> int:
         """Instructions of the tensor cores: HMMA, HGMMA, DMMA, IMMA, UTCHMMA, ..."""
         return sum(number for opcode, number in self.counts.items() if opcode.endswith("MMA"))
-
-
-def compile_ahead(
-    kernel: Any, signature: Signature, constants: Mapping[str, Any], *, arch: int, **options: Any
-) -> Report:
-    """A kernel compiled for compute capability `arch` with the options of a launch: see `compiled`."""
-    return Report(compiled(kernel, signature, constants, options, arch=arch), arch, options)
-
-
-def compile_for(archs: Sequence[int], kernel: Any, signature: Any, constants: Mapping[str, Any], **options: Any):
-    """A report for each architecture of one of GENERATIONS. Compiled for the first only, unless with float64."""
-    first = compile_ahead(kernel, signature, constants, arch=archs[0], **options)
-    if "f64" in first.ptx:
-        return [first, *(compile_ahead(kernel, signature, constants, arch=arch, **options) for arch in archs[1:])]
-    return [replace(first, arch=arch) for arch in archs]
-
-
-class Variant(NamedTuple):
-    """A launch to be compiled. signature: see `compiled`. tensor_cores: whether its products, if not of float64, run there."""
-
-    kernel: Any
-    signature: Signature
-    constants: Mapping[str, Any]
-    config: LaunchConfig
-    tensor_cores: bool
-    words: str  # what is particular about it
-
-
-def in_turn(archs: Sequence[int], everything: bool, turn: int, variants: Sequence[Any]) -> Sequence[Any]:
-    """All variants of a configuration, or unless everything one of them, for the generation whose turn it is."""
-    chosen, generation = divmod(turn, len(GENERATIONS))
-    if everything:
-        return variants
-    return [variants[chosen % len(variants)]] if archs == GENERATIONS[generation] else []
-
-
-def compile_all(variants: Callable[[Sequence[int], bool], Iterable[Variant]], spills: bool) -> None:
-    """For a script with architectures of a generation as arguments, and "all": compile and print how many, or what is wrong.
-
-    spills: whether there may be local memory, if none of it is accessed in loops.
-    """
-    archs, count, failures = tuple(int(arch) for arch in sys.argv[1:] if arch != "all"), 0, []
-    for variant in variants(archs, "all" in sys.argv):
-        for report in compile_for(
-            archs, variant.kernel, variant.signature, variant.constants, **variant.config.options
-        ):
-            what = f"{report.name} sm_{report.arch} {variant.words} {variant.config}"
-            failures += [f"{what}: {fault}" for fault in _faults(report, variant.tensor_cores, spills)]
-            count += 1
-    if failures:
-        sys.exit("\n".join(failures))
-    print(count, "kernels compiled well")
-
-
-def _faults(report: Report, tensor_cores: bool, spills: bool) -> Iterator[str]:
-    if report.stack_bytes and not (spills and report.local_memory_in_loops() == 0):
-        yield f"{report.stack_bytes} bytes of local memory"
-    if not report.fits():
-        yield f"{report.shared_memory} bytes of shared memory"
-    found = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", report.ptx)
-    # Whether products of float64 have any is up to the architecture.
-    if "f64" not in report.ptx and tensor_cores != bool(found):
-        yield f"{len(found)} matrix instructions"
-
-
-def _run(tool: Any, *args: Any) -> str:
-    return subprocess.run([tool.path, *args], capture_output=True, text=True, check=True).stdout

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
+import subprocess
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +32,6 @@ from lstm_triton.kernels import device, launch, search
 from lstm_triton.kernels.figures import figures
 
 from .aot import SHARED_MEMORY_PER_BLOCK
-from .compiled import resources
 
 # Kernels are cached per device: numbers of their own keep the caches of real devices, and of other contexts, apart.
 _device_numbers = itertools.count(1000)
@@ -133,7 +135,7 @@ class FakeDriver(NullDriver):
 
     def load_binary(self, name: str, cubin: bytes, *args: Any) -> tuple[None, int, int, int, int]:
         module, function, _, _, max_threads = super().load_binary()
-        registers, local_bytes = resources(cubin)
+        registers, local_bytes = _resources(cubin)
         return module, function, registers, local_bytes // 4, max_threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -144,6 +146,17 @@ class FakeDriver(NullDriver):
             self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))
 
         return launch
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack
 
 
 class _Uncompiled(CompiledKernel):
