@@ -172,7 +172,7 @@ def readout_forward_config(
         return ReadoutForwardConfig(4 if block_b == 16 else 8, 3, block_b, block_v, 16, 8)
     # 128 bytes of each row a step; of the largest tile 64, or it spills where rows are not aligned.
     block_k = 64 if half and block_b < 128 else 32
-    return ReadoutForwardConfig(8 if half and block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
+    return ReadoutForwardConfig(8 if block_v == 128 else 4, 4, block_b, block_v, block_k, 8)
 
 
 @functools.lru_cache(maxsize=4096)
