@@ -15,7 +15,9 @@ from lstm_triton.kernels.sequence_cost import registers
 CPU = torch.device("cpu")
 H100 = device_figures(CPU)
 PROBLEM = Problem("backward", 64, 512, 1, torch.bfloat16, "ieee")
-FORWARD = Problem("forward", 64, 512, 1, torch.bfloat16, "ieee")
+FORWARD = PROBLEM._replace(way="forward")
+LARGE = Problem("forward", 512, 455, 1, torch.bfloat16, "ieee")  # every tile that takes all rows at once spills
+B200 = H100._replace(tensor_memory=512, wide_rate=4096)
 
 
 @pytest.fixture
@@ -54,12 +56,6 @@ def test_in_full_float32_one_program_holds_all_units_where_two_cannot_share_them
         assert {(c.in_band, c.programs > 1) for c in persistent} == {(H != alone, H != alone)}, H
 
 
-def test_the_cheapest_candidate_that_compiles_well_is_taken(compiler):
-    asked = compiler(0)
-    first = search.candidates(PROBLEM, H100)[0]
-    assert search.search(PROBLEM, H100) == first and asked == [first]
-
-
 def test_after_one_that_spills_comes_one_that_saves_registers(compiler):
     asked = compiler(60, 8)
     config = search.search(PROBLEM, H100)
@@ -70,44 +66,36 @@ def test_after_one_that_spills_comes_one_that_saves_registers(compiler):
     assert all(registers(PROBLEM, asked[0], H100) - registers(PROBLEM, c, H100) < 30 for c in cheaper)
 
 
-@pytest.mark.parametrize("unusable", [None, (0, "fma.rn.f32", 0), (0, "tcgen05.mma", 512)])
-def test_a_kernel_that_cannot_be_used_is_passed_over(unusable, compiler):
-    """It is not loaded; has lost its product; or would leave too few columns of tensor memory to another that waits."""
-    asked = compiler(unusable, (0, "mma.sync", 0))
-    config = search.search(PROBLEM, H100)
-    assert asked == search.candidates(PROBLEM, H100)[:2] and config == asked[1]
+@pytest.mark.parametrize(
+    "problem, device, answers, asked, taken",
+    [
+        (PROBLEM, H100, [0], [1], 0),  # the cheapest candidate, if it compiles well
+        (PROBLEM, H100, [None, 0], [1, 1], 1),  # what cannot be loaded is passed over
+        (PROBLEM, H100, [(0, "fma.rn.f32", 0), 0], [1, 1], 1),  # so is what has lost its product
+        # and what leaves too few columns of tensor memory to programs that wait: three of 64 KiB share 228
+        (PROBLEM, H100, [(0, "tcgen05.mma", 512), 0], [1, 1], 1),
+        (FORWARD, B200, [(0, "tcgen05.mma", 128)], [1], 0),
+        (FORWARD, B200, [(0, "tcgen05.mma", 256), 0], [1, 1], 1),
+        # Some words are better than a launch for each step; a few launches are better than many words or that.
+        (PROBLEM, H100, [32, 9], [1, 1, 1, 1], 1),
+        (LARGE, H100, [40, 40, 4], [1, 1, 2], 2),
+        (LARGE, H100, [40, 30], [1, 1], 1),
+        # A choice takes few compilations.
+        (PROBLEM, H100, [33], [1, 1, 1, 1, 0, 0], 4),
+        (PROBLEM, H100, [1000], [1, 0, 0, 0, 0], 1),
+        (PROBLEM, H100, [None, None, None, None, 90, 70], [1, 1, 1, 1, 0, 0], 5),
+    ],
+)
+def test_which_candidate_is_taken(problem, device, answers, asked, taken, compiler):
+    """asked: in how many launches each candidate runs all steps about which the compiler is asked; 0 for a launch a step."""
+    configs, found = compiler(*answers), search.candidates(problem, device)
+    assert search.search(problem, device) == configs[taken]
+    assert [c.launches if c.persistent else 0 for c in configs] == asked and len(asked) <= search.MOST_COMPILATIONS
+    if len(answers) == 2 and answers[1] == 0:
+        assert configs == found[:2], "after what cannot be used comes the next"
 
 
-def test_columns_are_counted_for_all_programs_of_an_sm(compiler):
-    b200 = H100._replace(tensor_memory=512, wide_rate=4096)
-    for columns, found in ((128, 0), (256, 1)):  # three programs of 64 KiB share 228
-        compiler((0, "tcgen05.mma", columns), (0, "tcgen05.mma", 0))
-        assert search.search(FORWARD, b200) == search.candidates(FORWARD, b200)[found]
-
-
-def test_some_words_are_better_than_a_launch_for_each_step(compiler):
-    asked = compiler(32, 9)
-    config = search.search(PROBLEM, H100)
-    assert config.persistent and config in asked[1:]
-
-
-def test_a_few_launches_are_better_than_many_words_or_a_launch_for_each_step(compiler):
-    """Of the tiles that take all rows at once each would spill."""
-    large = Problem("forward", 512, 455, 1, torch.bfloat16, "ieee")
-    asked = compiler(40, 40, 4)
-    config = search.search(large, H100)
-    assert config == asked[2] and [c.launches for c in asked] == [1, 1, 2]
-    asked = compiler(40, 30)
-    assert search.search(large, H100) == asked[1] and asked[1].launches == 1
-
-
-def test_a_choice_takes_few_compilations(compiler):
-    for words in (33, 1000):
-        asked = compiler(words)
-        config = search.search(PROBLEM, H100)
-        assert not config.persistent and 1 < len(asked) <= search.MOST_COMPILATIONS
-    asked = compiler(None, None, None, None, 90, 70)
-    assert search.search(PROBLEM, H100) == asked[5] and len(asked) == search.MOST_COMPILATIONS
+def test_where_nothing_compiles_there_is_an_error(compiler):
     compiler(None)
     with pytest.raises(RuntimeError, match="Triton compiles no kernel for Problem"):
         search.search(PROBLEM, H100)
