@@ -7,7 +7,7 @@ import re
 from .encode import Encoder, family
 from .ptx import Statement
 
-_TYPES = {"bf16": 0, "f16": 1, "tf32": 2}
+_TYPES = {"bf16": 0, "f16": 1, "tf32": 2, "f64": 3}
 
 
 @family(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
@@ -59,23 +59,15 @@ def _matrix(e: Encoder, s: Statement, found: re.Match) -> None:
     e.emit(s, f"{found[1]}matrix", order, len(places) if loads else 0, (offset, len(places), int(bool(found[3]))))
 
 
-@family(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32")
+@family(r"mma\.sync\.aligned\.m(8|16)n8k(\d+)\.row\.col\.f(32|64)\.(bf16|f16|tf32|f64)\.\4\.f\3")
 def _product(e: Encoder, s: Statement, found: re.Match) -> None:
-    k, type_ = int(found[1]), found[2]
-    words = k // (1 if type_ == "tf32" else 2) // 4
-    parts = [e.places_of(s, o, 4) for o in s.operands]
-    if words not in (1, 2) or [len(p) for p in parts] != [4, 2 * words, words, 4]:
+    rows, k, size, type_ = int(found[1]), int(found[2]), int(found[3]) // 8, found[4]
+    words = k // (1 if type_ in ("tf32", "f64") else 2) // 4
+    parts, expected = [e.places_of(s, o, size) for o in s.operands], [rows // 4, words * rows // 8, words, rows // 4]
+    known = words in (1, 2, 4) if type_ == "f64" else words in (1, 2) and rows == 16
+    if not known or (size == 8) != (type_ == "f64") or [len(p) for p in parts] != expected:
         raise s.unsupported("operands")
-    e.emit(s, "mma.sync", sum(parts, []), 4, (_TYPES[type_], k))
-
-
-@family(r"mma\.sync\.aligned\.m(8|16)n8k(4|8|16)\.row\.col\.f64\.f64\.f64\.f64")
-def _product_f64(e: Encoder, s: Statement, found: re.Match) -> None:
-    rows, k = int(found[1]), int(found[2])
-    parts = [e.places_of(s, o, 8) for o in s.operands]
-    if [len(p) for p in parts] != [rows // 4, k // 4 * rows // 8, k // 4, rows // 4]:
-        raise s.unsupported("operands")
-    e.emit(s, "mma.sync.f64", sum(parts, []), rows // 4, (3, k, rows))
+    e.emit(s, "mma.sync", sum(parts, []), rows // 4, (_TYPES[type_], k, rows))
 
 
 @family(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(bf16|f16|tf32)\.\3")

@@ -106,72 +106,47 @@ static int store_matrix(Warp *w, const Instruction *i, u32 mask) {
 }
 FAMILY("stmatrix", WARP, store_matrix)
 
-// ---- mma.sync: value: type, K; operands: 4 sums, registers of A, of B, 4 sums ----
+// ---- mma.sync: value: type, K, rows; operands: sums, registers of A, of B, sums. Each sum adds the products in order. ----
 
 static f32 element(int type, u32 word, int half) {
     const u16 x = word >> 16 * half;
     return type == TF32 ? truncated_tf32(word) : type == BF16 ? from_bf16(x) : from_f16(x);
 }
+static f64 number(int type, const void *x, int l, int half) { return type == F64 ? ((f64 *)x)[l] : element(type, ((u32 *)x)[l], half); }
 static int product(Warp *w, const Instruction *i, u32 mask) {
-    const int type = i->value[0], K = i->value[1], per = type == TF32 ? 1 : 2, words = K / per / 4; // words of 32 bits in a row, by four
-    f64 a[16][16], b[16][8], sum[16][8];
-    int o = 4;
-    for (int q = 0; q < words; q++)
-        for (int rows = 0; rows < 16; rows += 8, o++) {
-            const u32 *x = used(w, i, o, mask, "an operand");
-            for (int l = 0; l < 32; l++)
-                for (int h = 0; h < per; h++) a[rows + l / 4][(4 * q + l % 4) * per + h] = element(type, x[l], h);
-        }
-    for (int q = 0; q < words; q++, o++) {
-        const u32 *x = used(w, i, o, mask, "an operand");
-        for (int l = 0; l < 32; l++)
-            for (int h = 0; h < per; h++) b[(4 * q + l % 4) * per + h][l / 4] = element(type, x[l], h);
-    }
-    for (int k = 0; k < 4; k++, o++) {
-        const u32 *x = used(w, i, o, mask, "an accumulator");
-        for (int l = 0; l < 32; l++) sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2] = as_f32(x[l]);
-    }
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < K; k++)
-            for (int n = 0; n < 8; n++) sum[row][n] += a[row][k] * b[k][n];
-    for (int k = 0; k < 4; k++) {
-        f32 *r = lanes(w, operand(i, k));
-        for (int l = 0; l < 32; l++) r[l] = sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2];
-        define(w, i, operand(i, k), FULL_WARP, FULL_WARP);
-    }
-    return 0;
-}
-FAMILY("mma.sync", WARP, product)
-
-// value: F64, K, rows; the sums of a row are added in order, each with one rounding
-static int product_f64(Warp *w, const Instruction *i, u32 mask) {
-    const int K = i->value[1], rows = i->value[2], sums = rows / 4;
+    const int type = i->value[0], K = i->value[1], rows = i->value[2], sums = rows / 4, per = type < TF32 ? 2 : 1, words = K / per / 4; // registers of a row, by four
     f64 a[16][16], b[16][8], sum[16][8];
     int o = sums;
-    for (int q = 0; q < K / 4; q++)
+    for (int q = 0; q < words; q++)
         for (int r = 0; r < rows; r += 8, o++) {
-            const f64 *x = used(w, i, o, mask, "an operand");
-            for (int l = 0; l < 32; l++) a[r + l / 4][4 * q + l % 4] = x[l];
+            const void *x = used(w, i, o, mask, "an operand");
+            for (int l = 0; l < 32; l++)
+                for (int h = 0; h < per; h++) a[r + l / 4][(4 * q + l % 4) * per + h] = number(type, x, l, h);
         }
-    for (int q = 0; q < K / 4; q++, o++) {
-        const f64 *x = used(w, i, o, mask, "an operand");
-        for (int l = 0; l < 32; l++) b[4 * q + l % 4][l / 4] = x[l];
+    for (int q = 0; q < words; q++, o++) {
+        const void *x = used(w, i, o, mask, "an operand");
+        for (int l = 0; l < 32; l++)
+            for (int h = 0; h < per; h++) b[(4 * q + l % 4) * per + h][l / 4] = number(type, x, l, h);
     }
     for (int k = 0; k < sums; k++, o++) {
-        const f64 *x = used(w, i, o, mask, "an accumulator");
-        for (int l = 0; l < 32; l++) sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2] = x[l];
+        const void *x = used(w, i, o, mask, "an accumulator");
+        for (int l = 0; l < 32; l++) sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2] = type == F64 ? ((f64 *)x)[l] : ((f32 *)x)[l];
     }
     for (int row = 0; row < rows; row++)
         for (int k = 0; k < K; k++)
             for (int n = 0; n < 8; n++) sum[row][n] = fma(a[row][k], b[k][n], sum[row][n]);
     for (int k = 0; k < sums; k++) {
-        f64 *r = lanes(w, operand(i, k));
-        for (int l = 0; l < 32; l++) r[l] = sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2];
+        void *r = lanes(w, operand(i, k));
+        for (int l = 0; l < 32; l++) {
+            const f64 x = sum[8 * (k / 2) + l / 4][2 * (l % 4) + k % 2];
+            if (type == F64) ((f64 *)r)[l] = x;
+            else ((f32 *)r)[l] = x;
+        }
         define(w, i, operand(i, k), FULL_WARP, FULL_WARP);
     }
     return 0;
 }
-FAMILY("mma.sync.f64", WARP, product_f64)
+FAMILY("mma.sync", WARP, product)
 
 // ---- operands in shared memory, read by the matrix unit ----
 
