@@ -21,25 +21,14 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-strict-a
 class KernelStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("code", "operands", "specials", "image", "constants")] + [
         (name, ctypes.c_int32)
-        for name in (
-            "instructions",
-            "registers",
-            "file_size",
-            "special_count",
-            "constant_count",
-            "waits",
-            "uses_tensor",
-        )
+        for name in "instructions registers file_size special_count constant_count waits uses_tensor".split()
     ]
 
 
 class LaunchStruct(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_int32 * 3),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("threads", "shared", "tensors", "concurrent", "programs_per_sm", "check")
-        ),
+        *((name, ctypes.c_int32) for name in "threads shared tensors concurrent programs_per_sm check".split()),
         ("seed", ctypes.c_uint32),
         ("parameters", ctypes.c_void_p),
         ("starts", ctypes.POINTER(ctypes.c_uint64)),
@@ -53,9 +42,9 @@ class LaunchStruct(ctypes.Structure):
 
 
 class _OperationStruct(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("run", ctypes.c_void_p), ("kind", ctypes.c_int)] + [
-        ("results", ctypes.c_int),
-        ("inputs", ctypes.c_int),
+    _fields_ = [
+        *(("name", ctypes.c_char_p), ("run", ctypes.c_void_p)),
+        *((name, ctypes.c_int) for name in ("kind", "results", "inputs")),
         ("sizes", ctypes.c_int * 5),
     ]
 

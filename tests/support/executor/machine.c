@@ -262,9 +262,5 @@ int execute(const Kernel *kernel, Launch *launch) {
     return M.reports;
 }
 
-int operation_index(const char *name) {
-    for (int k = 0; k < operation_count; k++) if (!strcmp(operations[k].name, name)) return k;
-    return -1;
-}
 const Operation *operation_at(int k) { return &operations[k]; }
 int operations_known(void) { return operation_count; }

@@ -49,8 +49,7 @@ static int deallocate(Warp *w, const Instruction *i, u32 mask) {
 FAMILY("tcgen05.dealloc.cta_group::1.sync.aligned.b32", WARP, deallocate)
 FAMILY("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", WARP, nothing)
 
-static int fence_before(Warp *w, const Instruction *i, u32 mask) { return (void)w, (void)i, (void)mask, 0; }
-FAMILY("tcgen05.fence::before_thread_sync", LANES, fence_before)
+FAMILY("tcgen05.fence::before_thread_sync", LANES, nothing)
 static int fence_after(Warp *w, const Instruction *i, u32 mask) { return (void)i, (void)mask, w->unfenced = 0; }
 FAMILY("tcgen05.fence::after_thread_sync", LANES, fence_after)
 
