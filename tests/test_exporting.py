@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from support import segmented
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
@@ -30,13 +31,11 @@ class Tagger(torch.nn.Module):
         return self.out(y), h, c
 
 
-OPTIONS = [
-    {},
-    {"num_layers": 2, "batch_first": True, "bidirectional": True, "bias": False},
-    {"num_layers": 2, "dropout": 0.5, "proj_size": 2},
-]
-options = pytest.mark.parametrize("options", OPTIONS, ids=str)
-makers = pytest.mark.parametrize("make", ["convert", "patch", "own"])
+OPTIONS = {
+    "one layer": {},
+    "stacked": {"num_layers": 2, "batch_first": True, "bidirectional": True, "bias": False},
+    "projected": {"num_layers": 2, "dropout": 0.5, "proj_size": 2},
+}
 
 
 def _tagger(make: str = "torch", **options) -> Tagger:
@@ -51,6 +50,13 @@ def _tagger(make: str = "torch", **options) -> Tagger:
     return convert(model) if make == "convert" else model
 
 
+@pytest.fixture(autouse=True)
+def scripts_as_they_are():
+    """torch would optimize each script for seconds."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
 def _x(T=4, B=2):
     return torch.randn(T, B, 3)
 
@@ -62,31 +68,73 @@ def _saved_and_loaded(module):
     return torch.jit.load(file)
 
 
-# ---- torch.jit.script ----------------------------------------------------------------------------------------------
+# ---- torch.jit.script, torch.jit.trace, torch.fx, ONNX ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make, options", [*((make, o) for make in ("convert", "own") for o in OPTIONS), ("patch", OPTIONS[1])], ids=str
-)
-def test_script(make, options):
-    model, x = _tagger(make, **options), _x()
-    modules = list(model.modules())
+def _scripted(model):
     scripted = _saved_and_loaded(torch.jit.script(model))
-    expected = _tagger(**options)
-    for x in (_x(), _x(7, 3), _x(5, 1)):
-        assert_close(scripted(x), expected(x))
+    scripted.train()(_x())[0].sum().backward()
+    return scripted.eval()
+
+
+def _traced(model):
+    """The usual call, with gradients: torch then traces a second time without them and compares the graphs."""
+    return _saved_and_loaded(torch.jit.trace(model, (_x(),)))
+
+
+def _symbolically_traced(model):
+    graph = torch.fx.symbolic_trace(model)
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert called == ["lstm", "cell", "out"] and graph.lstm is model.lstm
+    return graph
+
+
+def _in_onnx(model, **options):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if options["dynamo"]:
+            program = torch.onnx.export(model, (_x(),), verbose=False, **options)
+            assert "LSTM" in {node.op_type for node in program.model.graph}
+            contents = program.model_proto.SerializeToString()
+        else:
+            torch.onnx.export(model, (_x(),), file := io.BytesIO(), **options)
+            contents = file.getvalue()
+    session = onnxruntime.InferenceSession(contents)
+    name = session.get_inputs()[0].name
+    return lambda x: tuple(map(torch.from_numpy, session.run(None, {name: x.numpy()})))
+
+
+DYNAMIC = {"input_names": ["x"], "dynamic_axes": {"x": {0: "a", 1: "b"}}}
+TOOLS = {
+    "script": _scripted,
+    "trace": _traced,
+    "fx": _symbolically_traced,
+    "onnx": lambda model: _in_onnx(model, dynamo=True),
+    "onnx from a trace": lambda model: _in_onnx(model, dynamo=False, **DYNAMIC),
+}
+AXES = {"tool": [*TOOLS], "make": ["convert", "patch", "own"], "options": [*OPTIONS]}
+ROWS = [tuple(row.values()) for row in segmented.pairwise(AXES)]
+# ONNX has no projection. Once anything has been converted, scripts of plain modules are still torch's.
+ROWS = [
+    (tool, make, "stacked" if "onnx" in tool and options == "projected" else options) for tool, make, options in ROWS
+]
+ROWS.append(("script", "torch", "one layer"))
+
+
+@pytest.mark.parametrize("tool, make, options", ROWS)
+def test_a_model_in_a_tool(tool, make, options):
+    convert(torch.nn.LSTM(3, 5)), convert(torch.nn.LSTMCell(3, 5))
+    model, expected = _tagger(make, **OPTIONS[options]), _tagger(**OPTIONS[options])
+    modules = list(model.modules())
+    recorded = TOOLS[tool](model)
+    for x in (_x(), _x(7, 3))[: 1 if tool == "onnx" else 2]:
+        assert_close(recorded(x), expected(x))
         assert_close(model(x), expected(x))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True)), "the model's own modules stay"
-    assert type(model.lstm) is (LSTM if make == "own" else torch.nn.LSTM)
-    assert model.lstm(_x(), return_cell_states=True)[2].shape[-1] in (5, 10), "and go on doing what torch's cannot"
-    scripted.train()(x)[0].sum().backward()
-
-
-def test_scripts_of_plain_modules_are_torchs():
-    """Once anything has been converted."""
-    convert(torch.nn.LSTM(3, 5)), convert(torch.nn.LSTMCell(3, 5))
-    model = _tagger()
-    assert_close(torch.jit.script(model)(x := _x()), model(x))
+    if make != "torch":
+        assert model.lstm(_x(), return_cell_states=True)[2].shape[-1] in (5, 10), "and do what torch's cannot"
 
 
 def test_script_of_packed_sequences():
@@ -124,45 +172,8 @@ def test_script_with_states_and_unbatched():
         scripted(torch.randn(3), *torch.randn(2, 1, 5))
     with pytest.raises(torch.jit.Error, match="input.size.-1. must be equal to input_size"):
         scripted(torch.randn(2, 4, 4), *torch.randn(2, 1, 2, 5))
-
-
-def test_script_of_the_readout():
     readout = SoftmaxReadout(5, 3)
     assert_close(torch.jit.script(torch.nn.Sequential(readout))(h := torch.randn(2, 5)), readout(h))
-
-
-# ---- torch.jit.trace -----------------------------------------------------------------------------------------------
-
-
-@makers
-@options
-def test_trace_in_evaluation_mode_with_gradients(make, options):
-    """The usual call: torch then traces a second time without gradients and compares the graphs."""
-    model, expected = _tagger(make, **options), _tagger(**options)
-    traced = _saved_and_loaded(torch.jit.trace(model, (_x(),)))
-    for x in (_x(), _x(7, 3)):
-        assert_close(traced(x), expected(x))
-
-
-def test_backward_in_evaluation_mode_is_not_given_up():
-    model = _tagger("convert")
-    model(x := _x().requires_grad_())[0].sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
-# ---- torch.fx ------------------------------------------------------------------------------------------------------
-
-
-@makers
-@options
-def test_symbolic_trace(make, options):
-    model = _tagger(make, **options)
-    graph = torch.fx.symbolic_trace(model)
-    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    assert called == ["lstm", "cell", "out"]
-    assert graph.lstm is model.lstm
-    for x in (_x(), _x(7, 3)):
-        assert_close(graph(x), _tagger(**options)(x))
 
 
 @pytest.mark.parametrize("module", [LSTM(3, 5), LSTMCell(3, 5), SoftmaxReadout(3, 5)], ids=lambda m: type(m).__name__)
@@ -190,34 +201,33 @@ def test_symbolic_trace_of_what_torch_has_not():
 # ---- quantization --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", ["convert", "patch"])
-def test_quantize_dynamic(make):
+def _dynamic(model):
     from torch.ao.quantization import quantize_dynamic
 
-    kinds = {torch.nn.LSTM, torch.nn.LSTMCell, torch.nn.Linear}
-    ours, theirs = (quantize_dynamic(_tagger(m, num_layers=2), kinds) for m in (make, "torch"))
+    return quantize_dynamic(model, {torch.nn.LSTM, torch.nn.LSTMCell, torch.nn.Linear})
+
+
+def _by_fx(model):
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
+    return convert_fx(prepare_fx(model, mapping, (_x(),)))
+
+
+@pytest.mark.parametrize("make", ["convert", "patch"])
+@pytest.mark.parametrize("quantized", [_dynamic, _by_fx])
+def test_quantization(quantized, make):
+    ours, theirs = (quantized(_tagger(m, num_layers=2)) for m in (make, "torch"))
     assert [type(m) for m in ours.children()] == [type(m) for m in theirs.children()]
     assert type(ours.lstm) is torch.ao.nn.quantized.dynamic.LSTM
     assert_close(ours(x := _x()), theirs(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", ["convert", "patch", "own"])
-def test_fx_quantization(make):
-    """As torch's own are treated; the class of this package stays what it is."""
-    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    def quantized(model):
-        mapping = QConfigMapping().set_global(default_dynamic_qconfig)
-        return convert_fx(prepare_fx(model, mapping, (_x(),)))
-
-    ours, theirs, x = quantized(_tagger(make)), quantized(_tagger()), _x()
-    if make == "own":
-        assert type(ours.lstm) is LSTM and type(to_torch(ours).lstm) is torch.nn.LSTM
-        assert_close(ours(x), _tagger()(x), rtol=0.1, atol=0.02)
-    else:
-        assert type(ours.lstm) is type(theirs.lstm) is torch.ao.nn.quantized.dynamic.LSTM
-        assert_close(ours(x), theirs(x), rtol=0, atol=0)
+def test_quantization_leaves_the_class_of_this_package():
+    ours, x = _by_fx(_tagger("own")), _x()
+    assert type(ours.lstm) is LSTM and type(to_torch(ours).lstm) is torch.nn.LSTM
+    assert_close(ours(x), _tagger()(x), rtol=0.1, atol=0.02)
 
 
 # ---- torch.export --------------------------------------------------------------------------------------------------
@@ -246,39 +256,3 @@ import lstm_triton
 run("ours.pt2")
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", load], check=True, cwd=tmp_path)
-
-
-# ---- ONNX ----------------------------------------------------------------------------------------------------------
-
-
-@makers
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-def test_onnx(make, options):
-    """ONNX has no projection."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = _tagger(make, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (x := _x(),), dynamo=True, verbose=False)
-    assert "LSTM" in {node.op_type for node in program.model.graph}
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_close([torch.from_numpy(t) for t in found], list(_tagger(**options)(x)))
-
-
-@makers
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-def test_onnx_from_a_trace(make, options):
-    """The older exporter, whose result takes any number of rows and steps."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    model, file = _tagger(make, **options), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "a", 1: "b"}}}
-        torch.onnx.export(model, (_x(),), file, dynamo=False, **axes)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    for x in (_x(), _x(7, 3)):
-        found = session.run(None, {"x": x.numpy()})
-        assert_close([torch.from_numpy(t) for t in found], list(_tagger(**options)(x)))

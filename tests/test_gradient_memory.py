@@ -3,6 +3,8 @@
 import pytest
 import torch
 from support import segmented
+from support.lstms import states
+from torch.utils._pytree import tree_leaves
 
 from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
 
@@ -19,48 +21,35 @@ def assert_apart(gradients, others):
     assert not set(addresses) & {t.untyped_storage().data_ptr() for t in others}
 
 
-def check(outputs, leaves, create_graph):
+MODULES = {
+    "one layer": (LSTM, {}),
+    "deep": (LSTM, {"num_layers": 2, "bidirectional": True}),
+    "recompute": (LSTM, {"recompute": True}),
+    "projection": (LSTM, {"proj_size": 1}),
+    "cell": (LSTMCell, {}),
+    "readout": (SoftmaxReadout, {}),
+}
+AXES = {"backend": ["triton", "auto", "reference"], "module": [*MODULES], "units": [1, 3], "segments": [*SEGMENTS]}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(map(str, row.values())))
+def test_each_gradient_has_memory_of_its_own(row, create_graph, device):
+    kind, options = MODULES[row["module"]]
+    torch.manual_seed(0)
+    H = row["units"] + options.get("proj_size", 0)
+    module = kind(2, H, backend=row["backend"], device=device, **options)
+    x = torch.randn(3, 1, 2, device=device, requires_grad=True)
+    leaves, segments = [x, *module.parameters()], {}
+    if kind is LSTM:
+        segments = {name: t.to(device) for name, t in SEGMENTS[row["segments"]].items()}
+        hx = [t.requires_grad_() for t in states(module, 1)]
+        leaves, outputs = [*leaves, *hx], tree_leaves(module(x, hx, **segments))
+    else:
+        outputs = tree_leaves(module(x[0] if kind is LSTMCell else x))
     given = [torch.randn_like(t) for t in outputs]
     found = torch.autograd.grad(outputs, leaves, given, create_graph=create_graph, allow_unused=True)
     assert_apart(found, (*given, *leaves, *outputs))
     if create_graph:
         loss = sum(g.square().sum() for g in found if g is not None)
-        second = torch.autograd.grad(loss, leaves, allow_unused=True)
-        assert_apart(second, leaves)
-
-
-backends = pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
-recorded = pytest.mark.parametrize("create_graph", [False, True])
-OPTIONS = {
-    "one layer": {},
-    "deep": {"num_layers": 2, "bidirectional": True},
-    "recompute": {"recompute": True},
-    "projection": {"proj_size": 1},
-}
-AXES = {"backend": ["triton", "auto", "reference"], "segments": [*SEGMENTS], "options": [*OPTIONS]}
-
-
-@recorded
-@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(row.values()))
-def test_of_a_layer(row, create_graph, device):
-    backend, segments, options = row["backend"], row["segments"], OPTIONS[row["options"]]
-    torch.manual_seed(0)
-    H = 1 + options.get("proj_size", 0)
-    module = LSTM(2, H, backend=backend, device=device, **options)
-    x = torch.randn(3, 1, 2, device=device, requires_grad=True)
-    D = module.num_layers * (2 if module.bidirectional else 1)
-    hx = [torch.randn(D, 1, n, device=device, requires_grad=True) for n in (module.proj_size or H, H)]
-    y, states = module(x, hx, **{name: t.to(device) for name, t in SEGMENTS[segments].items()})
-    check((y, *states), (x, *hx, *module.parameters()), create_graph)
-
-
-@backends
-@recorded
-@pytest.mark.parametrize("kind", [LSTMCell, SoftmaxReadout])
-@pytest.mark.parametrize("size", [1, 3])
-def test_of_a_step(size, kind, backend, create_graph, device):
-    torch.manual_seed(0)
-    module = kind(2, size, backend=backend, device=device)
-    x = torch.randn(1, 2, device=device, requires_grad=True)
-    outputs = module(x)
-    check(outputs if kind is LSTMCell else (outputs,), (x, *module.parameters()), create_graph)
+        assert_apart(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import segmented
-from support.operations import operations
+from support.operations import OPERATIONS
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian, vhp
 from torch.nn.utils.rnn import PackedSequence
@@ -56,7 +56,6 @@ TRANSFORMS = {
         lambda f, x, v: jacobian(f, x),
     ),
 }
-transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
 def _assert_transformed_alike(transform, ours, plain, x, v):
@@ -64,16 +63,20 @@ def _assert_transformed_alike(transform, ours, plain, x, v):
     torch.testing.assert_close(transformed(ours, x, v), expected(plain, x, v), rtol=1e-6, atol=1e-8)
 
 
-@transforms
-@operations("cell", "readout", "GRU layer", "sLSTM layer")
-def test_of_an_operator(operation, transform, device):
+OF_OPERATORS = [(name, "triton") for name in ("cell", "readout", "GRU layer", "sLSTM layer")]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name, backend", [*OF_OPERATORS, ("cell", "auto")])
+def test_of_an_operator(name, backend, transform, device):
+    operation = OPERATIONS[name]
     (x, *others), _ = operation.draw(device)
     x, others = x.detach(), [t.detach() for t in others]
 
     def joined(function):
         return lambda x: torch.cat([t.flatten() for t in function(x, *others)])
 
-    _assert_transformed_alike(transform, joined(operation.run), joined(operation.plain), x, torch.randn_like(x))
+    _assert_transformed_alike(transform, joined(operation.by(backend)), joined(operation.plain), x, torch.randn_like(x))
 
 
 def _alike(kind, *args, backend, **options):
@@ -82,13 +85,6 @@ def _alike(kind, *args, backend, **options):
     module, plain = (kind(*args, backend=of, dtype=torch.float64, **options) for of in (backend, "reference"))
     plain.load_state_dict(module.state_dict())
     return module, plain
-
-
-@transforms
-def test_of_the_cell_by_default(transform, device):
-    cell, plain = _alike(LSTMCell, 2, 3, backend="auto", device=device)
-    x, v = torch.randn(2, 4, 2, dtype=torch.float64, device=device)
-    _assert_transformed_alike(transform, lambda t: torch.cat(cell(t)), lambda t: torch.cat(plain(t)), x, v)
 
 
 CALLS = {
