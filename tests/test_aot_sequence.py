@@ -59,7 +59,7 @@ FURTHER = {
 }
 # Forward, programs of few units, of which several could share an SM and its tensor memory.
 SHARING = {100: [("bf16", 136, 256, 2, PLAIN), ("bf16", 168, 128, 1, PLAIN), ("bf16", 328, 128, 2, PLAIN)]}
-SLOW = ("bf16", 1536, 16, 1, ALL)  # takes seconds to compile, and several candidates
+SLOW = 1024  # units, from which on the kernels take seconds to compile, and several candidates
 # Where every tile that fits needs more registers than there are, or nearly, some words are spilled, or each step is a launch.
 # For these cases the count, which leaves out addresses and what the compiler keeps, says less than MANY_REGISTERS.
 SCARCE = {("backward", 455, 512), ("backward", 254, 512), ("forward", 254, 512)}
@@ -97,8 +97,9 @@ def _cases(arch, everything):
         yield from (case_of(way, *case) for way in ways for case in (*CASES, *FURTHER[arch]))
         yield from further
     else:
-        n, turn = len(ARCHITECTURES), ARCHITECTURES.index(arch)
-        yield from (case_of(ways[k // n % 2], *case) for k, case in enumerate(CASES) if k % n == turn and case != SLOW)
+        turn = ARCHITECTURES.index(arch)
+        cases = enumerate(CASES[turn :: len(ARCHITECTURES)])
+        yield from (case_of(ways[k % 2], *case) for k, case in cases if case[1] < SLOW)
         yield from further[turn : turn + 1]
     sharing = SHARING.get(arch, [])
     yield from (case_of("forward", *case) for case in (sharing if everything else sharing[:1]))

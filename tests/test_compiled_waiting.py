@@ -20,11 +20,11 @@ pytestmark = [
 ]
 
 FEATURES = {
+    "resets": [None, "zero", "stored", "shared"],
     "kind": [(torch.bfloat16, "ieee"), (torch.float32, "tf32")],
     # T, B, I, H: rows of h that begin at 16 bytes and rows that do not, two blocks of rows and one.
     "shape": [(3, 18, 16, 144), (4, 3, 5, 145)],
     "D": [1, 2],
-    "resets": [None, "zero", "stored", "shared"],
     "lengths": [False, True],
     "cells": [False, True],
     "recompute": [False, True],
