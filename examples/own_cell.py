@@ -13,7 +13,7 @@ import lstm_triton
 from lstm_triton.demo import corpus
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-T, B, H, UPDATES = 32, 32, 64, 60
+T, B, H, UPDATES = 32, 32, 64, 40
 
 
 @lstm_triton.cell(gates="fgo", states="c")

@@ -68,7 +68,7 @@ assert policy.h_start.grad.ne(0).any() and policy.c_start.grad.ne(0).any()
 print("No gradient crosses a reset; the learned start of the episodes has one.")
 
 optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
-for update in range(61):
+for update in range(41):
     begins, cues, observations = rollout()
     logits, _ = policy(observations, policy.start(B), begins)
     actions = torch.distributions.Categorical(logits=logits)
