@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from support import cells, layers, readouts, recurrents
+from support import cells, layers, readouts, segmented
 from torch import Tensor
 
 from lstm_triton import LSTM, RecurrentCell
@@ -70,8 +70,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
     lstm = LSTM(5, 19, 2, dropout=0.5, backend="triton", device=device)
     yield "dropout, second derivatives", lambda: _second_derivatives(lstm, torch.randn(3, 3, 5, device=device))
     for other in (catalogue.slstm, catalogue.zoneout()):
-        problem = recurrents.draw(other, 3, 3, 5, 40, bfloat16, device=device)
-        yield f"layer of {other}", lambda problem=problem: problem.run("triton")
+        case = segmented.Case(T=3, B=3, I=5, H=40, dtype=bfloat16, cell=other)
+        drawn = segmented.draw(case, device)
+        yield f"layer of {other}", lambda case=case, drawn=drawn: segmented.results(case, drawn, "triton")
     one = RecurrentCell(catalogue.zoneout(), 5, 19, backend="triton", device=device)
     yield f"one step of {one.cell}", lambda: _second_derivatives(one, torch.randn(3, 5, device=device))
 

@@ -14,12 +14,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 INTERPRETING = os.environ.setdefault("TRITON_INTERPRET", "0") == "1"  # before triton is imported
 
 import torch  # noqa: E402
-from support import cell_grammar, cells, executor, layers, readouts, recurrents  # noqa: E402
+from support import cell_grammar, cells, executor, layers, readouts, segmented  # noqa: E402
 
 from lstm_triton.cells import Cell  # noqa: E402
 
@@ -42,60 +43,63 @@ SEGMENTS: list[dict[str, Any]] = [
 MOST = 12000  # elements of a state, all rows and directions: an execution takes seconds
 
 
-def cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
-    shape = (
-        rng.choice([1, 3, 16, 17, 33, 64, 100]),
-        rng.choice([1, 8, 19, 32, 64, 70]),
-        rng.choice([4, 19, 32, 48, 65, 96]),
-    )
-    return shape, {}, cells.by_kernels, cells
+# A problem in words, how it is drawn (dtype, precision, seed), run by the kernels, and judged.
+Drawn = tuple[str, Callable, Callable, Callable]
 
 
-def readout(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
-    shape = rng.choice([1, 5, 17, 40]), rng.choice([8, 19, 32, 70]), rng.choice([2, 37, 128, 300, 1500])
-    return shape, {}, readouts.by_kernels, readouts
+def _step(kind: Any, shape: tuple[int, ...]) -> Drawn:
+    return str(shape), partial(kind.draw, *shape), kind.by_kernels, kind.assert_as_accurate_as_torch
 
 
-def layer(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
+def cell(rng: random.Random) -> Drawn:
+    sizes = [1, 3, 16, 17, 33, 64, 100], [1, 8, 19, 32, 64, 70], [4, 19, 32, 48, 65, 96]
+    return _step(cells, tuple(map(rng.choice, sizes)))
+
+
+def readout(rng: random.Random) -> Drawn:
+    return _step(readouts, tuple(map(rng.choice, ([1, 5, 17, 40], [8, 19, 32, 70], [2, 37, 128, 300, 1500]))))
+
+
+def layer(rng: random.Random) -> Drawn:
     while True:
         B, H, D = rng.choice([1, 3, 16, 17, 33, 64, 65, 128]), rng.randint(1, 300), rng.choice([1, 1, 2])
         if B * H * D <= MOST:
             break
     options = {**rng.choice(SEGMENTS), "batch_major": rng.random() < 0.3, "bias": rng.random() < 0.8}
-    backend, recompute = rng.choice(["triton", "triton", "triton-stepwise"]), rng.random() < 0.3
-
-    def by_kernels(problem: layers.Problem) -> list[torch.Tensor]:
-        return layers.by_kernels(problem, backend, recompute=recompute)
-
-    by_kernels.__name__ = f"{backend}, recompute={recompute}"
-    return (rng.choice([1, 3, 4]), B, rng.choice([1, 8, 19]), H, D), options, by_kernels, layers
+    way = dict(backend=rng.choice(["triton", "triton", "triton-stepwise"]), recompute=rng.random() < 0.3)
+    shape = rng.choice([1, 3, 4]), B, rng.choice([1, 8, 19]), H, D
+    draw, by_kernels = partial(layers.draw, *shape, **options), partial(layers.by_kernels, **way)
+    return f"{shape} {options} {way}", draw, by_kernels, layers.assert_as_accurate_as_torch
 
 
-def own_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
-    """A layer of a random cell, of up to eight programs that wait for each other."""
-    options = rng.choice([{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True}])
-    number, backend, recompute = rng.randrange(10**6), rng.choice(["triton", "triton-stepwise"]), rng.random() < 0.3
-    shape = number, rng.choice([1, 3]), rng.choice([1, 3, 17]), rng.choice([3, 8]), rng.choice([4, 19, 32, 70, 130])
+def _of_cell(rng: random.Random, smooth: bool, **fields: Any) -> Drawn:
+    """A layer of a random cell."""
+    number, backend = rng.randrange(10**6), rng.choice(["triton", "triton-stepwise"])
+    *parts, words = cell_grammar.random_cell(random.Random(number), smooth)
+    fields |= dict(
+        resets=rng.choice([None, "zero"]), rows=rng.choice(["full", "lengths"]), recompute=rng.random() < 0.3
+    )
 
-    def by_kernels(problem: recurrents.Problem) -> list[torch.Tensor]:
-        return problem.run(backend, recompute=recompute)
+    def draw(dtype: torch.dtype, precision: str, seed: int) -> tuple[segmented.Case, segmented.Drawn]:
+        case = segmented.Case(**fields, cell=Cell(*parts), dtype=dtype, precision=precision, seed=seed)
+        return case, segmented.draw(case, torch.device("cpu"))
 
-    by_kernels.__name__ = f"{backend}, recompute={recompute}"
-    return shape, options, by_kernels, recurrents
+    def by_kernels(problem: tuple[segmented.Case, segmented.Drawn]) -> list[torch.Tensor]:
+        return segmented.results(*problem, backend)
+
+    return f"{fields} {backend} {parts[1:]} {words}", draw, by_kernels, lambda r, p: segmented.assert_accurate(r, *p)
 
 
-def interpreted_cell(rng: random.Random) -> tuple[tuple, dict, Callable, Any]:
-    """A small layer of a random cell, of functions with kinks too."""
-    *parts, words = cell_grammar.random_cell(rng)
-    options = {name: rng.random() < 0.3 for name in ("bidirectional", "resets", "lengths")}
-    backend, recompute = rng.choice(["triton", "triton-stepwise"]), rng.random() < 0.3
-    shape = Cell(*parts), rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 4), rng.choice([1, 3, 5, 17])
+def own_cell(rng: random.Random) -> Drawn:
+    """Of up to eight programs that wait for each other."""
+    sizes = dict(T=[1, 3], B=[1, 3, 17], I=[3, 8], H=[4, 19, 32, 70, 130])
+    return _of_cell(rng, True, **{name: rng.choice(n) for name, n in sizes.items()})
 
-    def by_kernels(problem: recurrents.Problem) -> list[torch.Tensor]:
-        return problem.run(backend, recompute=recompute)
 
-    by_kernels.__name__ = f"{backend}, recompute={recompute}, {words}"
-    return shape, options, by_kernels, recurrents
+def interpreted_cell(rng: random.Random) -> Drawn:
+    """A small layer, of functions with kinks too."""
+    sizes = dict(T=[1, 2, 3, 4], B=[1, 2, 3], I=[1, 2, 3, 4], H=[1, 3, 5, 17], bidirectional=[False, False, True])
+    return _of_cell(rng, False, **{name: rng.choice(n) for name, n in sizes.items()})
 
 
 def once(number: int) -> tuple[str, str | None, int]:
@@ -103,20 +107,20 @@ def once(number: int) -> tuple[str, str | None, int]:
     rng = random.Random(number)
     kind = rng.choice([cell, readout, own_cell, own_cell, own_cell, layer, layer, layer])
     kind = interpreted_cell if INTERPRETING else kind
-    shape, options, by_kernels, module = kind(rng)
+    words, draw, by_kernels, judge = kind(rng)
     dtype, precision = KINDS[-1] if INTERPRETING else rng.choice(KINDS)
     target, seed, executed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6), 0
-    what = f"{kind.__name__} {shape} {dtype} {precision} {options} {by_kernels.__name__} {target}, number {number}"
+    what = f"{kind.__name__} {words} {dtype} {precision} {target}, number {number}"
 
     def inaccurate(seed: int) -> str | None:
         nonlocal executed
-        problem = module.draw(*shape, dtype, precision=precision, seed=seed, **options)
+        problem = draw(dtype=dtype, precision=precision, seed=seed)
         with contextlib.nullcontext() if INTERPRETING else executor.executing(target, seed=seed) as device:
             results = by_kernels(problem)
         launches = device.executed if device else ()
         executed += sum(launch.grid[0] * launch.grid[1] * launch.grid[2] for launch in launches)
         try:
-            module.assert_as_accurate_as_torch(results, problem)
+            judge(results, problem)
         except AssertionError as error:
             return f"inaccurate: {error}"
         return None

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from support import cell_grammar, recurrents
+from support import cell_grammar, segmented
 
 from lstm_triton import Cell, cell
 from lstm_triton.cells import CellError, catalogue
@@ -44,8 +44,7 @@ interpreted = pytest.mark.skipif(
 
 def _assert_equal_to_autograd(of: Cell) -> None:
     """A layer's step by the kernels, forward and backward, beside the cell's function under autograd."""
-    problem = recurrents.draw(of, 1, 2, 3, 5, torch.float64)
-    recurrents.assert_as_accurate_as_torch(problem.run("triton"), problem)
+    segmented.judge(segmented.Case(T=1, B=2, I=3, H=5, cell=of), torch.device("cpu"))
 
 
 @interpreted

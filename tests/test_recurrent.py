@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from support import recurrents, segmented
+from support import segmented
 from support.lstms import assert_close, flat, states, trained
 from test_cells import CATALOGUE, eight, lstm
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -161,5 +161,5 @@ def test_what_reads_modules(monkeypatch):
 @pytest.mark.parametrize("name", [*CATALOGUE, "eight"])
 def test_programs_that_wait_for_each_other(name, device):
     """All steps in one launch, of several programs."""
-    problem = recurrents.draw((CATALOGUE | {"eight": eight})[name], 3, 3, 5, 40, torch.bfloat16, device=device)
-    recurrents.assert_as_accurate_as_torch(problem.run("triton", recompute=name == "cifg"), problem)
+    options = dict(cell=(CATALOGUE | {"eight": eight})[name], dtype=torch.bfloat16, recompute=name == "cifg")
+    segmented.judge(segmented.Case(T=3, B=3, I=5, H=40, **options), device)

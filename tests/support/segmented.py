@@ -1,4 +1,4 @@
-"""Calls of LSTM with every feature at once: drawing them, and running them through any backend."""
+"""Calls of LSTM and Recurrent with every feature at once: drawing them, and running them through any backend."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, Recurrent
+from lstm_triton.cells import Cell
 from lstm_triton.operators import dropped
 
-from .lstms import assert_close, flat
+from . import philox, tolerance
+from .lstms import flat
 from .problems import judge as judge_results
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of LSTM; everything random about it comes from the seed."""
+    """A call of LSTM, or of Recurrent for a cell; everything random about it comes from the seed."""
 
     T: int = 4
     B: int = 3
@@ -35,39 +37,38 @@ class Case:
     dropout: float = 0.0  # with the masks of the kernels, the same whatever the dtype and memory order
     projection: bool = False
     rows: str = "full"  # or "lengths", or "packed"
-    resets: str | None = None  # or to "zero", to a state "stored" per step, or to one "shared" by steps and rows
-    cells: bool = False
+    resets: str | None = (
+        None  # or to "zero"; of LSTM also to a state "stored" per step, or to one "shared" by steps and rows
+    )
+    cells: bool = False  # of LSTM
     recompute: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    cell: Cell | None = None
+    precision: str = "ieee"
 
     @property
     def R(self) -> int:
         return self.H // 2 if self.projection and self.H > 1 else 0
 
-    def module(self, backend: str) -> LSTM:
-        return LSTM(
-            self.I,
-            self.H,
-            self.num_layers,
-            self.bias,
-            self.batch_first,
-            self.dropout if self.num_layers > 1 else 0.0,
-            self.bidirectional,
-            self.R,
-            dtype=self.dtype,
-            device="meta",
-            backend=backend,
-            precision="ieee",
-            recompute=self.recompute,
-        )
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("h", "c") if self.cell is None else ("h", *self.cell.states)
+
+    def module(self, backend: str) -> LSTM | Recurrent:
+        dropout = self.dropout if self.num_layers > 1 else 0.0
+        sizes = (self.I, self.H, self.num_layers, self.bias, self.batch_first, dropout, self.bidirectional)
+        options = dict(dtype=self.dtype, device="meta", backend=backend, precision=self.precision)
+        if self.cell is not None:
+            return Recurrent(self.cell, *sizes, **options, recompute=self.recompute)
+        return LSTM(*sizes, self.R, **options, recompute=self.recompute)
 
 
 @dataclass(frozen=True)
 class Drawn:
     """The tensors of a case, differentiable ones first."""
 
-    inputs: list[Tensor]  # x, h0, c0, the parameters, and where there are any reset_h and reset_c
+    inputs: list[Tensor]  # x, h0 and other states, the parameters, and where there are any reset_h and reset_c
     cotangents: list[Tensor]
     resets: Tensor | None
     lengths: Tensor | None
@@ -81,7 +82,10 @@ def draw(case: Case, device: torch.device) -> Drawn:
         return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(case.dtype).to(device)
 
     R = case.R or case.H
-    inputs = [normal(*((B, T) if case.batch_first else (T, B)), case.I), normal(L, B, R), normal(L, B, case.H)]
+    states = [(L, B, R if name == "h" else case.H) for name in case.states]
+    inputs = [normal(*((B, T) if case.batch_first else (T, B)), case.I), *(normal(*shape) for shape in states)]
+    if "n" in case.states:  # a normalizer is positive
+        inputs[1 + case.states.index("n")].exp_()
     inputs += [normal(*p.shape, size=case.H**-0.5) for p in case.module("reference").parameters()]
     if case.resets in ("stored", "shared"):
         rows = (T, L, B) if case.resets == "stored" else (L, 1)
@@ -91,7 +95,7 @@ def draw(case: Case, device: torch.device) -> Drawn:
     lengths[-1] = T
     directions = 2 if case.bidirectional else 1
     steps = (int(lengths.sum()),) if case.rows == "packed" else inputs[0].shape[:2]
-    cotangents = [normal(*steps, directions * R), normal(L, B, R), normal(L, B, case.H)]
+    cotangents = [normal(*steps, directions * R), *(normal(*shape) for shape in states)]
     if case.cells:
         cotangents.append(normal(*steps, directions * case.H))
     return Drawn(
@@ -99,30 +103,30 @@ def draw(case: Case, device: torch.device) -> Drawn:
     )
 
 
-def results(case: Case, drawn: Drawn, tensors: Sequence[Tensor], backend: str) -> list[Tensor]:
-    """output, h_n, c_n, cell states, and the gradients of all inputs, with these tensors as inputs and cotangents."""
-    module = case.module(backend)
-    n = len(drawn.inputs)
+def results(case: Case, drawn: Drawn, backend: str, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
+    """output, states, cell states, and the gradients of all inputs; tensors: inputs and cotangents in place of those drawn."""
+    module, n, m = case.module(backend), len(drawn.inputs), 1 + len(case.states)
+    tensors = tensors or [*drawn.inputs, *drawn.cotangents]
     leaves = [t.detach().requires_grad_() for t in tensors[:n]]
     names = [name for name, _ in module.named_parameters()]
-    parameters, reset_state = leaves[3 : 3 + len(names)], leaves[3 + len(names) :]
-    x, options = leaves[0], {"resets": drawn.resets, "reset_state": tuple(reset_state) or None}
+    (x, *hx), parameters, reset_state = leaves[:m], leaves[m : m + len(names)], leaves[m + len(names) :]
+    options: dict[str, Any] = {"resets": drawn.resets, "reset_state": tuple(reset_state) or None}
     if case.rows == "packed":
         x = pack_padded_sequence(x, drawn.lengths, case.batch_first, enforce_sorted=False)
     elif case.rows == "lengths":
         options["lengths"] = drawn.lengths.to(x.device)
-    options["return_cell_states"] = case.cells
-    seeds = (torch.tensor([seed], device=x.data.device) for seed in itertools.count(case.seed))  # one for each layer
-    with (
-        mock.patch("torch.nn.functional.dropout", lambda x, p: dropped(x, p, next(seeds))),
-        mock.patch("lstm_triton.layers.random_seed", lambda x: next(seeds)),
-    ):
-        outputs = flat(
-            torch.func.functional_call(module, dict(zip(names, parameters)), (x, tuple(leaves[1:3])), options)
-        )
-    return [t.detach() for t in outputs] + list(
-        torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True)
-    )
+    if case.cells:
+        options["return_cell_states"] = True
+    seeds = itertools.count(case.seed)  # one for each layer, as philox.seeded gives the kernels and the masks of cells
+
+    def dropout(x: Tensor, p: float) -> Tensor:
+        return dropped(x, p, torch.tensor([next(seeds)], device=x.device))
+
+    with philox.seeded(case.seed), mock.patch("torch.nn.functional.dropout", dropout):
+        call = (x, tuple(hx) if len(hx) > 1 else hx[0])
+        outputs = flat(torch.func.functional_call(module, dict(zip(names, parameters)), call, options))
+    given = dict(allow_unused=True, materialize_grads=True)
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, list(tensors[n:]), **given)]
 
 
 def judge(
@@ -131,25 +135,29 @@ def judge(
     backend: str = "triton",
     context: contextlib.AbstractContextManager | None = None,
 ) -> None:
-    """The backend is as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`.
-
-    It runs in this context.
-    """
+    """The backend, run in this context, is as accurate as the rule wants."""
     drawn = draw(case, device)
-    tensors = [*drawn.inputs, *drawn.cotangents]
     with context or contextlib.nullcontext():
-        found = results(case, drawn, tensors, backend)
+        found = results(case, drawn, backend)
+    assert_accurate(found, case, drawn)
 
-    def reference(tensors):
-        return results(case, drawn, tensors, "reference")
 
-    def truth(tensors):
-        return [t.cpu() for t in reference([t.double() for t in tensors])]
+def assert_accurate(found: Sequence[Tensor], case: Case, drawn: Drawn) -> None:
+    """These results are as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`."""
 
-    if case.dtype == torch.float64:
-        assert_close(found, reference(tensors))
+    def reference(tensors: Sequence[Tensor] = ()) -> list[Tensor]:
+        with tolerance.Tf32Products() if case.precision == "tf32" else contextlib.nullcontext():
+            return results(case, drawn, "reference", tensors)
+
+    def truth(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.cpu() for t in results(case, drawn, "reference", [t.double() for t in tensors])]
+
+    if case.dtype == torch.float64:  # no truth is better than that
+        close = dict(rtol=0, atol=1e-12) if case.cell is None else dict(rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(list(found), reference(), **close)
     else:
-        judge_results(found, [f"result {k} of {case}" for k in range(len(found))], tensors, reference, truth)
+        tensors, names = [*drawn.inputs, *drawn.cotangents], [f"result {k} of {case}" for k in range(len(found))]
+        judge_results(found, names, tensors, reference, truth)
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
