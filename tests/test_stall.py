@@ -1,13 +1,11 @@
 """A kernel that timed out while it waited is named: by its layer, by the next one, and at the end of the process."""
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from support.process import run_without_interpreter
 
 from lstm_triton import LSTM, functional
 from lstm_triton.kernels import layer, layer_backward, stall
@@ -81,11 +79,19 @@ def test_no_word_is_pinned_while_a_graph_is_captured(monkeypatch):
         stall.word("_another_kernel_of_this_test", True)
 
 
+def _told_by(script, tmp_path):
+    """What a process prints that runs this script and fails. The source of a kernel must lie in a file."""
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    with pytest.raises(AssertionError) as failure:
+        run_without_interpreter(file)
+    return str(failure.value)
+
+
 @pytest.mark.long
-def test_the_end_of_the_process_names_the_kernel():
-    script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr.startswith("lstm_triton: _some_kernel timed out, waiting for")
+def test_the_end_of_the_process_names_the_kernel(tmp_path):
+    script = "from lstm_triton.kernels import stall; stall.word('_some_kernel', False).fill_(7); raise SystemExit(1)"
+    assert "lstm_triton: _some_kernel timed out, waiting for" in _told_by(script, tmp_path)
 
 
 WITHOUT_END = """
@@ -109,23 +115,14 @@ layer(x)
 """
 
 
-@pytest.fixture
-def without_end(tmp_path):
-    """What a process says that waits without end. The source of a kernel must lie in a file."""
-    script = tmp_path / "without_end.py"
-    script.write_text(WITHOUT_END)
-    environ = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="stops an NVIDIA GPU")
-def test_a_wait_without_end_stops_the_kernel_and_names_it(without_end):
-    assert without_end.returncode != 0, without_end.stdout
-    assert without_end.stdout.startswith("stopped: CUDA error"), without_end.stdout + without_end.stderr
-    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out, waiting for" in without_end.stderr
+def test_a_wait_without_end_stops_the_kernel_and_names_it(tmp_path):
+    told = _told_by(WITHOUT_END, tmp_path)
+    assert "stopped: CUDA error" in told
+    assert "RuntimeError: lstm_triton: _lstm_sequence_forward_kernel timed out, waiting for" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
-def test_that_needs_nothing_but_a_gpu(without_end):
-    assert re.search("CUDA enabled|NVIDIA", without_end.stderr.splitlines()[-1]), without_end.stderr
+def test_that_needs_nothing_but_a_gpu(tmp_path):
+    assert re.search("CUDA enabled|NVIDIA", _told_by(WITHOUT_END, tmp_path).splitlines()[-1])
