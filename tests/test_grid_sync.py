@@ -31,14 +31,6 @@ def _in_one_launch(problem, recompute=False):
 TWO_PROGRAMS, EIGHT_PROGRAMS = dict(T=3, B=18, I=3, H=9, D=2, **TF32), dict(T=3, B=2, I=4, H=64, **BF16)
 
 
-@pytest.mark.parametrize("options", [TWO_PROGRAMS, EIGHT_PROGRAMS], ids=["2 programs, 4 groups", "8 programs"])
-def test_waiting_programs_compute_what_the_reference_does(options, device, count_launches):
-    problem = layers.draw(**options, device=device)
-    results = _in_one_launch(problem)
-    assert count_launches() == {FORWARD: 1, BACKWARD: 1}
-    layers.assert_as_accurate_as_torch(results, problem)
-
-
 def test_the_state_is_loaded_in_rounds(monkeypatch, device):
     """As for long rows: several chunks at once, several times, the last time fewer."""
 
@@ -147,8 +139,8 @@ def test_a_wait_without_end_traps_on_a_gpu(error_of):
 # ---- counters --------------------------------------------------------------------------------------------------------
 
 
-def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, monkeypatch):
-    """Of one group, of several, of other steps: the same memory, larger where it has to be."""
+def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, monkeypatch, count_launches):
+    """Of one group, of several, of other steps: the same memory, larger where it has to be. Each equals the reference."""
     seen, counters = [], grid_sync.counters
 
     def zeros(groups, on):
@@ -161,6 +153,7 @@ def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, mo
     for options in (TWO_PROGRAMS, TWO_PROGRAMS, EIGHT_PROGRAMS | dict(T=2)):
         problem = layers.draw(**options, device=device)
         layers.assert_as_accurate_as_torch(_in_one_launch(problem), problem)
+        assert count_launches() == {FORWARD: 1, BACKWARD: 1}
     assert len(seen) == 6 and not any(c.any() for c in seen), "forward and backward of each"
     assert len({c.data_ptr() for c in seen}) == 1 and COUNTER_STRIDE.value * torch.int32.itemsize >= 128
     small = grid_sync.counters(1, device)
