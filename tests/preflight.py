@@ -24,12 +24,11 @@ def missing() -> list[str]:
     """What Triton's launchers are built with, and the packages without which nothing runs."""
     found = [f"the Python package {name}" for name in REQUIRED if version(name) is None]
     compilers = [name for name in (os.environ.get("CC"), "gcc", "clang") if name]
-    if not any(map(shutil.which, compilers)):
-        found.append(f"a C compiler, with which Triton builds its launchers: none of {', '.join(compilers)} in PATH")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    if not header.exists():
-        found.append(f"{header}, with which Triton builds its launchers")
-    return found
+    builds = ", with which Triton builds its launchers"
+    if not any(map(shutil.which, compilers)):
+        found.append(f"a C compiler{builds}: none of {', '.join(compilers)} in PATH")
+    return found + ([] if header.exists() else [f"{header}{builds}"])
 
 
 def launch(device: str) -> None:
@@ -38,10 +37,9 @@ def launch(device: str) -> None:
 
     from lstm_triton import functional, reference
 
-    tensors = [torch.randn(*shape, device=device) for shape in ((3, 5), (3, 8), (3, 8), (32, 5), (32, 8))]
-    x, h, c, *weights = tensors
+    x, h, c, *weights = (torch.randn(*shape, device=device) for shape in ((3, 5), (3, 8), (3, 8), (32, 5), (32, 8)))
     found = functional.lstm_cell(x, (h, c), *weights, precision="ieee", backend="triton")
-    torch.testing.assert_close(found, reference.lstm_cell(*tensors))
+    torch.testing.assert_close(found, reference.lstm_cell(x, h, c, *weights))
 
 
 def gpu() -> str:

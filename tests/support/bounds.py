@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import triton
 from triton.runtime import interpreter as stock
-from triton.runtime.errors import InterpreterError
 
 from lstm_triton.kernels import interpreter
 
@@ -19,14 +18,10 @@ _NOT_KERNEL_CODE = (os.path.dirname(triton.__file__) + os.sep, __file__, interpr
 _MAY_OVERFLOW = (np.add, np.subtract, np.multiply)
 
 
-class OutOfBounds(IndexError):
-    """A load, store or atomic of a kernel touched memory outside every tensor of its launch."""
-
-
 def install() -> None:
     """Repair the interpreter, and check in it; a second call changes nothing.
 
-    An unmasked lane of a load, store or atomic outside the storages of the tensors given to the launch raises `OutOfBounds`; a
+    An unmasked lane of a load, store or atomic outside the storages of the tensors given to the launch raises IndexError; a
     sum, difference or product that does not fit in its signed integer type raises OverflowError. Both name the source line.
     """
     interpreter.install()
@@ -72,7 +67,7 @@ class _CheckingBuilder(interpreter.RepairedBuilder):
         if outside.any():
             first = int(addresses[outside][0])
             start, end = min(self.storages, key=lambda extent: max(extent[0] - first, first - extent[1]))
-            raise OutOfBounds(
+            raise IndexError(
                 f"{access} out of bounds at {_kernel_line()}, program {self.grid_idx}: {outside.sum()} of "
                 f"{addresses.size} elements, the first at byte {first - start} of a tensor of {end - start} bytes"
             )
@@ -90,15 +85,7 @@ def _kernel_line() -> str:
 def _with_fresh_bounds(run):
     def checked(*args, **kwargs):
         stock.interpreter_builder.storages = [(0, 0)]
-        try:
-            return run(*args, **kwargs)
-        except InterpreterError as error:
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, OutOfBounds):
-                cause = cause.__cause__
-            if cause:
-                raise cause from None
-            raise
+        return run(*args, **kwargs)
 
     return checked
 
