@@ -6,69 +6,43 @@ import pytest
 from support.benches import make_row
 
 from lstm_triton import timing
-from lstm_triton.bench import cases as suites
-from lstm_triton.bench import providers, roofs, rows
+from lstm_triton.bench import cases, providers, roofs, rows
 from lstm_triton.bench.cases import Case
 
 STATIC, SMALL, STANDARD = "PERSIST_STATIC", "PERSIST_STATIC_SMALL_H", "STANDARD"
-ALGORITHMS = [
-    ({}, STATIC),
-    ({"batch": 128}, STATIC),
-    ({"batch": 136}, STANDARD),
-    ({"batch": 12}, STANDARD),
-    ({"hidden_size": 1024}, STATIC),
-    ({"hidden_size": 1152}, STANDARD),
-    ({"hidden_size": 500}, STANDARD),
-    ({"input_size": 100}, STANDARD),
-    ({"layers": 2}, STANDARD),
-    ({"bidirectional": True}, STANDARD),
-    ({"proj_size": 64}, STANDARD),
-    ({"rows": "packed"}, STANDARD),
-    ({"rows": "lengths"}, STANDARD),
-    ({"dtype": "bfloat16"}, STANDARD),
-    ({"dtype": "float32"}, STANDARD),
-    ({"hidden_size": 192, "dtype": "bfloat16"}, SMALL),
-    ({"hidden_size": 193, "dtype": "bfloat16"}, STANDARD),
-    ({"hidden_size": 128, "dtype": "float32", "mode": "train"}, SMALL),
-    ({"hidden_size": 192, "dtype": "float32", "mode": "train"}, f"{SMALL} forward, STANDARD backward"),
-    ({"hidden_size": 64, "dtype": "float64"}, STANDARD),
-    ({"hidden_size": 64, "rows": "packed"}, STANDARD),
-]
+ALGORITHMS = {
+    STATIC: "{} batch=128 hidden_size=1024",
+    STANDARD: """batch=136 batch=12 hidden_size=1152 hidden_size=500 input_size=100 layers=2 bidirectional=1 proj_size=64
+        rows=packed rows=lengths dtype=bfloat16 dtype=float32 hidden_size=193,dtype=bfloat16 hidden_size=64,dtype=float64
+        hidden_size=64,rows=packed""",
+    SMALL: "hidden_size=192,dtype=bfloat16 hidden_size=128,dtype=float32,mode=train",
+    f"{SMALL} forward, STANDARD backward": "hidden_size=192,dtype=float32,mode=train",
+}
 
 
 def test_cudnn_algorithm():
     usual = {"hidden_size": 768, "input_size": 768, "batch": 16, "length": 100, "dtype": "float16"}
-    for changes, expected in ALGORITHMS:
-        assert providers.algorithm(Case("a", **(usual | changes)), (9, 0), 132) == expected, changes
+    for expected, changes in ((expected, of) for expected, words in ALGORITHMS.items() for of in words.split()):
+        given = {name: int(text) if text.isdigit() else text for name, text in re.findall(r"(\w+)=(\w+)", changes)}
+        assert providers.algorithm(Case("a", **(usual | given)), (9, 0), 132) == expected, changes
     for capability, sms, expected in (((8, 6), 108, STANDARD), ((8, 0), 97, STANDARD), ((8, 0), 98, STATIC)):
         assert providers.algorithm(Case("a", **usual), capability, sms) == expected
 
 
-ROOFS = {
-    "copy_bytes_per_s": 1e12,
-    "gemm_float32_ieee_flops_per_s": 1e13,
-    "gemm_bfloat16_flops_per_s": 1e15,
-    "exchange_us": 0.5,
-}
+ROOFS = dict(copy_bytes_per_s=1e12, gemm_float32_ieee_flops_per_s=1e13, gemm_bfloat16_flops_per_s=1e15, exchange_us=0.5)
 
 
-def test_floor_by_hand():
+def test_floors_by_hand_and_where_their_roofs_come_from():
     found = roofs.floor(Case("a", 1024, 64, 100), ROOFS)
     # 2 * 4 * 1024 * 1024 * 64 operations a step; x, y of 64 x 1024 and a hundredth of 8 * 1024 * 1024 weights, 2 bytes each
     assert found.tensor_us == pytest.approx(8 * 1024 * 1024 * 64 / 1e15 * 1e6)
     assert found.memory_us == pytest.approx((2 * 64 * 1024 * 2 + 8 * 1024 * 1024 * 2 / 100) / 1e12 * 1e6)
     assert found.us_per_step == pytest.approx(0.5 + max(found.tensor_us, found.memory_us))
-    for times, exchange_us, changes in (
-        (3, 1.0, {"mode": "train"}),
-        (0.75, 0.5, {"cell": "gru"}),
-        (4, 0.5, {"layers": 2, "bidirectional": True}),
-    ):
+    both = {"layers": 2, "bidirectional": True}
+    for times, exchange_us, changes in ((3, 1.0, {"mode": "train"}), (0.75, 0.5, {"cell": "gru"}), (4, 0.5, both)):
         other = roofs.floor(Case("a", 1024, 64, 100, **changes), ROOFS)
         assert other.tensor_us == pytest.approx(times * found.tensor_us)
         assert other.exchange_us == pytest.approx(exchange_us)
-
-
-def test_floor_exchanges_and_where_its_roofs_come_from():
     assert roofs.floor(Case("a", 128, 1, 100), ROOFS).exchange_us == roofs.LOCAL_EXCHANGE_US
     assert roofs.floor(Case("a", 512, 1, 1), ROOFS).exchange_us == 0
     unmeasured = {name: value for name, value in ROOFS.items() if name != "exchange_us"}
@@ -92,35 +66,39 @@ def test_statistics_of_known_samples():
 
 
 def test_every_suite_has_cases_at_every_scale():
-    for scale in suites.SIZES:
-        for device in ("cpu", "cuda"):
-            for suite in suites.SUITES:
-                assert suites.tasks([suite], scale, device), (scale, device, suite)
-            everything = suites.tasks(suites.SUITES, scale, device)
-            assert len(set(everything)) == len(everything)
     named = "hidden-sizes batch length cell real memory accuracy overhead cold-start step features segments roofs"
-    assert set(suites.SUITES) == set(named.split())
-    for task in suites.tasks(suites.SUITES, "cpu", "cpu"):  # no graphs and no TF32 there, nor what takes minutes
+    assert set(cases.SUITES) == set(named.split())
+    for scale, device in ((scale, device) for scale in cases.SIZES for device in ("cpu", "cuda")):
+        everything = cases.tasks(cases.SUITES, scale, device)
+        assert len(set(everything)) == len(everything) and {task.suite for task in everything} == set(cases.SUITES)
+    for task in cases.tasks(cases.SUITES, "cpu", "cpu"):  # no graphs and no TF32 there, nor what takes minutes
         assert list(task.executions) == ["eager"]
         assert task.case.precision in ("ieee", "") and task.case.flops() < 1e11
 
 
-def test_a_short_run_tells_the_story():
-    order = suites.tasks(suites.SUITES, "gpu", "cuda")
+def test_a_short_run_tells_the_story_and_what_users_ask_for_is_there():
+    order = cases.tasks(cases.SUITES, "gpu", "cuda")
     assert order[0].kind == "roof"
     headline = [t.case for t in order[1:7]]
     assert {(c.hidden_size, c.batch, c.length) for c in headline} == {(768, 16, 1024)}
     dtypes = "bfloat16", "float16", "float32"
     assert {(c.dtype, c.mode) for c in headline} == {(d, m) for d in dtypes for m in ("forward", "train")}
-    early = "hidden-sizes cell accuracy real memory overhead features"
-    assert {t.suite for t in order[:60]} >= set(early.split())
+    assert {t.suite for t in order[:60]} >= set("hidden-sizes cell accuracy real memory overhead features".split())
     sizes = {t.case.hidden_size for t in order if t.suite == "hidden-sizes"}
     assert min(sizes) == 32 and max(sizes) == 4096
     cell_tasks = [t for t in order if t.suite == "cell"]
     cells = {(t.case.hidden_size, t.case.batch) for t in cell_tasks}
     assert {(64, 1), (4096, 1024)} <= cells
-    assert all(t.executions == ["eager", "graph"] for t in cell_tasks)
     assert len(cells) == 35 and all("torch.compile" in t.providers for t in cell_tasks), "compiled at every size"
+    steps, carried = [t for t in order if t.suite == "step"], [t for t in order if t.case.carried]
+    assert {t.case.form for t in steps} == {"layer", "cell"} and {t.suite for t in carried} == {"step", "real"}
+    assert all(list(t.executions) == ["eager", "graph"] for t in [*cell_tasks, *steps, *carried])
+    spoken = [t.case for t in order if t.case.name.startswith("diar_infer")]
+    assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
+        (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
+    }
+    grus = {(t.case.mode, t.suite) for t in order if t.case.cell == "gru"}
+    assert grus == {("forward", "features"), ("train", "features")}
 
 
 def test_what_makes_a_case():
@@ -131,48 +109,27 @@ def test_what_makes_a_case():
     unusual = Case("a", 8, 1, 4, "loop", 3, bidirectional=True, resets=0.5, dtype="float32")
     assert unusual.describe() == "H8 B1 T4 loop input size 3 bidirectional resets 0.5 float32 ieee forward"
     assert Case("a", 8, 1, 4, mode="train").describe() == "H8 B1 T4 bfloat16 train"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_size": 0}, "above 0"),
-        ({"batch": -1}, "above 0"),
-        ({"length": 0}, "above 0"),
-        ({"scale": 0.0}, "above 0"),
+    for changes, message in (
+        *(
+            ({name: size}, "above 0")
+            for name, size in (("hidden_size", 0), ("batch", -1), ("length", 0), ("scale", 0.0))
+        ),
         ({"resets": 2.0}, "a share, from 0 to 1"),
         ({"dtype": "float8"}, "no dtype is 'float8'"),
         ({"form": "cell"}, "a cell is one step"),
         ({"rows": "packed", "cell": "gru"}, "a GRU is a layer"),
         ({"carried": True}, "a carried state"),
-    ],
-)
-def test_what_makes_no_case(changes, message):
-    with pytest.raises(ValueError, match=f"case: .*{message}"):
-        Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
-
-
-def test_what_users_ask_for_is_there():
-    tasks = suites.tasks(suites.SUITES, "gpu", "cuda")
-    both = ["eager", "graph"]
-    steps = [t for t in tasks if t.suite == "step"]
-    assert {t.case.form for t in steps} == {"layer", "cell"} and all(list(t.executions) == both for t in steps)
-    carried = [t for t in tasks if t.case.carried]
-    assert all(list(t.executions) == both for t in carried) and {t.suite for t in carried} == {"step", "real"}
-    spoken = [t.case for t in tasks if t.case.name.startswith("diar_infer")]
-    assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
-        (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
-    }
-    grus = {(t.case.mode, t.suite) for t in tasks if t.case.cell == "gru"}
-    assert grus == {("forward", "features"), ("train", "features")}
-    assert sum(row["domain"] == "RL" and case is not None for row, case in suites.workloads()) == 18
+    ):
+        with pytest.raises(ValueError, match=f"case: .*{message}"):
+            Case(**({"name": "a", "hidden_size": 8, "batch": 1, "length": 4} | changes))
 
 
 def test_real_workloads_lie_in_their_ranges():
-    loaded = suites.workloads()
+    loaded = cases.workloads()
     assert len(loaded) == len({row["id"] for row, _ in loaded}) == 52 and all(row["source"] for row, _ in loaded)
     run = [(row, case) for row, case in loaded if case is not None]
-    assert len(run) >= 24 and all(len(row["run"]) > 9 for row, case in loaded if case is None)
+    assert len(run) >= 24 and sum(row["domain"] == "RL" for row, _ in run) == 18
+    assert all(len(row["run"]) > 9 for row, case in loaded if case is None), "a reason"
     names = dict(input_size="input_size", hidden_size="hidden_size", layers="layers", B="batch", T="length")
     for row, case in run:
         for field, value in ((field, getattr(case, name)) for field, name in names.items()):
@@ -185,6 +142,6 @@ def test_real_workloads_lie_in_their_ranges():
                 assert value in given, (case.name, field)
         assert case.bidirectional == (row["bidir"] == "1")
         assert (case.mode == "train") == ("bwd" in row["kind"] or case.name == "ts_tft"), case.name
-    cases = [case for _, case in run]
-    assert {case.rows for case in cases} == {"padded", "packed", "lengths"}
-    assert any(c.proj_size for c in cases) and any(c.resets for c in cases) and any(c.carried for c in cases)
+    of = [case for _, case in run]
+    assert {case.rows for case in of} == {"padded", "packed", "lengths"}
+    assert any(c.proj_size for c in of) and any(c.resets for c in of) and any(c.carried for c in of)

@@ -1,9 +1,9 @@
 """Measuring: the truth, checks before times, precision alike on both sides, providers that fail or cannot serve."""
 
-import dataclasses
 import functools
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from support.benches import CPU, IEEE, run
 from lstm_triton import dispatch, reference
 from lstm_triton.bench import peers, problem, providers
 from lstm_triton.bench.cases import Case, Task
-from lstm_triton.bench.peers import BY_HAND
 from lstm_triton.bench.problem import Judge
 from lstm_triton.bench.problem import precision as torchs_precision
 from lstm_triton.kernels.inputs import Segments
@@ -35,34 +34,22 @@ from lstm_triton.tolerance import Errors
 )
 def test_providers_agree_with_the_truth(options, by_hand):
     case = Case("a", 5, 3, 6, input_size=4, **IEEE, mode="train", **options)
-    given = problem.make(case, CPU)
+    given = replace(problem.make(case, CPU), states=True)
     judge = Judge(given, providers.true(given.case))
     true = judge.truth
     assert all(t.dtype == torch.float64 for t in true.values())
     assert {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} <= set(true)
     unable = set()
-    for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell", *BY_HAND):
+    for name in ("lstm_triton auto", "lstm_triton reference", "torch.nn.LSTM", "torch.nn.LSTMCell", *peers.BY_HAND):
         try:
-            built = providers.PROVIDERS[name](dataclasses.replace(given, states=True))
+            found = judge.errors(providers.PROVIDERS[name](given))
         except problem.Unavailable:
             unable.add(name)
             continue
-        found = judge.errors(built)
         assert set(found) >= set(true) - {"dh0", "dc0"}
         assert max(e.largest for e in found.values()) < 1e-5, (name, found)
-    assert {name.split()[-1] for name in BY_HAND.keys() - unable} == set(by_hand.split())
-    assert unable - BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
-
-
-@pytest.mark.parametrize("options", [{}, {"resets": 0.3}, {"length": 70000}], ids=str)
-def test_who_computes_the_truth(monkeypatch, options):
-    asked = []
-    for name in ("torch.nn.LSTM", "lstm_triton reference"):
-        monkeypatch.setitem(providers.PROVIDERS, name, lambda given, name=name: asked.append((name, given.x.dtype)))
-    case = Case("a", 2, 1, **({"length": 3} | options))
-    with pytest.raises(AttributeError):
-        Judge(problem.make(case, CPU), providers.true(case))
-    assert asked == [("lstm_triton reference" if options else "torch.nn.LSTM", torch.float64)]
+    assert {name.split()[-1] for name in peers.BY_HAND.keys() - unable} == set(by_hand.split())
+    assert unable - peers.BY_HAND.keys() <= {"torch.nn.LSTMCell", *["torch.nn.LSTM"] * ("cell_states" in options)}
 
 
 def test_problems_and_their_truth():
@@ -73,12 +60,25 @@ def test_problems_and_their_truth():
     true = Judge(given, providers.true(case)).truth
     for name, t in zip(("y", "h_n", "c_n"), specified):
         torch.testing.assert_close(true[name], t)
+    assert providers.true(case) is providers.PROVIDERS["torch.nn.LSTM"]
+    for beyond_torch in ({"resets": 0.3}, {"rows": "lengths"}, {"length": 70000}):
+        assert providers.true(replace(case, **beyond_torch)) is providers.PROVIDERS["lstm_triton reference"]
     double = problem.make(Case("a", 5, 3, 6, dtype="float64", mode="train"), CPU)
     Judge(double, providers.true(double.case))  # leaves the problem alone
     assert not double.x.requires_grad and not any(w.requires_grad for w in double.weights.values())
     again, other = (problem.make(case, CPU, seed) for seed in (0, 1))
     assert given.x.equal(again.x) and not given.x.equal(other.x)
     assert problem.make(Case("a", 5, 3, 6, dtype="bfloat16"), CPU).x.dtype == torch.bfloat16
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError("does not compile")
 
 
 def fail(text):
@@ -92,7 +92,7 @@ FAULTS = {
     "NaN": lambda y: torch.where(torch.arange(y.shape[0])[:, None, None] == 0, math.nan, y),
     "shape": lambda y: y[:-1],
     "error": lambda y: fail("a fault\nof two lines"),
-    "backward": lambda y: FailsInBackward.apply(y),
+    "backward": FailsInBackward.apply,
 }
 
 
@@ -109,54 +109,18 @@ def with_fault(given, fault):
     return model
 
 
-class FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y):
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        raise RuntimeError("does not compile")
-
-
-@pytest.mark.parametrize("what", FAULTS)
-def test_a_wrong_provider_gets_a_row_and_no_time(monkeypatch, what):
-    monkeypatch.setitem(providers.PROVIDERS, "wrong", functools.partial(with_fault, fault=FAULTS[what]))
-    found = run(Task("s", Case("a", 8, 3, 6, mode="train", **IEEE)), names=("wrong", "torch.nn.LSTM"))
-    bad = found["wrong"]
+def test_a_wrong_provider_gets_a_row_and_no_time(monkeypatch):
+    for what, fault in FAULTS.items():
+        monkeypatch.setitem(providers.PROVIDERS, what, functools.partial(with_fault, fault=fault))
+    found = run(Task("s", Case("a", 8, 3, 6, mode="train", **IEEE)), names=(*FAULTS, "torch.nn.LSTM"))
     said = {"error": "ValueError: a fault", "backward": "in its backward: RuntimeError: does not compile"}
-    assert bad.timing is None and bad.status == ("failed" if what in ("shape", *said) else "wrong")
-    assert bad.reason == said.get(what, bad.reason)
-    assert what != "NaN" or ("y is off by inf" in bad.reason and "y" not in bad.errors), "JSON has no infinities"
+    for what in FAULTS:
+        bad = found[what]
+        assert bad.timing is None and bad.status == ("failed" if what in ("shape", *said) else "wrong")
+        assert bad.reason == said.get(what, bad.reason)
+    bad = found["NaN"]
+    assert "y is off by inf" in bad.reason and "y" not in bad.errors, "JSON has no infinities"
     assert found["torch.nn.LSTM"].status == "ok" and found["torch.nn.LSTM"].timing.p50_us == 2.0
-
-
-@pytest.mark.parametrize("form", ["layer", "cell"])
-def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
-    given = problem.make(Case("a", 5, 3, 1, form=form, **IEEE, carried=True), CPU)
-    two = problem.make(Case("a", 5, 3, 2, **IEEE), CPU)
-    name = "torch.nn.LSTM" if form == "layer" else "lstm_triton auto"
-    built = providers.PROVIDERS[name](given)
-    first = built.results()
-    built.call()
-    carried = built.call()[0].view(1, 3, 5)
-    again = built.results()
-    assert all(again[name].equal(t) for name, t in first.items())
-    lstm = problem.torch_lstm(two.case, CPU)
-    lstm.load_state_dict(given.weights)
-    y, _ = lstm(torch.cat([given.x.view(1, 3, 5)] * 3), (given.h0.view(1, 3, 5), given.c0.view(1, 3, 5)))
-    torch.testing.assert_close(carried[0], y[2])
-
-
-def test_who_cannot_serve_is_skipped_with_the_reason():
-    peer_names = ("torchrl", "haste", "flashrnn", "fastlstm")
-    found = run(Task("s", Case("a", 8, 3, 6, **IEEE)), names=(*peer_names, "lstm_triton cudnn"))
-    assert all(row.status == "skipped" for row in found.values())
-    assert all("not installed" in found[name].reason for name in peer_names)
-    assert "GPU" in found["lstm_triton cudnn"].reason
-    case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3")
-    found = run(Task("s", case), names=("torch.nn.LSTM", "lstm_triton cudnn", "lstm_triton triton-persistent"))
-    assert found["torch.nn.LSTM"].status == found["lstm_triton cudnn"].status == "skipped"
 
 
 def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
@@ -170,6 +134,31 @@ def test_a_provider_that_fails_while_timed_spares_the_others(monkeypatch):
     found = run(Task("s", Case("a", 8, 3, 6, **IEEE)), names=("torch.nn.LSTM", "late"))
     assert found["late"].status == "failed" and "tired" in found["late"].reason
     assert found["torch.nn.LSTM"].status == "ok"
+
+
+@pytest.mark.parametrize("form", ["layer", "cell"])
+def test_a_carried_state_is_carried_and_the_check_starts_anew(form):
+    given = problem.make(Case("a", 5, 3, 1, form=form, **IEEE, carried=True), CPU)
+    model = providers.PROVIDERS["torch.nn.LSTM" if form == "layer" else "lstm_triton auto"](given)
+    first = model.results()
+    model.call()
+    carried = model.call()[0].view(1, 3, 5)
+    again = model.results()
+    assert all(again[name].equal(t) for name, t in first.items())
+    lstm = problem.torch_lstm(Case("a", 5, 3, 2, **IEEE), CPU)
+    lstm.load_state_dict(given.weights)
+    y, _ = lstm(torch.cat([given.x.view(1, 3, 5)] * 3), (given.h0.view(1, 3, 5), given.c0.view(1, 3, 5)))
+    torch.testing.assert_close(carried[0], y[2])
+
+
+def test_who_cannot_serve_is_skipped_with_the_reason():
+    found = run(Task("s", Case("a", 8, 3, 6, **IEEE)), names=(*peers.PEERS, "lstm_triton cudnn"))
+    assert all(row.status == "skipped" for row in found.values())
+    assert all("not installed" in found[name].reason for name in peers.PEERS)
+    assert "GPU" in found["lstm_triton cudnn"].reason
+    case = Case("a", 8, 3, 6, dtype="float32", precision="tf32x3")
+    found = run(Task("s", case), names=("torch.nn.LSTM", "lstm_triton cudnn"))
+    assert [row.status for row in found.values()] == ["skipped"] * 2
 
 
 @pytest.mark.parametrize("dtype, precision", [("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "")])
@@ -187,41 +176,23 @@ def test_precision_is_set_alike_on_both_sides_and_put_back(dtype, precision):
     assert settings() == before
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """Takes a stand-in for a peer's module as installed, and the CPU as its device."""
-    monkeypatch.setattr(peers, "DEVICE_TYPES", ("cpu",))
-    return lambda name, module: monkeypatch.setitem(sys.modules, name, module)
-
-
 class FakeTorchRL:
     """torchrl's function as the adapter sees it: batch-major, torch's older setting of precision read, in backward too."""
 
     _has_triton = True
 
     def __init__(self):
-        self.asked = []
+        self.asked = set()
 
     def lstm_triton(
         self, x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init, compute_dtype=torch.float32, *, input_precision=None
     ):
-        self.asked.append((input_precision, torch.get_float32_matmul_precision()))
-        weights = [w_ih, w_hh, b_ih, b_hh]
-        y, h_n, c_n, _ = reference.lstm_layer(
-            x.transpose(0, 1), hidden[:, 0][None], cell[:, 0][None], [weights], Segments(is_init.t().contiguous())
-        )
-        y.register_hook(lambda g: self.asked.append((input_precision, torch.get_float32_matmul_precision())))
+        ask = lambda *_: self.asked.add((input_precision, torch.get_float32_matmul_precision()))  # noqa: E731
+        ask()
+        starts, segments = (hidden[:, 0][None], cell[:, 0][None]), Segments(is_init.t().contiguous())
+        y, h_n, c_n, _ = reference.lstm_layer(x.transpose(0, 1), *starts, [[w_ih, w_hh, b_ih, b_hh]], segments)
+        y.register_hook(ask)
         return y.transpose(0, 1), None, h_n[0], c_n[0]
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_torchrl_is_given_the_precision(installed, precision):
-    fake = FakeTorchRL()
-    installed("torchrl.modules.tensordict_module._rnn_triton", fake)
-    case = Case("a", 5, 3, 6, dtype="float32", precision=precision, mode="train", resets=0.3)
-    row = run(Task("s", case), names=("torchrl",))["torchrl"]
-    assert row.status == "ok", row.reason
-    assert set(fake.asked) == {(precision, {"ieee": "highest", "tf32": "high"}[precision])}
 
 
 class FakeFlashRNN:
@@ -257,32 +228,37 @@ class FakeHaste(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(size)))
 
     def forward(self, x, state):
-        w = [torch.cat([w.chunk(4, -1)[k] for k in (0, 2, 1, 3)], -1).t() for w in (self.kernel, self.recurrent_kernel)]
-        b = torch.cat([self.bias.chunk(4)[k] for k in (0, 2, 1, 3)])
-        y, h_n, c_n, _ = reference.lstm_layer(x, *state, [[*w, b, None]])
+        tensors = self.kernel, self.recurrent_kernel, self.bias
+        w_ih, w_hh, b = (torch.cat([w.chunk(4, -1)[k] for k in (0, 2, 1, 3)], -1).t() for w in tensors)
+        y, h_n, c_n, _ = reference.lstm_layer(x, *state, [[w_ih, w_hh, b, None]])
         return y, (h_n, c_n)
 
 
 FAKES = {
+    "torchrl": ("torchrl.modules.tensordict_module._rnn_triton", FakeTorchRL()),
     "haste": ("haste_pytorch", type("haste", (), {"LSTM": FakeHaste})),
     "flashrnn": ("flashrnn", FakeFlashRNN),
     "fastlstm": ("fastlstm.lstm", type("lstm", (), {"FastLSTM": FakeFastLSTM})),
 }
 
 
-@pytest.mark.parametrize(
-    ("peer", "precision"), [("haste", "ieee"), ("flashrnn", "ieee"), ("fastlstm", "tf32"), ("fastlstm", "ieee")]
-)
-def test_adapters_follow_their_peers_signatures(installed, peer, precision):
-    installed(*FAKES[peer])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_adapters_follow_their_peers_signatures_and_give_the_precision(monkeypatch, precision):
+    monkeypatch.setattr(peers, "DEVICE_TYPES", ("cpu",))
+    for name, module in FAKES.values():
+        monkeypatch.setitem(sys.modules, name, module)
+    FAKES["torchrl"][1].asked.clear()
     case = Case("a", 5, 3, 6, input_size=4, dtype="float32", precision=precision, mode="train")
-    row = run(Task("s", case), names=(peer,))[peer]
-    if peer == "fastlstm" and precision == "ieee":
-        assert row.status == "skipped" and "tf32" in row.reason
-    else:
+    found = run(Task("s", case), names=FAKES)
+    found |= run(Task("s", replace(case, resets=0.3)), names=("torchrl",))
+    if precision == "ieee":
+        skipped = found.pop("fastlstm")
+        assert skipped.status == "skipped" and "tf32" in skipped.reason
+    for name, row in found.items():
         assert row.status == "ok", row.reason
         assert set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_hh_l0", "dbias_ih_l0"}
-        assert ("untested" in row.backend_reason) == (peer != "flashrnn")
+        assert ("untested" in (row.backend_reason or "")) == (name in ("haste", "fastlstm"))
+    assert FAKES["torchrl"][1].asked == {(precision, {"ieee": "highest", "tf32": "high"}[precision])}
 
 
 def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkeypatch, tmp_path):
@@ -297,14 +273,10 @@ def test_a_peer_that_sets_torchs_precision_when_imported_does_not_keep_it(monkey
 
 
 def test_every_backend_is_a_provider_and_forced_on_a_gpu():
-    assert {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.PROVIDERS)
-    chosen = providers.pairs_of(Task("s", Case("a", 512, 16, 1024)), "cuda")
-    assert {(f"lstm_triton {b}", "eager") for b in ("auto", "triton-persistent", "triton-stepwise", "cudnn")} <= set(
-        chosen
-    )
-    assert ("lstm_triton cudnn", "eager") not in providers.pairs_of(
-        Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda"
-    )
+    chosen = {name for name, _ in providers.pairs_of(Task("s", Case("a", 512, 16, 1024)), "cuda")}
+    forced = {"lstm_triton auto", "lstm_triton triton-persistent", "lstm_triton triton-stepwise", "lstm_triton cudnn"}
+    assert forced <= chosen and {f"lstm_triton {backend}" for backend in dispatch.BACKENDS} <= set(providers.PROVIDERS)
+    assert "cudnn" not in str(providers.pairs_of(Task("s", Case("a", 512, 16, 64, resets=0.1)), "cuda"))
 
 
 def test_limits_of_what_is_wrong():

@@ -1,7 +1,6 @@
 """Rows: the schema, files that were damaged, appends at the same time."""
 
 import dataclasses
-import functools
 import json
 import math
 import multiprocessing
@@ -13,62 +12,48 @@ from lstm_triton.bench import rows
 from lstm_triton.bench.cases import UsageError
 from lstm_triton.tolerance import Errors
 
-
-def as_json():
-    """A good row as json reads it, with a member of every kind."""
-    given = dict(errors={"y": Errors(4, 1e-3, 1e-4)}, floor=FLOOR, distance=2.0)
-    return json.loads(make_row(**given, values={"total_us": 1.0}).encode())
+# A good row with a member of every kind.
+ROW = make_row(errors={"y": Errors(4, 1e-3, 1e-4)}, floor=FLOOR, distance=2.0, values={"total_us": 1.0})
 
 
 def read(value):
     return rows.decode(json.dumps(value).encode())
 
 
-def test_a_row_survives_a_round_trip():
-    row = make_row(errors={"y": Errors(4, 1e-3, 1e-4)}, floor=FLOOR, distance=2.0, values={"a_us": 1.0})
-    assert rows.decode(row.encode().encode()) == row
+def test_a_row_survives_a_round_trip_and_every_field_is_documented():
+    assert rows.decode(ROW.encode().encode()) == ROW
+    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+    fields = dataclasses.fields(rows.Row) + dataclasses.fields(rows.Timing) + dataclasses.fields(Errors)
+    assert not [field.name for field in fields if f"`{field.name}`" not in page]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"schema": 1}, "'schema' is 1"),
-        ({"kind": "guess"}, "'kind' is 'guess'"),
-        ({"provider": None}, "'provider' is None"),
-        ({"provider": 3}, "'provider' is 3"),
-        ({"synthetic": 1}, "'synthetic' is 1"),
-        ({"distance": True}, "'distance' is True"),
-        ({"distance": -1.0}, "distance"),
-        ({"distance": math.nan}, "distance"),
-        ({"date": "yesterday"}, "isoformat"),
-        ({"timing": {"p50_us": 1.0}}, "row.timing.*'p20_us'"),
-        ({"timing": None}, "has a timing"),
-        ({"status": "wrong", "timing": None}, "reason is empty"),
-        ({"status": "failed", "reason": "so"}, "there is a timing"),
-        ({"label": None}, "carries a label"),
-        ({"extra": 1}, "unexpected.*'extra'"),
-    ],
-)
-def test_what_is_no_row_is_named(changes, message):
-    read(as_json())
-    with pytest.raises(ValueError, match=message):
-        read(as_json() | changes)
-
-
+# By field, or member of one: values that it may not have, and where a rule says so, its words.
 WRONG = {
+    "schema": [1],
+    "kind": ["guess"],
+    "provider": [None, 3],
+    "synthetic": [1],
+    "distance": [True, -1.0, math.nan],
+    "date: isoformat": ["yesterday"],
+    "timing: has a timing": [None],
+    "timing: row.timing.*'p20_us'": [{"p50_us": 1.0}],
+    "label: carries a label": [None],
+    "extra: unexpected.*'extra'": [1],
     "timing.p50_us": ["fast", 0, -1.0, math.nan, math.inf, 10**400, None, True],
-    "timing.ci_low_us": [0, []],
+    "timing.ci_low_us: another time is 0": [0],
+    "timing.ci_low_us": [[]],
     "timing.confidence": [95],
     "timing.samples": [1.5],
     "timing.clock": [None],
     "case.dtype": ["float8", ["float32"]],
-    "case.hidden_size": ["64", 0],
+    "case.hidden_size": ["64"],
+    "case.hidden_size: above 0": [0],
     "case.batch": [True],
     "case.length": [-1],
     "case.scale": [math.nan],
     "case.bidirectional": [1],
     "case.mode": ["backward"],
-    "case.form": ["cell"],
+    "case.form: a cell is": ["cell"],
     "case.name": [None],
     "device.name": [None],
     "device.type": ["tpu"],
@@ -78,32 +63,28 @@ WRONG = {
     "source.dirty": ["yes"],
     "source.digest": [None],
     "errors.y": [0.1, *({"n": 1, "rms": 0.0} | more for more in ({}, {"largest": -1.0}, {"largest": "large"}))],
-    "floor.us_per_step": [0],
+    "floor.us_per_step: a floor is 0": [0],
     "floor.exchange_us": [None],
-    "values.copy_bytes_per_s": [0],
+    "values.copy_bytes_per_s: a rate or a floor is 0": [0],
     "values.total_us": ["long", -1],
     "precision.cudnn_rnn": [None],
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_stands_in_the_objects_is_checked(name):
-    field, _, member = name.partition(".")
-    said = "a cell is" if name == "case.form" else rf"{member}|row\.{field}|a rate or a floor is 0"
-    row = as_json()
-    for value in WRONG[name]:
-        with pytest.raises(ValueError, match=said):
-            read(row | {field: {**row[field], member: value}})
-
-
-def test_a_missing_field_is_named_and_every_field_is_documented():
-    row = as_json()
-    del row["date"]
+def test_what_is_no_row_is_named():
+    row = json.loads(ROW.encode())
+    assert read(row) == ROW
+    for what, values in WRONG.items():
+        name, _, said = what.partition(": ")
+        field, _, member = name.partition(".")
+        for value in values:
+            with pytest.raises(ValueError, match=said or rf"{member or field}|row\.{field}"):
+                read(row | {field: {**row[field], member: value} if member else value})
+    for status, changes in (("reason is empty", {"timing": None}), ("there is a timing", {"reason": "so"})):
+        with pytest.raises(ValueError, match=f"status is 'wrong' and {status}"):
+            read(row | {"status": "wrong"} | changes)
     with pytest.raises(ValueError, match="missing.*'date'"):
-        read(row)
-    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-    fields = dataclasses.fields(rows.Row) + dataclasses.fields(rows.Timing) + dataclasses.fields(Errors)
-    assert not [field.name for field in fields if f"`{field.name}`" not in page]
+        read({name: value for name, value in row.items() if name != "date"})
 
 
 def test_good_rows_around_damage_are_kept(tmp_path):
@@ -130,25 +111,20 @@ def test_a_file_without_rows_is_an_error(tmp_path):
     notes, folder = tmp_path / "notes.jsonl", tmp_path / "a" / "folder.jsonl"
     notes.write_text("dear diary\n")
     folder.mkdir(parents=True)
-    texts = {
-        notes: "holds no benchmark rows.*notes.jsonl:1",
-        tmp_path / "absent": "no such file",
-        folder.parent: "directory",
-    }
-    for where, text in texts.items():
+    said = {notes: "no benchmark rows.*notes.jsonl:1", tmp_path / "absent": "no such file", folder.parent: "directory"}
+    for where, text in said.items():
         with pytest.raises(UsageError, match=text):
             rows.read_all([where])
 
 
 def _append_forty(path, name):
     for k in range(40):
-        rows.append(path, make_row(run=f"{name}{k}"))
+        rows.append(path, dataclasses.replace(ROW, run=f"{name}{k}"))
 
 
-def test_two_processes_append_at_once(tmp_path):
-    path = tmp_path / "a.jsonl"
-    start = functools.partial(multiprocessing.get_context("fork").Process, target=_append_forty)
-    children = [start(args=(path, name)) for name in "ab"]
+def test_two_processes_append_at_once_and_two_runs_do_not_share_a_folder(tmp_path):
+    path, fork = tmp_path / "a.jsonl", multiprocessing.get_context("fork")
+    children = [fork.Process(target=_append_forty, args=(path, name)) for name in "ab"]
     for child in children:
         child.start()
     for child in children:
@@ -156,9 +132,6 @@ def test_two_processes_append_at_once(tmp_path):
     assert [child.exitcode for child in children] == [0, 0]
     found, problems = rows.read_all([path])
     assert not problems and sorted(row.run for row in found) == sorted(f"{name}{k}" for name in "ab" for k in range(40))
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path):
     with rows.one_run_at_a_time(tmp_path):
         with pytest.raises(UsageError, match="another benchmark run"), rows.one_run_at_a_time(tmp_path):
             pass

@@ -16,7 +16,7 @@ from lstm_triton.bench.problem import Judge
 from lstm_triton.kernels import interpreter, stall
 
 
-def test_rounds_are_interleaved_and_shuffled():
+def test_rounds_are_interleaved_and_shuffled_and_short_calls_repeated():
     clock, seen = FakeClock(), []
     calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
     samples = timing.interleaved(calls, clock, 1.0)
@@ -26,40 +26,29 @@ def test_rounds_are_interleaved_and_shuffled():
     found = rows.Timing.of(samples["a"], 4, clock.name)
     assert found.samples == timing.LEAST_SAMPLES and found.us_per_step == 0.5 and found.wall_p50_us == 3.0
     assert found.confidence >= 0.95 and found.clock == "fake"
-
-
-def test_short_calls_are_repeated_until_the_clock_sees_them():
-    class Slow(FakeClock):
-        sample_seconds = 1e-3
-
-        def sample(self, call, n):
-            call()
-            return 10.0, 10.0
-
-    assert timing.interleaved({"a": lambda: None}, Slow(), 0.0)["a"].calls == 100
-
-
-class FakeEvent:
-    now = 0.0
-
-    def record(self):
-        self.time = FakeEvent.now
-
-    def elapsed_time(self, end):
-        return end.time - self.time  # milliseconds
+    clock.sample_seconds, clock.sample = 1e-3, lambda call, n: (10.0, 10.0)
+    assert timing.interleaved({"a": print}, clock, 0.0)["a"].calls == 100
 
 
 def test_cuda_clock_with_fake_events(monkeypatch):
+    now = [0.0]
+
+    class Event:
+        def record(self):
+            self.time = now[0]
+
+        def elapsed_time(self, end):
+            return end.time - self.time  # milliseconds
+
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent())
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
     clock = timing.Clock(torch.device("cuda"))
 
     def call():
-        FakeEvent.now += 0.25
+        now[0] += 0.25
 
     assert clock.sample(call, 4)[0] == pytest.approx(250.0) and clock.l2 == "warm"
     clock._buffer = torch.ones(4)
-    clock.l2 = "flushed"
     assert clock.sample(call, 3)[0] == pytest.approx(250.0)
     assert not clock._buffer.any(), "the cache was not written over"
 
@@ -67,58 +56,47 @@ def test_cuda_clock_with_fake_events(monkeypatch):
 @pytest.mark.parametrize("form", ["layer", "cell"])
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_graphs_hold_what_eager_rows_time(monkeypatch, form, mode):
-    case = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, **IEEE, mode=mode)
-    captured = []
+    case, captured = Case("a", 5, 3, 6 if form == "layer" else 1, form=form, **IEEE, mode=mode), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
-    def graphed(call):
+    def graphed(call, factor=1.0):
         assert torch.is_grad_enabled() == (mode == "train")
         captured.append(call)
-        return call, call()
+        return call, tuple(t * factor for t in call())
 
     monkeypatch.setattr(measure, "graphed", graphed)
     given = problem.make(case, CPU)
-    built = providers.PROVIDERS["torch.nn.LSTM" if form == "layer" else "torch.nn.LSTMCell"](given)
-    judge = Judge(given, providers.true(case))
-    measure._graph(built, judge)
-    assert captured == [built.call]
+    model, judge = providers.PROVIDERS[providers.torchs(case)](given), Judge(given, providers.true(case))
+    measure._graph(model, judge)
+    assert captured == [model.call]
     with torch.set_grad_enabled(mode == "train"):
-        returned = built.call()
+        returned = model.call()
     assert len(returned) == 3 + (5 if mode == "train" else 0)  # of the input, and bias_hh has its gradient too
-    assert max(e.largest for e in judge.errors(built, lambda: returned).values()) < 1e-5
-
-    def drifting(call):
-        returned = tuple(t * 1.01 for t in call())
-        return call, returned
-
-    monkeypatch.setattr(measure, "graphed", drifting)
+    assert max(e.largest for e in judge.errors(model, lambda: returned).values()) < 1e-5
+    monkeypatch.setattr(measure, "graphed", lambda call: graphed(call, 1.01))
     with pytest.raises(RuntimeError, match="replayed, wrong"):
-        measure._graph(built, judge)
+        measure._graph(model, judge)
 
 
 def test_saved_bytes():
-    case = Case("a", 8, 2, 5, **IEEE, mode="train")
-    given = problem.make(case, CPU)
-    held = {}
-    for name in ("lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"):
-        held[name] = measure.held(providers.PROVIDERS[name](given))["saved_bytes"]
-    state = 5 * 2 * 8 * 4  # bytes of one tensor like y
-    assert all(bytes > state for bytes in held.values()), held
+    given = problem.make(Case("a", 8, 2, 5, **IEEE, mode="train"), CPU)
+    names = "lstm_triton auto recompute", "lstm_triton auto", "torch.nn.LSTM"
+    held = {name: measure.held(providers.PROVIDERS[name](given))["saved_bytes"] for name in names}
+    assert all(bytes > 5 * 2 * 8 * 4 for bytes in held.values()), f"more than one tensor like y: {held}"
 
 
 def test_states_of_the_machine_are_read_tolerantly(monkeypatch):
-    def refused(gpu):
-        raise RuntimeError("Not Supported")
+    def fail(error):
+        raise error
 
-    def missing(gpu):
-        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
-
-    cuda, readers = torch.device("cuda"), dict.fromkeys(device._READERS, lambda gpu: 41)
-    monkeypatch.setattr(device, "_READERS", readers | {"power_w": refused})
-    found = device.state(cuda)
+    readers = dict.fromkeys(device._READERS, lambda gpu: 41)
+    refused = {"power_w": lambda gpu: fail(RuntimeError("Not Supported"))}
+    monkeypatch.setattr(device, "_READERS", readers | refused)
+    found = device.state(torch.device("cuda"))
     assert found["sm_clock_mhz"] == found["temperature_c"] == 41 and found["power_w"] is None
-    monkeypatch.setattr(device, "_READERS", readers | {"sm_clock_mhz": missing})
-    assert "pip install 'lstm-triton[bench]'" in device.state(cuda)["unread"]
+    missing = {"sm_clock_mhz": lambda gpu: fail(ModuleNotFoundError("nvidia-ml-py does not seem to be installed"))}
+    monkeypatch.setattr(device, "_READERS", readers | missing)
+    assert "pip install 'lstm-triton[bench]'" in device.state(torch.device("cuda"))["unread"]
     assert device.state(CPU)["load_1min"] >= 0
 
 
@@ -147,62 +125,39 @@ def gpu_says(monkeypatch):
     return say
 
 
-@pytest.mark.parametrize(
-    "words", ["Triton Error [CUDA]: misaligned address", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "whatever"]
-)
-def test_an_error_is_fatal_where_the_device_is_lost(words, gpu_says, monkeypatch):
+def test_an_error_is_fatal_where_the_device_is_lost(gpu_says, monkeypatch):
     """Whatever its words: the device is asked."""
-    gpu_says("CUDA error: misaligned address\nCUDA kernel errors might be asynchronously reported")
-    with pytest.raises(process.Fatal, match="^CUDA error: misaligned address$") as fatal:
+    for words in "Triton Error [CUDA]: misaligned address", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "whatever":
+        gpu_says("CUDA error: misaligned address\nCUDA kernel errors might be asynchronously reported")
+        with pytest.raises(process.Fatal, match="^CUDA error: misaligned address$") as fatal:
+            process.raise_if_lost(RuntimeError(words))
+        assert str(fatal.value.__cause__) == words
+        gpu_says(None)
         process.raise_if_lost(RuntimeError(words))
-    assert str(fatal.value.__cause__) == words
-    gpu_says(None)
-    process.raise_if_lost(RuntimeError(words))
+    with monkeypatch.context() as patch, pytest.raises(process.Fatal, match="_some_kernel timed out, waiting for"):
+        patch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(7)})
+        process.raise_if_lost(ValueError("no"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     process.raise_if_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_a_kernel_that_gave_up_waiting_is_fatal(gpu_says, monkeypatch):
+def test_a_capture_that_fails_loses_its_own_row_and_leaves_the_stream_that_was(gpu_says, monkeypatch):
     gpu_says(None)
-    monkeypatch.setattr(stall, "_values", {"_some_kernel": ctypes.c_int32(7)})
-    with pytest.raises(process.Fatal, match="_some_kernel timed out, waiting for"):
-        process.raise_if_lost(ValueError("no"))
-
-
-def test_a_capture_that_fails_loses_its_own_row_alone(gpu_says, monkeypatch):
-    gpu_says(None)
-
-    def graphed(call):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(measure, "graphed", graphed)
-    emitted, pairs = [], [("torch.nn.LSTM", execution) for execution in ("eager", "graph")]
-    measure.measure(Task("s", Case("a", 8, 3, 6, **IEEE)), context(), emitted.append, pairs)
-    found = {row.execution: row for row in emitted}
-    assert found["eager"].status == "ok" and found["eager"].timing
-    assert found["graph"].status == "failed" and "not permitted" in found["graph"].reason
-
-
-def test_a_capture_that_fails_leaves_the_stream_that_was(monkeypatch):
-    streams = ["the caller's"]
+    streams, stream = [], types.SimpleNamespace(wait_stream=lambda other: None)
 
     @contextlib.contextmanager
     def graph(_):
         streams.append("the capture's")
         yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
     fake = dict(Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(), current_stream=lambda: stream)
     fake |= dict(CUDAGraph=object, graph=graph, set_stream=streams.append)
     for name, stand_in in fake.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    calls = []
-
-    def call():
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("not permitted")
-
-    with pytest.raises(RuntimeError, match="not permitted"):
-        measure.graphed(call)
-    assert streams[-1] is stream
+    emitted, pairs = [], [("torch.nn.LSTM", execution) for execution in ("eager", "graph")]
+    measure.measure(Task("s", Case("a", 8, 3, 6, **IEEE)), context(), emitted.append, pairs)
+    assert streams == ["the capture's", stream]
+    found = {row.execution: row for row in emitted}
+    assert found["eager"].status == "ok" and found["eager"].timing
+    assert found["graph"].status == "failed" and "not permitted" in found["graph"].reason
