@@ -122,27 +122,12 @@ class ReadoutRescaleConfig(LaunchConfig):
 
 
 @dataclass(frozen=True)
-class ReadoutRowDotsConfig(LaunchConfig):
-    """One program of the readout backward's first launch: one row, block_v columns a step."""
-
-    block_v: int
-
-
-@dataclass(frozen=True)
 class ReadoutBackwardConfig(LaunchConfig):
     """Tiles of the readout backward: [block_b, block_n] of dh, [block_v, block_n] of dW; block_parts parts of a dot."""
 
     block_b: int
     block_v: int
     block_n: int
-    block_parts: int
-
-
-@dataclass(frozen=True)
-class ReadoutSumPartsConfig(LaunchConfig):
-    """One program of the readout backward's last launch: block elements, block_parts of the parts a step."""
-
-    block: int
     block_parts: int
 
 
@@ -182,9 +167,6 @@ def readout_rescale_config(B: int, V: int, block_v: int, multiprocessors: int) -
     return ReadoutRescaleConfig(warps, 1, elements // block_v, 1024)
 
 
-READOUT_ROW_DOTS = ReadoutRowDotsConfig(4, 1, 1024)
-
-
 @functools.lru_cache(maxsize=4096)
 def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> ReadoutBackwardConfig:
     """Return the tiles for the gradients of h [B, H] and W [V, H]."""
@@ -194,9 +176,6 @@ def readout_backward_config(B: int, dtype: torch.dtype, precision: str) -> Reado
     if B <= 16:
         return ReadoutBackwardConfig(4, 3, 16, 64, 64, 16)
     return ReadoutBackwardConfig(8, 2, 32, 32, 128, 16)
-
-
-READOUT_SUM_PARTS = ReadoutSumPartsConfig(4, 1, 128, 16)
 
 
 def steps_per_part(tiles: int, steps: int, multiprocessors: int, least: int = 4) -> int:

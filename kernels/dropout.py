@@ -83,18 +83,6 @@ def kept(seed: Tensor, p: float, shape: tuple[int, int, int], number: int = 0) -
     T, B, N = shape
     result = torch.empty(shape, dtype=torch.bool, device=seed.device)
     p_hi, p_lo = probability(p)
-    _kept(
-        (T * B, cdiv(N, 128), 1),
-        LaunchConfig(1, 1),
-        dict(
-            seed_ptr=seed,
-            out_ptr=result.view(torch.uint8),
-            B=B,
-            N=N,
-            p_hi=p_hi,
-            p_lo=p_lo,
-            NUMBER=number,
-            BLOCK=128,
-        ),
-    )
+    arguments = dict(seed_ptr=seed, out_ptr=result.view(torch.uint8), B=B, N=N, p_hi=p_hi, p_lo=p_lo)
+    _kept((T * B, cdiv(N, 128), 1), LaunchConfig(1, 1), arguments | dict(NUMBER=number, BLOCK=128))
     return result

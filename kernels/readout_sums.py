@@ -7,10 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import READOUT_ROW_DOTS, READOUT_SUM_PARTS, cdiv, steps_per_part
+from .config import LaunchConfig, cdiv, steps_per_part
 from .device import multiprocessor_count
 from .launch import Launcher, accumulator, accumulator_dtype
 from .tiles import load_tile
+
+_CONFIG = LaunchConfig(num_warps=4, num_stages=1)
+_BLOCK_V = 1024  # columns of a row a step
+_BLOCK, _BLOCK_PARTS = 128, 16  # elements of a sum, and its parts a step
 
 
 @triton.jit(do_not_specialize=["B", "part_v"])
@@ -49,12 +53,11 @@ _dots = Launcher(_readout_row_dots_kernel)
 def row_dots(dy: Tensor, y: Tensor) -> Tensor:
     """Return [B, parts], the sums of dY * Y over parts of V, of dy [B, V] of any strides and y [B, V], contiguous."""
     B, V = dy.shape
-    config = READOUT_ROW_DOTS
-    part_v = config.block_v * steps_per_part(B, cdiv(V, config.block_v), multiprocessor_count(dy.device), 1)
+    part_v = _BLOCK_V * steps_per_part(B, cdiv(V, _BLOCK_V), multiprocessor_count(dy.device), 1)
     dots = torch.empty((B, cdiv(V, part_v)), dtype=accumulator_dtype(y.dtype), device=y.device)
     if dots.numel():
-        arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, B=B, V=V, part_v=part_v, ACC=accumulator(y.dtype))
-        _dots((dots.numel(), 1, 1), config, arguments)
+        arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, B=B, V=V, part_v=part_v)
+        _dots((dots.numel(), 1, 1), _CONFIG, arguments | dict(ACC=accumulator(y.dtype), BLOCK_V=_BLOCK_V))
     return dots
 
 
@@ -114,12 +117,11 @@ _sum_parts = Launcher(_readout_sum_parts_kernel)
 
 def sum_parts(parts: dict[str, Tensor], out: dict[str, Tensor]) -> None:
     """Sum parts[name] [parts, ...] into out[name], for those of "h", "weight" and "bias" that are there."""
-    config = READOUT_SUM_PARTS
     sizes = {name: out[name].numel() if name in out else 0 for name in ("h", "weight", "bias")}
     parts_b = max((len(parts[name]) for name in ("weight", "bias") if name in parts), default=1)
     arguments: dict[str, Any] = {f"d{name}_parts_ptr": parts.get(name) for name in sizes}
     arguments |= {f"d{name}_ptr": out.get(name) for name in sizes}
     arguments |= dict(size_h=sizes["h"], size_weight=sizes["weight"], V=sizes["bias"])
     arguments |= dict(parts_b=parts_b, parts_v=len(parts["h"]) if "h" in parts else 1)
-    blocks = sum(cdiv(size, config.block) for size in sizes.values())
-    _sum_parts((blocks, 1, 1), config, arguments | dict(ACC=accumulator(next(iter(out.values())).dtype)))
+    arguments |= dict(ACC=accumulator(next(iter(out.values())).dtype), BLOCK=_BLOCK, BLOCK_PARTS=_BLOCK_PARTS)
+    _sum_parts((sum(cdiv(size, _BLOCK) for size in sizes.values()), 1, 1), _CONFIG, arguments)

@@ -76,8 +76,8 @@ def test_rows_longer_than_one_step(processors, device, multiprocessors, monkeypa
     """Statistics, dots and parts of sums that take several steps: with small steps, or V would have to be large."""
     multiprocessors(processors)
     monkeypatch.setattr(readout, "readout_rescale_config", lambda *_: configs.ReadoutRescaleConfig(1, 1, 2, 2))
-    monkeypatch.setattr(readout_sums, "READOUT_ROW_DOTS", configs.ReadoutRowDotsConfig(1, 1, 16))
-    monkeypatch.setattr(readout_sums, "READOUT_SUM_PARTS", configs.ReadoutSumPartsConfig(1, 1, 16, 1))
+    for name, size in (("_BLOCK_V", 16), ("_BLOCK", 16), ("_BLOCK_PARTS", 1)):
+        monkeypatch.setattr(readout_sums, name, size)
     _check((2, 3, 300), "fp32", device)
     rising = 10.0 * torch.arange(300, device=device)
     torch.testing.assert_close(_of_logits(rising), torch.softmax(rising, -1))

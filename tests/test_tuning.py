@@ -88,25 +88,30 @@ def test_the_fastest_is_kept_and_the_others_are_not_taken(made_up, file, capsys)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fate", ["trap", "wrong", 100.0])
-def test_what_traps_is_wrong_or_is_slower_than_cudnn_is_not_taken(fate, made_up, monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "_CANDIDATES", 0)
-    made_up(cudnn=90.0, triton_stepwise=95.0, triton=fate)
-    with torch.no_grad():
-        (line,) = tune(_module(), X, budget_s=120.0)
-    assert ": cudnn, 90.0 us, 1.00 times" in line
-    assert (str(fate) == "100.0") != ("crashed or hung" in (err := capsys.readouterr().err) or "wrong: " in err)
-    with torch.no_grad():
-        assert lstm._choose(_module(), X, "", T, B) == "torch"  # no cuDNN on this CPU
-
-
-@pytest.mark.long
-def test_what_hangs_costs_its_time_and_no_more(made_up, monkeypatch):
+@pytest.mark.parametrize(
+    "stepwise, triton, taken, says",
+    [
+        (95.0, "trap", "cudnn, 90.0 us, 1.00 times", "crashed or hung"),
+        (95.0, "wrong", "cudnn, 90.0 us, 1.00 times", "wrong: "),
+        (95.0, 100.0, "cudnn, 90.0 us, 1.00 times", None),
+        ("hang", 40.0, "triton, 40.0 us", "crashed or hung"),
+    ],
+)
+def test_what_traps_hangs_is_wrong_or_slower_than_cudnn_is_not_taken(
+    stepwise, triton, taken, says, made_up, monkeypatch, capsys
+):
+    """What hangs costs its time and no more."""
     monkeypatch.setattr(tuning, "_SILENCE_S", 5.0)
     monkeypatch.setattr(tuning, "_CANDIDATES", 0)
-    made_up(cudnn=90.0, triton_stepwise="hang", triton=40.0)
+    made_up(cudnn=90.0, triton_stepwise=stepwise, triton=triton)
     with torch.no_grad():
-        assert ": triton, 40.0 us" in tune(_module(), X, budget_s=120.0)[0]
+        (line,) = tune(_module(), X, budget_s=120.0)
+        chosen = lstm._choose(_module(), X, "", T, B)
+    assert f": {taken}" in line and chosen == (
+        "torch" if taken.startswith("cudnn") else "triton"
+    )  # this CPU has no cuDNN
+    err = capsys.readouterr().err
+    assert [text for text in ("crashed or hung", "wrong: ") if text in err] == ([says] if says else [])
 
 
 def test_nothing_measured_is_an_error(made_up, monkeypatch, file):
@@ -218,23 +223,23 @@ def test_the_user_s_file_comes_before_the_shipped_one_and_that_before_the_model(
 
 
 @pytest.mark.parametrize(
-    "change, steps",
-    [({}, 4 * T), ({"batch": 3}, T), ({"train": False}, T), ({"features": "resets"}, T), ({"hidden_size": 21}, T)],
+    "change, steps, backend",
+    [
+        ({}, 60, "triton"),  # the nearest length decides
+        ({}, 120, "triton"),
+        ({}, 130, "cudnn"),
+        ({}, 290, "cudnn"),
+        ({}, 25, None),
+        ({"batch": 3}, 100, None),
+        ({"train": False}, 100, None),
+        ({"features": "resets"}, 100, None),
+        ({"hidden_size": 21}, 100, None),
+    ],
 )
-def test_a_row_holds_for_its_call_alone(change, steps, file):
-    _write(file, [_row()])
-    assert measurements.best(SHAPE, 2 * T, CPU).backend == "triton"
-    assert measurements.best(SHAPE._replace(**change), steps, CPU) is None
-
-
-def test_the_nearest_length_decides(file):
+def test_a_row_holds_for_its_call_alone(change, steps, backend, file):
     _write(file, [_row(steps=100), _row(steps=150, backend="cudnn")])
-    assert [measurements.best(SHAPE, n, CPU).backend for n in (60, 120, 130, 290)] == [
-        "triton",
-        "triton",
-        "cudnn",
-        "cudnn",
-    ]
+    row = measurements.best(SHAPE._replace(**change), steps, CPU)
+    assert (row and row.backend) == backend
 
 
 @pytest.mark.parametrize(
