@@ -6,6 +6,7 @@ Checks of the real JIT run in one process of their own, without the interpreter 
 import contextlib
 import inspect
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 from triton import knobs
 
-from lstm_triton.kernels import cell, cell_backward, config, launch, readout, readout_backward, readout_sums
+from lstm_triton.kernels import cell, cell_backward, launch, readout, readout_backward, readout_sums
 from lstm_triton.kernels.cell import lstm_cell_forward
 from lstm_triton.kernels.cell_backward import lstm_cell_backward
 from lstm_triton.kernels.config import LaunchConfig
@@ -106,40 +107,6 @@ def test_outputs_own_dense_storage(device, without_kernels):
     assert len(storages) == len(given) + 3
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in outputs)
     assert lstm_cell_forward(inputs).gates is None, "no gates unless asked for"
-
-
-class _StandIn:
-    """For a compiled kernel: called as such, it notes its arguments; subscripted and called, it is compiled first."""
-
-    __name__, arg_names = "_some_kernel", ()
-
-    def __init__(self):
-        self.calls = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.calls.append(options) or self
-
-
-def test_a_first_launch_is_not_captured(monkeypatch):
-    """A kernel that is kept is launched while a CUDA graph is captured, one that must be compiled is an error."""
-    kernel, capturing = _StandIn(), False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(launch, "_launch_again", lambda compiled, grid, values: compiled[grid](*values))
-    launcher = launch.Launcher(kernel)
-    launcher._n_pointers = 1
-    launcher._specialized, launcher._unspecialized = (lambda values: values[1:]), (lambda values: ())
-
-    def call(n):
-        device = torch.device("cuda", 0)
-        launcher._launch(device, (1, 1, 1), config.LaunchConfig(1, 1), (torch.empty(4), n), {})
-
-    call(1)
-    capturing = True
-    call(1)
-    assert len(kernel.calls) == 2 and kernel.calls[1] == {}
-    with pytest.raises(RuntimeError, match="^_some_kernel is launched .* for the first time"):
-        call(2)
-    assert len(kernel.calls) == 2
 
 
 def test_the_suite_poisons_every_output():
@@ -285,6 +252,17 @@ def check_hooks_of_triton_see_every_launch():
                 _launch_tiny(launcher)
             assert len(driver.launches) == n + 1 and driver.launches[n] == driver.launches[0]
             assert seen == ["_tiny_kernel"] * (n >= 2)
+
+
+def check_a_first_launch_is_not_captured():
+    """A kernel that is kept is launched while a CUDA graph is captured, one that must be compiled is an error."""
+    launcher, gpu, values = Launcher(_tiny_kernel), torch.device("cuda", 0), (torch.empty(64), None, 7)
+    with fake_driver(compiling=False) as driver, mock.patch("torch.cuda.is_current_stream_capturing") as capturing:
+        for capturing.return_value in (False, True):
+            launcher._launch(gpu, (1, 1, 1), LaunchConfig(1, 1), (*values, 2, 32), {})
+        with pytest.raises(RuntimeError, match="^_tiny_kernel is launched .* for the first time"):
+            launcher._launch(gpu, (1, 1, 1), LaunchConfig(1, 1), (*values, 3, 32), {})
+        assert len(driver.launches) == 2
 
 
 def check_every_argument_has_a_name():

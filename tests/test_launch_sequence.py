@@ -10,6 +10,9 @@ from support.process import run_checks, run_without_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITCallable
 
+from lstm_triton.kernels import device, interpreter, launch, layer, layer_backward
+from lstm_triton.kernels.inputs import Direction, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+
 
 @pytest.mark.long
 def test_real_jit():
@@ -33,7 +36,6 @@ class _Recorded:
 @pytest.fixture
 def recorded(monkeypatch, poisoned_outputs):
     """Launchers that record, planned for as on a GPU: programs may wait for one another."""
-    from lstm_triton.kernels import interpreter, layer, layer_backward
 
     launchers = _Recorded(layer._forward.kernel), _Recorded(layer_backward._backward.kernel)
     monkeypatch.setattr(layer, "_forward", launchers[0])
@@ -66,9 +68,6 @@ def test_one_step_waits_for_nothing(T, recorded):
 @pytest.mark.parametrize("D", [1, 2])
 def test_launches_beside_the_recurrence(D, monkeypatch, poisoned_outputs):
     """Forward one launch for W_ih and all biases and one GEMM, and what says of h that it is not there yet."""
-    from lstm_triton.kernels import interpreter, launch
-    from lstm_triton.kernels.inputs import Direction, LayerInputs, LayerOptions, Segments
-    from lstm_triton.kernels.layer import lstm_layer_forward
 
     noted = []
 
@@ -83,14 +82,11 @@ def test_launches_beside_the_recurrence(D, monkeypatch, poisoned_outputs):
     monkeypatch.setattr("lstm_triton.kernels.layer.torch", torch)  # outputs are not poisoned, which would be noted
     monkeypatch.setattr("lstm_triton.kernels.layout.torch", torch)
     monkeypatch.setattr("lstm_triton.kernels.input_weights.torch", torch)
-    sizes = ((4 * 256, 3), (4 * 256, 256), (4 * 256,), (4 * 256,))
-    directions = [Direction(*(torch.zeros(size) for size in sizes)) for _ in range(D)]
-    states = torch.zeros(D, 2, 256), torch.zeros(D, 2, 256)
-    inputs = LayerInputs.of(torch.zeros(4, 2, 3), states, directions, Segments())
-    lstm_layer_forward(inputs, LayerOptions("tf32"))
+    inputs, options = _problem(4, 2, 256, D)
+    layer.lstm_layer_forward(inputs, options)
     noted.clear()
     with Noting():
-        lstm_layer_forward(inputs, LayerOptions("tf32"))
+        layer.lstm_layer_forward(inputs, options)
     assert noted == ["_lstm_input_weights_kernel", "addmm", "fill_", "_lstm_sequence_forward_kernel"]
 
 
@@ -115,7 +111,6 @@ def test_a_launch_that_is_refused_says_what_to_do(recorded, monkeypatch):
 
 def test_multiprocessors_are_left_free(recorded, monkeypatch):
     """Of an H100's 132: 32 programs in 4 groups fit, but not beside others."""
-    from lstm_triton.kernels import device
 
     grids = []
     for free in (0, 4, 5, 131, 1000):
@@ -130,7 +125,6 @@ def test_multiprocessors_are_left_free(recorded, monkeypatch):
 
 
 def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
-    from lstm_triton.kernels import device
 
     assert device._free_multiprocessors() == 0
     monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", "16")
@@ -144,7 +138,7 @@ def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
 # ---- in a process without the interpreter --------------------------------------------------------------------------
 
 
-def _run(
+def _problem(
     T,
     B,
     H,
@@ -156,59 +150,52 @@ def _run(
     lengths=False,
     batch_major=False,
     layer_of_two=0,
-    training=True,
     recompute=False,
-    cells=False,
     dropped=False,
-    precision="tf32",
 ):
-    """One layer forward and, in training, backward. layer_of_two: whose states are the one or the other half of all."""
-    from lstm_triton.kernels.inputs import Direction, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
-    from lstm_triton.kernels.layer import lstm_layer_forward
-    from lstm_triton.kernels.layer_backward import lstm_layer_backward
-
-    I = 4
+    """The inputs and options of one layer. layer_of_two: whose states are the one or the other half of all."""
     rows = slice(layer_of_two * D, (layer_of_two + 1) * D)
 
-    def time_by_batch(*rest, dtype=dtype):
+    def every_step(*rest, dtype=dtype):
         return (
             torch.zeros(B, T, *rest, dtype=dtype).transpose(0, 1)
             if batch_major
             else torch.zeros(T, B, *rest, dtype=dtype)
         )
 
-    def state():
-        return torch.zeros(2 * D, B, H, dtype=dtype)[rows]
-
     reset_h = reset_c = None
     if reset_state == "stored":
         reset_h, reset_c = (torch.zeros(T, 2 * D, B, H, dtype=dtype)[:, rows] for _ in "hc")
     elif reset_state == "shared":
         reset_h, reset_c = (torch.zeros(2 * D, 1, H, dtype=dtype)[rows].expand(T, D, B, H) for _ in "hc")
-    segments = Segments(
-        time_by_batch(dtype=torch.bool) if resets else None,
-        reset_h,
-        reset_c,
+    flags, ends = (
+        every_step(dtype=torch.bool) if resets else None,
         torch.zeros(B, dtype=torch.int64) if lengths else None,
     )
-    directions = [
-        Direction(torch.zeros(4 * H, I, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype), None, None) for _ in range(D)
-    ]
+    sizes = (4 * H, 4), (4 * H, H), (4 * H,), (4 * H,)
+    directions = [Direction(*(torch.zeros(size, dtype=dtype) for size in sizes)) for _ in range(D)]
+    states = [torch.zeros(2 * D, B, H, dtype=dtype)[rows] for _ in "hc"]
     seed = torch.zeros(2, dtype=torch.int64)[layer_of_two:][:1] if dropped else None
-    inputs = LayerInputs.of(time_by_batch(I), (state(), state()), directions, segments, seed)
-    options = LayerOptions(precision, 0.01 * B if dropped else 0.0, recompute=recompute)
-    forward = lstm_layer_forward(inputs, options, save=training)
+    segments = Segments(flags, reset_h, reset_c, ends)
+    options = LayerOptions("tf32", 0.01 * B if dropped else 0.0, recompute=recompute)
+    return LayerInputs.of(every_step(4), states, directions, segments, seed), options
+
+
+def _run(*sizes, training=True, cells=False, **case):
+    """One layer forward and, in training, backward."""
+    inputs, options = _problem(*sizes, **case)
+    forward = layer.lstm_layer_forward(inputs, options, save=training)
     if training:
-        grads = LayerGradients(time_by_batch(D * H), state(), state(), time_by_batch(D * H) if cells else None)
+        every_c = torch.zeros_like(forward.y) if cells else None
+        grads = LayerGradients(torch.zeros_like(forward.y), inputs.h0, inputs.c0, every_c)
         saved = LayerSaved(forward.y if forward.h is None else forward.h, forward.c, forward.gates)
-        needs = {"x", "h0", "w_ih"} | ({"reset_c"} if reset_state is not None else set())
-        lstm_layer_backward(grads, inputs, saved, needs, options)
+        needs = {"x", "h0", "w_ih"} | ({"reset_c"} if inputs.reset_c is not None else set())
+        layer_backward.lstm_layer_backward(grads, inputs, saved, needs, options)
 
 
 @contextlib.contextmanager
 def _kernels_compiled(really=False):
     """A function that counts the kernels compiled, or to be compiled, since the start of this context: forward, backward."""
-    from lstm_triton.kernels import layer, layer_backward
 
     launchers = layer._forward, layer_backward._backward
     for launcher in launchers:
@@ -256,8 +243,6 @@ def check_what_is_compiled_ahead_is_what_is_launched():
     """The same code: the types, hints and options assumed are those of a launch."""
     from support.aot_sequence import Case, choose
 
-    from lstm_triton.kernels import layer, layer_backward
-
     every = ("resets", "lengths", "cells", "reset_gradients", "random", "dropout")
     together = dict(resets=True, lengths=True, cells=True, reset_state="stored", dropped=True)
     for H, D, features, arguments in ((768, 1, (), {}), (19, 2, every, together)):
@@ -283,7 +268,6 @@ def check_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before():
 
 def check_one_launch_per_step_compiles_nothing_more():
     """Between launches c is kept in float32: the first, the last and other steps, and a single one, have their own kernels."""
-    from lstm_triton.kernels import layer, layer_backward
 
     for dtype, each in ((torch.bfloat16, 4), (torch.float64, 1)):
         case = dict(H=2048 if dtype == torch.bfloat16 else 19, dtype=dtype, resets=True, lengths=True)
