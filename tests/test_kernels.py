@@ -88,7 +88,7 @@ OF_ROWS = ("h", "c", "y", "h_n", "c_n", "dx", "dh", "dc", "dh0", "dc0")
 
 
 @_cases(cells=[(5, 7, 6)], readouts=[(5, 7, 20), (5, 7, 130)], layers=[(4, 5, 3, 6)])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_row(of, shape, value, device):
     """In an input or in a gradient; within the row, NaN and infinity are where torch's are."""
     clean = _draw(of, shape, device=device)
