@@ -9,48 +9,9 @@ from support import philox
 from support.lstms import backends, pair, trained
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lstm_triton import LSTM, Recurrent, layers
+from lstm_triton import LSTM, Recurrent, layers, operators
 from lstm_triton.cells import catalogue
 from lstm_triton.kernels.dropout import kept
-
-T, B, H = 16, 8, 16
-SMALL = 1e-3
-
-
-def _revealing(p: float, backend: str, device) -> LSTM:
-    """Two layers whose output is SMALL times what the second is given, which the first keeps at one value.
-
-    In both i = o = 1 and f = 0 to the last digit, so that h = tanh(tanh(z_g)), where z_g of the first is its bias.
-    """
-    lstm = LSTM(H, H, 2, dropout=p, dtype=torch.float64, device=device, backend=backend)
-    with torch.no_grad():
-        for parameter in lstm.parameters():
-            parameter.zero_()
-        for bias in (lstm.bias_ih_l0, lstm.bias_ih_l1):
-            for gate, value in zip(bias.chunk(4), (40.0, -800.0, 0.0, 40.0)):
-                gate.fill_(value)
-        lstm.bias_ih_l0.chunk(4)[2].fill_(0.5)
-        lstm.weight_ih_l1.chunk(4)[2].copy_(SMALL * torch.eye(H))
-    return lstm
-
-
-@backends
-def test_dropout_is_a_scaled_bernoulli_and_so_is_its_backward(backend, device):
-    p, lstm = 0.2, _revealing(0.2, backend, device)
-    x = torch.zeros(T, B, H, dtype=torch.float64, device=device)
-    y, (h_n, _) = lstm(x)
-    kept = y.abs() > SMALL / 100
-    first = math.tanh(math.tanh(0.5))
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], SMALL * first / (1 - p)), rtol=1e-5, atol=0)
-    assert not y[~kept].any()
-    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / y.numel())
-    for dim in range(3):  # not the same mask for all steps, rows or units
-        assert (kept != kept.select(dim, 0).unsqueeze(dim)).any()
-    torch.testing.assert_close(h_n[0], torch.full_like(h_n[0], first))
-    # dy/db_g of a unit of the first layer counts the kept elements of that unit.
-    y.sum().backward()
-    slope = SMALL / (1 - p) * (1 - first**2) * (1 - math.tanh(0.5) ** 2)
-    torch.testing.assert_close(lstm.bias_ih_l0.grad.chunk(4)[2], slope * kept.double().sum((0, 1)), rtol=1e-5, atol=0)
 
 
 @backends
@@ -71,26 +32,22 @@ def test_dropout_follows_the_seed_and_is_only_in_training(backend, device):
     torch.testing.assert_close(trained(lstm.eval(), x), expected, rtol=0, atol=1e-12)
 
 
-@backends
-def test_everything_is_dropped(backend, device):
-    _, lstm = pair(3, 4, 2, dropout=1.0, backend=backend, device=device)
-    x = torch.randn(5, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
-    y, (h, c) = lstm(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    assert not gradient.any()
-    (gradient,) = torch.autograd.grad(h.sum() + c.sum(), x)
-    assert gradient.all()
-
-
-def test_kept_elements_are_those_of_philox(device):
+def test_dropout_is_that_of_philox(device):
+    """`dropped` is what test_lstm_segments holds the kernels to; at p = 1, test_lstm holds them to torch's."""
     authors = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
     assert philox.philox(0, 0, 0, 0, 0) == authors, "the authors' own test vector"
-    seed, p, shape = 0x123456789ABCDEF0, 0.3, (3, 2, 5)
+    seed, p, shape = 0x123456789ABCDEF0, 0.3, (5, 6, 8)
+    given = torch.tensor([seed], device=device)
     for number in range(4):
         uniform = philox.uniform(seed, shape, number)
         assert (abs(uniform - p) > 1e-6).all()
-        found = kept(torch.tensor([seed], device=device), p, shape, number)
+        found = kept(given, p, shape, number)
         assert (found.cpu().numpy() == (uniform >= p)).all()
+        assert abs(found.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / found.numel())
+        for dim in range(3):  # not the same for all steps, rows or units
+            assert (found != found.select(dim, 0).unsqueeze(dim)).any()
+    y = torch.randn(shape, dtype=torch.float64, device=device)
+    torch.testing.assert_close(operators.dropped(y, p, given), y / (1 - p) * kept(given, p, shape, 0))
 
 
 def test_a_probability_set_later_is_checked(device):
