@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support import layers
 from support.fake_driver import count_compiled, fake_driver
 from support.process import run_checks, run_without_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -251,6 +252,15 @@ def check_what_is_compiled_ahead_is_what_is_launched():
             with _kernels_compiled(really=True):
                 _run(2, 16, H, D, **arguments)
                 assert ahead.ptx in {kernel.asm["ptx"] for kernel in launcher._compiled.values()}, (way, H, features)
+
+
+def check_a_call_that_is_planned_before_compiles_nothing_more():
+    """With backend="triton-persistent" `layers.plans` asks the search for both ways before the forward runs."""
+    for options in ({}, dict(resets=True, reset_state="stored", cells=True)):
+        problem = layers.draw(3, 3, 5, 19, **options)
+        with _kernels_compiled() as compiled:
+            layers.by_kernels(problem, "triton-persistent")
+            assert compiled() == (1, 1), options
 
 
 def check_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before():
