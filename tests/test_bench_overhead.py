@@ -1,10 +1,15 @@
 """Host times and first calls: what they are made of; of a kernel on a driver that launches nothing."""
 
-from support.benches import CPU, run
+from unittest import mock
+
+import triton
+from support.benches import CPU, IEEE, run
 from support.process import run_checks, run_without_interpreter
 
+from lstm_triton import process
 from lstm_triton.bench import grid_latency
 from lstm_triton.bench.cases import Case, Task
+from lstm_triton.bench.problem import Judge
 
 
 def test_host_times_and_first_calls_without_a_gpu():
@@ -12,11 +17,7 @@ def test_host_times_and_first_calls_without_a_gpu():
 
 
 def check_host_times():
-    from unittest import mock
-
     from support.fake_driver import NullDriver, active
-
-    from lstm_triton.bench.problem import Judge
 
     names = ("lstm_triton triton", "torch.nn.LSTMCell")
     with active(NullDriver()), mock.patch.object(Judge, "why_wrong", lambda self, found: None):  # nothing is computed
@@ -28,14 +29,7 @@ def check_host_times():
 
 
 def check_first_calls_in_new_processes():
-    from unittest import mock
-
-    from support.benches import IEEE
-
-    from lstm_triton import process
-
     caches, original = [], process.Process
-    names = ("import_s", "first_call_s", "second_call_s")
 
     def new_process(function, argument, environment):
         caches.append(environment["TRITON_CACHE_DIR"])
@@ -44,23 +38,21 @@ def check_first_calls_in_new_processes():
     task = Task("cold-start", Case("a", 16, 1, 1, form="cell", **IEEE), "cold-start")
     with mock.patch.object(process, "Process", new_process):
         found = run(task, names=("lstm_triton auto",))["lstm_triton auto"].values
+    names = ("import_s", "first_call_s", "second_call_s")
     assert set(found) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, found
     assert all(seconds > 0 for seconds in found.values())
     assert len(caches) == 2 and caches[0] == caches[1], "the second start finds the first one's kernels"
 
 
 def check_the_latency_kernel_compiles():
-    import triton
     from support.fake_driver import NullDriver, active
 
     with active(NullDriver()):
         for steps in (10, 7):
             grid_latency.launch(4, steps, CPU)
         caches = grid_latency._latency_kernel.device_caches[triton.runtime.driver.active.get_current_device()]
-        compiled = list(caches[0].values())
-    assert len(compiled) == 1, "the number of steps is a runtime value"
-    for kernel in compiled:
-        assert "red.release" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
+    (kernel,) = caches[0].values()  # one, since the number of steps is a runtime value
+    assert "red.release" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import sys
 import time
 import types
@@ -18,7 +19,6 @@ from lstm_triton import cli as package_cli
 from lstm_triton import process, timing
 from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import cases, device, providers, rows, run
-from lstm_triton.bench import measure as measuring
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 
 CHEAP = Here if torch.cuda.is_available() else Forked  # which the threads of autograd do not survive
@@ -51,14 +51,23 @@ def test_every_suite_from_end_to_end_and_not_again(tmp_path, monkeypatch, capsys
 
 
 def test_a_run_continues_where_it_stopped(tmp_path):
+    ask = Here.ask
+
     def outcome(*sizes, **changes):
         done = measure(tmp_path, small(*sizes), **changes)
         return done.measured, done.before, done.appended
 
+    def interrupted(self, *request):
+        yield next(ask(self, *request))
+        raise TimeoutError
+
     threads = torch.get_num_threads()
     try:
         assert outcome(4) == (1, 0, 2)
-        assert outcome(4, 5) == (1, 1, 2)
+        with pytest.MonkeyPatch.context() as patch:  # the budget ends after the first row
+            patch.setattr(Here, "ask", interrupted)
+            assert outcome(5) == (0, 0, 1)
+        assert outcome(4, 5) == (1, 1, 1)
         assert outcome(4, 5, provider=(OURS, CUDNN, TORCH_CELL)) == (2, 0, 2), "only what is new of a task"
         assert outcome(4, again=True) == (1, 0, 2)
         maker = Here(options(tmp_path), "run").maker
@@ -82,26 +91,6 @@ def test_a_run_continues_where_it_stopped(tmp_path):
 
 
 HOST = next(t for t in cases.tasks(["overhead"], "tiny", "cpu") if t.case.form == "cell")
-REFERENCE = "lstm_triton reference"
-
-
-def test_an_interrupted_task_of_first_calls_continues(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "cold_start", lambda *arguments: {"first_call_s": 1.0})
-    task = replace(HOST, suite="cold-start", kind="cold-start")
-
-    class Interrupted(Here):
-        def ask(self, *arguments):
-            yield next(super().ask(*arguments))
-            raise TimeoutError
-
-    for worker, names, measured in (
-        (Interrupted, None, [OURS]),
-        (Here, None, [OURS, TORCH_CELL]),
-        (Here, None, [OURS, TORCH_CELL]),
-        (Here, (REFERENCE, TORCH_CELL), [OURS, TORCH_CELL, REFERENCE]),  # --provider counts here too
-    ):
-        measure(tmp_path, [task], worker, provider=names)
-        assert [row.provider for row in rows_of(tmp_path)] == measured
 
 
 def test_roofs_and_anchors_know_no_choice_of_providers():
@@ -171,14 +160,15 @@ def _fault(problem, what):
 
 
 def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    said = {"crash": "exit code 9", "hang": "no sign of life for 1 s", "crash while timed": "exit code 9"}
+    said = {"crash": r"exit code 9 \(while: build of", "hang": r"no sign of life for 1 s.* \(while: build of"}
+    said |= {"crash while timed": r"exit code 9 \(while: timing of"}
     for name in said:
         monkeypatch.setitem(providers.PROVIDERS, name, functools.partial(_fault, what=name))
     outcome = measure(tmp_path, small(4), Forked, provider=(*said, CUDNN), timeout=1.0)
     found = {row.provider: row for row in rows_of(tmp_path)}
     assert set(found) == {*said, CUDNN} and outcome.appended == 4 and found[CUDNN].status == "ok"
     for name, text in said.items():
-        assert found[name].status == "failed" and text in found[name].reason
+        assert found[name].status == "failed" and re.search(f"{text} {name}", found[name].reason)
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
@@ -186,18 +176,6 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="does not start"):
         measure(tmp_path / "rows", small(4), run.Worker)
-
-
-def test_a_worker_tells_what_it_does(tmp_path):
-    given = Forked(options(tmp_path), "run")
-    try:
-        told = list(given.ask((small(4)[0], [(OURS, "eager")], {}), 60.0))
-    finally:
-        given.end()
-    assert [row.provider for row in told if isinstance(row, rows.Row)] == [OURS] and given.maker.device.type == "cpu"
-    stages = [event[::2] for event in told if not isinstance(event, rows.Row)]
-    said = [("float64", "truth"), (CUDNN, "check"), (OURS, "build"), (OURS, "check"), (OURS, "timing")]
-    assert list(dict.fromkeys(stages)) == said
 
 
 UNUSABLE = {

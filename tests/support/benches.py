@@ -117,8 +117,6 @@ def small(*sizes, **changes):
 class Page(html.parser.HTMLParser):
     """A page taken apart: its tags, those that are open at the end, its text, and what a browser would fetch."""
 
-    VOID = {"meta", "link", "br"}
-
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.text, self.fetched, self.ids, self.links = [], [], "", [], set(), set()
@@ -127,8 +125,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.handle_startendtag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.append(tag)
+        self.open += [tag] * (tag not in ("meta", "link", "br"))
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
