@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.lstms import assert_close, flat
 
-from lstm_triton import LSTM, LSTMCell, convert, to_torch
+from lstm_triton import LSTM, convert, to_torch
 
 OPTIONS = {"backend": "triton", "precision": "ieee"}
 
@@ -80,15 +80,12 @@ def test_round_trip(model, x):
     assert to_torch(model) is model, "nothing to do"
     assert type(convert(model, compilable=True).layer) is LSTM
     to_torch(model)
-    assert type(model.layer) is torch.nn.LSTM and set(model.layer.__dict__) == attributes[0]
-
-
-def test_a_single_module():
-    x = torch.randn(4, 1, 2)
-    assert convert(torch.nn.LSTM(2, 3))(x, return_cell_states=True)[2].shape == (4, 1, 3)
-    assert convert(torch.nn.LSTMCell(2, 3), backend="reference").backend == "reference"
-    assert type(to_torch(LSTM(2, 3))) is torch.nn.LSTM
-    assert type(to_torch(LSTMCell(2, 3))) is torch.nn.LSTMCell
+    assert [type(m) for m in _lstms(model)] == [torch.nn.LSTM, torch.nn.LSTMCell]
+    assert [set(m.__dict__) for m in _lstms(model)] == attributes
+    for options in ({"backend": "cuda"}, {"precision": "fp32"}):
+        with pytest.raises(ValueError, match="must be one of"):
+            convert(model, **options)
+    assert [set(m.__dict__) for m in _lstms(model)] == attributes, "unknown options change nothing"
 
 
 def test_optimizers_hooks_and_gradients_go_on(model, x):
@@ -125,10 +122,3 @@ def test_copies_and_pickles_of_converted_models(model, x):
         assert type(again.layer) is torch.nn.LSTM and again.layer.backend == "triton"
         assert_close(flat(again(x)), expected)
         assert again.layer(x, return_cell_states=True)[2].shape == expected[0].shape
-
-
-@pytest.mark.parametrize("options", [{"backend": "cuda"}, {"precision": "fp32"}], ids=str)
-def test_unknown_options_change_nothing(options, model):
-    with pytest.raises(ValueError, match="must be one of"):
-        convert(model, **options)
-    assert type(model.layer) is torch.nn.LSTM
