@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Nothing(NamedTuple):
-    """What an operator saves whose backward takes nothing but its inputs."""
+    """Nothing is saved: the backward takes the operator's inputs alone."""
 
 
 class Records(NamedTuple):
@@ -68,7 +68,7 @@ class CellGradients(NamedTuple):
 
 
 class CellSaved(NamedTuple):
-    """What the backward needs of `CellOutputs`."""
+    """The part of `CellOutputs` that the backward needs."""
 
     c: Tensor
     gates: Tensor
@@ -207,7 +207,7 @@ class LayerGradients(NamedTuple):
 
 
 class LayerSaved(NamedTuple):
-    """What the backward needs of `LayerOutputs`: y before dropout; c; gates, or None if it is to compute them again."""
+    """The part of `LayerOutputs` that the backward needs: y before dropout, c, gates (None: it computes them again)."""
 
     h: Tensor
     c: Tensor
@@ -247,7 +247,7 @@ class ReadoutGradients(NamedTuple):
 
 
 class ReadoutSaved(NamedTuple):
-    """What the backward needs of `ReadoutOutputs`."""
+    """The part of `ReadoutOutputs` that the backward needs."""
 
     y: Tensor
 

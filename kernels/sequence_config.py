@@ -10,7 +10,7 @@ from .config import LaunchConfig, cdiv, uses_tensor_cores
 
 
 class Problem(NamedTuple):
-    """What a configuration depends on besides the device: B batch rows, H units, D directions, "forward" or "backward".
+    """All that a configuration depends on besides the device: B batch rows, H units, D directions, "forward" or "backward".
 
     stepwise: one launch per step is requested. The rest changes only the code. features: those of `specialization.POINTERS`
     that the call has. recompute: the backward takes pre-activations, not gates. long_offsets: a step's tensors have 2^31

@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Environment:
-    """What the choice depends on besides the call: whether Triton is installed and interpreting, and the GPU's capability."""
+    """The surroundings of a call: whether Triton is installed and interpreting, and the capability of the GPU."""
 
     has_triton: bool
     interpreting: bool
@@ -131,7 +131,7 @@ def _choose(
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice for a layer depends on besides device and dtype."""
+    """The properties of a layer's call that the choice depends on, besides device and dtype."""
 
     plain: bool  # no resets, lengths, cell states or recomputation, so that cuDNN and torch's CPU kernels can run it
     long: bool  # more steps than cuDNN takes

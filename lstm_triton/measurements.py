@@ -28,7 +28,7 @@ SHIPPED = Path(__file__).with_name("measurements.json")  # not there until rows 
 
 
 class Machine(NamedTuple):
-    """What a measurement depends on besides the call. kernels: a digest of their source."""
+    """The device and software that a measurement depends on. kernels: a digest of their source."""
 
     device: str
     sms: int

@@ -1,4 +1,4 @@
-"""What torch is doing around a call, such as compiling, tracing or transforming, which decides how the call runs."""
+"""Tell whether torch is compiling, tracing or transforming around a call, which decides how the call runs."""
 
 from collections.abc import Sequence
 

@@ -91,31 +91,6 @@ def test_fma_does_not_round_the_product():
 
 
 @triton.jit
-def _runtime_range_kernel(x_ptr, start, end, step):
-    for k in range(start, end, step):
-        tl.store(x_ptr + k, k)
-
-
-def test_range_of_runtime_integers():
-    x = torch.zeros(10, dtype=torch.int32)
-    _runtime_range_kernel[(1,)](x, 2, 10, 3)
-    assert x.tolist() == [0, 0, 2, 0, 0, 5, 0, 0, 8, 0]
-
-
-@triton.jit
-def _mask_kernel(x_ptr):
-    i = tl.arange(0, 8)
-    tl.store(x_ptr + i, i, mask=(i < 6) & (i > 2))
-    tl.store(x_ptr, tl.sum((i < 6).to(tl.int32), 0))
-
-
-def test_comparisons_are_masks_and_numbers():
-    x = torch.zeros(8, dtype=torch.int32)
-    _mask_kernel[(1,)](x)
-    assert x.tolist() == [6, 0, 0, 3, 4, 5, 0, 0]
-
-
-@triton.jit
 def _asm_kernel(x_ptr, y_ptr, INSTRUCTION: tl.constexpr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     asm: tl.constexpr = INSTRUCTION + " $0, $1;"
