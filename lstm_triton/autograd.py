@@ -9,8 +9,8 @@ import contextlib
 import functools
 import itertools
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class Operator:
     save: outputs -> saved.
     fake: the forward launcher for fake tensors; without it the reference gives the outputs. fake_backward: (inputs, saved) ->
         the gradients that are not contiguous, fake.
-    unread: names of the inputs whose gradients are needed -> names of the inputs that the backward launcher does not read.
-        In-place updates of these between forward and backward are no error, as in torch.
+    read_for: inputs that the backward launcher reads for the gradient of one other input only, or (None) for none. Where that
+        is not needed, in-place updates between forward and backward are no error, as in torch.
     recurrent: whether products follow torch's setting for recurrent layers, not that for matrix products.
     """
 
@@ -52,7 +52,7 @@ class Operator:
     save: Callable[[Any], Any] = lambda outputs: ()
     fake: Callable[[Any, Any, bool], Any] | None = None
     fake_backward: Callable[[Any, Any], dict[str, Tensor]] = lambda inputs, saved: {}
-    unread: Callable[[frozenset[str]], set[str]] = lambda needs: set()
+    read_for: Mapping[str, str | None] = field(default_factory=dict)
     recurrent: bool = False
 
     def __post_init__(self) -> None:
@@ -74,13 +74,8 @@ class Operator:
         record = functools.partial(self._second.apply, self._save_second)
         self.backward_operator = define(self._of_backward, self._gradients, self._fake_gradients, record)
 
-    @functools.cached_property
-    def launch(self) -> Callable:
-        return _imported(self.forward or self.by_reference)
-
-    @functools.cached_property
-    def launch_backward(self) -> Callable:
-        return _imported(self.backward or self._backward_by_reference)
+    launch = functools.cached_property(lambda self: _imported(self.forward or self.by_reference))
+    launch_backward = functools.cached_property(lambda self: _imported(self.backward or self._backward_by_reference))
 
     def __call__(self, inputs: Any, options: Any) -> Sequence[Any]:
         """Return the outputs for NamedTuples of inputs and options; outputs that are not needed are None or empty."""
@@ -120,7 +115,8 @@ class Operator:
         ctx.derivative, ctx.options, ctx.is_saved = self._first_derivative, options, save
         ctx.mark_non_differentiable(*[t for t in outputs[self._n_gradients :] if t is not None])
         if save:
-            unread = self.unread(frozenset(itertools.compress(self.names, ctx.needs_input_grad[-len(inputs) :])))
+            needs = set(itertools.compress(self.names, ctx.needs_input_grad[-len(inputs) :]))
+            unread = {name for name, other in self.read_for.items() if other not in needs}
             named = zip(self.names, inputs)
             ctx.unread = {k: (t, _version(t)) for k, (name, t) in enumerate(named) if name in unread and t is not None}
             read = (None if k in ctx.unread else t for k, t in enumerate(inputs))

@@ -29,11 +29,6 @@ def _cell_reference(inputs: records.CellInputs, options: records.CellOptions) ->
     return reference.lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, step)
 
 
-def _cell_unread(needs: frozenset[str]) -> set[str]:
-    factors = {"x": "w_ih", "w_ih": "x", "w_hh": "h"}
-    return {"b_ih", "b_hh"} | {name for name, other in factors.items() if other not in needs}
-
-
 lstm_cell = Operator(
     "lstm_cell",
     records.CELL,
@@ -42,7 +37,7 @@ lstm_cell = Operator(
     "cell_backward:lstm_cell_backward",
     save=lambda outputs: records.CellSaved(outputs.c, outputs.gates),
     fake=_cell_fake,
-    unread=_cell_unread,
+    read_for={"b_ih": None, "b_hh": None, "x": "w_ih", "w_ih": "x", "w_hh": "h"},
 )
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -144,7 +139,7 @@ softmax_readout = Operator(
     "readout:softmax_readout_forward",
     "readout_backward:softmax_readout_backward",
     save=lambda outputs: records.ReadoutSaved(outputs.y),
-    unread=lambda needs: {"bias"} | {name for name, other in (("h", "weight"), ("weight", "h")) if other not in needs},
+    read_for={"bias": None, "h": "weight", "weight": "h"},
 )
 
 # ---- the product of a projection: torch's own GEMM, in the precision of the kernels' ---------------------------------

@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -33,10 +32,6 @@ def _input(module, *batch, **options):
 def _close(found, expected):
     # Another order of the same float32 sums; test_cell judges the accuracy.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def _gradients(results, module):
-    return torch.autograd.grad(sum(t.square().sum() for t in results), list(module.parameters()))
 
 
 def _raised(call, *args, **kwargs):
@@ -110,22 +105,15 @@ BAD_CELLS = [((size, H), {}) for size, H in ((3.5, 4), ("3", 4), (3, -4))] + [((
 
 
 @every
-def test_constructor_errors_are_torchs(theirs):
-    for args, kwargs in BAD_CELLS if issubclass(theirs, torch.nn.RNNCellBase) else BAD_LAYERS:
+def test_constructor_errors_and_warnings_are_torchs(theirs):
+    is_cell = issubclass(theirs, torch.nn.RNNCellBase)
+    for kind in () if is_cell else (theirs, OURS[theirs]):
+        with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
+            kind(3, 5, dropout=0.25)
+    for args, kwargs in BAD_CELLS if is_cell else BAD_LAYERS:
         found, expected = (_raised(kind, *args, **kwargs) for kind in (OURS[theirs], theirs))
         name = OURS[theirs].__name__
         assert (found[0], found[1].replace(f"{name}.", "")) == (expected[0], expected[1].replace(f"{name}.", "")), args
-
-
-@pytest.mark.parametrize("theirs", [torch.nn.LSTM, torch.nn.GRU])
-def test_warning_of_dropout_with_one_layer(theirs):
-    texts = []
-    for kind in (theirs, OURS[theirs]):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            kind(3, 5, dropout=0.25)
-        texts.append([(w.category, str(w.message)) for w in caught])
-    assert texts[0] == texts[1] and texts[1][0][0] is UserWarning
 
 
 @every
@@ -180,10 +168,11 @@ def test_every_form_of_a_call(backend, device):
     h, c = torch.randn(2, 2, 5, device=device)
     pairs = [None, (h, c), [h, c], torch.stack((h, c)).unbind()]
     for args in ((x,), *((x, hx) for hx in pairs), (x[0],), (x[0], (h[0], c[0]))):
-        found, expected = ours(*args), theirs(*args)
+        found, expected = results = [ours(*args), theirs(*args)]
         assert isinstance(found, tuple) and [t.shape for t in found] == [t.shape for t in expected]
-        _close(found, expected)
-        _close(*(_gradients(of, m) for of, m in ((found, ours), (expected, theirs))))
+        losses = (sum(t.square().sum() for t in result) for result in results)
+        gradients = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (ours, theirs))]
+        _close((found, gradients[0]), (expected, gradients[1]))
     _close(ours(input=x, hx=(h, c)), theirs(input=x, hx=(h, c)))
     assert ours(x.new_empty(0, 3))[0].shape == (0, 5)
 
@@ -216,9 +205,7 @@ def test_a_plain_call_on_a_cpu_is_torchs_forward(recompute, monkeypatch):
     x = torch.randn(4, 2, 3)
     monkeypatch.setattr(layers, "autocast", None)  # no other way may be taken
     for input in (x, x[:, 0], pack_padded_sequence(x, torch.tensor([4, 1]))):
-        (y, states), (expected, expected_states) = ours(input), theirs(input)
-        torch.testing.assert_close((y, states), (expected, expected_states), rtol=0, atol=0)
-        grads = [
-            torch.autograd.grad(s[0].sum(), m.weight_hh_l0) for m, s in ((ours, states), (theirs, expected_states))
-        ]
-        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        results = [m(input) for m in (ours, theirs)]
+        losses = [states[0].sum() for _, states in results]
+        gradients = [torch.autograd.grad(loss, m.weight_hh_l0) for loss, m in zip(losses, (ours, theirs))]
+        torch.testing.assert_close((results[0], gradients[0]), (results[1], gradients[1]), rtol=0, atol=0)
