@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import cells
 from support.operations import operations
+
+from lstm_triton.kernels.device import fp32_precision
 
 pytestmark = pytest.mark.long
 three = operations("cell", "readout", "layer with segments")
@@ -72,7 +73,7 @@ def test_second_derivatives_in_the_precision_asked_for(operation, precision, dev
 
     monkeypatch.setattr(torch.func, "vjp", noting)
     leaves, cotangents = operation.draw(device, torch.float32)
-    with cells.matmul_precision(other):
+    with fp32_precision(torch.backends.cuda.matmul, other):
         first = torch.autograd.grad(operation.run(*leaves, precision=precision), leaves, cotangents, create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         assert torch.backends.cuda.matmul.fp32_precision == other

@@ -1,8 +1,6 @@
 """LSTM cell problems: drawing them, and running them through the kernels, through torch, and in float64."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,10 +50,9 @@ def by_kernels(problem: Problem) -> list[Tensor | None]:
 
 def by_torch(problem: Problem) -> list[Tensor | None]:
     """The same through torch's own cell; for TF32 in plain PyTorch with such products, as `tolerance.Tf32Products` has them."""
-    with matmul_precision("ieee"):
+    with tolerance.torchs_products(problem.precision):
         if problem.precision == "tf32":
-            with tolerance.Tf32Products():
-                return problem.run(reference.lstm_cell)
+            return problem.run(reference.lstm_cell)
         return problem.run(lambda x, h, c, *weights: torch.lstm_cell(x, (h, c), *weights))
 
 
@@ -71,14 +68,3 @@ def assert_as_accurate_as_torch(results: list[Tensor | None], problem: Problem) 
     """Judge results in the order of RESULTS by the rule of `tolerance`."""
     by, true = (lambda tensors, f=f: f(problem.with_tensors(tensors)) for f in (by_torch, truth))
     judge(results, RESULTS, problem.tensors, by, true)
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """torch's float32 products on a GPU in this precision."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

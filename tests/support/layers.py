@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lstm_triton import functional, reference
 from lstm_triton.kernels import search
-from lstm_triton.kernels.inputs import Segments
 
 from . import tolerance
-from .cells import matmul_precision
 from .extended import Extended
 from .problems import judge, normal_from
 
@@ -125,64 +123,27 @@ def draw(
 
 def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Tensor]:
     """Outputs and gradients in the order of problem.names."""
+    given = dict(resets=problem.resets, lengths=problem.lengths, return_cell_states=problem.with_cells, backend=backend)
+    options = given | {"precision": problem.precision} | options
 
     def layer(x, h0, c0, weights, reset_state):
-        result = functional.lstm(
-            x,
-            (h0, c0),
-            weights,
-            resets=problem.resets,
-            reset_state=reset_state,
-            lengths=problem.lengths,
-            return_cell_states=problem.with_cells,
-            precision=problem.precision,
-            backend=backend,
-            **options,
-        )
-        return (result[0], *result[1], *result[2:])
+        y, states, *cells = functional.lstm(x, (h0, c0), weights, reset_state=reset_state, **options)
+        return y, *states, *cells
 
     return with_gradients(layer, problem)
 
 
 def by_torch(problem: Problem) -> list[Tensor]:
     """The same through torch's own layer; where it cannot, and for TF32, through the reference in the same dtype."""
-    own = problem.is_plain and problem.precision != "tf32"
+    bias, D = len(problem.weights) // problem.directions == 4, problem.directions
 
-    def layer(x, h0, c0, weights, reset_state):
-        if own:
-            return torch._VF.lstm(
-                x,
-                (h0, c0),
-                weights,
-                len(weights) // problem.directions == 4,
-                1,
-                0.0,
-                True,
-                problem.directions == 2,
-                False,
-            )
-        n = len(weights) // problem.directions
-        shape = (*x.shape[:1], *h0.shape)
-        resets = (None, None) if reset_state is None else (s.expand(shape) for s in reset_state)
-        by_direction = [weights[d * n : (d + 1) * n] for d in range(problem.directions)]
-        return reference.lstm_layer(x, h0, c0, by_direction, Segments(problem.resets, *resets, problem.lengths))[
-            : len(problem.cotangents)
-        ]
+    def layer(x, h0, c0, weights, _):
+        return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, True, D == 2, False)
 
-    with _full_precision(), tolerance.Tf32Products() if problem.precision == "tf32" else contextlib.nullcontext():
-        return with_gradients(layer, problem)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """torch's float32 products on a GPU in full precision, cuDNN's layers and all others."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    try:
-        with matmul_precision("ieee"):
-            yield
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
+    with tolerance.torchs_products(problem.precision):
+        if problem.is_plain and problem.precision != "tf32":
+            return with_gradients(layer, problem)
+        return by_kernels(problem, "reference", precision="ieee")
 
 
 @contextlib.contextmanager

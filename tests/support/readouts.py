@@ -8,7 +8,6 @@ from torch import Tensor
 from lstm_triton import functional, reference
 
 from . import tolerance
-from .cells import matmul_precision
 from .extended import Extended
 from .problems import Problem, judge, normal_from
 
@@ -44,10 +43,9 @@ def by_kernels(problem: Problem) -> list[Tensor | None]:
 
 def by_torch(problem: Problem) -> list[Tensor | None]:
     """The same through torch's own linear layer and softmax; for TF32 in plain PyTorch with such products."""
-    with matmul_precision("ieee"):
+    with tolerance.torchs_products(problem.precision):
         if problem.precision == "tf32":
-            with tolerance.Tf32Products():
-                return problem.run(lambda *inputs: (reference.softmax_readout(*inputs),))
+            return problem.run(lambda *inputs: (reference.softmax_readout(*inputs),))
         return problem.run(lambda *inputs: (torch.softmax(torch.nn.functional.linear(*inputs), -1),))
 
 

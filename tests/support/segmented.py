@@ -146,7 +146,7 @@ def assert_accurate(found: Sequence[Tensor], case: Case, drawn: Drawn) -> None:
     """These results are as close to the float64 reference as the reference in the same dtype, by the rule of `tolerance`."""
 
     def reference(tensors: Sequence[Tensor] = ()) -> list[Tensor]:
-        with tolerance.Tf32Products() if case.precision == "tf32" else contextlib.nullcontext():
+        with tolerance.torchs_products(case.precision):
             return results(case, drawn, "reference", tensors)
 
     def truth(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,15 +1,26 @@
 """Results judged by the rule of `lstm_triton.tolerance`, with a truth of float64 or of more."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from lstm_triton.kernels.device import fp32_precision
 from lstm_triton.tolerance import Errors, Tf32Products, misses, neighbours, worst
 
 from .extended import Extended, difference
 
-__all__ = ["Errors", "Tf32Products", "assert_as_accurate", "errors", "neighbours", "worst"]
+__all__ = ["Errors", "assert_as_accurate", "errors", "neighbours", "torchs_products", "worst"]
+
+
+@contextlib.contextmanager
+def torchs_products(precision: str | None) -> Iterator[None]:
+    """Within, torch's float32 products are full ones on a GPU too, or for "tf32" `Tf32Products`."""
+    tf32 = Tf32Products() if precision == "tf32" else contextlib.nullcontext()
+    with fp32_precision(torch.backends.cuda.matmul, "ieee"), fp32_precision(torch.backends.cudnn.rnn, "ieee"), tf32:
+        yield
 
 
 def errors(actual: Tensor, truth: Tensor | Extended) -> Errors:
