@@ -26,18 +26,10 @@ TOOLS = {
     "synccheck": "invalid barriers",
 }
 # Only this package's kernels, and neither the CUDA calls by which torch probes nor the compilers that Triton starts.
-OPTIONS = [
-    "--kernel-name",
-    "kns=_lstm_",
-    "--kernel-name",
-    "kns=_readout_",
-    "--report-api-errors",
-    "no",
-    "--target-processes",
-    "application-only",
-    "--error-exitcode",
-    "1",
-]
+OPTIONS = (
+    "--kernel-name kns=_lstm_ --kernel-name kns=_readout_"
+    " --report-api-errors no --target-processes application-only --error-exitcode 1"
+).split()
 
 Results = Sequence[Tensor | None]
 
@@ -98,18 +90,15 @@ def main(arguments: Sequence[str]) -> int:
     if arguments == ["--cases"]:
         run_cases(torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"))
         return 0
-    if unknown := [argument for argument in arguments if argument not in TOOLS]:
-        print(f"make sanitize: {unknown[0]} is none of {', '.join(TOOLS)}", file=sys.stderr)
-        return 2
-    if not torch.cuda.is_available():
-        print("make sanitize: no NVIDIA GPU here", file=sys.stderr)
-        return 2
-    sanitizer = find_sanitizer()
-    if sanitizer is None:
-        print(
-            "make sanitize: no compute-sanitizer in PATH or CUDA_HOME/bin; it is part of the CUDA toolkit",
-            file=sys.stderr,
-        )
+    unknown, sanitizer, why_not = [argument for argument in arguments if argument not in TOOLS], find_sanitizer(), None
+    if unknown:
+        why_not = f"{unknown[0]} is none of {', '.join(TOOLS)}"
+    elif not torch.cuda.is_available():
+        why_not = "no NVIDIA GPU here"
+    elif sanitizer is None:
+        why_not = "no compute-sanitizer in PATH or CUDA_HOME/bin; it is part of the CUDA toolkit"
+    if why_not:
+        print(f"make sanitize: {why_not}", file=sys.stderr)
         return 2
     # torch's caching allocator would hide from the tools where a tensor ends, and that it is new.
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
