@@ -131,8 +131,7 @@ def test_errors_are_torchs(mistake, device):
 
 # ---- functions of weights, and what torch has not: on the kernels' backend ----------------------------------------
 
-W = [_zeros(20, 4), _zeros(20, 5), _zeros(20), _zeros(20)]
-HX, IN = _states(1, 2, 5), _zeros(3, 2, 4)
+IN = _zeros(3, 2, 4), _states(1, 2, 5), [_zeros(20, 4), _zeros(20, 5), _zeros(20), _zeros(20)]
 FLAGS = [[True, False]] * 4
 lstm, lstm_cell, softmax_readout = (
     partial(function, backend="triton")
@@ -144,56 +143,56 @@ def _lstm(x, batch_first=False, **arguments):
     return lambda: LSTM(2, 3, backend="triton", batch_first=batch_first)(x, **arguments)
 
 
-OURS = {
-    "x of two dimensions": (lambda: lstm(IN[0], HX, W), ValueError, "Expected input to be 3D, got 2D"),
-    "no steps": (lambda: lstm(IN[:0], HX, W), RuntimeError, "sequence length to be larger than 0"),
-    "x too wide": (lambda: lstm(IN.repeat(1, 1, 2), HX, W), RuntimeError, "input_size. Expected 4, got 8"),
-    "one weight": (lambda: lstm(IN, HX, W[:1]), RuntimeError, "needs w_ih and w_hh"),
-    "a vector for w_hh": (lambda: lstm(IN, HX, [W[0], W[2]]), RuntimeError, "needs w_ih and w_hh"),
-    "a weight of no dimension": (lambda: lstm(IN, HX, [_zeros(), W[1]]), RuntimeError, "needs w_ih and w_hh"),
-    "three weights": (lambda: lstm(IN, HX, W[:3]), RuntimeError, "weights must be w_ih and w_hh"),
-    "a bias too short": (lambda: lstm(IN, HX, [*W[:3], W[3][1:]]), RuntimeError, r"weights\[3\] must have size"),
-    "one state": (lambda: lstm(IN, HX[:1], W), RuntimeError, "expects two hidden states"),
-    "three states": (lambda: lstm(IN, (*HX, HX[0]), W), RuntimeError, "expects two hidden states"),
-    "a tensor for states": (lambda: lstm(IN, torch.stack(HX), W), TypeError, "tuple of two Tensors"),
-    "a dict for states": (lambda: lstm(IN, dict(enumerate(HX)), W), TypeError, "tuple of two Tensors"),
-    "states of None": (lambda: lstm(IN, (None, None), W), TypeError, "tuple of two Tensors"),
-    "states of other rows": (lambda: lstm(IN, (HX[0][:, :1], HX[1]), W), RuntimeError, r"Expected hidden\[0\]"),
-    "a state's dtype": (
-        lambda: lstm(IN, (HX[0], HX[1].double()), W),
-        RuntimeError,
-        r"hx\[1\] must have the same dtype",
-    ),
-    "a weight's device": (lambda: lstm(IN, HX, [*W[:3], W[3].to("meta")]), RuntimeError, "parameter tensor at meta"),
-    "unknown precision": (lambda: lstm(IN, HX, W, precision="fp8"), ValueError, "precision must be"),
-    "unknown backend": (lambda: functional.lstm(IN, HX, W, backend="cuda"), ValueError, "backend must be"),
-    "a row longer than x": (lambda: lstm(IN, HX, W, lengths=torch.tensor([1, 4])), ValueError, "lengths"),
-    "no weight": (lambda: lstm(IN, None, [None, W[1]]), TypeError, "Tensor"),
-    "no weight of a cell": (lambda: lstm_cell(IN[0], _states(2, 5), None, W[1]), TypeError, "Tensor"),
-    "no h of a readout": (lambda: softmax_readout(None, W[0]), TypeError, "Tensor"),
-    "no weight of a readout": (lambda: softmax_readout(IN, None), TypeError, "Tensor"),
-    "no h of a module": (lambda: SoftmaxReadout(2, 3, backend="triton")(None), TypeError, "Tensor"),
-    "resets a list": (_lstm(_zeros(4, 4, 2), resets=FLAGS), TypeError, "must be a tensor"),
-    "resets an array": (_lstm(_zeros(4, 2), resets=torch.tensor(FLAGS).numpy()), TypeError, "must be a tensor"),
-    "resets a list, batch first": (_lstm(_zeros(4, 4, 2), True, resets=FLAGS), TypeError, "must be a tensor"),
-    "lengths an integer": (_lstm(_zeros(4, 2), lengths=3), TypeError, "must be a tensor"),
-    "lengths a list": (_lstm(_zeros(4, 2, 2), lengths=[4, 2]), TypeError, "must be a tensor"),
-    "matrices of integers": (
-        lambda: from_gate_matrices(*[_zeros(5, 3).long(), _zeros(3).long()] * 4),
-        TypeError,
-        "floating-point",
-    ),
-    "hx a dict": (_lstm(X, hx=dict(enumerate(_states(1, 3, 3)))), TypeError, "tuple of two Tensors"),
-}
+def _calls(x, hx, w):
+    return {
+        "x of two dimensions": (lambda: lstm(x[0], hx, w), ValueError, "Expected input to be 3D, got 2D"),
+        "no steps": (lambda: lstm(x[:0], hx, w), RuntimeError, "sequence length to be larger than 0"),
+        "x too wide": (lambda: lstm(x.repeat(1, 1, 2), hx, w), RuntimeError, "input_size. Expected 4, got 8"),
+        "one weight": (lambda: lstm(x, hx, w[:1]), RuntimeError, "needs w_ih and w_hh"),
+        "a vector for w_hh": (lambda: lstm(x, hx, [w[0], w[2]]), RuntimeError, "needs w_ih and w_hh"),
+        "a weight of no dimension": (lambda: lstm(x, hx, [_zeros(), w[1]]), RuntimeError, "needs w_ih and w_hh"),
+        "three weights": (lambda: lstm(x, hx, w[:3]), RuntimeError, "weights must be w_ih and w_hh"),
+        "a bias too short": (lambda: lstm(x, hx, [*w[:3], w[3][1:]]), RuntimeError, r"weights\[3\] must have size"),
+        "one state": (lambda: lstm(x, hx[:1], w), RuntimeError, "expects two hidden states"),
+        "three states": (lambda: lstm(x, (*hx, hx[0]), w), RuntimeError, "expects two hidden states"),
+        "a tensor for states": (lambda: lstm(x, torch.stack(hx), w), TypeError, "tuple of two Tensors"),
+        "a dict for states": (lambda: lstm(x, dict(enumerate(hx)), w), TypeError, "tuple of two Tensors"),
+        "states of None": (lambda: lstm(x, (None, None), w), TypeError, "tuple of two Tensors"),
+        "states of other rows": (lambda: lstm(x, (hx[0][:, :1], hx[1]), w), RuntimeError, r"Expected hidden\[0\]"),
+        "a state's dtype": (
+            lambda: lstm(x, (hx[0], hx[1].double()), w),
+            RuntimeError,
+            r"hx\[1\] must have the same dtype",
+        ),
+        "a weight's device": (lambda: lstm(x, hx, [*w[:3], w[3].to("meta")]), RuntimeError, "parameter tensor at meta"),
+        "unknown precision": (lambda: lstm(x, hx, w, precision="fp8"), ValueError, "precision must be"),
+        "unknown backend": (lambda: functional.lstm(x, hx, w, backend="cuda"), ValueError, "backend must be"),
+        "a row longer than x": (lambda: lstm(x, hx, w, lengths=torch.tensor([1, 4])), ValueError, "lengths"),
+        "no weight": (lambda: lstm(x, None, [None, w[1]]), TypeError, "Tensor"),
+        "no weight of a cell": (lambda: lstm_cell(x[0], _states(2, 5), None, w[1]), TypeError, "Tensor"),
+        "no h of a readout": (lambda: softmax_readout(None, w[0]), TypeError, "Tensor"),
+        "no weight of a readout": (lambda: softmax_readout(x, None), TypeError, "Tensor"),
+        "no h of a module": (lambda: SoftmaxReadout(2, 3, backend="triton")(None), TypeError, "Tensor"),
+        "resets a list": (_lstm(_zeros(4, 4, 2), resets=FLAGS), TypeError, "must be a tensor"),
+        "resets an array": (_lstm(_zeros(4, 2), resets=torch.tensor(FLAGS).numpy()), TypeError, "must be a tensor"),
+        "resets a list, batch first": (_lstm(_zeros(4, 4, 2), True, resets=FLAGS), TypeError, "must be a tensor"),
+        "lengths an integer": (_lstm(_zeros(4, 2), lengths=3), TypeError, "must be a tensor"),
+        "lengths a list": (_lstm(_zeros(4, 2, 2), lengths=[4, 2]), TypeError, "must be a tensor"),
+        "matrices of integers": (
+            lambda: from_gate_matrices(*[_zeros(5, 3).long(), _zeros(3).long()] * 4),
+            TypeError,
+            "floating-point",
+        ),
+        "hx a dict": (_lstm(_zeros(4, 3, 2), hx=dict(enumerate(_states(1, 3, 3)))), TypeError, "tuple of two Tensors"),
+    }
 
 
-@pytest.mark.parametrize("mistake", OURS)
-def test_errors_name_the_argument(mistake, device, monkeypatch):
-    for name, t in (("W", [w.to(device) for w in W]), ("HX", tuple(t.to(device) for t in HX)), ("IN", IN.to(device))):
-        monkeypatch.setitem(globals(), name, t)
-    call, error, words = OURS[mistake]
-    with torch.device(device), pytest.raises(error, match=words):
-        call()
+@pytest.mark.parametrize("mistake", _calls(*IN))
+def test_errors_name_the_argument(mistake, device):
+    with torch.device(device):
+        call, error, words = _calls(*tree_map(lambda t: t.to(device), IN))[mistake]
+        with pytest.raises(error, match=words):
+            call()
 
 
 def test_weights_of_another_dtype(device):
