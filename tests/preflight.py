@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 REQUIRED = ("torch", "triton", "numpy", "pytest")
-OPTIONAL = ("pytest-xdist", "hypothesis", "jinja2", "matplotlib", "nvidia-ml-py", "pandas", "rich")
+OPTIONAL = ("pytest-xdist", "jinja2", "matplotlib", "nvidia-ml-py", "pandas", "rich")
 
 
 def version(distribution: str) -> str | None:

@@ -115,16 +115,16 @@ def test_the_preflights_launch():
 
 
 def test_the_preflight_names_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "version", lambda name: None if name in ("pytest", "hypothesis") else "1.0")
+    monkeypatch.setattr(preflight, "version", lambda name: None if name in ("pytest", "pytest-xdist") else "1.0")
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
     monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
     monkeypatch.delenv("CC", raising=False)
     assert preflight.main() == 1
     said = capsys.readouterr()
-    assert "torch 1.0" in said.out and "hypothesis None" in said.out
+    assert "torch 1.0" in said.out and "pytest-xdist None" in said.out
     for what in ("the Python package pytest", "C compiler.*none of gcc, clang", "/nowhere/Python.h"):
         assert len([line for line in said.err.splitlines() if re.search(what, line)]) == 1, what
-    assert "hypothesis" not in said.err, "its tests are skipped"
+    assert "pytest-xdist" not in said.err, "its tests are skipped"
 
 
 def test_the_preflight_says_how_the_launch_failed(monkeypatch, capsys):
