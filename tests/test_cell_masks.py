@@ -9,7 +9,7 @@ import torch
 from support import segmented
 
 from lstm_triton import Cell, Recurrent, cell
-from lstm_triton.cells import CellError, catalogue
+from lstm_triton.cells import catalogue
 
 T, B, I, H = 5, 3, 4, 6
 P_H, P_C = 0.3, 0.6
@@ -91,21 +91,6 @@ def test_copied_and_pickled(device):
         assert again.cell.key == zoneout.key and again.cell.masks == {"h": P_H, "c": P_C}
         torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
     assert catalogue.zoneout(0.1).key != catalogue.zoneout(0.2).key
-
-
-REFUSED = {
-    "four": (dict.fromkeys("uvwx", 0.5), lambda z, s, m: (z.a * m.u * m.v * m.w * m.x, {}), "at most 3 masks"),
-    "a probability": ({"u": 1.5}, lambda z, s, m: (z.a * m.u, {}), "probabilities between 0 and 1"),
-    "no probabilities": ("u", lambda z, s, m: (z.a * m.u, {}), "names with probabilities"),
-    "not used": ({"u": 0.5}, lambda z, s, m: (z.a, {}), "the mask 'u' is not used"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case):
-    masks, function, message = REFUSED[case]
-    with pytest.raises(CellError, match=message):
-        Cell(function, "a", masks=masks)
 
 
 # ---- the kernels, by the tolerance rule and on compiled code ---------------------------------------------------------

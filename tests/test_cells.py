@@ -120,6 +120,10 @@ def _reads_a_number(z, s):
     return z.f * z.f[0, 0].item(), {}
 
 
+def _masked(z, s, m):
+    return z.a * m.u, {}
+
+
 _OUTSIDE = torch.ones(3)
 REFUSED = {
     "a sum over units": (lambda z, s: (z.f.softmax(-1), {}), "f", "", "softmax.* not a pointwise operation"),
@@ -155,14 +159,18 @@ REFUSED = {
     ),
     "one name twice": (lambda z, s: (z.a, {"a": s.a}), "a", "a", "names of their own"),
     "the name of the output": (lambda z, s: (z.h, {}), "h", "", "names of their own"),
+    "four masks": (_masked, "a", "", "at most 3 masks", dict.fromkeys("uvwx", 0.5)),
+    "a probability": (_masked, "a", "", "probabilities between 0 and 1", {"u": 1.5}),
+    "no probabilities": (_masked, "a", "", "names with probabilities", "u"),
+    "an unused mask": (_masked, "a", "", "the mask 'v' is not used", {"u": 0.5, "v": 0.5}),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case):
-    function, gates, states, message = REFUSED[case]
+    function, gates, states, message, *masks = REFUSED[case]
     with pytest.raises(CellError, match=message):
-        Cell(function, gates, states)
+        Cell(function, gates, states, (), *masks)
 
 
 def test_the_line_of_an_operation_is_told():
