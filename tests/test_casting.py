@@ -148,42 +148,23 @@ def test_another_dtype_is_another_cast(cell):
     assert h.dtype == torch.float16 and before[0].dtype == LOW
 
 
-def without_gradients(cell):
-    with torch.no_grad():
-        return steps(cell)
-
-
-def without_the_cache(cell):
-    device = cell.weight_ih.device
-    with torch.autocast(device.type, LOW, cache_enabled=False):
-        return cell(torch.ones(2, 3, device=device))
-
-
-def under_a_dispatch_mode(cell):
-    with Watching():
-        return steps(cell)
-
-
-def frozen(cell):
-    return steps(cell.requires_grad_(False))
-
-
-def under_a_transform(cell):
+def test_where_no_cast_is_reused(cell):
+    """Without gradients or torch's cache, under a dispatch mode or a transform, of frozen parameters."""
     x = torch.ones(2, 3, device=cell.weight_ih.device)
 
     def loss(parameters):
         with torch.autocast(x.device.type, LOW):
             return torch.func.functional_call(cell, parameters, (x,))[0].float().sum()
 
-    torch.func.grad(loss)({name: p.detach() for name, p in cell.named_parameters()})
-
-
-@pytest.mark.parametrize(
-    "call", [without_gradients, without_the_cache, under_a_dispatch_mode, frozen, under_a_transform]
-)
-def test_where_no_cast_is_reused(call, cell):
     casting._held.clear()
-    call(cell)
+    with torch.no_grad():
+        steps(cell)
+    with torch.autocast(x.device.type, LOW, cache_enabled=False):
+        cell(x)
+    with Watching():
+        steps(cell)
+    torch.func.grad(loss)({name: p.detach() for name, p in cell.named_parameters()})
+    steps(cell.requires_grad_(False))
     assert not casting._held
 
 
