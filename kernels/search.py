@@ -99,7 +99,7 @@ def _forms(problem: Problem, block_b: int, block_h: int, num_warps: int) -> Iter
         yield from itertools.product([True], [num_warps], [_CHUNK_BYTES // itemsize], _IN_FLIGHT_IN_BAND)
     # On CUDA cores, or in two parts, W_hh in shared memory serves a program that has all units, and waits for no other.
     if False in _IN_BAND and block_b >= 16 and (problem.H <= block_h or not problem.only_in_band):
-        yield from itertools.product([False], [1, num_warps] if forward else [num_warps], _DEPTHS, _BYTES_IN_FLIGHT)
+        yield from itertools.product([False], [1 if forward else num_warps], _DEPTHS, _BYTES_IN_FLIGHT)
 
 
 def _stage(config: SequenceConfig) -> int:

@@ -17,7 +17,7 @@ from .gates import gate_rows, load_gates, split_gates, store_gates
 from .grid_sync import COUNTER_STRIDE, arrive, wait
 from .interleave import deinterleave
 from .segments import UNSPECIALIZED, reset_state_rows, resets_at, row_lengths, rows_before, with_resets
-from .splits import chunk_offsets, product_of_arriving_rows, product_of_rows
+from .splits import product_of_arriving_rows
 
 
 @triton.jit
@@ -25,16 +25,6 @@ def _load_weight_chunk(w_ptr, rows, mask_rows, k, ROW: tl.constexpr, BLOCK_K: tl
     offs_k = k + tl.arange(0, BLOCK_K)
     offsets = rows.to(tl.int64)[:, None] * ROW + offs_k[None, :]
     return tl.load(w_ptr + offsets, mask=mask_rows[:, None] & (offs_k < ROW)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_split_weight_chunk(
-    w_ptr, chunk, n, H: tl.constexpr, ROW: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Load a chunk [SPLIT_K, BLOCK_K, columns] of W_hh^T, of columns n in memory order."""
-    k = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
-    offsets = ((n % 4) * H + n // 4).to(tl.int64)[None, None, :] * ROW + k[:, :, None]
-    return tl.load(w_ptr + offsets, mask=(k < ROW)[:, :, None] & (n < 4 * H)[None, None, :], other=0.0)
 
 
 @triton.jit
@@ -111,12 +101,9 @@ def _lstm_sequence_forward_kernel(
             gate_blocks = gate_blocks + (w_ptr + n.to(tl.int64) * ROW,)  # type: ignore[assignment]
         weights = load_weight_fragments(gate_blocks, ROW, SPLIT_K, BLOCK_K, CHUNKS, FULL)
     elif RESIDENT:
-        columns = 4 * first_unit + tl.arange(0, 4 * BLOCK_H)
         for chunk in tl.static_range(CHUNKS):
             weights = weights + (  # type: ignore[assignment]
-                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, ROW, BLOCK_K)
-                if SPLIT_K == 1
-                else _load_split_weight_chunk(w_ptr, chunk, columns, H, ROW, SPLIT_K, BLOCK_K),
+                _load_weight_chunk(w_ptr, rows, mask_rows, chunk * BLOCK_K, ROW, BLOCK_K),
             )
 
     # Rows past the batch load its last row again, because masks would take registers; only stores are masked.
@@ -193,9 +180,6 @@ def _lstm_sequence_forward_kernel(
 
         if IN_BAND:
             z = product_of_arriving_rows(h_rows, awaits, stall_ptr, weights, ROW, IN_FLIGHT, PRECISION, ACC)
-            z_i, z_f, z_g, z_o = deinterleave(z, 4)
-        elif SPLIT_K > 1:
-            z = product_of_rows(h_rows[0], None, weights, ROW, IN_FLIGHT, PRECISION, ACC)  # type: ignore[misc]
             z_i, z_f, z_g, z_o = deinterleave(z, 4)
         else:
             z = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)

@@ -20,18 +20,9 @@ def chunk_offsets(chunk, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_rows_chunk(rows, exists, chunk, N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load a chunk [SPLIT_K, rows, BLOCK_K] of rows of N elements; 0 past their end.
-
-    exists: where it is False all is 0; None stands for True.
-    """
+    """Load a chunk [SPLIT_K, rows, BLOCK_K] of rows of N elements; 0 past their end, and where `exists` is False."""
     n = chunk_offsets(chunk, SPLIT_K, BLOCK_K)
-    pointers = rows[None, :, None] + n[:, None, :]
-    if exists is not None:
-        return tl.load(pointers, mask=(n < N)[:, None, :] & exists, other=0.0)
-    elif N % (SPLIT_K * BLOCK_K) != 0:
-        return tl.load(pointers, mask=(n < N)[:, None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(rows[None, :, None] + n[:, None, :], mask=(n < N)[:, None, :] & exists, other=0.0)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def _waiting_after_the_loads(way, source):
 
 
 def _loading_weights_in_every_step(source):
-    resident = r"    el(if RESIDENT:\n(?:        columns = .*\n)?        for chunk in [\s\S]*?\n            \)\n)"
+    resident = r"    el(if RESIDENT:\n        for chunk in [\s\S]*?\n            \)\n)"
     load = re.search(resident, source)[1]
     product = re.search(r"        if IN_BAND:\n            (z = |# In the first step)", source)[0]
     again = "        weights = ()\n" + re.sub(r"^(?=.)", "    ", "    " + load, flags=re.MULTILINE)
@@ -78,8 +78,11 @@ def _loading_weights_in_every_step(source):
 
 
 def _loading_chunk_by_chunk(source):
-    [load] = re.findall(r"loaded = (load_rows_chunk\(.*\))\n", source)
-    return source.replace("tl.dot(state[k], weights", f"tl.dot({load}, weights")
+    [of_rows] = re.findall(r"loaded = (load_rows_chunk\(.*\))\n", source)
+    source = source.replace("tl.dot(state[k], weights", f"tl.dot({of_rows}, weights")
+    for of_columns in re.findall(r"loaded = (_load_state_chunk\(.*\)).*\n", source):
+        source = source.replace("tl.dot(weights[first + k], state[k], z", f"tl.dot(weights[first + k], {of_columns}, z")
+    return source
 
 
 def _computing_another_exponential(source):
