@@ -131,45 +131,34 @@ def test_masked_columns_get_no_gradient(device):
 
 FORWARD = {"_readout_forward_kernel": 1}
 BACKWARD = {"_readout_row_dots_kernel": 1, "_readout_backward_kernel": 1}
+RESCALED, IN_PARTS = FORWARD | {"_readout_rescale_kernel": 1}, BACKWARD | {"_readout_sum_parts_kernel": 1}
 
 
 @pytest.mark.parametrize(
-    "shape, forward, backward",
+    "shape, needs, forward, backward",
     [
-        ((3, 7, 37), FORWARD, BACKWARD),
-        ((3, 7, 130), FORWARD | {"_readout_rescale_kernel": 1}, BACKWARD),
-        ((2, 7, 260), FORWARD | {"_readout_rescale_kernel": 1}, BACKWARD | {"_readout_sum_parts_kernel": 1}),
+        ((3, 7, 37), (1, 1, 1), FORWARD, BACKWARD),
+        ((3, 7, 37), (0, 1, 0), FORWARD, BACKWARD),
+        ((3, 7, 130), (1, 1, 1), RESCALED, BACKWARD),
+        ((2, 7, 260), (1, 1, 1), RESCALED, IN_PARTS),
+        ((2, 7, 260), (1, 0, 1), RESCALED, IN_PARTS),
     ],
     ids=str,
 )
-def test_launches(shape, forward, backward, device, count_launches):
-    problem = readouts.draw(*shape, device=device)
-    leaves = [t.requires_grad_() for t in problem.inputs]
-    y = functional.softmax_readout(*leaves, backend="triton")
-    assert count_launches() == forward
-    torch.autograd.grad(y, leaves, problem.cotangents)
-    assert count_launches() == backward
-
-
-@pytest.mark.parametrize(
-    "shape, needs",
-    [((3, 5, 40), (0, 1, 0)), (LONG_SUMS_FP32[0], (1, 0, 1))],
-    ids=str,
-)
-def test_only_the_gradients_asked_for_are_computed(shape, needs, device, monkeypatch):
-    problem = readouts.draw(*shape, device=device)
-    expected = readouts.by_kernels(problem)[1:]
-    launched = []
+def test_launches_compute_what_is_needed(shape, needs, forward, backward, device, monkeypatch, count_launches):
+    problem, outputs = readouts.draw(*shape, device=device), []
+    expected = [g for g, n in zip(readouts.by_kernels(problem)[1:], needs) if n]
     launch = readout_backward._backward
 
     def noting(grid, config, arguments):
-        launched.append([arguments[name] is not None for name in ("dh_ptr", "dweight_ptr", "dbias_ptr")])
+        outputs.append(tuple(arguments[name] is not None for name in ("dh_ptr", "dweight_ptr", "dbias_ptr")))
         launch(grid, config, arguments)
 
     monkeypatch.setattr(readout_backward, "_backward", noting)
+    count_launches()
     leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip(problem.inputs, needs)]
     y = functional.softmax_readout(*leaves, backend="triton")
+    assert count_launches() == forward
     found = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], problem.cotangents)
-    for result, true in zip(found, [g for g, n in zip(expected, needs) if n]):
-        torch.testing.assert_close(result, true)
-    assert launched == [list(map(bool, needs))]
+    assert count_launches() == backward and outputs == [needs]
+    torch.testing.assert_close(list(found), expected)
