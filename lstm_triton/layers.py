@@ -85,8 +85,7 @@ def lstm(  # noqa: PLR0913
     (T, B, _), H = x.shape, weights[1].shape[1]
     directions = 2 if len(weights) > 4 or (len(weights) == 4 and weights[2].dim() == 2) else 1
     if hx is None:
-        zeros = x.new_zeros(directions, B, H)
-        hx = (zeros, zeros)
+        hx = (x.new_zeros(directions, B, H),) * 2
     _check(x, hx, weights, directions)
     (by_direction,) = split_weights(weights, 1, directions)
     segments = checked_segments(x, (T, directions, B), (H, H), resets, reset_state, lengths)
@@ -129,13 +128,12 @@ def run(
     if chosen == "torch" and options.cell == "lstm" and B and H and filler_steps.can_serve(x, segments):
         found = filler_steps.lstm_layer(x, *hx, directions, segments, options.return_cells)
         if found is not None:
-            y, *states = found
-            return _dropped(y, options.dropout), *states
+            return _dropped(found[0], options.dropout), *found[1:]
     if chosen in ("reference", "torch") or B == 0 or H == 0:
         return _by_reference(x, hx, directions, segments, options, draws)
     if chosen == "triton-persistent":
-        weights = [w for direction in directions for w in direction]
-        is_recorded = torch.is_grad_enabled() and any_requires_grad((x, *hx, *weights, *segments))
+        tensors = x, *hx, *segments, *(w for direction in directions for w in direction)
+        is_recorded = torch.is_grad_enabled() and any_requires_grad(tensors)
         given = [name for name in ("resets", "lengths") if getattr(segments, name) is not None]
         given += ["random"] * draws
         if is_recorded and any(t is not None and t.requires_grad for t in (segments.reset_h, segments.reset_c)):
