@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,11 @@ def test_arguments_that_belong_together_travel_together_and_have_names():
                 ends = [node.slice.lower, node.slice.upper] if isinstance(node.slice, ast.Slice) else [node.slice]
                 numbers = [end.value for end in ends if isinstance(end, ast.Constant) and isinstance(end.value, int)]
                 assert not any(4 < number < 32 for number in numbers), where
+
+
+def test_almost_all_code_is_formatted_by_ruff():
+    marks = [mark for path in FILES.values() for mark in re.findall("fmt: *(skip|off)", path.read_text())]
+    assert marks.count("skip") < 10 and "off" not in marks
 
 
 def _imports(module: str) -> set[str]:
