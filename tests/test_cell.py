@@ -45,10 +45,17 @@ def test_the_tiles_of_a_gpu_with_few_multiprocessors(kind, device, multiprocesso
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("processors, scale", [(1, 4.0), (132, 1.0), (132, 0.01)])
-@pytest.mark.parametrize("shape", [ONES, NO_INPUTS, (33, 40, 50), *EDGES, *LARGE], ids=str)
+@pytest.mark.parametrize("shape", [ONES, NO_INPUTS, (33, 40, 50), *EDGES], ids=str)
 def test_full_product(shape, processors, scale, kind, device, multiprocessors):
     multiprocessors(processors)
     _check(shape, kind, device, scale=scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_shapes(shape, kind, device):
+    _check(shape, kind, device)
 
 
 def test_saturation_reaches_beyond_the_overflow_of_a_naive_tanh():

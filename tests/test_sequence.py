@@ -65,13 +65,20 @@ def test_large_layers(shape, device):
 @pytest.mark.parametrize(
     "shape, segments",
     [
-        *((shape, "plain") for shape in (ONES, *EDGES, *LARGE, (2, 3, 8, 1030), (200, 3, 4, 9))),
+        *((shape, "plain") for shape in (ONES, *EDGES, *LARGE)),
         *((shape, segments) for shape in (SMALL, (9, 18, 3, 33)) for segments in SEGMENTS),
     ],
     ids=str,
 )
 def test_full_product(shape, segments, backend, D, scale, kind, device):
     _check(shape, kind, device, D, backend, scale=scale, **SEGMENTS[segments])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 1030), (200, 3, 4, 9)], ids=str)
+def test_wide_and_long(shape, kind, device):
+    _check(shape, kind, device)
 
 
 def test_outputs_follow_the_memory_order_of_the_input(device):
