@@ -79,7 +79,7 @@ def _lstm_cell_forward_kernel(
     if cells_ptr is not None:
         store_tile(cells_ptr, c, offs_b, mask_b, offs_c, mask_c, D * (STATES * H))
     if gates_ptr is not None:
-        store_gates(gates_ptr, i, f, g, o, offs_b * D, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+        store_gates(gates_ptr, i, f, g, o, offs_b * D, mask_b, first_unit, H, BLOCK_H)
 
 
 _forward = Launcher(_lstm_cell_forward_kernel)

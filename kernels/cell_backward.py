@@ -53,7 +53,7 @@ def _gate_gradients(
     mask_b = offs_b < B
     mask_h = offs_h < H
     mask_c = offs_c < STATES * H
-    i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+    i, f, g, o = load_gates(gates_ptr, offs_b.to(tl.int64), mask_b, first_unit, H, BLOCK_H)
     c_prev = _load(c_prev, offs_b, mask_b, offs_c, mask_c, ACC)
     c = _load((c_ptr, STATES * H, 1), offs_b, mask_b, offs_c, mask_c, ACC)
     dh = _load(dh, offs_b, mask_b, offs_h, mask_h, ACC)

@@ -45,9 +45,7 @@ def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def load_gates(
-    ptr, rows, mask_rows, first_unit, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, ALL_UNITS: tl.constexpr = False
-):
+def load_gates(ptr, rows, mask_rows, first_unit, H, BLOCK_H: tl.constexpr, ALL_UNITS: tl.constexpr = False):
     """Load i, f, g, o of these batch rows from [rows, H, 4] in memory order; entries outside the masks are 0.
 
     mask_rows None promises that all rows exist. ALL_UNITS, used only without mask_rows, promises that all units do.
@@ -74,7 +72,6 @@ def store_gates(
     mask_rows,
     first_unit,
     H,
-    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ALL_UNITS: tl.constexpr = False,
 ):

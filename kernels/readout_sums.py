@@ -17,14 +17,13 @@ _BLOCK_V = 1024  # columns of a row a step
 _BLOCK, _BLOCK_PARTS = 128, 16  # elements of a sum, and its parts a step
 
 
-@triton.jit(do_not_specialize=["B", "part_v"])
+@triton.jit(do_not_specialize=["part_v"])
 def _readout_row_dots_kernel(
     # pointers
     dy_ptr,  # [B, V]
     y_ptr,  # [B, V], contiguous
     dots_ptr,  # [B, parts] out
     # sizes
-    B,
     V,
     part_v,  # columns per part, a multiple of BLOCK_V
     # strides
@@ -56,7 +55,7 @@ def row_dots(dy: Tensor, y: Tensor) -> Tensor:
     part_v = _BLOCK_V * steps_per_part(B, cdiv(V, _BLOCK_V), multiprocessor_count(dy.device), 1)
     dots = torch.empty((B, cdiv(V, part_v)), dtype=accumulator_dtype(y.dtype), device=y.device)
     if dots.numel():
-        arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, B=B, V=V, part_v=part_v)
+        arguments = dict(dy_ptr=dy, y_ptr=y, dots_ptr=dots, V=V, part_v=part_v)
         _dots((dots.numel(), 1, 1), _CONFIG, arguments | dict(ACC=accumulator(y.dtype), BLOCK_V=_BLOCK_V))
     return dots
 

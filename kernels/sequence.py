@@ -62,7 +62,7 @@ def _lstm_sequence_forward_kernel(
     # sizes
     T, B, first_step, last_step,
     first_group,  # the first group of this launch, which has as many groups as its programs make up
-    p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
+    p_hi, p_lo,  # probability of dropout: `dropout.probability`
     # strides; all [T, B, D, ...] tensors have the same, in units of D rows; those of reset states are in units of one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
@@ -133,9 +133,7 @@ def _lstm_sequence_forward_kernel(
     reset_c = (reset_c_ptr, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b)
     c = tl.load(c_in_ptr + c_state_offsets, mask=mask_c, other=0.0).to(ACC)
     t = first_step + direction * (T - 1 - 2 * first_step)
-    x_i, x_f, x_g, x_o = load_gates(
-        pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
-    )
+    x_i, x_f, x_g, x_o = load_gates(pre_ptr + t * step_size * 4, output_rows, None, first_unit, H, BLOCK_H, ALL_UNITS)
     if resets_ptr is not None:
         resets = resets_at(t, flags, rows_b, lengths, direction)
 
@@ -173,7 +171,7 @@ def _lstm_sequence_forward_kernel(
             at = (seed, t, rows_b, direction * H + offs_h)
         if RESIDENT:
             n_i, n_f, n_g, n_o = load_gates(
-                pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
+                pre_ptr + t_next * step_size * 4, output_rows, None, first_unit, H, BLOCK_H, ALL_UNITS
             )
         if counters_ptr is not None:
             wait(counters_ptr + group * COUNTER_STRIDE, (step - first_step) * PROGRAMS, stall_ptr)
@@ -230,7 +228,7 @@ def _lstm_sequence_forward_kernel(
             tl.store(c_ptr + t * step_size * STATES + c_offsets, c_t.to(c_ptr.dtype.element_ty), mask=mask_c)
         if gates_ptr is not None:
             gates_t = gates_ptr + t * step_size * 4
-            store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H)
+            store_gates(gates_t, i, f, g, o, output_rows, mask_b, first_unit, H, BLOCK_H)
         if dropped_ptr is not None:
             dropped = drop(h.to(ACC), at, p, kept_scale)
             tl.store(dropped_ptr + t * step_size + output_offsets, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)

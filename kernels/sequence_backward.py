@@ -51,7 +51,7 @@ def _lstm_sequence_backward_kernel(
     # sizes; steps count backward: step 0 is the last one of the forward recurrence
     T, B, first_step, last_step,
     first_group,  # the first group of this launch, which has as many groups as its programs make up
-    p_hi, p_lo,  # probability of dropout: `dropout.kernel_arguments`
+    p_hi, p_lo,  # probability of dropout: `dropout.probability`
     gates_t, gates_reverse_t,
     # strides; all [T, B, D, ...] tensors but dy have the same, in units of D rows; reset states in units of one row
     stride_t, stride_b, stride_dy_t, stride_dy_b, stride_dy_h, stride_resets_t, stride_resets_b,
@@ -135,7 +135,7 @@ def _lstm_sequence_backward_kernel(
 
         # Load everything that does not depend on other programs before the wait.
         i, f, g, o = load_gates(
-            gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS
+            gates_ptr + (t - gates_t) * step_size * 4, output_rows, None, first_unit, H, BLOCK_H, ALL_UNITS
         )
         every_c, initial_c = (c_ptr, step_size * STATES, output_rows), (c0_ptr, state_rows)
         c_rows, _ = rows_before(t, every_c, initial_c, direction, T, lengths, STATES * H, lengths_ptr is not None)
@@ -210,7 +210,7 @@ def _lstm_sequence_backward_kernel(
             dz_units = dz_t + (output_rows[:, None] * (4 * H) + 4 * offs_h[None, :])
             store_gates_of_units(dz_units, dz_i, dz_f, dz_g, dz_o, mask_b[:, None] & mask_h[None, :])
         else:
-            store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_B, BLOCK_H, ALL_UNITS)
+            store_gates(dz_t, dz_i, dz_f, dz_g, dz_o, output_rows, mask_b, first_unit, H, BLOCK_H, ALL_UNITS)
         if counters_ptr is not None:
             arrive(counters_ptr + group * COUNTER_STRIDE, last_arrival)
         elif not IN_BAND:
