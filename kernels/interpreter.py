@@ -80,6 +80,9 @@ INLINE_ASM: dict[str, Callable[..., Any]] = {
 
 
 class RepairedBuilder(_StockBuilder):
+    def get_bf16(self, value):  # Triton up to 3.8 has none
+        return self.cast_impl(stock.TensorHandle(np.array([value], np.float32), tl.float32), tl.bfloat16)
+
     def cast_impl(self, src, dst_type):
         if _is_bfloat16(src) == (dst_type.scalar == tl.bfloat16):
             return super().cast_impl(src, dst_type)

@@ -60,6 +60,8 @@ def _bfloat16_kernel(x_ptr, OPERATION: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, 4))
     if OPERATION == "product":
         x = x * x
+    elif OPERATION == "constant":
+        x = x + 1.0
     elif OPERATION == "comparison":
         x = x < x
     elif OPERATION == "negation":
@@ -72,7 +74,7 @@ def _bfloat16_kernel(x_ptr, OPERATION: tl.constexpr):
         x = tl.associative_scan(x, 0, tl.standard._sum_combine)
 
 
-@pytest.mark.parametrize("operation", ["product", "comparison", "negation", "fma", "reduction", "scan"])
+@pytest.mark.parametrize("operation", ["product", "constant", "comparison", "negation", "fma", "reduction", "scan"])
 def test_other_operations_on_bfloat16_are_refused(operation):
     """Triton computes on the bit patterns."""
     with pytest.raises(InterpreterError, match="cast to float32 first"):
