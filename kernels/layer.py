@@ -81,11 +81,10 @@ def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
 
 def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig | OneStep]:
     """Return `plan` of a call that records gradients, forward and backward. problem: either way, with its other features."""
-    saved = TRAINING["forward"] - ({"gates"} if problem.recompute else set())
-    forward = problem._replace(
-        way="forward", features=problem.features & set(POINTERS["forward"]) | saved, recompute=False
-    )
-    backward = problem._replace(way="backward", features=problem.features | TRAINING["backward"])
+    found = {way: problem.features & set(POINTERS[way]) | TRAINING[way] for way in TRAINING}
+    found["forward"] -= {"gates"} if problem.recompute else set()
+    forward = problem._replace(way="forward", features=found["forward"], recompute=False)
+    backward = problem._replace(way="backward", features=found["backward"])
     return {"forward": plan(forward, T, on), "backward": plan(backward, T, on)}
 
 
@@ -143,8 +142,8 @@ def shared_arguments(
 ) -> dict[str, Any]:
     """Return the arguments that both sequence kernels take.
 
-    states: [T, B, D * row], the h of every step. W_hh is copied once for all steps if it does not begin at a multiple of 16
-    bytes, in rows of `row` elements, those past H zero.
+    states: [T, B, D * row], the h of every step. W_hh is copied once for all steps unless it is contiguous, begins at a
+    multiple of 16 bytes and has rows of `row` elements; those past H are zero.
     """
     T, B, size = states.shape
     row, (flags, _, _, lengths) = size // problem.D, inputs.segments

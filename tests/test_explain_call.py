@@ -33,6 +33,7 @@ AXES = dict(
     proj_size=(0, 2),
     recompute=(False, True),
     train=(False, True),
+    dropout=(0.0, 0.5),
     batch_first=(False, True),
     autocast=(False, False, True),
     measured=(None, None, "triton", "triton-stepwise"),
@@ -107,7 +108,6 @@ def recorded(monkeypatch):
 
 
 def _run(call, module, x, kwargs):
-    module.train(call["train"])
     outputs, states, *cells = module(x, **kwargs)
     found = [t.data if isinstance(t, PackedSequence) else t for t in (outputs, *states, *cells)]
     if call["train"]:
@@ -121,8 +121,9 @@ def test_what_is_explained_is_what_runs(recorded, monkeypatch):
     for call in _calls():
         dtype, precision = call["kind"]
         names = ("backend", "num_layers", "bidirectional", "recompute", "batch_first", "proj_size")
-        options = {name: call[name] for name in names}
+        options = {name: call[name] for name in names} | {"dropout": call["dropout"] * (call["num_layers"] > 1)}
         module = LSTM(3, call["hidden_size"], dtype=getattr(torch, dtype), precision=precision, **options)
+        module.train(call["train"])
         x, kwargs = _arguments(call, torch.zeros(call["steps"], call["rows"], 3, dtype=getattr(torch, dtype)))
         cast = torch.autocast("cpu", torch.bfloat16) if call["autocast"] else contextlib.nullcontext()
         monkeypatch.setattr(measurements, "rows", lambda device: ())
@@ -136,6 +137,7 @@ def test_what_is_explained_is_what_runs(recorded, monkeypatch):
             try:
                 explained = explain_call(module, x, **kwargs)
                 assert str(explained) == explain(module, x, **kwargs) and not launched
+                planned = set(search.remembered)
             except RuntimeError as error:
                 errors.append(str(error))
             try:
@@ -146,6 +148,7 @@ def test_what_is_explained_is_what_runs(recorded, monkeypatch):
             assert len(errors) == 2 and errors[0] == errors[1], (call, errors)
             continue
         assert not errors, (call, errors)
+        assert set(search.remembered) == planned, call
         assert set(backends[-1:] or ["torch"]) == {explained.choice.backend}, (call, backends, explained)
         for way in ("forward", "backward"):
             ran = [config for name, config in launched if name == way]
