@@ -83,8 +83,9 @@ class Operator:
         if takes_reference(watched=watched):
             return self.by_reference(inputs, options)
         save = torch.is_grad_enabled() and any_requires_grad(inputs)
-        if watched:
-            return present(self.operator(*inputs, *options, save or is_jit_tracing()))
+        if watched:  # a trace holds for calls with gradients too, and torch.compile does not see those of torch.func
+            save = save or is_jit_tracing() or torch._C._are_functorch_transforms_active()
+            return present(self.operator(*inputs, *options, save))
         if save:
             return self._first.apply(self._save_first, self.launch, (inputs, options, True), *inputs)
         return self.launch(inputs, options, False)
@@ -195,6 +196,8 @@ class _Function(_SingleLevelFunction):
     Unlike torch.autograd.Function it looks up no signature, which takes several times as long as the rest, and it does not
     take torch.func's transforms apart: within these the dispatcher does that.
     """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
     def forward(ctx, save, run, arguments, *tensors):

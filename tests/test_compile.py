@@ -91,6 +91,15 @@ def test_fake_results_have_the_memory_order_of_real_ones(dropout, recompute, dev
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
+@operations("cell")
+def test_a_transform_inside_of_what_is_compiled(operation, device):
+    arguments, _ = operation.draw(device)
+    loss = lambda *tensors: sum(t.square().sum() for t in operation.run(*tensors))  # noqa: E731
+    of_all = torch.func.grad(loss, tuple(range(len(arguments))))
+    found = torch.compile(of_all, backend="aot_eager", fullgraph=True)(*arguments)
+    torch.testing.assert_close(found, of_all(*arguments))
+
+
 def _lstm(backend, device, **options):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True, **options}
     return LSTM(I, H, **options, device=device, backend=backend, precision="ieee")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.operations import operations
+from torch._dynamo.compiled_autograd import _enable
 
 from lstm_triton.kernels.device import fp32_precision
 
@@ -27,6 +28,14 @@ def test_lazily_negated_arguments_and_gradients(operation, device):
         chosen = given[position]
         given[position] = [*map(lazily_negated, chosen)] if isinstance(chosen, list) else lazily_negated(chosen)
         assert all(map(torch.equal, operation.trained(given[:n], given[n:]), expected)), position
+
+
+@three
+def test_compiled_autograd_of_an_eager_call(operation, device):
+    arguments, cotangents = operation.draw(device)
+    expected = operation.trained(arguments, cotangents)
+    with _enable(lambda graph: graph):
+        assert all(map(torch.equal, operation.trained(arguments, cotangents), expected))
 
 
 # ---- which way a call takes ------------------------------------------------------------------------------------------
