@@ -42,6 +42,8 @@ def check_first_calls_in_new_processes():
     assert set(found) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, found
     assert all(seconds > 0 for seconds in found.values())
     assert len(caches) == 2 and caches[0] == caches[1], "the second start finds the first one's kernels"
+    unable = run(task, names=("torch.nn.LSTM",))["torch.nn.LSTM"]
+    assert unable.status == "skipped" and unable.reason.startswith("torch.nn.LSTM takes whole sequences"), unable
 
 
 def check_the_latency_kernel_compiles():
