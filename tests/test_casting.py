@@ -187,6 +187,32 @@ def test_a_device_without_autocast():
         assert functional.lstm_cell(x, (h, c), w_ih, w_hh, backend="reference")[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "backend, dtype", [("triton", torch.float32), ("reference", LOW), ("reference", torch.float64)]
+)
+def test_layers_compute_in_the_dtype_of_the_autocast(backend, dtype, device):
+    """In every form of a call; bfloat16 and float64 stay what they are, and gradients have the parameters' dtype."""
+    options = dict(num_layers=2, device=device, precision="ieee")
+    lstm = LSTM(3, 4, dtype=dtype, backend=backend, **options)
+    exact = LSTM(3, 4, dtype=torch.float64, backend="reference", **options)
+    exact.load_state_dict(lstm.state_dict())
+    x, hx = torch.randn(2, 2, 3, device=device), torch.randn(2, 2, 2, 4, device=device)
+    expected = torch.float64 if dtype == torch.float64 else LOW
+    for packed in (False, True):
+        results = []
+        for module, kind in ((lstm, dtype), (exact, torch.float64)):
+            given = x.to(dtype).to(kind)
+            given = pack_padded_sequence(given, [2, 1]) if packed else given
+            with torch.autocast(device.type, LOW):
+                found = module(given, tuple(hx.to(dtype).to(kind)), return_cell_states=packed)
+            results.append([t for t in tree_leaves(found) if t is not None and t.is_floating_point()])
+        assert {t.dtype for t in results[0]} == {expected}
+        found = torch.autograd.grad(sum(t.double().square().sum() for t in results[0]), list(lstm.parameters()))
+        assert all(g.dtype == dtype and g.isfinite().all() and g.any() for g in found)
+        for result, truth in zip(*results, strict=True):
+            torch.testing.assert_close(result.double(), truth, rtol=0, atol=16 * torch.finfo(expected).eps)
+
+
 DEEP_PROJECTION = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 CALLS = [("step", {}), ("readout", {})]
 CALLS += [(call, o) for call in ("padded", "unbatched", "packed") for o in ({}, {"proj_size": 2}, DEEP_PROJECTION)]

@@ -13,6 +13,7 @@ from triton.runtime.jit import JITCallable
 
 from lstm_triton.kernels import device, interpreter, launch, layer, layer_backward
 from lstm_triton.kernels.inputs import Direction, LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments
+from lstm_triton.kernels.specialization import compile_for
 
 
 @pytest.mark.long
@@ -241,17 +242,21 @@ def check_sizes_and_layouts_do_not_recompile():
 
 
 def check_what_is_compiled_ahead_is_what_is_launched():
-    """The same code: the types, hints and options assumed are those of a launch."""
+    """The same code: the types, hints and options assumed are those of a launch. What the device cannot hold is none."""
     from support.aot_sequence import Case, choose
 
     every = ("resets", "lengths", "cells", "reset_gradients", "random", "dropout")
     together = dict(resets=True, lengths=True, cells=True, reset_state="stored", dropped=True)
     for H, D, features, arguments in ((768, 1, (), {}), (19, 2, every, together)):
         for way, launcher in (("forward", layer._forward), ("backward", layer_backward._backward)):
-            ahead = choose(Case(way, H, 16, D, torch.bfloat16, "ieee", (*features, "training")), 90).report
+            case = Case(way, H, 16, D, torch.bfloat16, "ieee", (*features, "training"))
+            config, ahead, _ = choose(case, 90)
             with _kernels_compiled(really=True):
                 _run(2, 16, H, D, **arguments)
                 assert ahead.ptx in {kernel.asm["ptx"] for kernel in launcher._compiled.values()}, (way, H, features)
+            with fake_driver(90) as driver:
+                driver.figures = driver.figures._replace(shared_memory=0)
+                assert compile_for(case.problem, config) is None
 
 
 def check_a_call_that_is_planned_before_compiles_nothing_more():
