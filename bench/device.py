@@ -89,8 +89,7 @@ def checkout() -> Path | None:
 
 def results_folder(name: str = "") -> Path:
     """Where rows go by default, those of a device in a folder of its name. ./lstm-triton-bench: of an installed package."""
-    folder = checkout()
-    folder = folder / "bench" / "results" if folder else Path("lstm-triton-bench")
+    folder = root / "bench" / "results" if (root := checkout()) else Path("lstm-triton-bench")
     return folder / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -167,10 +167,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
         for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
             child = process.Process(f"{__name__}:first_calls", (case, provider, device.type), environment)
             try:
-                found = child.receive(300.0)
-                if isinstance(found, Exception):
-                    raise found
-                values |= {f"{kind}_{name}": seconds for name, seconds in found.items()}
+                values |= {f"{kind}_{name}": seconds for name, seconds in child.receive(300.0).items()}
             finally:
                 child.end()
     return values
@@ -180,10 +177,9 @@ def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device), or Unavailable."""
     case, provider, device = request[0], request[1], torch.device(request[2])
     try:
-        model = providers.PROVIDERS[provider](problems.make(case, device))
+        model, clock = providers.PROVIDERS[provider](problems.make(case, device)), timing.Clock(device)
     except Unavailable as error:
         return connection.send(error)
-    clock = timing.Clock(device)
     clock.sample(lambda: None, 1)  # CUDA itself starts before the first call does
     with torch.set_grad_enabled(model.problem.training):
         first, second = (clock.sample(model.call, 1)[1] / 1e6 for _ in range(2))

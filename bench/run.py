@@ -172,8 +172,7 @@ class Runner:
             try:
                 self._worker = self._new_worker(self.options, self._run)
             except Died as death:
-                where = f"the measuring process does not start on {self.options.device!r}"
-                raise RuntimeError(f"{where}: {death}") from death
+                raise RuntimeError(f"measuring does not start on {self.options.device!r}: {death}") from death
         return self._worker
 
     def _measure(self, task: Task, left: list[Pair]) -> None:

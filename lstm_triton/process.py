@@ -56,10 +56,17 @@ class Process:
             self._connection.send(message)
 
     def receive(self, silence_s: float, deadline: float = float("inf")) -> Any:
-        """Return the next message. Raises Died after `silence_s` without one, TimeoutError at `deadline` (time.monotonic)."""
+        """Return the next message, or raise it, if it is an exception, and end the process.
+
+        Raises Died after `silence_s` without a message, TimeoutError at `deadline` (time.monotonic).
+        """
         try:
             if self._connection.poll(max(min(silence_s, deadline - time.monotonic()), 0.0)):
-                return self._connection.recv()
+                message = self._connection.recv()
+                if isinstance(message, Exception):
+                    self.end()
+                    raise message
+                return message
         except (EOFError, OSError):
             code = self._process.wait()
             raise Died(f"the process ended {f'by signal {-code}' if code < 0 else f'with exit code {code}'}") from None
@@ -74,9 +81,6 @@ class Process:
         """
         self.send(request)
         while (event := self.receive(silence_s, deadline)) is not None:
-            if isinstance(event, Died):
-                self.end()
-                raise event
             yield event
 
     def end(self) -> None:
