@@ -165,7 +165,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
         for kind in ("empty", "warm") if provider.startswith("lstm_triton") else ("empty",):
-            child = process.Process(f"{__name__}:first_calls", (case, provider, device.type), environment)
+            child = process.Process(f"{__name__}:first_calls", (case, provider, str(device)), environment)
             try:
                 values |= {f"{kind}_{name}": seconds for name, seconds in child.receive(300.0).items()}
             finally:
@@ -174,8 +174,10 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 
 
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
-    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, kind of device), or Unavailable."""
+    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, device), or Unavailable."""
     case, provider, device = request[0], request[1], torch.device(request[2])
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         model, clock = providers.PROVIDERS[provider](problems.make(case, device)), timing.Clock(device)
     except Unavailable as error:

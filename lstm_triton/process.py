@@ -90,19 +90,11 @@ class Process:
 
 
 def answer(connection: Any, respond: Callable[[Any], None]) -> None:
-    """Answer each request, in the new process, by the events that `respond` sends, until requests end or the device is lost."""
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        try:
-            respond(request)
+    """Answer each request, in the new process, by the events that `respond` sends, until there are no more."""
+    with contextlib.suppress(EOFError):
+        while True:
+            respond(connection.recv())
             connection.send(None)
-        except Exception as error:
-            traceback.print_exc()
-            what = "the device was lost" if isinstance(error, Fatal) else "the measuring process itself failed"
-            return connection.send(Died(f"{what}: {brief(error)}"))
 
 
 def brief(error: BaseException) -> str:
@@ -113,13 +105,18 @@ def brief(error: BaseException) -> str:
 
 
 def main(begin: float, function: str, handle: str) -> None:
-    """Run the function: the entry point of the new process."""
+    """Run the function, and send what it raises as Died: the entry point of the new process."""
     global imports_s
     module, _, name = function.partition(":")
     run = getattr(importlib.import_module(module), name)
     imports_s = time.perf_counter() - begin
     connection: Connection = Connection(int(handle))
-    run(connection, connection.recv())
+    try:
+        run(connection, connection.recv())
+    except Exception as error:
+        traceback.print_exc()
+        what = "the device was lost" if isinstance(error, Fatal) else "the measuring process itself failed"
+        connection.send(Died(f"{what}: {brief(error)}"))
 
 
 def why_lost() -> str | None:

@@ -1,5 +1,6 @@
 """Host times and first calls: what they are made of; of a kernel on a driver that launches nothing."""
 
+from dataclasses import replace
 from unittest import mock
 
 import triton
@@ -44,6 +45,9 @@ def check_first_calls_in_new_processes():
     assert len(caches) == 2 and caches[0] == caches[1], "the second start finds the first one's kernels"
     unable = run(task, names=("torch.nn.LSTM",))["torch.nn.LSTM"]
     assert unable.status == "skipped" and unable.reason.startswith("torch.nn.LSTM takes whole sequences"), unable
+    too_large = run(replace(task, case=Case("a", 1 << 24, 1, 1, form="cell", **IEEE)), names=("lstm_triton auto",))
+    failed = too_large["lstm_triton auto"]
+    assert failed.status == "failed" and "the measuring process itself failed: RuntimeError" in failed.reason, failed
 
 
 def check_the_latency_kernel_compiles():
