@@ -1,7 +1,11 @@
-"""The model of a time step, on lines of SASS written by hand."""
+"""The model of a time step, on lines of SASS written by hand and on a compiled kernel."""
+
+import re
 
 import pytest
-from support.step_model import cycles, disassembled, time_step
+from step_model import __file__ as script
+from step_model import cycles, disassembled, time_step
+from support.process import run_without_interpreter
 
 
 def _listing(*lines: str | tuple) -> str:
@@ -39,27 +43,29 @@ def test_data_takes_the_port_to_the_l2_cache(strength, most, bytes_a_cycle):
     assert two - one == pytest.approx(4 * 32 * 16 / bytes_a_cycle, abs=1)
 
 
-def test_a_step_polls_a_counter_for_nothing_and_loads_what_tells_itself_once():
-    counter = [".L_x_2:", "LDG.E.STRONG.GPU R4, desc[UR4][R2.64]", "@!P0 BRA `(.L_x_2)"]
-    data = [".L_x_3:", *["LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]"] * 2, "@!P1 BRA `(.L_x_3)"]
-    listing = _listing("MOV R1, R2", ".L_x_1:", *counter, *data, "FADD R1, R1, R1", "@!P2 BRA `(.L_x_1)", "EXIT")
-    assert [instruction.name for instruction in time_step(disassembled(listing))] == [
-        "LDG.E.128.STRONG.GPU",
-        "LDG.E.128.STRONG.GPU",
-        "BRA",
-        "FADD",
-        "BRA",
-    ]
+STRONG = "LDG.E.128.STRONG.GPU"
+# A counter that is polled, data that is loaded until it is there, and what runs when it never is.
+COUNTER = [".L_x_2:", "LDG.E.STRONG.GPU R4, desc[UR4][R2.64]", "@!P0 BRA `(.L_x_2)"]
+DATA = [".L_x_3:", *[f"{STRONG} R4, desc[UR4][R2.64]"] * 2, "@P1 BRA `(.L_x_4)", "IADD3 R5, R5, 1, RZ"]
+TRAP = ["@P2 BRA `(.L_x_3)", "MEMBAR.SC.SYS", "BPT.TRAP 0x1", ".L_x_4:"]
 
 
-def test_what_a_wait_without_end_would_run_takes_no_time():
-    data = [".L_x_3:", "LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]", "@P1 BRA `(.L_x_4)", "IADD3 R5, R5, 1, RZ"]
-    trap = ["@P2 BRA `(.L_x_3)", "MEMBAR.SC.SYS", "BPT.TRAP 0x1", ".L_x_4:", "FADD R1, R1, R1"]
-    listing = _listing("@P0 BRA `(.L_x_5)", ".L_x_1:", *data, *trap, "@!P2 BRA `(.L_x_1)", ".L_x_5:", "EXIT")
-    assert [i.name for i in time_step(disassembled(listing))] == ["LDG.E.128.STRONG.GPU", "BRA", "FADD", "BRA"]
+def test_a_step_polls_a_counter_for_nothing_loads_what_tells_itself_once_and_never_waits_in_vain():
+    step = [".L_x_1:", *COUNTER, *DATA, *TRAP, "FADD R1, R1, R1", "@!P2 BRA `(.L_x_1)"]
+    listing = _listing("@P0 BRA `(.L_x_5)", *step, ".L_x_5:", "EXIT")
+    assert [i.name for i in time_step(disassembled(listing))] == [STRONG, STRONG, "BRA", "FADD", "BRA"]
 
 
 def test_warps_meet_at_a_barrier():
     slow = ("MUFU.EX2 R4, R4", {"result": 0})
     lines = [slow, ("BAR.SYNC.DEFER_BLOCKING 0x0", {"waits": 1}), "EXIT"]
     assert _cycles(*lines, warps=2) > _cycles(*lines) >= 18 + 18
+
+
+@pytest.mark.long
+def test_a_compiled_kernel():
+    """One that test_aot_sequence compiles too."""
+    told = run_without_interpreter(script, "80", "128", "64", "fp32", "backward")
+    (found,) = re.findall(r"^sm_80 backward H=128 B=64 fp32: (\d+) to (\d+) cycles, (\d+) instructions", told, re.M)
+    fewest, most, instructions = map(int, found)
+    assert 100 < instructions < fewest < most
