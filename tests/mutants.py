@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from support import cells, layers, readouts
+from support import layers
 from support.executor import ExecutingDriver, Launch, executing
 from support.executor.driver import Executed
 from support.executor.ptx import Kernel, Statement, parse
+from support.problems import cells, readouts
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BF16, TF32 = {"dtype": torch.bfloat16}, {"dtype": torch.float32, "precision": "tf32"}

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from support import cells, layers, readouts, segmented
+from support import layers, segmented
+from support.problems import cells, readouts
 from torch import Tensor
 
 from lstm_triton import LSTM, RecurrentCell

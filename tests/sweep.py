@@ -20,7 +20,8 @@ from typing import Any
 INTERPRETING = os.environ.setdefault("TRITON_INTERPRET", "0") == "1"  # before triton is imported
 
 import torch  # noqa: E402
-from support import cell_grammar, cells, executor, layers, readouts, segmented  # noqa: E402
+from support import cell_grammar, executor, layers, segmented  # noqa: E402
+from support.problems import cells, readouts  # noqa: E402
 
 from lstm_triton.cells import Cell  # noqa: E402
 

@@ -7,7 +7,8 @@ import contextlib
 
 import pytest
 import torch
-from support import cells, executor, layers, readouts
+from support import executor, layers
+from support.problems import cells, readouts
 
 from lstm_triton.kernels import interpreter
 

@@ -75,7 +75,7 @@ def test_nothing_but_allocations_and_the_launch(training, device, without_kernel
 
 
 def _backward_grid(needs, device, without_kernels):
-    from support import cells
+    from support.problems import cells
 
     x, h, c, w_ih, w_hh, *biases = cells.draw(40, 50, 70, device=device).inputs
     without_kernels.clear()
@@ -98,7 +98,7 @@ def test_what_is_not_needed_is_not_launched(device, without_kernels):
 
 
 def test_outputs_own_dense_storage(device, without_kernels):
-    from support import cells
+    from support.problems import cells
 
     inputs = CellInputs(*cells.draw(3, 7, 9, device=device).inputs)
     outputs = lstm_cell_forward(inputs, save=True)

@@ -1,4 +1,4 @@
-"""Dropout between the layers of LSTM; and what else runs modules with random masks, whose equations test_cell_masks has."""
+"""Dropout between the layers of LSTM; and what else runs modules with random masks, whose equations test_cell_catalogue has."""
 
 import math
 from functools import partial

@@ -30,7 +30,7 @@ def _input(module, *batch, **options):
 
 
 def _close(found, expected):
-    # Another order of the same float32 sums; test_cell judges the accuracy.
+    # Another order of the same float32 sums; test_kernels judges the accuracy.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from support import readouts
 from support.aot import KINDS
+from support.problems import readouts
 
 import lstm_triton
 from lstm_triton import SoftmaxReadout, dispatch, functional, operators

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import cells, layers, readouts
+from support import layers
+from support.problems import cells, readouts
 
 from lstm_triton import check
 from lstm_triton.kernels.device import fp32_precision

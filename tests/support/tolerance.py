@@ -4,13 +4,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lstm_triton.kernels.device import fp32_precision
 from lstm_triton.tolerance import Errors, Tf32Products, misses, neighbours, worst
 
-from .extended import Extended, difference
+from .extended import Extended
 
 __all__ = ["Errors", "assert_as_accurate", "errors", "neighbours", "torchs_products", "worst"]
 
@@ -25,15 +26,11 @@ def torchs_products(precision: str | None) -> Iterator[None]:
 
 def errors(actual: Tensor, truth: Tensor | Extended) -> Errors:
     """The errors of `actual`, infinite if it holds a NaN. The truth: float64 or `Extended`, finite."""
-    if isinstance(truth, Extended):
-        error, rounded = difference(actual, truth), truth.rounded()
-    else:
-        assert truth.dtype == torch.float64
-        rounded = truth.detach().cpu()
-        error = actual.detach().cpu().double() - rounded
-    assert actual.shape == rounded.shape, f"{tuple(actual.shape)} is not {tuple(rounded.shape)}"
-    assert rounded.isfinite().all(), "the truth is not finite"
-    return Errors.of(error, rounded)
+    true = truth.values if isinstance(truth, Extended) else truth.detach().cpu().numpy()
+    assert true.dtype in (np.float64, np.longdouble) and np.isfinite(true).all(), "no truth"
+    assert actual.shape == true.shape, f"{tuple(actual.shape)} is not {true.shape}"
+    difference = actual.detach().cpu().double().numpy() - true  # rounded only once
+    return Errors.of(*(torch.from_numpy(values.astype(np.float64)) for values in (difference, true)))
 
 
 def assert_as_accurate(actual: Tensor, truth: Tensor | Extended, torchs: Errors, name: str = "result") -> None:
