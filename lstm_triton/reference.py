@@ -1,7 +1,7 @@
 """The LSTM in plain PyTorch: the reference that the kernels are tested against, forward and hand-written backward.
 
 It is written to be clear, not fast. It consists of differentiable torch operations, on any device, in the dtype of its
-arguments (the tests use float64). So the hand-written backward can itself be differentiated, which gives second derivatives.
+arguments (the tests use float64), so that autograd derives what is not written by hand.
 """
 
 import functools
