@@ -116,7 +116,7 @@ def launch_step(
     """Launch the forward kernel once, into the memory of outputs.
 
     Args:
-        y, cells: [B, H] and [B, STATES * H], h and c once more. D: in rows D times as long, as those of gates are then too.
+        y, cells: [B, H] and [B, STATES * H], h and c once more, or None. D: rows of y, cells and gates are D times as long.
     """
     x, h_prev, c_prev, w_ih, w_hh, b_ih, b_hh, seed = inputs
     (B, I), H, dtype = x.shape, h_prev.shape[1], x.dtype

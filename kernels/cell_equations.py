@@ -11,7 +11,7 @@ class CellEquations(NamedTuple):
 
     step: (z0, z1, z2, z3, state before, masks) -> (h, state), of pre-activations [B, H] and a state [B, states * H] as in
         `interleave`; masks [n, B, H], or None for their expectations.
-    states: the number of states per unit. probabilities: with which each of the n masks is 1.
+    states: the number of states per unit. probabilities: that each of the n masks is 1.
     """
 
     step: Callable[..., tuple[Tensor, Tensor]]

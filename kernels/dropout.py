@@ -1,4 +1,4 @@
-"""Random masks inside a layer's kernels, of dropout and of cells: pure functions of a seed and of an element's position.
+"""Random masks drawn by a layer's kernels, for dropout and cells: pure functions of a seed and of an element's position.
 
 No mask is in memory: the backward draws the same random numbers again. They are those of Philox-4x32-10 under the seed, at the
 counter (direction * H + unit, batch row, step, 0), so they depend neither on tiles nor on the memory order of a tensor. Each

@@ -1,14 +1,14 @@
 """The operands of the product without a barrier (exchange.py), loaded straight into the registers that multiply them.
 
-The exchanged batch rows are columns of the right operand of the product. Of each eight rows the tensor cores take row lane // 4
-from thread `lane` of a warp, and of 64 bytes of that row the elements with these indices in the inner dimension:
+The exchanged batch rows are columns of the right operand of the product. For every eight rows, thread `lane` of a warp holds
+row lane // 4, and of each 64 bytes of that row the elements with these indices in the inner dimension:
 
     k = 8 * LO * hi + 2 * LO * (lane % 4) + LO * register + lo    hi, register: 0, 1; LO elements to a word, two of 16 bits
 
-up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`adjacent_words`).
-A product may take the inner dimension in any order that both operands share. So a thread loads 16 adjacent bytes of each row,
-and the order is such that these are the elements it has to hold. It loads W_hh, which stays in registers, in the same order. No
-data moves between threads.
+up to Triton 3.8, and 8 * LO * register + 4 * LO * hi + LO * (lane % 4) + lo after it (`adjacent_words`). A product may take the
+inner dimension in any order that both operands share. So a thread loads 16 adjacent bytes of each row, and the order is such
+that these are the elements it has to hold. It loads W_hh, which stays in registers, in the same order. No data moves between
+threads.
 
 CUDA cores multiply full float32. There each thread multiplies the words of a row that it has loaded by the same columns of
 every row of W_hh. It holds these weights too, as do the seven threads that load the same columns of other rows.

@@ -38,7 +38,7 @@ def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def join_gates(i, f, g, o, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Join four [BLOCK_B, BLOCK_H] tiles to [BLOCK_B, 4 * BLOCK_H] in fragment order."""
+    """Join four [BLOCK_B, BLOCK_H] tiles into [BLOCK_B, 4 * BLOCK_H] in fragment order."""
     tile = tl.reshape(interleave((i, f, g, o)), (BLOCK_B, BLOCK_H // 4, 4, 2, 2))
     tile = tl.permute(tile, (0, 1, 3, 2, 4))
     return tl.reshape(tile, (BLOCK_B, 4 * BLOCK_H))

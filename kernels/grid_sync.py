@@ -41,8 +41,8 @@ import triton.language as tl
 COUNTER_STRIDE = tl.constexpr(32)  # int32 elements between counters: 128 bytes
 
 
-# A wait times out after this many polls. Then a program of the group does not run, perhaps because another kernel keeps its SM:
-# communication may wait long for another process (`device.FREE_MULTIPROCESSORS` leaves room for it). A poll is assumed to take
+# A wait times out after this many polls: a program of the group is not running, perhaps because another kernel keeps its SM.
+# Communication may wait long for another process (`device.FREE_MULTIPROCESSORS` leaves room for it). A poll is assumed to take
 # about a microsecond (not measured), and all of them some fifteen seconds.
 @triton.constexpr_function
 def max_polls():
@@ -98,7 +98,7 @@ def counters(groups: int, on: torch.device) -> torch.Tensor:
     """Return zeros [>= groups * COUNTER_STRIDE] int32, for a launch on this device's current stream."""
     size, stream = groups * COUNTER_STRIDE.value, 0
     if on.type == "cuda":
-        # torch says only of the current device whether its stream is being captured.
+        # torch tells only for the current device whether its stream is being captured.
         if on.index != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing():
             return torch.zeros(size, dtype=torch.int32, device=on)
         stream = torch._C._cuda_getCurrentRawStream(on.index)

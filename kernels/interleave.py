@@ -34,7 +34,7 @@ def interleave(parts):
 
 @triton.jit
 def joined(parts):
-    """Join 2^n tensors to one with n more axes, of which the first new axis separates the first half from the second."""
+    """Join 2^n tensors into one with n more axes; the first of these separates the first half from the second."""
     for _ in tl.static_range(log2(len(parts))):
         joined = ()
         for i in tl.static_range(len(parts) // 2):

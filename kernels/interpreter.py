@@ -11,7 +11,7 @@ Triton 3.6 ... 3.9 keeps bfloat16 in uint16 arrays and computes on the bit patte
 * `range(0, n)` with a runtime n works in Triton 3.6.0 with numpy 2.4;
 * numpy does not warn of overflow and NaN inside a kernel, where they are intended;
 * triton.language is patched once a launch and not at each call of an inner function, and what follows from the type of a
-  block is worked out once. Kernels of this package take a quarter of the time.
+  block is computed once. Kernels of this package take a quarter of the time.
 
 float8 stays as Triton has it, and `libdevice` still does not run.
 """
@@ -56,7 +56,7 @@ def install() -> None:
 
     if not isinstance(stock.interpreter_builder, RepairedBuilder):
         stock.interpreter_builder.__class__ = RepairedBuilder
-        # Its check of overflow works out every operation three times and then asserts nothing but in debug mode.
+        # Its overflow check computes every operation three times, but asserts in debug mode only.
         stock.interpreter_builder.options = replace(stock.interpreter_builder.options, sanitize_overflow=False)
         replace_in(stock.ReduceScanOpInterface, "check_tensor", _refusing_bfloat16)
         replace_in(stock.InterpretedFunction, "run", _with_quiet_numpy)
@@ -143,7 +143,7 @@ def _flushed(values: np.ndarray) -> np.ndarray:
 
 
 def _refusing_bfloat16(check_tensor):
-    """Reductions and scans have numpy functions of their own."""
+    """Refuse bfloat16 in reductions and scans, which have numpy functions of their own."""
 
     def repaired(self, operands):
         for operand in operands:

@@ -35,7 +35,7 @@ class Launcher:
         pointers = [name for name in names if name.endswith("_ptr")]
         strides = [name for name in names if name.startswith("stride_")]
         owners = [_owner(name, pointers) for name in strides]
-        if None in owners:  # the caller gives them
+        if None in owners:  # the caller passes them
             strides, owners = [], []
         first = names.index(strides[0]) if strides else len(names)
         self._before, self._after = _values_of(names[:first]), _values_of(names[first + len(strides) :])

@@ -30,7 +30,7 @@ _MAX_ARRIVALS = 2**31 - 1
 
 
 def aligned(t: Tensor) -> Tensor:
-    """Return t, contiguous and beginning at a multiple of 16 bytes, as a copy if need be; else it would take another kernel."""
+    """Return t, contiguous and beginning at a multiple of 16 bytes, copied if need be; else it would need another kernel."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
@@ -80,7 +80,7 @@ def sequence_plan(problem: Problem, T: int, on: torch.device) -> SequenceConfig:
 
 
 def training_plans(problem: Problem, T: int, on: torch.device) -> dict[str, SequenceConfig | OneStep]:
-    """Return `plan` of a call that records gradients, forward and backward. problem: either way, with its other features."""
+    """Return `plan` of a call that records gradients, forward and backward. problem: of either pass; TRAINING is added."""
     found = {way: problem.features & set(POINTERS[way]) | TRAINING[way] for way in TRAINING}
     found["forward"] -= {"gates"} if problem.recompute else set()
     forward = problem._replace(way="forward", features=found["forward"], recompute=False)

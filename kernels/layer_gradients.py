@@ -51,7 +51,7 @@ def _rows_within(x: Tensor, lengths: Tensor | None, time_major: bool) -> Tensor:
 
 
 def _cleared_before(segments: Segments, d: int, start: int, n: int) -> Tensor:
-    """Return [n, B], whether direction d resets its state before steps t = start ... start + n - 1 (`segments.resets_at`)."""
+    """Return bools [n, B]: whether direction d resets before steps t = start ... start + n - 1 (`segments.resets_at`)."""
     resets = segments.resets
     assert resets is not None
     flags = resets[start + d : start + n + d]

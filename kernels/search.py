@@ -38,7 +38,7 @@ _IN_BAND = (True, False)  # how programs exchange their state: without a barrier
 _IN_FLIGHT_IN_BAND = (384, *_BYTES_IN_FLIGHT)  # loaded straight into the registers of the product
 # Bytes of the inner dimension per warp and chunk where state is exchanged without a barrier: 16 for each of four threads.
 _CHUNK_BYTES = 64
-# More chunks take too long to compile. More L2 round trips take longer than a launch for each step.
+# More chunks take too long to compile. More L2 round trips are assumed to take longer than a launch per step.
 _MOST_CHUNKS, _MOST_ROUNDS = 64, 16
 _MOST_LAUNCHES = 4  # of all steps each, one after the other
 
@@ -57,7 +57,7 @@ def candidates(problem: Problem, device: DeviceFigures) -> list[SequenceConfig]:
     stepwise = list(_stepwise(problem))
     least = min(cost(problem, config, device) for config in stepwise)
     kept = [config for config in costs if config.launches == 1 or costs[config] < least]
-    if problem.only_in_band:  # whose products from shared memory take longer than an exchange
+    if problem.only_in_band:  # its products from shared memory are assumed to be slower than an exchange
         kept = [config for config in kept if config.in_band] or kept
 
     def rank(config: SequenceConfig) -> tuple[float, ...]:
@@ -97,7 +97,7 @@ def _forms(problem: Problem, block_b: int, block_h: int, num_warps: int) -> Iter
     # In band, `fragments` loads 16 bytes; forward, rows are padded for that (`exchanged_row`).
     if True in _IN_BAND and enough and (forward or 4 * problem.H * itemsize % 16 == 0):
         yield from itertools.product([True], [num_warps], [_CHUNK_BYTES // itemsize], _IN_FLIGHT_IN_BAND)
-    # On CUDA cores, or in two parts, W_hh in shared memory serves a program that has all units, and waits for no other.
+    # On CUDA cores, and in tf32x3, W_hh in shared memory serves only a program that owns all units and waits for none.
     if False in _IN_BAND and block_b >= 16 and (problem.H <= block_h or not problem.only_in_band):
         yield from itertools.product([False], [1 if forward else num_warps], _DEPTHS, _BYTES_IN_FLIGHT)
 

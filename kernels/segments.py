@@ -50,7 +50,7 @@ def rows_before(t, every, initial, direction, T, lengths, ROW: tl.constexpr, HAS
 
 @triton.jit
 def resets_at(t, flags, rows_b, lengths, direction):
-    """Return [BLOCK_B], whether the state before step t is reset. flags: (resets_ptr, its strides)."""
+    """Return bools [BLOCK_B]: whether the state before step t is reset. flags: (resets_ptr, its strides)."""
     resets_ptr, stride_resets_t, stride_resets_b = flags
     at = t + direction
     pointers = resets_ptr + at * stride_resets_t.to(tl.int64) + rows_b.to(tl.int64) * stride_resets_b
@@ -68,6 +68,6 @@ def reset_state_rows(state, t, direction, rows_b, ROW: tl.constexpr):
 
 @triton.jit
 def with_resets(c, resets, rows, offs_c, mask_c):
-    """Return c [BLOCK_B, states], or where resets [BLOCK_B] are True what is in memory there. rows: `reset_state_rows`."""
+    """Return c [BLOCK_B, states], or, where resets [BLOCK_B] are True, what memory holds there. rows: `reset_state_rows`."""
     state = tl.load(rows[:, None] + offs_c[None, :], mask=mask_c & resets[:, None], other=0.0)
     return tl.where(resets[:, None], state.to(c.dtype), c)

@@ -47,8 +47,8 @@ def _lstm_sequence_forward_kernel(
     h0_ptr,  # [D, B, ROW]
     c_in_ptr,  # [D, B, STATES * H] c before first_step
     resets_ptr,  # [T, B] integers, or None
-    reset_h_ptr,  # [T, D, B, ROW] broadcast, or None where resets are
-    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None where resets are
+    reset_h_ptr,  # [T, D, B, ROW] broadcast, or None without resets
+    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None without resets
     lengths_ptr,  # [B] or None
     y_ptr,  # [T, B, D, ROW] out, and the buffer through which programs exchange h
     h_n_ptr,  # [D, B, H] out; batch rows of length 0 are not written
@@ -66,7 +66,7 @@ def _lstm_sequence_forward_kernel(
     # strides; all [T, B, D, ...] tensors have the same, in units of D rows; those of reset states are in units of one row
     stride_t, stride_b, stride_resets_t, stride_resets_b,
     stride_reset_h_t, stride_reset_h_d, stride_reset_h_b, stride_reset_c_t, stride_reset_c_d, stride_reset_c_b,
-    # meta-parameters; ROW: units from a row of h or W_hh to the next, H to PROGRAMS * BLOCK_H, those past H zero;
+    # meta-parameters; ROW: length of a row of h or W_hh, H to PROGRAMS * BLOCK_H, zero past H;
     # STATES: states per unit in c (interleave.py); INDEX: integer type of offsets within one timestep; IN_BAND: h is exchanged
     # without a barrier (exchange.py), and all bits of y are set before the launch
     FORWARD: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
@@ -166,7 +166,7 @@ def _lstm_sequence_forward_kernel(
             resets = resets_at(t_next, flags, rows_b, lengths, direction)
         at = None
         if seed_ptr is not None:
-            # In the loop, because what follows from the seed would otherwise stay in registers.
+            # Inside the loop, because values derived from the seed would otherwise stay in registers.
             seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
             at = (seed, t, rows_b, direction * H + offs_h)
         if RESIDENT:

@@ -41,7 +41,7 @@ def _lstm_sequence_backward_kernel(
     w_ptr,  # [4H, H] W_hh of direction 0, contiguous
     w_reverse_ptr,  # [4H, H] W_hh of direction 1, or None when D = 1
     resets_ptr,  # [T, B] integers, or None
-    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None where resets are
+    reset_c_ptr,  # [T, D, B, STATES * H] broadcast, or None without resets
     lengths_ptr,  # [B] or None
     dz_ptr,  # [T, B, D, H, 4] out, and the buffer through which programs exchange dz
     dc_out_ptr,  # [D, B, STATES * H] out: the gradient of c before the first step of this launch
@@ -131,7 +131,7 @@ def _lstm_sequence_backward_kernel(
     # num_stages and disable_licm: as in the forward.
     for step in tl.range(first_step, last_step, num_stages=1, disable_licm=True):
         t = T - 1 - step + direction * (2 * step - T + 1)
-        t_next = t + 1 - 2 * direction  # in the recurrence, the one before here
+        t_next = t + 1 - 2 * direction  # next in the recurrence, computed just before
 
         # Load everything that does not depend on other programs before the wait.
         i, f, g, o = load_gates(
@@ -149,7 +149,7 @@ def _lstm_sequence_backward_kernel(
         dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         at = None
         if seed_ptr is not None:
-            # In the loop, because what follows from the seed would otherwise stay in registers.
+            # Inside the loop, because values derived from the seed would otherwise stay in registers.
             seed, p, kept_scale = begin(seed_ptr, p_hi, p_lo, ACC)
             at = (seed, t, rows_b, direction * H + offs_h)
         if dy_ptr is not None:

@@ -10,7 +10,7 @@ from .config import LaunchConfig, cdiv, uses_tensor_cores
 
 
 class Problem(NamedTuple):
-    """All that a configuration depends on besides the device: B batch rows, H units, D directions, "forward" or "backward".
+    """All that a configuration depends on besides the device. way: "forward" or "backward". B rows, H units, D directions.
 
     stepwise: one launch per step is requested. The rest changes only the code. features: those of `specialization.POINTERS`
     that the call has. recompute: the backward takes pre-activations, not gates. long_offsets: a step's tensors have 2^31
@@ -94,6 +94,6 @@ class SequenceConfig(LaunchConfig):
 
 
 def exchanged_row(H: int, dtype: torch.dtype) -> int:
-    """Return the units from a row of h to the next where programs exchange it: each row begins at a multiple of 16 bytes."""
+    """Return the length of a row of h where programs exchange it: each row begins at a multiple of 16 bytes."""
     units = 16 // dtype.itemsize
     return cdiv(H, units) * units

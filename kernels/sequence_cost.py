@@ -28,7 +28,7 @@ def is_wide(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> 
 
 
 def tensor_memory(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> int:
-    """Return the most columns, of 128 lanes of float32, of a program: for sums [4 * block_h, block_b] of each chunk."""
+    """Return the most columns (128 float32 each) that a program takes, for sums [4 * block_h, block_b] of each chunk."""
     if device.tensor_memory == 0 or not is_wide(problem, config, device):
         return 0
     columns = config.chunks(problem.inner) * config.block_b * config.block_h // 32
@@ -62,8 +62,8 @@ def fits(problem: Problem, config: SequenceConfig, device: DeviceFigures) -> boo
 def has_columns(config: SequenceConfig, device: DeviceFigures, columns: int, size: int, registers: int = 0) -> bool:
     """Return whether tensor memory suffices for all programs that may share an SM with one that waits (`grid_sync`).
 
-    size: bytes of shared memory. An SM has room for 64 warps, 64 K registers, and as much shared memory as one program may have
-    and 1 KiB for each program.
+    size: bytes of shared memory. registers: per thread; 0 if unknown. An SM has room for 64 warps, 64 K registers, and as much
+    shared memory as one program may have and 1 KiB for each program.
     """
     if not config.waits:
         return columns <= device.tensor_memory

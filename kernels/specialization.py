@@ -48,7 +48,7 @@ def compile_for(problem: Problem, config: SequenceConfig) -> Any | None:
 def _stand_ins(problem: Problem, config: SequenceConfig) -> list[Any]:
     """Return stand-ins for the arguments of a launch: a dtype for an aligned tensor, 2 for an unspecialised integer.
 
-    Of one launch per step it is one between the first and the last, which keep the state in another dtype (`layer.launches`).
+    With one launch per step it is one between the first and the last, with the state in the accumulator's dtype.
     """
     pointers = POINTERS[problem.way].items()
     absent = {name for feature, names in pointers if feature not in problem.features for name in names}

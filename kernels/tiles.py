@@ -1,4 +1,4 @@
-"""Load and store tiles of matrices of any strides, multiply a row of tiles by a column, and number those of two products."""
+"""Load and store tiles of matrices of any strides, multiply a row of tiles by a column, number the tiles of two products."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(ptr, rows, mask_rows, columns, mask_columns, stride_row, stride_column):
-    """Load the entries at rows x columns of a matrix, 0 where a mask is False. Offsets are of 64 bits."""
+    """Load the entries at rows x columns of a matrix, 0 where a mask is False. Offsets have 64 bits."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(ptr + offsets, mask=mask_rows[:, None] & mask_columns[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, tile, rows, mask_rows, columns, mask_columns, stride_row):
-    """Store a tile at rows x columns of a matrix with adjacent columns, rounded to its dtype. Offsets are of 64 bits."""
+    """Store a tile at rows x columns of a matrix with adjacent columns, rounded to its dtype. Offsets have 64 bits."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_columns[None, :])
 
@@ -76,7 +76,7 @@ def count_tiles(first, second, BLOCK_N: tl.constexpr):
 def choose_tile(tile, first, second, BLOCK_N: tl.constexpr):
     """Return which of the two a tile of columns belongs to, and its first column there.
 
-    It is chosen by values, because code for each of the two would take twice as long to compile.
+    tl.where selects it, because code for each of the two would take twice as long to compile.
     """
     if first[0] is None:
         chosen = second

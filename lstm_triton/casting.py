@@ -1,4 +1,4 @@
-"""Autocast: the casts of tensors, of which those of parameters are kept until it ends; and checks of devices and dtypes."""
+"""Casts of tensors under autocast, kept for parameters until it ends; and checks of devices and dtypes."""
 
 import contextlib
 import functools

@@ -39,15 +39,14 @@ def convert(
         model: the model, or a single module.
         precision, backend, recompute: as in `LSTM` and `LSTMCell`.
         compilable: change the class of every torch.nn.LSTM to `lstm_triton.LSTM`, and of every GRU likewise. They are then no
-            instances of torch's classes.
+            longer instances of torch's classes.
 
     Returns:
         The model.
 
     Warns:
         UserWarning: a module was not converted, with the reason; or there was nothing to convert. The logger "lstm_triton"
-        lists
-            at level INFO which modules were converted now and which before. Those converted before keep their options.
+            lists at level INFO which modules were converted now and which before. Those converted before keep their options.
 
     Raises:
         ValueError: unknown precision or backend.

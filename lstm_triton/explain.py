@@ -157,13 +157,12 @@ def explain(
 
     Args:
         module: an `LSTM`, `Recurrent`, `GRU`, a cell of these, a `SoftmaxReadout`, or a converted module of torch's. For a
-        model
-            that holds some there is a line for each, and for each module of torch's that is not converted.
+            model that holds some there is a line for each, and for each module of torch's that is not converted.
         call, options: the arguments of the call, in place of those below. Gradients are recorded if they would be now; the
             backward is explained for gradients of all outputs.
-        device, dtype: those of the tensors; by default those of the module's parameters. steps, segments, batch: for a layer:
-        T; whether the call has resets, lengths or cell states; B, which decides whether the
-            kernels run all steps in one launch.
+        device, dtype: those of the tensors; by default those of the module's parameters.
+        steps, segments, batch: for a layer: T; whether the call has resets, lengths or cell states; B, which decides whether
+            the kernels run all steps in one launch.
 
     Returns:
         "Name(sizes) on device, dtype: backend: reason.", or a line of this form for each module of a model.

@@ -211,10 +211,10 @@ def plans(
     options: LayerOptions,
     is_recorded: bool,
 ) -> dict[str, Any]:
-    """Return the configurations of the kernels: forward, and if gradients are recorded backward. This may compile kernels.
+    """Return the configurations of the kernels: forward, and backward if gradients are recorded. This may compile kernels.
 
     Args:
-        x: of the dtype and device. sizes: T, B, H, D. given: of "resets", "lengths", "random" and "reset_gradients".
+        x: gives dtype and device. sizes: T, B, H, D. given: "resets", "lengths", "random", "reset_gradients", where present.
 
     Raises:
         RuntimeError: chosen is "triton-persistent", and they would not all be one launch.

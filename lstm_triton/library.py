@@ -17,7 +17,7 @@ _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", float: "float", str: "str", tor
 class Schema(NamedTuple):
     """The schema of an operator that takes the fields of NamedTuples and one more argument, and returns tensors.
 
-    A field that is called as one before it gets the prefix saved_.
+    A field that is named like an earlier one gets the prefix saved_.
     """
 
     name: str

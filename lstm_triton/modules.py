@@ -149,8 +149,7 @@ class SoftmaxReadout(torch.nn.Linear):
         precision: of float32 products on a GPU: "ieee", "tf32", "tf32x3", or None for the setting of torch.backends.cuda.matmul
             ("ieee" unless you changed it), as torch.nn.Linear.
         backend: "auto" (the kernels on a GPU that runs them, else torch's own; `lstm_triton.explain(readout)` says which and
-        why),
-            "triton", "reference".
+            why), "triton", "reference".
 
     Input: [..., H]. Output: [..., V], each row of which sums to 1, in the dtype of the input. Twice differentiable.
 

@@ -1,4 +1,4 @@
-"""One LSTM layer with projection (h of size R is W_hr u, where u = o * tanh(c)) on the kernels of a layer without.
+"""One LSTM layer with projection (h of size R is W_hr u, where u = o * tanh(c)) on the kernels of one without.
 
 From one step to the next W_hh h = (W_hh W_hr) u, so u is the h of a layer whose W_hh is this product. Where a batch row starts
 from a given h there is no u: that h joins the input x of that step, W_hh joins W_ih, and u before the step is zero.

@@ -101,9 +101,8 @@ def lstm_layer(
         weights: for each of the D directions w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H] or None; with a projection of h to
             size R also w_hr [R, H], and then w_hh is [4H, R] and h0 and y have R in place of H.
         segments: a segment of batch row b starts at t where resets[t, b]. The result equals that of the segments run one by
-        one,
-            each from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past the
-            lengths of the batch rows outputs and cell states are 0.
+            one, each from zeros, or from reset_h[t, d, b], reset_c[t, d, b] of the step at which its direction enters it. Past
+            the lengths of the batch rows outputs and cell states are 0.
         step: of another cell, as in `lstm_cell`. masks: [n, T, B, D * H], its random masks; None for their expectations.
 
     Returns:

@@ -90,7 +90,7 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _broadcast(state: Tensor, shape: tuple[int, int, int, int], x: Tensor) -> Tensor:
-    """Return t expanded to this shape, as a view but for units that are not contiguous."""
+    """Return the state expanded to this shape, as a view unless its units are not contiguous."""
     casting.check_alike("Input", x, [("reset_state", state)])
     try:
         state = state.expand(*state.shape[:-1], shape[-1]) if state.dim() else state.expand(shape[-1])

@@ -1,4 +1,4 @@
-"""`cell` makes a plain torch function a recurrent cell for the kernels.
+"""`cell` turns a plain torch function into a recurrent cell for the kernels.
 
 The kernels compute four pre-activations z = x W_ih^T + h W_hh^T + b for each unit, and carry its 1, 2, 4 or 8 states unrounded
 from step to step. For a cell with fewer gates the other rows of the weights are zero. If it reads the input part and the
@@ -278,7 +278,7 @@ def cell(
     parameters: Sequence[str] = (),
     masks: Mapping[str, float] = _NO_MASKS,
 ) -> Callable[[Callable], Cell]:
-    """Make a plain torch function a recurrent cell for `Recurrent` and `RecurrentCell`, with `Cell`'s arguments and errors.
+    """Turn a torch function into a recurrent cell for `Recurrent` and `RecurrentCell`, with `Cell`'s arguments and errors.
 
     @lstm_triton.cell(gates="fgo", states="c")
     def coupled(z, s):

@@ -18,7 +18,7 @@ def device_functions(
 
     Args:
         step: (*pre-activations, *states before, *masks) -> (h, *states after), pointwise.
-        n_pre, n_carried: the numbers of pre-activations and states. probabilities: with which each mask is 1.
+        n_pre, n_carried: the numbers of pre-activations and states. probabilities: that each mask is 1.
 
     Raises:
         NotImplementedError: an unknown operation in the derivative, with its name.
