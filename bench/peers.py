@@ -34,7 +34,7 @@ def _module(name: str, problem: Problem, *dtypes: str, resets: bool = False) -> 
     rules = {
         f"{top}: whole padded sequences, one layer, one direction, no projection": is_simple,
         f"{top} has no resets": resets or not case.resets,
-        f"{top} computes in {' or '.join(dtypes)}": not dtypes or case.dtype_name.startswith(dtypes),
+        f"{top} computes in {' or '.join(dtypes)}": not dtypes or {case.dtype, case.dtype_name} & {*dtypes},
         f"{top} runs on GPUs only": problem.device.type in DEVICE_TYPES,
     }
     require(rules, Unavailable)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benches import CPU, ROOT, TINY, Forked, Here, make_row, measure, options, rows_of, small
+from support.benches import CPU, ROOT, TINY, Forked, Here, faulty, make_row, measure, options, rows_of, small
 
 from lstm_triton import cli as package_cli
 from lstm_triton import process, timing
@@ -51,22 +51,21 @@ def test_every_suite_from_end_to_end_and_not_again(tmp_path, monkeypatch, capsys
 
 
 def test_a_run_continues_where_it_stopped(tmp_path):
-    ask = Here.ask
-
     def outcome(*sizes, **changes):
         done = measure(tmp_path, small(*sizes), **changes)
         return done.measured, done.before, done.appended
 
-    def interrupted(self, *request):
-        yield next(ask(self, *request))
-        raise TimeoutError
+    class Interrupted(Here):
+        """The budget ends after the first row."""
+
+        def ask(self, *request):
+            yield next(super().ask(*request))
+            raise TimeoutError
 
     threads = torch.get_num_threads()
     try:
         assert outcome(4) == (1, 0, 2)
-        with pytest.MonkeyPatch.context() as patch:  # the budget ends after the first row
-            patch.setattr(Here, "ask", interrupted)
-            assert outcome(5) == (0, 0, 1)
+        assert outcome(5, new_worker=Interrupted) == (0, 0, 1)
         assert outcome(4, 5) == (1, 1, 1)
         assert outcome(4, 5, provider=(OURS, CUDNN, TORCH_CELL)) == (2, 0, 2), "only what is new of a task"
         assert outcome(4, again=True) == (1, 0, 2)
@@ -78,31 +77,15 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     found = rows_of(tmp_path)
     assert {row.device.threads for row in found} == {1, 2}
     assert len(run.done_before(found, maker, False)) == 6
-    maker.l2 = "warm"
-    assert run.done_before([replace(row, l2="warm") for row in found], maker, False)
-    maker.l2 = "flushed"
-    assert not run.done_before([replace(row, l2="warm") for row in found], maker, False), "another state of the cache"
+    warm = [replace(row, l2="warm") for row in found]
+    for maker.l2 in ("warm", "flushed"):
+        assert bool(run.done_before(warm, maker, False)) == (maker.l2 == "warm"), "another state of the cache"
     failed = maker.make(small(4)[0], OURS, "eager", "skipped", "a reason")
     assert failed.l2 == "flushed", "which rows of failures have too"
     assert run.done_before([failed], maker, False) and not run.done_before([failed], maker, True), "--retry"
     assert maker.make(replace(small(4)[0], kind="memory"), OURS, "eager", "skipped", "a reason").l2 is None
     maker.source = replace(maker.source, digest="0" * 12)
     assert not run.done_before(found, maker, False), "rows of other code do not count"
-
-
-HOST = next(t for t in cases.tasks(["overhead"], "tiny", "cpu") if t.case.form == "cell")
-
-
-def test_roofs_and_anchors_know_no_choice_of_providers():
-    (roof,) = cases.tasks(["roofs"], "tiny", "cpu")
-    for task, kind, asked, expected in (
-        (cases.ANCHORS["cuda"], "cuda", (OURS,), [CUDNN]),
-        (roof, "cuda", (OURS,), ["copies", "matrix products", "exchange"]),
-        (roof, "cpu", None, ["copies", "matrix products"]),
-        (HOST, "cuda", None, ["lstm_triton triton", TORCH_CELL]),
-        (HOST, "cpu", None, [OURS, TORCH_CELL]),
-    ):
-        assert [name for name, _ in providers.pairs_of(task, kind, asked)] == expected
 
 
 def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
@@ -128,47 +111,32 @@ def test_a_task_that_does_not_fit_into_the_budget_is_not_begun(tmp_path):
 
 def test_a_budget_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
     assert 0 < process.age_s() < float("inf")
-    seen = []
-
-    def runner(options, progress, worker):
-        seen.append(options.budget)
-        return types.SimpleNamespace(run=len, describe=str, appended=0, before=0)
-
-    monkeypatch.setattr(run, "Runner", runner)
+    budgets = []
+    runner = types.SimpleNamespace(run=len, describe=str, appended=0, before=0)
+    monkeypatch.setattr(run, "Runner", lambda options, *_: budgets.append(options.budget) or runner)
     for age in (0.0, 10.0, 1000.0):
         monkeypatch.setattr(process, "age_s", lambda age=age: age)
         assert cli.main([*TINY, "--suite", "memory", "--budget", "40s", "--output", str(tmp_path)]) == 0
-    fresh, slow_start, long_running = seen
+    fresh, slow_start, long_running = budgets
     assert 30 < fresh < 38.1 and fresh - slow_start == pytest.approx(10, abs=1)
     assert long_running == pytest.approx(fresh, abs=1), "that process was not started for this run"
 
 
-def _fault(problem, what):
-    if what == "crash":
-        os._exit(9)
-    if what == "hang":
-        time.sleep(600)
-    model = providers.torchs_lstm(problem)
-    right, calls = model.run, []
-
-    def run(*arguments):
-        calls.append(1)
-        return os._exit(9) if len(calls) > 1 else right(*arguments)
-
-    model.run = run
-    return model
+ACCIDENTS = {  # in which calls, what happens, and what the row says
+    "crash": (range(1, 9), lambda y: os._exit(9), r"exit code 9 \(while: check of"),
+    "crash while timed": (range(2, 9), lambda y: os._exit(9), r"exit code 9 \(while: timing of"),
+    "hang": (range(1, 9), lambda y: time.sleep(600), r"no sign of life for 1 s.* \(while: check of"),
+}
 
 
 def test_a_provider_that_crashes_or_hangs_gets_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    said = {"crash": r"exit code 9 \(while: build of", "hang": r"no sign of life for 1 s.* \(while: build of"}
-    said |= {"crash while timed": r"exit code 9 \(while: timing of"}
-    for name in said:
-        monkeypatch.setitem(providers.PROVIDERS, name, functools.partial(_fault, what=name))
-    outcome = measure(tmp_path, small(4), Forked, provider=(*said, CUDNN), timeout=1.0)
+    for name, (at, what, _) in ACCIDENTS.items():
+        monkeypatch.setitem(providers.PROVIDERS, name, functools.partial(faulty, fault=what, at=at))
+    outcome = measure(tmp_path, small(4), Forked, provider=(*ACCIDENTS, CUDNN), timeout=1.0)
     found = {row.provider: row for row in rows_of(tmp_path)}
-    assert set(found) == {*said, CUDNN} and outcome.appended == 4 and found[CUDNN].status == "ok"
-    for name, text in said.items():
-        assert found[name].status == "failed" and re.search(f"{text} {name}", found[name].reason)
+    assert set(found) == {*ACCIDENTS, CUDNN} and outcome.appended == 4 and found[CUDNN].status == "ok"
+    for name, (_, _, said) in ACCIDENTS.items():
+        assert found[name].status == "failed" and re.search(f"{said} {name}", found[name].reason)
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
@@ -200,8 +168,7 @@ def test_unusable_arguments_lists_filters_and_times(capsys, monkeypatch, tmp_pat
         except SystemExit as stopped:
             code = stopped.code
         assert code == 2 and message in capsys.readouterr().err, arguments
-    few = ["--suite", "hidden-sizes", "--hidden", "32..64", "--mode", "train"]
-    assert cli.main(["--device", "cpu", "--list", *few]) == 0
+    assert cli.main("--device cpu --list --suite hidden-sizes --hidden 32..64 --mode train".split()) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2 and all("train" in line for line in listed)
     with pytest.raises(SystemExit, match="0"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import math
 import multiprocessing
 import os
@@ -22,18 +21,10 @@ from lstm_triton.demo.__main__ import main
 from lstm_triton.demo.model import CharModel
 
 report = pytest.importorskip("lstm_triton.demo.report", reason="needs the libraries of the extra [demo]")
-SMALL = train.Config(hidden_size=12, embedding_size=6, batch=3, steps=7)
-WORDS = corpus.encode("abcab\n" * 400)
+WORDS = corpus.encode("abcab\n" * 300)
 TEXT = corpus.Corpus(WORDS, WORDS[:900], (1, 1))
-TINY = ["--hidden-size", "8", "--batch", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def standard_library():
-    """Python's own sources are read once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "load", functools.cache(corpus.load))
-        yield
+SIZES = ["--hidden-size", "8", "--batch", "2", "--device", "cpu"]
+ONLY_TRAIN = [*SIZES, "--skip", "check", "timing"]
 
 
 def test_corpus_is_the_same_for_a_seed_and_holds_files_out(tmp_path):
@@ -44,7 +35,7 @@ def test_corpus_is_the_same_for_a_seed_and_holds_files_out(tmp_path):
     (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "left_out.py").write_text("LEFT_OUT\n")
-    one, two, other = (corpus.load.__wrapped__(seed, tmp_path) for seed in (3, 3, 4))
+    one, two, other = (corpus.load(seed, tmp_path) for seed in (3, 3, 4))
     assert torch.equal(one.train, two.train) and torch.equal(one.validation, two.validation)
     assert not torch.equal(one.train, other.train)
     assert sum(one.files) == 201 and one.files[1] == math.ceil(201 / corpus.VALIDATION_SHARE)
@@ -74,26 +65,27 @@ def test_y_t_is_the_softmax_of_the_logits_and_a_sample_follows_its_seed():
 
 
 def test_training_falls_below_the_unigram_entropy_and_resumed_equals_uninterrupted(tmp_path):
-    whole = train.Training(SMALL, TEXT, CPU)
-    whole.run(tmp_path / "whole.pt", seconds=1e9, steps=300)  # past the end of the text, where the state starts anew
+    config = train.Config(hidden_size=12, embedding_size=6, batch=3, steps=7, learning_rate=1e-2)
+    whole = train.Training(config, TEXT, CPU)
+    whole.run(tmp_path / "whole.pt", seconds=1e9, steps=100)  # past the end of the text, where the state starts anew
     first, last = whole.curve[0], whole.curve[-1]
-    assert (first.step, last.step, last.tokens) == (0, 300, 300 * 3 * 7)
+    assert (first.step, last.step, last.tokens) == (0, 100, 100 * 3 * 7) and last.tokens > len(TEXT.train)
     assert last.validation_bits < TEXT.unigram_bits() - 0.5 < first.validation_bits
     assert all(math.isfinite(point.train_bits) for point in whole.curve[1:])
 
     path = tmp_path / "parts.pt"
-    train.Training(SMALL, TEXT, CPU).run(path, seconds=1e9, steps=50)
+    train.Training(config, TEXT, CPU).run(path, seconds=1e9, steps=20)
     config, data = train.load_checkpoint(path)
     resumed = train.Training(config, TEXT, CPU)
     resumed.restore(data)
     before = len(resumed.curve)
-    resumed.run(path, seconds=1e9, steps=250)
+    resumed.run(path, seconds=1e9, steps=80)
     seconds = [point.seconds for point in resumed.curve]
     assert len(seconds) > before and seconds == sorted(seconds)
-    assert [resumed.curve[before - 1].step, resumed.step, train.load_checkpoint(path)[1]["step"]] == [50, 300, 300]
+    assert [resumed.curve[before - 1].step, resumed.step, train.load_checkpoint(path)[1]["step"]] == [20, 100, 100]
     torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     resumed.run(path, seconds=0.1)  # the clock ends training, too
-    assert resumed.step > 300 and not resumed.interrupted
+    assert resumed.step > 100 and not resumed.interrupted
 
 
 def test_checkpoints_that_fail_damaged_or_contradicted(tmp_path, monkeypatch, capsys):
@@ -121,15 +113,15 @@ def test_checkpoints_that_fail_damaged_or_contradicted(tmp_path, monkeypatch, ca
             path.write_bytes(contents)
         elif contents is not None:
             torch.save(contents, path)
-        with pytest.raises(UsageError, match="checkpoint"):
-            train.load_checkpoint(path)
         assert main(["--out", str(tmp_path), "--resume", "--skip", "check"]) == 2
-        assert str(path) in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "checkpoint" in error.replace(str(path), "") and str(path) in error
 
 
 def test_the_demo_checks_trains_times_reports_and_resumes(tmp_path, capsys, monkeypatch):
     """All of it in small; a failed check is the exit code, and everything else is there nevertheless."""
     seeds, measured = [], timing.measure
+    monkeypatch.setattr(corpus, "load", functools.cache(corpus.load))  # Python's own sources
 
     def checked(device, seed):
         seeds.append((device, seed))
@@ -139,7 +131,7 @@ def test_the_demo_checks_trains_times_reports_and_resumes(tmp_path, capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr(check, "run", checked)
         patch.setattr(timing, "measure", lambda device, rows, seconds: measured(device, rows, 0.05, 2, 4, 3))
-        assert main(["--out", str(tmp_path), "--steps", "3", "--seed", "3", *TINY]) == 1
+        assert main(["--out", str(tmp_path), "--steps", "3", "--seed", "3", *SIZES]) == 1
     out, path = capsys.readouterr().out, tmp_path / "report.html"
     assert seeds == [("cpu", 3)] and str(path.resolve()) in out
     html = path.read_text(encoding="utf-8")
@@ -152,12 +144,10 @@ def test_the_demo_checks_trains_times_reports_and_resumes(tmp_path, capsys, monk
     assert sorted(name for name, *_ in times) == sorted(2 * sum(timing.PROVIDERS.values(), ()))
     assert all(0 < float(low) <= float(high) and float(median) > 0 for _, median, low, high in times)
     assert out.count(" loop ") == 2 and "say nothing about speed on a GPU" in out
-    assert page.open == [] and page.tags.count("svg") == 1 and page.tags.count("section") == 4
-    assert "frequencies alone: " in page.text and "3.0e-07" in page.text
-    assert set(page.fetched) == {"data:,"} and not re.search(r"[>\s,]nan[<\s,]", html)
-    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+    assert page.tags.count("svg") == 1 and page.tags.count("section") == 4 and page.fetched == {"data:,"}
+    assert "frequencies alone: " in page.text and "3.0e-07" in page.text and not re.search(r"[>\s,]nan[<\s,]", html)
 
-    assert main(["--out", str(tmp_path), "--steps", "2", "--resume", *TINY, "--skip", "check", "timing"]) == 0
+    assert main(["--out", str(tmp_path), "--steps", "2", "--resume", *ONLY_TRAIN]) == 0
     assert "Continuing after 3 updates" in capsys.readouterr().out
     page = Page(path.read_text(encoding="utf-8"))
     assert "Not measured (--skip timing)" in page.text and "Not checked (--skip check)" in page.text
@@ -169,15 +159,16 @@ def test_the_report_escapes_text_and_says_what_did_not_run(tmp_path):
     text, path = "\ndef <script>alert('&amp;')</script>", tmp_path / "new" / "report.html"
     report.write(path, [], 4.6, {"Model": [], "Sample": [text], "Time": ["no <timing>"]}, [])
     page = Page(path.read_text(encoding="utf-8"))
-    assert page.open == [] and not {"svg", "script"} & set(page.tags)
+    assert not {"svg", "script"} & set(page.tags)
     assert "<script>alert('&amp;')</script>" in page.text and "no <timing>" in page.text
 
 
 def _demo(folder, *arguments):
     """The demo in a process of its own: it leaves its output in a file and ends with its code."""
+    corpus.load = lambda seed: TEXT
     with (folder / "out").open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = main(["--out", str(folder), *TINY, "--skip", "check", "timing", *arguments])
+        code = main(["--out", str(folder), *ONLY_TRAIN, *arguments])
     os._exit(code)
 
 
@@ -201,6 +192,3 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path):
     assert process.exitcode == 130 and "--resume" in out and "Traceback" not in out, out
     data = train.load_checkpoint(path)[1]
     assert data["step"] == data["curve"][-1][0]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["--out", str(tmp_path), "--steps", "1", "--resume", *TINY, "--skip", "check", "timing"]) == 0
-    assert train.load_checkpoint(path)[1]["step"] == data["step"] + 1

@@ -30,8 +30,7 @@ class Project:
         self.root, self.log, programs = folder / "project", folder / "log", folder / "programs"
         for name in (".ci", "bench", "docs", "kernels", "lstm_triton", "tests"):
             (self.root / name).mkdir(parents=True)
-        self.script = self.root / ".ci" / "gpu"
-        shutil.copy(SCRIPT, self.script)
+        self.script = Path(shutil.copy(SCRIPT, self.root / ".ci"))
         self.source = self.root / "kernels" / "cell.py"
         self.source.write_text("a kernel\n")
         programs.mkdir()
@@ -55,42 +54,41 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
-PREFLIGHT = "python tests/preflight.py"
+PREFLIGHT, TESTS, SANITIZER = "python tests/preflight.py", "make", "python tests/sanitize.py"
 REPORTS = ["python", "python", "python"]  # the benchmark, README, results
-ALL = [PREFLIGHT, "make", *REPORTS, "python tests/sanitize.py"]
+ALL = [PREFLIGHT, TESTS, *REPORTS, SANITIZER]
+STEPS = {  # by what fails: what runs, in order, and what runs the next time
+    "": (ALL, [PREFLIGHT, *REPORTS]),
+    "preflight": ([PREFLIGHT], ALL),  # everything needs it
+    "-m 'gpu": (ALL, [PREFLIGHT, TESTS, *REPORTS]),
+    "sanitize": (ALL, [PREFLIGHT, *REPORTS, SANITIZER]),
+    "--budget": (ALL, [PREFLIGHT, *REPORTS]),
+    "--readme README.md": (ALL, [PREFLIGHT, *REPORTS]),
+}
 
 
-def test_all_steps_in_order_and_once_for_the_same_sources(project):
-    """Though the script itself writes to the pages."""
-    assert project.run() == (0, ALL)
-    assert (project.root / "README.md").read_text() == (project.root / "docs" / "results.md").read_text() == "row\n"
-    assert project.run() == (0, [PREFLIGHT, *REPORTS])
-    project.source.write_text("another kernel\n")
-    assert project.run() == (0, ALL)
+@pytest.mark.parametrize("failing", STEPS)
+def test_what_fails_does_not_stop_the_others_and_runs_again(failing, project):
+    """What has passed does not, though the script itself writes to the pages."""
+    first, again = STEPS[failing]
+    assert project.run(failing) == (bool(failing), first)
+    written = [(project.root / page) for page in ("README.md", "docs/results.md")]
+    assert failing == "preflight" or [page.read_text() for page in written] == ["row\n", "row\n"]
+    assert project.run() == (0, again)
 
 
-def test_tests_go_on_after_those_that_passed_for_these_sources(project):
-    """pytest keeps their names where the script tells it to."""
+def test_what_has_passed_is_kept_for_the_same_sources(project):
+    """pytest keeps the names of its tests where the script tells it to."""
 
-    def file() -> str:
-        project.run("-m 'gpu")
+    def kept() -> str:
         return re.search(r"^make .* --resume (\S+)", project.log.read_text(), re.M)[1]
 
-    first = file()
-    assert (project.root / first).parent.is_dir() and file() == first
+    assert project.run("-m 'gpu")[0] == 1
+    first = kept()
+    assert (project.root / first).parent.is_dir()
+    assert project.run()[0] == 0 and kept() == first
     project.source.write_text("another kernel\n")
-    assert file() != first
-
-
-@pytest.mark.parametrize("failing", ["-m 'gpu", "sanitize", "--budget", "--readme README.md"])
-def test_what_fails_does_not_stop_the_others_and_runs_again(failing, project):
-    assert project.run(failing) == (1, ALL)
-    again = {"-m 'gpu": [PREFLIGHT, "make", *REPORTS], "sanitize": [PREFLIGHT, *REPORTS, "python tests/sanitize.py"]}
-    assert project.run() == (0, again.get(failing, [PREFLIGHT, *REPORTS]))
-
-
-def test_without_what_everything_needs_nothing_is_tried(project):
-    assert project.run("preflight") == (1, [PREFLIGHT])
+    assert project.run() == (0, ALL) and kept() != first
 
 
 def test_nothing_is_left_running_at_the_limit(project, tmp_path):
@@ -99,8 +97,7 @@ def test_nothing_is_left_running_at_the_limit(project, tmp_path):
     left = tmp_path / "left"
     project.make.write_text(f"#!/bin/sh\nsleep 120 & echo $! > {left}\nwait\n")
     began = time.monotonic()
-    status, commands = project.run()
-    assert status == 1 and commands == [c for c in ALL if c != "make"] and time.monotonic() - began < 30
+    assert project.run() == (1, [c for c in ALL if c != TESTS]) and time.monotonic() - began < 30
     state = Path(f"/proc/{left.read_text().strip()}/stat")
     for _ in range(50):  # killed, it may not be gone at once
         if not state.exists() or state.read_text().split()[2] == "Z":
@@ -114,23 +111,18 @@ def test_the_preflights_launch():
     preflight.launch("cpu")
 
 
-def test_the_preflight_names_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "version", lambda name: None if name in ("pytest", "pytest-xdist") else "1.0")
-    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
-    monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
-    monkeypatch.delenv("CC", raising=False)
-    assert preflight.main() == 1
+def test_the_preflight_names_what_is_missing_and_how_the_launch_failed(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "version", lambda name: None if name in ("pytest", "pytest-xdist") else "1.0")
+        patch.setattr(preflight.shutil, "which", lambda name: None)
+        patch.setattr(preflight.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+        patch.delenv("CC", raising=False)
+        assert preflight.main() == 1
     said = capsys.readouterr()
     assert "torch 1.0" in said.out and "pytest-xdist None" in said.out
     for what in ("the Python package pytest", "C compiler.*none of gcc, clang", "/nowhere/Python.h"):
         assert len([line for line in said.err.splitlines() if re.search(what, line)]) == 1, what
     assert "pytest-xdist" not in said.err, "its tests are skipped"
-
-
-def test_the_preflight_says_how_the_launch_failed(monkeypatch, capsys):
-    def fail():
-        raise RuntimeError("no GPU")
-
     monkeypatch.setattr(preflight, "missing", list)
-    monkeypatch.setattr(preflight, "gpu", fail)
-    assert preflight.main() == 1 and "a first launch failed: RuntimeError: no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(preflight, "gpu", lambda: {}["no GPU"])
+    assert preflight.main() == 1 and "a first launch failed: KeyError: 'no GPU'" in capsys.readouterr().err

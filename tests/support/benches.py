@@ -1,7 +1,8 @@
-"""What the tests of the benchmark share: made-up rows, tasks measured with a clock that counts, and runs on the CPU."""
+"""What the tests of the benchmark share: made-up rows, tasks measured with a made-up clock, and runs on the CPU."""
 
 import dataclasses
 import html.parser
+import itertools
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from lstm_triton import timing
 from lstm_triton.bench import __main__ as cli
 from lstm_triton.bench import measure as measuring
-from lstm_triton.bench import rows
+from lstm_triton.bench import providers, rows
 from lstm_triton.bench import run as running
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.device import RowMaker
@@ -34,35 +35,40 @@ def make_row(
     if kind in ("timing", "anchor", "overhead") and status == "ok":
         samples = timing.Samples(1, [us * (1 + 0.001 * k) for k in range(-5, 6)], [us] * 11)
         measured["timing"] = rows.Timing.of(samples, case.length, "a clock")
-    reason = None if status == "ok" else "a reason"
+    reason = changes.pop("reason", None if status == "ok" else "a reason")
     row = maker.make(Task(suite, case, kind), provider, execution, status, reason, state={}, **measured)
     return dataclasses.replace(row, **changes)
 
 
 class FakeClock:
-    """Counts what it times; each call takes as many microseconds as its turn."""
+    """Calls once, and says that this took 2 us on the device and 3 us by the host's clock."""
 
     name, l2, sample_seconds = "fake", None, 1e-9
 
-    def __init__(self):
-        self.calls = []
-
     def sample(self, call, n):
         call()
-        self.calls.append(call)
         return 2.0, 3.0
 
 
-def context():
-    return measuring.Context(maker, FakeClock(), seconds=0.0)
-
-
-def run(task, names=None):
-    """The rows of a task by provider."""
-    found = []
-    measuring.measure(task, context(), found.append, names and [(n, e) for n in names for e in task.executions])
+def run(task, names):
+    """The rows of a task by provider, and by "<provider> graph"."""
+    found, pairs = [], [(name, execution) for name in names for execution in task.executions]
+    measuring.measure(task, measuring.Context(maker, FakeClock(), seconds=0.0), found.append, pairs)
     assert [rows.decode(row.encode().encode()) for row in found] == found
-    return {row.provider: row for row in found}
+    return {row.provider + " graph" * (row.execution == "graph"): row for row in found}
+
+
+def faulty(problem, fault, at=range(1, 1000)):
+    """A provider: torch.nn.LSTM with `fault` applied to its output in the calls of these numbers."""
+    model, number = providers.torchs_lstm(problem), itertools.count(1)
+    right = model.run
+
+    def run(x, state):
+        y, state = right(x, state)
+        return fault(y) if next(number) in at else y, state
+
+    model.run = run
+    return model
 
 
 def options(folder, **changes):
@@ -115,29 +121,28 @@ def small(*sizes, **changes):
 
 
 class Page(html.parser.HTMLParser):
-    """A page taken apart: its tags, those that are open at the end, its text, and what a browser would fetch."""
+    """A page taken apart: its tags, its text, and what a browser would fetch. Its tags must be closed, its ids unique, and its
+    links within the page must lead somewhere."""
+
+    VOID = ("meta", "link", "br")
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.text, self.fetched, self.ids, self.links = [], [], "", [], set(), set()
+        self.tags, self.text, self.fetched, self._open, self._ids = [], "", set(), [], []
         self.feed(text)
         self.close()
+        assert self._open == [] and len(set(self._ids)) == len(self._ids)
+        self.fetched -= {f"#{name}" for name in self._ids}
+        assert not [link for link in self.fetched if link.startswith("#")]
 
     def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        self.open += [tag] * (tag not in ("meta", "link", "br"))
-
-    def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "data"):
-                self.links.add(value[1:]) if value.startswith("#") else self.fetched.append(value)
-            if name == "id":
-                assert value not in self.ids, f"two elements are called {value}"
-                self.ids.add(value)
+        self._open += [tag] * (tag not in self.VOID)
+        self._ids += [value for name, value in attributes if name == "id"]
+        self.fetched |= {value for name, value in attributes if name in ("src", "href", "xlink:href", "data")}
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert tag in self.VOID or self._open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
