@@ -43,7 +43,7 @@ def check_first_calls_in_new_processes():
         (failed,) = run(replace(task, case=replace(task.case, hidden_size=1 << 24)), ("lstm_triton auto",)).values()
     names = ("import_s", "first_call_s", "second_call_s")
     assert set(ours.values) == {f"{kind}_{name}" for kind in ("empty", "warm") for name in names}, ours
-    assert all(seconds > 0 for name, seconds in ours.values.items() if name != "warm_import_s")
+    assert all(seconds > 0 for seconds in ours.values.values())
     assert caches[0] == caches[1], "the second start finds the first one's kernels"
     assert torchs.status == "skipped" and torchs.reason.startswith("torch.nn.LSTM takes whole sequences"), torchs
     assert failed.status == "failed" and "the measuring process itself failed: RuntimeError" in failed.reason, failed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lstm_triton.process import Process
+from lstm_triton import process
 
 if not torch.cuda.is_available():
     # The first derivative decides whether autograd starts threads, which no fork survives. Under a FakeTensorMode it would,
@@ -151,7 +151,7 @@ def _as_main(command: list[str], cwd: str | Path, out: str, err: str) -> None:
         sys.stdout.flush()
 
 
-class ForkedProcess(Process):
+class ForkedProcess(process.Process):
     """A fork of this process instead of a new Python: for what depends on its being another, but not on its start."""
 
     def __init__(self, function: str, argument: Any, environment: Mapping[str, str | None]) -> None:
@@ -175,8 +175,7 @@ def _call(function: str, connection: Connection, environment: Mapping[str, str |
     faulthandler.disable()  # pytest's, which would print where a process on purpose aborts
     for name, value in environment.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)(connection, connection.recv())
+    process.main(time.perf_counter(), function, str(os.dup(connection.fileno())))
 
 
 @functools.cache
