@@ -1,94 +1,133 @@
-"""From a call to its launch: how many, how large, what is allocated, what recompiles, and that no wrong kernel is reused.
+"""From a call to its launches: how many, how large, what is allocated, and what is said of those that are refused."""
 
-Checks of the real JIT run in one process of their own, without the interpreter and on a driver that launches nothing.
-"""
-
-import contextlib
+import functools
 import inspect
 import itertools
-from unittest import mock
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from support.fake_driver import count_compiled, fake_driver
-from support.process import run_checks, run_without_interpreter
-from triton import knobs
+from support.problems import cells
 
-from lstm_triton.kernels import cell, cell_backward, launch, readout, readout_backward, readout_sums
+from lstm_triton import LSTM, LSTMCell, dispatch
+from lstm_triton.kernels import device, interpreter
 from lstm_triton.kernels.cell import lstm_cell_forward
 from lstm_triton.kernels.cell_backward import lstm_cell_backward
-from lstm_triton.kernels.config import LaunchConfig
-from lstm_triton.kernels.inputs import (
-    CellGradients,
-    CellInputs,
-    CellSaved,
-    ReadoutGradients,
-    ReadoutInputs,
-    ReadoutOptions,
-    ReadoutSaved,
-)
+from lstm_triton.kernels.inputs import CellGradients, CellInputs, CellSaved
 from lstm_triton.kernels.launch import Launcher
 
-FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
+FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
 
 
-@pytest.mark.long
-def test_real_jit():
-    assert "checks passed" in run_without_interpreter(__file__)
+@functools.lru_cache(maxsize=4)
+def make_lstm(H, D, dtype=torch.bfloat16, num_layers=1, backend="triton", **options):
+    return LSTM(4, H, num_layers, bidirectional=D == 2, dtype=dtype, precision="tf32", backend=backend, **options)
 
 
-# ---- in the suite's own process ------------------------------------------------------------------------------------
+def run_lstm(T, B, H, D=1, features="", batch_first=False, num_layers=1, **options):
+    """An LSTM forward and, in training, backward. The states of each of its layers are a part of larger tensors."""
+    lstm = make_lstm(H, D, num_layers=num_layers, recompute="recompute" in features, **options)
+    lstm.batch_first, lstm.dropout = batch_first, 0.01 * B * ("dropout" in features)
+    training = "inference" not in features
+    sizes, rows, dtype = (B, T) if batch_first else (T, B), (num_layers * D, B), lstm.weight_ih_l0.dtype
+    h, c = (torch.zeros(*rows, H, dtype=dtype, requires_grad=training) for _ in "hc")
+    given = {"return_cell_states": True} if "cells" in features else {}
+    given |= {"resets": torch.zeros(sizes, dtype=torch.bool)} if "resets" in features else {}
+    given |= {"lengths": torch.zeros(B, dtype=torch.int64)} if "lengths" in features else {}
+    shapes = {"stored": (T, *rows, H), "shared": (num_layers * D, 1, H)}
+    for shape in (shapes[name] for name in shapes if name in features):
+        given["reset_state"] = tuple(torch.zeros(shape, dtype=dtype, requires_grad=training) for _ in "hc")
+    with torch.set_grad_enabled(training):
+        x = torch.zeros(*sizes, 4, dtype=dtype, requires_grad=training)
+        y, states, *every_c = lstm(x, (h, c), **given)
+        if training:
+            results = [y, *states, *every_c]
+            torch.autograd.grad(results, [x, h, c, *lstm.parameters()], [torch.zeros_like(t) for t in results])
+
+
+class Recorded(NamedTuple):
+    kernel: str
+    grid: tuple[int, int, int]
+    config: Any
+    arguments: dict[str, Any]
 
 
 @pytest.fixture
-def without_kernels(monkeypatch, poisoned_outputs):
-    """Launches are recorded as (kernel, grid), not executed, and outputs are not poisoned."""
+def recorded(monkeypatch, poisoned_outputs):
+    """Launches are recorded and not made, planned for as on a GPU: programs may wait for one another."""
+    from conftest import KERNEL_MODULES
+
     launches = []
 
-    def record(self, grid, *_, **__):
-        launches.append((self.kernel.fn.__name__, grid))
+    def record(self, grid, config, arguments, **options):
+        with torch.profiler.record_function(name := self.kernel.fn.__name__):
+            launches.append(Recorded(name, grid, config, arguments | options))
 
-    monkeypatch.setattr(launch.Launcher, "__call__", record)
-    for module in (cell, cell_backward):
-        monkeypatch.setattr(module, "torch", torch)
-    return launches
+    monkeypatch.setattr(Launcher, "__call__", record)
+    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
+    monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
+    for module in KERNEL_MODULES:  # outputs are not poisoned
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", torch)
+    dispatch._remembered.cache_clear()
+    yield launches
+    dispatch._remembered.cache_clear()
+
+
+# Allocations and views launch nothing on a GPU; what these do beside that is listed.
+ALLOCATIONS, VIEWS = (
+    "empty new_empty empty_like empty_strided",
+    "as_strided detach view_as alias view t transpose select slice",
+)
+FREE = {f"aten::{name}" for name in f"{ALLOCATIONS} {VIEWS} expand split flatten".split()}
+
+
+def _operators(call):
+    """The kernels and torch's operators of a call, in order: each would be a launch of its own on a GPU."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+
+    def counts(event):
+        return event is not None and event.name.startswith(("aten::", "_lstm")) and event.name not in FREE
+
+    def is_within_another(event):
+        return event is not None and (counts(event) or is_within_another(event.cpu_parent))
+
+    return [e.name for e in profile.events() if counts(e) and not is_within_another(e.cpu_parent)]
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_but_allocations_and_the_launch(training, device, without_kernels):
-    """No copy, cast or fill: each would be a launch of its own on a GPU."""
-    from lstm_triton import LSTMCell
+def test_nothing_but_the_launch_of_a_step(training, recorded):
+    module = LSTMCell(7, 9, backend="triton").requires_grad_(training)
+    x, h, c, dh, dc = (torch.randn(3, n) for n in (7, 9, 9, 9, 9))
 
-    cell = LSTMCell(7, 9, device=device, backend="triton").requires_grad_(training)
-    x, h, c, dh, dc = (torch.randn(3, n, device=device) for n in (7, 9, 9, 9, 9))
-    cell(x, (h, c))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        results = cell(x, (h, c))
+    def call():
+        results = module(x, (h, c))
         if training:
-            torch.autograd.grad(results, list(cell.parameters()), (dh, dc))
-    operators = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
-    assert operators <= {"aten::empty", "aten::new_empty", "aten::detach", "aten::view_as", "aten::alias"}, operators
-    expected = [FORWARD, FORWARD, BACKWARD] if training else [FORWARD, FORWARD]
-    assert [name for name, _ in without_kernels] == expected
+            torch.autograd.grad(results, list(module.parameters()), (dh, dc))
+
+    assert _operators(call) == ["_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"][: 1 + training]
 
 
-def _backward_grid(needs, device, without_kernels):
-    from support.problems import cells
-
-    x, h, c, w_ih, w_hh, *biases = cells.draw(40, 50, 70, device=device).inputs
-    without_kernels.clear()
-    saved = CellSaved(c, torch.empty(40, 70, 4, device=device))
-    inputs = CellInputs(x, h, c, w_ih, w_hh, *biases)
-    grads = lstm_cell_backward(CellGradients(h, c), inputs, saved, needs)
-    assert list(grads) == list(needs), "what is not needed is not allocated"
-    return without_kernels[0][1][0] if without_kernels else 0
+@pytest.mark.parametrize("D", [1, 2])
+def test_launches_beside_the_recurrence(D, recorded):
+    """One for W_ih and all biases, one GEMM, and what says of h that it is not there yet."""
+    x, *hx = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 2, 4), (D, 2, 256), (D, 2, 256)))
+    with torch.no_grad():
+        found = _operators(lambda: make_lstm(256, D)(x, hx))
+    assert found == ["_lstm_input_weights_kernel", "aten::addmm", "aten::fill_", FORWARD]
 
 
-def test_what_is_not_needed_is_not_launched(device, without_kernels):
-    def programs(*wanted):
-        return _backward_grid(wanted, device, without_kernels)
+def test_what_is_not_needed_is_not_launched(recorded):
+    inputs = CellInputs(*cells.draw(40, 50, 70).inputs)
+    saved = CellSaved(inputs.c, torch.empty(40, 70, 4))
+
+    def programs(*needs):
+        recorded.clear()
+        grads = lstm_cell_backward(CellGradients(inputs.h, inputs.c), inputs, saved, needs)
+        assert list(grads) == list(needs), "what is not needed is not allocated"
+        return recorded[0].grid[0] if recorded else 0
 
     alone = {name: programs(name) for name in CellInputs._fields if name != "seed"}
     assert all(alone.values()) and programs() == 0
@@ -97,10 +136,8 @@ def test_what_is_not_needed_is_not_launched(device, without_kernels):
         assert programs(*wanted) == sum(alone[name] for name in wanted), wanted
 
 
-def test_outputs_own_dense_storage(device, without_kernels):
-    from support.problems import cells
-
-    inputs = CellInputs(*cells.draw(3, 7, 9, device=device).inputs)
+def test_outputs_own_dense_storage(recorded):
+    inputs = CellInputs(*cells.draw(3, 7, 9).inputs)
     outputs = lstm_cell_forward(inputs, save=True)
     given = [t for t in inputs if t is not None]
     storages = {t.untyped_storage().data_ptr() for t in (*given, *outputs)}
@@ -117,177 +154,71 @@ def test_the_suite_poisons_every_output():
         assert ".new_empty" not in inspect.getsource(module), module.__name__
 
 
-# ---- in a process without the interpreter --------------------------------------------------------------------------
+@pytest.mark.parametrize("T", [1, 2])
+def test_one_step_waits_for_nothing(T, recorded):
+    """No counters to zero, and no cooperative launch, which a CUDA graph's conditional node could not hold.
+
+    With resets, without which the kernels of the cell serve one step.
+    """
+    run_lstm(T, 16, 256, features="resets")
+    found = [launch for launch in recorded if launch.kernel in (FORWARD, BACKWARD)]
+    assert [launch.kernel for launch in found] == [FORWARD, BACKWARD]
+    waits = T > 1
+    for _, grid, config, arguments in found:
+        assert config.persistent == waits and grid[0] > 1
+        assert (arguments["stall_ptr"] is not None) == waits
+        assert (arguments["counters_ptr"] is not None) == (waits and not config.in_band)
+        assert arguments["launch_cooperative_grid"] == waits
 
 
-def _cell(B, I, H):
-    """A step forward and backward."""
-    shapes = ((B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
-    inputs = CellInputs(*(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes))
-    h, c, gates = lstm_cell_forward(inputs, save=True)
-    lstm_cell_backward(CellGradients(h, c), inputs, CellSaved(c, gates), CellInputs._fields)
+def test_the_last_range_of_recomputed_gates_is_one_step(recorded):
+    run_lstm(33, 2, 256, features="recompute")
+    found = [launch.arguments for launch in recorded if launch.kernel == BACKWARD]
+    steps = [(a["first_step"], a["last_step"], a["stall_ptr"] is not None) for a in found]
+    assert steps == [(0, 32, True), (32, 33, False)]
 
 
-def _readout(B, H, V):
-    h, weight, bias = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((B, H), (V, H), (V,)))
-    inputs, options = ReadoutInputs(h, weight, bias), ReadoutOptions(None, h.dtype)
-    (y,) = readout.softmax_readout_forward(inputs, options)
-    readout_backward.softmax_readout_backward(ReadoutGradients(y), inputs, ReadoutSaved(y), inputs._fields, options)
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("[CUDA]: too many blocks in cooperative launch", r"\d+ programs .* LSTM_TRITON_FREE_MULTIPROCESSORS"),
+        ("[CUDA]: operation not supported", r"\d+ programs .* launch none so: .* backend='triton-stepwise'"),
+        ("[CUDA]: out of memory", "out of memory"),
+    ],
+)
+def test_a_launch_that_is_refused_says_what_to_do(message, told, recorded, monkeypatch):
+    """By a driver that has fewer multiprocessors for this process than the GPU has."""
+    record = Launcher.__call__
+
+    def refuse(self, *arguments, launch_cooperative_grid=False):
+        record(self, *arguments)
+        if launch_cooperative_grid:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(Launcher, "__call__", refuse)
+    with pytest.raises(RuntimeError, match=told):
+        run_lstm(2, 16, 256)
 
 
-def check_sizes_recompile_only_by_divisibility():
-    """Calls with sizes of one group compile kernels once, and those of another again, this many in all of each kernel."""
-    cell_kernels = (cell._forward.kernel, cell_backward._backward.kernel)
-    readout_kernels = (readout._forward, readout._rescale, readout_backward._backward, readout_sums._dots)
-    readout_kernels = (*(launcher.kernel for launcher in readout_kernels), readout_sums._sum_parts.kernel)
-    for call, kernels, groups in (
-        (
-            _cell,
-            cell_kernels,
-            [
-                ([(7, 20, 36), (1, 20, 36), (16, 20, 36), (7, 33, 36), (7, 2, 2), (5, 999, 77)], (1, 1)),
-                ([(17, 20, 36), (64, 20, 36), (1001, 50, 20)], (2, 2)),  # the tile for larger batches
-                ([(7, 32, 64), (16, 64, 32), (1, 32, 160), (3, 1600, 64)], (3, 3)),  # multiples of 16
-            ],
-        ),
-        (
-            _readout,
-            readout_kernels,
-            [
-                ([(8, 64, 1024), (1, 64, 1024), (16, 64, 1024), (8, 1600, 1024), (8, 64, 4096)], (1,) * 5),
-                # Sums of parts of dh alone, as here, are of one size, which is not specialised.
-                ([(8, 33, 1025), (8, 77, 1025), (8, 2, 1025), (8, 33, 999), (3, 33, 4001)], (2, 2, 2, 2, 1)),
-            ],
-        ),
-    ):
-        with fake_driver(compiling=False) as driver:
-            for shapes, expected in groups:
-                for shape in shapes:
-                    call(*shape)
-                    assert tuple(map(count_compiled, kernels)) == expected, shape
-            assert {name for name, _ in driver.launches} == {kernel.fn.__name__ for kernel in kernels}
+def test_multiprocessors_are_left_free(recorded, monkeypatch):
+    """Of an H100's 132: 32 programs in 4 groups fit, but not beside others."""
+    grids = []
+    for free in (0, 4, 5, 131, 1000):
+        monkeypatch.setattr(device, "FREE_MULTIPROCESSORS", free)
+        recorded.clear()
+        run_lstm(2, 128, 512, features="inference")
+        grids.append([(grid[0], config.persistent) for kernel, grid, config, _ in recorded if kernel == FORWARD])
+    assert grids[:2] == [[(128, True)]] * 2
+    for fewer, free in zip(grids[2:], (5, 131, 1000)):
+        assert all(programs <= 132 - free or not persistent for programs, persistent in fewer)
+    assert [persistent for _, persistent in grids[-1]] == [False, False], "one launch per step always fits"
 
 
-def check_small_batches_fill_the_gpu():
-    """One row of a large vocabulary, and the cell at B = 16."""
-    with fake_driver(sm_count=132, compiling=False) as driver:
-        _readout(1, 64, 128 * 1024)
-        grids = {launch.kernel: launch.grid[0] for launch in driver.launches}
-        assert grids["_readout_forward_kernel"] == 1024 and grids["_readout_row_dots_kernel"] == 128, grids
-        assert grids["_readout_rescale_kernel"] >= 132 and grids["_readout_backward_kernel"] >= 3 * 132, grids
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            shapes = ((16, 8), (16, 1024), (16, 1024), (4096, 8), (4096, 1024))
-            lstm_cell_forward(CellInputs(*(torch.empty(shape, dtype=dtype) for shape in shapes)))
-            assert driver.launches[-1].grid[0] >= 132, dtype
-
-
-@triton.jit(do_not_specialize=["n"])
-def _tiny_kernel(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i * stride, mask=i < n)
-    if y_ptr is not None:
-        x += tl.load(y_ptr + i, mask=i < n)
-    tl.store(x_ptr + i * stride, x, mask=i < n)
-
-
-class _Watched(dict):
-    """A launcher's kept kernels, noting which was found last."""
-
-    found = None
-
-    def get(self, key):
-        self.found = super().get(key)
-        return self.found
-
-
-def check_a_kept_kernel_is_the_one_triton_would_choose():
-    storage = {dtype: torch.empty(256, dtype=dtype) for dtype in (torch.float32, torch.float16)}
-    pointers = [(t.dtype, offset) for t in storage.values() for offset in (0, 8, 1)]
-    calls = itertools.product(
-        pointers,
-        [None, *pointers],
-        (1, 16, 17, 2**31),
-        (1, 16, 3),
-        (32, 64),
-        (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2)),
-    )
-    calls = [call for k, call in enumerate(calls) if k % 127 == 0]
-    kept = 0
-    with fake_driver(compiling=False) as driver:
-        launcher = Launcher(_tiny_kernel)
-        launcher._compiled = _Watched()
-        for repeat in range(2):
-            for x, y, n, stride, block, config in calls:
-                tensors = [None if p is None else storage[p[0]][p[1] :] for p in (x, y)]
-                launcher._compiled.found = None
-                x_ptr, y_ptr = tensors
-                launcher((1, 1, 1), config, dict(BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr))
-                expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **config.options)
-                found = launcher._compiled.found
-                assert found is None or found is expected, (x, y, n, stride, block, config)
-                assert (found is not None) >= (repeat == 1), "an equal call looks nothing up twice"
-                kept += found is not None
-        assert kept > len(calls) / 8, "too few calls took the short way to show anything"
-        assert len(driver.launches) == 2 * len(calls)
-
-
-def _launch_tiny(launcher, **changed):
-    arguments = dict(x_ptr=torch.empty(64), y_ptr=None, n=7, stride=2, BLOCK=32) | changed
-    launcher((1, 1, 1), LaunchConfig(1, 1), {name: value for name, value in arguments.items() if value != "left out"})
-
-
-def check_hooks_of_triton_see_every_launch():
-    """They see launches of kept kernels too, and those of kept kernels happen without them."""
-    launcher, seen, hook = Launcher(_tiny_kernel), [], knobs.runtime.launch_enter_hook
-
-    def enter(metadata):
-        seen.append(metadata.get()["name"])
-
-    with fake_driver(compiling=False) as driver:
-        for n, hooked in enumerate((False, False, True, False)):
-            with contextlib.ExitStack() as stack:
-                if hooked:
-                    hook.add(enter)
-                    stack.callback(hook.remove, enter)
-                _launch_tiny(launcher)
-            assert len(driver.launches) == n + 1 and driver.launches[n] == driver.launches[0]
-            assert seen == ["_tiny_kernel"] * (n >= 2)
-
-
-def check_a_first_launch_is_not_captured():
-    """A kernel that is kept is launched while a CUDA graph is captured, one that must be compiled is an error."""
-    launcher, gpu, values = Launcher(_tiny_kernel), torch.device("cuda", 0), (torch.empty(64), None, 7)
-    with fake_driver(compiling=False) as driver, mock.patch("torch.cuda.is_current_stream_capturing") as capturing:
-        for capturing.return_value in (False, True):
-            launcher._launch(gpu, (1, 1, 1), LaunchConfig(1, 1), (*values, 2, 32), {})
-        with pytest.raises(RuntimeError, match="^_tiny_kernel is launched .* for the first time"):
-            launcher._launch(gpu, (1, 1, 1), LaunchConfig(1, 1), (*values, 3, 32), {})
-        assert len(driver.launches) == 2
-
-
-def check_every_argument_has_a_name():
-    with fake_driver(compiling=False):
-        for wrong, error in (
-            (dict(m=1), TypeError),
-            (dict(n="left out"), TypeError),
-            (dict(n="left out", m=1), KeyError),
-        ):
-            with pytest.raises(error):
-                _launch_tiny(Launcher(_tiny_kernel), **wrong)
-
-
-def check_kept_kernels_are_bounded():
-    launch._MAX_KEPT = 8
-    with fake_driver(compiling=False):
-        launcher = Launcher(_tiny_kernel)
-        for n in range(100):
-            _launch_tiny(launcher, n=n)
-        assert len(launcher._compiled) == 1, "one for each value of an integer that is not specialised"
-        for stride in range(2, 100):
-            _launch_tiny(launcher, stride=stride)
-            assert len(launcher._compiled) <= 8
-        assert count_compiled(_tiny_kernel) == 2
-
-
-if __name__ == "__main__":
-    run_checks(globals())
+def test_how_many_are_left_free_is_read_from_the_environment(monkeypatch):
+    assert device._free_multiprocessors() == 0
+    monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", "16")
+    assert device._free_multiprocessors() == 16
+    for wrong in ("-1", "half", ""):
+        monkeypatch.setenv("LSTM_TRITON_FREE_MULTIPROCESSORS", wrong)
+        with pytest.raises(ValueError, match="LSTM_TRITON_FREE_MULTIPROCESSORS must be a number"):
+            device._free_multiprocessors()
