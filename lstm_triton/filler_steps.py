@@ -118,6 +118,9 @@ def _with_fillers(
     """Compute one direction: y [T, B, R], h_n [B, R], c_n [B, H] and, with return_cells, c [T, B, H]."""
     (T, B, _), (h0, c0), steps = x.shape, states, _steps(x, segments, d)
     longer = _spread(x, steps) if steps.moved else _held(x, steps)
+    empty, ends = (steps.ends < 0)[:, None], steps.ends.clamp(min=0)
+    if steps.past is not None:  # the state of a row without steps reaches nothing, whatever it is
+        states = [torch.where(empty, 0.0, s) for s in states]
     y, _, c_n, c = _run(longer, states, direction._replace(w_ih=_with_columns(direction.w_ih)), return_cells)
     b = torch.arange(B, device=x.device)
 
@@ -127,10 +130,8 @@ def _with_fillers(
             y = y.flatten(0, 1).index_select(0, at).view(T, B, -1)
         return y if steps.past is None else torch.where(steps.past[..., None], 0.0, y)
 
-    empty, ends = (steps.ends < 0)[:, None], steps.ends.clamp(min=0)
     h_n = torch.where(empty, h0, y[ends, b])
-    if c is not None:
-        c_n = torch.where(empty, c0, c[ends, b])
+    c_n = torch.where(empty, c0, c_n if c is None else c[ends, b])
     return in_place(y), h_n, c_n, None if c is None else in_place(c)
 
 

@@ -64,25 +64,15 @@ def _on_gpu(tensors):
     return tuple(None if t is None else t.as_subclass(_OnGPU) for t in tensors)
 
 
-def _layer():
-    problem = layers.draw(4, 3, 7, 19, precision="tf32")
-    x, hx, weights = _on_gpu([problem.x]), _on_gpu(problem.hx), _on_gpu(problem.weights)
-    return layers.by_torch, problem, replace(problem, x=x[0], hx=hx, weights=weights)
-
-
-def _step(kind, *sizes):
-    problem = kind.draw(*sizes, precision="tf32")
-    return kind.by_torch, problem, replace(problem, inputs=_on_gpu(problem.inputs))
-
-
-KINDS = {"cell": lambda: _step(cells, 3, 7, 19), "readout": lambda: _step(readouts, 5, 19, 37), "layer": _layer}
+KINDS = {"cell": (cells, 3, 7, 19), "readout": (readouts, 5, 19, 37), "layer": (layers, 4, 3, 7, 19)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpus_library_is_not_asked(kind):
-    by_torch, problem, on_gpu = KINDS[kind]()
-    full = by_torch(replace(problem, precision="ieee"))
-    for found, wanted, other in zip(by_torch(on_gpu), by_torch(problem), full):
+    of, *sizes = KINDS[kind]
+    problem = of.draw(*sizes, precision="tf32")
+    full, on_gpu = replace(problem, precision="ieee"), replace(problem, inputs=_on_gpu(problem.inputs))
+    for found, wanted, other in zip(of.by_torch(on_gpu), of.by_torch(problem), of.by_torch(full)):
         assert torch.equal(found, wanted)
         assert wanted.shape[-1] == 0 or not torch.equal(wanted, other)
 

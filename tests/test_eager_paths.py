@@ -1,4 +1,4 @@
-"""What eager calls go through: the short way to the kernels, and all that has to keep off it."""
+"""What eager calls go through: the short way to the kernels, what has to keep off it, and what they read of their inputs."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def lazily_negated(t):
     return t
 
 
-@operations("cell", "readout", "layer without biases", "layer with segments")
+@three
 def test_lazily_negated_arguments_and_gradients(operation, device):
     arguments, cotangents = operation.draw(device)
     expected = operation.trained(arguments, cotangents)
@@ -87,3 +87,62 @@ def test_second_derivatives_in_the_precision_asked_for(operation, precision, dev
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         assert torch.backends.cuda.matmul.fp32_precision == other
     assert set(settings) == {precision}
+
+
+# ---- what is read ------------------------------------------------------------------------------------------------------
+
+steps = operations("cell", "readout", "GRU cell")
+
+
+def _trainable(leaves, dims):
+    """Copies that need gradients where they are parameters of so many dimensions; and those that do."""
+    leaves = [t.detach().clone() for t in leaves]
+    return leaves, [t.requires_grad_() for t in leaves if len(t) != len(leaves[0]) and t.dim() in dims]
+
+
+@steps
+@pytest.mark.parametrize("dims", [(1,), (1, 2)], ids=["biases", "all"])
+def test_a_step_between_forward_and_backward(dims, operation, device):
+    """Inputs that no derivative reads may change in between, as with torch's cell and linear layer."""
+    found = []
+    for function in (operation.run, operation.torchs):
+        leaves, parameters = _trainable(operation.draw(device)[0], (1, 2))
+        leaves[0].requires_grad_(2 not in dims)
+        first, second = (sum(t.pow(n).sum() for t in function(*leaves)) for n in (2, 3))
+        first.backward()
+        with torch.no_grad():
+            for p in parameters:
+                if p.dim() in dims:
+                    p.sub_(p.grad)
+                p.grad = None
+        second.backward()
+        found.append([p.grad for p in parameters])
+    torch.testing.assert_close(*found)
+
+
+@operations("cell", "readout")  # the GRU cell's weights come permuted
+def test_what_is_read_may_not_change(operation, device):
+    """By the first derivative not the weights, by the second nothing."""
+    leaves, cotangents = operation.draw(device)
+    batches = [torch.ones(2, *g.shape, dtype=g.dtype, device=device) for g in cotangents]
+    for dim, arrived, options, error in (
+        (2, cotangents, {}, "modified by an inplace operation"),
+        (1, cotangents, {"create_graph": True}, "b.* is at version"),
+        (1, batches, {"is_grads_batched": True}, "b.* is at version"),
+    ):
+        outputs = operation.run(*leaves)
+        with torch.no_grad():
+            next(t for t in leaves if len(t) != len(leaves[0]) and t.dim() == dim).mul_(2)
+        with pytest.raises(RuntimeError, match=error):
+            torch.autograd.grad(outputs, leaves[0], arrived, **options)
+
+
+@steps
+def test_inference_tensors_that_are_not_read(operation, device):
+    found = []
+    for function in (operation.run, operation.torchs):
+        leaves, biases = _trainable(operation.draw(device)[0], (1,))
+        with torch.inference_mode():
+            leaves[0] = leaves[0].clone()
+        found.append(torch.autograd.grad(sum(t.square().sum() for t in function(*leaves)), biases))
+    torch.testing.assert_close(*found)

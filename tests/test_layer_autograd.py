@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import layers
+from support import layers, segmented
+from support.lstms import states
+from torch.utils._pytree import tree_leaves
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
 from lstm_triton.kernels import layer_backward
+from lstm_triton.kernels.device import torch_products
 
 SEGMENTS = dict(resets=True, reset_state="stored", lengths=True, cells=True)
 
@@ -24,7 +27,7 @@ def test_an_output_changed_in_place_is_reported(H, device):
         y.sum().backward()
 
 
-# ---- memory between forward and backward -----------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------------------
 
 
 def _held(problem, **options):
@@ -41,40 +44,69 @@ def _held(problem, **options):
     return sum(held.values()), results
 
 
-@pytest.fixture
-def short_ranges(monkeypatch):
-    """Gates are rebuilt for two steps at a time, instead of 32."""
-    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(t, min(t + 2, T)) for t in range(0, T, 2)])
-
-
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "batch_major, I, segments",
-    [(True, 4, {}), (False, 23, SEGMENTS)],
-    ids=lambda value: (", ".join(value) or "plain") if isinstance(value, dict) else None,
-)
-def test_recomputing_holds_at_most_half(batch_major, I, segments, device, short_ranges):
-    T = 5
-    problem = layers.draw(T, 3, I, 5, 2, torch.float64, batch_major=batch_major, device=device, **segments)
-    default, expected = _held(problem)
-    recomputing, found = _held(problem, recompute=True)
-    states = T * 3 * 2 * 5 * 8
-    assert default >= 6 * states and 2 * states <= recomputing <= default / 2
-    layers.assert_close(found, expected, problem, ulps=64)
-
-
-def test_recomputing_holds_one_range_of_gates_at_a_time(device, monkeypatch, short_ranges):
-    rebuild, made, held = layer_backward._rebuilt_pre_activations, [], []
+@pytest.mark.parametrize("batch_major, I, segments", [(True, 4, {}), (False, 23, SEGMENTS)], ids=["plain", "segments"])
+def test_recomputing_holds_at_most_half_and_one_range_of_gates(batch_major, I, segments, device, monkeypatch):
+    """Gates are rebuilt for two steps at a time here, instead of 32."""
+    monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(t, min(t + 2, T)) for t in range(0, T, 2)])
+    rebuild, made, alive = layer_backward._rebuilt_pre_activations, [], []
 
     def rebuilding(*args):
-        held.append(sum(piece() is not None for piece in made))
+        alive.append(sum(piece() is not None for piece in made))
         piece = rebuild(*args)
         made.append(weakref.ref(piece))
         return piece
 
     monkeypatch.setattr(layer_backward, "_rebuilt_pre_activations", rebuilding)
-    layers.by_kernels(layers.draw(5, 2, 3, 4, 2, device=device), recompute=True)
-    assert held == [0, 0, 0]
+    problem = layers.draw(5, 3, I, 5, 2, torch.float64, batch_major=batch_major, device=device, **segments)
+    (default, _), (recomputing, found) = (_held(problem, recompute=recompute) for recompute in (False, True))
+    states = 5 * 3 * 2 * 5 * 8
+    assert default >= 6 * states and 2 * states <= recomputing <= default / 2
+    assert alive == [0, 0, 0]
+    layers.assert_as_accurate_as_torch(found, problem)
+
+
+MODULES = {
+    "one layer": (LSTM, {}),
+    "deep": (LSTM, {"num_layers": 2, "bidirectional": True}),
+    "recompute": (LSTM, {"recompute": True}),
+    "projection": (LSTM, {"proj_size": 1}),
+    "cell": (LSTMCell, {}),
+    "readout": (SoftmaxReadout, {}),
+}
+OF_CALLS = {
+    "plain": {},
+    "segments": {"lengths": torch.tensor([2]), "resets": torch.tensor([[True], [False], [True]])},
+    "no steps": {"lengths": torch.tensor([0])},
+}
+AXES = {"backend": ["triton", "auto", "reference"], "module": [*MODULES], "units": [1, 3], "call": [*OF_CALLS]}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(map(str, row.values())))
+def test_each_gradient_has_memory_of_its_own(row, create_graph, device):
+    """A caller may scale one in place, and another must not change with it."""
+
+    def assert_apart(gradients, others):
+        addresses = [t.untyped_storage().data_ptr() for t in gradients if t is not None]
+        assert addresses and len(set(addresses)) == len(addresses)
+        assert not set(addresses) & {t.untyped_storage().data_ptr() for t in others}
+
+    backend, name, units, call = row.values()
+    kind, options = MODULES[name]
+    module = kind(2, units + options.get("proj_size", 0), backend=backend, device=device, **options)
+    x = torch.randn(3, 1, 2, device=device, requires_grad=True)
+    leaves, arguments, segments = [x, *module.parameters()], (x[0] if kind is LSTMCell else x,), {}
+    if kind is LSTM:
+        segments, hx = {k: t.to(device) for k, t in OF_CALLS[call].items()}, states(module, 1, requires_grad=True)
+        leaves, arguments = [*leaves, *hx], (x, hx)
+    outputs = tree_leaves(module(*arguments, **segments))
+    given = [torch.randn_like(t) for t in outputs]
+    found = torch.autograd.grad(outputs, leaves, given, create_graph=create_graph, allow_unused=True)
+    assert_apart(found, (*given, *leaves, *outputs))
+    if create_graph:
+        loss = sum(g.square().sum() for g in found if g is not None)
+        assert_apart(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
@@ -109,8 +141,6 @@ def test_a_backward_under_autocast_is_that_of_the_forward(options, order, dtype,
 
 def test_threads_do_not_disturb_each_others_precision():
     """As replicas of torch.nn.DataParallel would, and the threads in which autograd serves several GPUs."""
-    from lstm_triton.kernels.device import torch_products
-
     matmul = torch.backends.cuda.matmul
     before, found = matmul.fp32_precision, []
 

@@ -1,72 +1,29 @@
-"""A layer's single step: the kernels of the cell, one launch for each direction, with nothing beside its results."""
+"""A layer's single step: the kernels of the cell, one launch for each direction, with nothing beside its results.
+
+test_sequence judges its values.
+"""
 
 from collections import Counter
 
 import pytest
 import torch
-from support import layers
-from support.aot import KINDS
-from support.lstms import flat, gradients
-from torch.utils._pytree import tree_leaves
+from support import segmented
+from support.lstms import flat
 
-from lstm_triton import LSTM, Recurrent, explain
+from lstm_triton import LSTM, explain
 from lstm_triton.cells import catalogue
-from lstm_triton.kernels import launch, layer_step, search
+from lstm_triton.kernels import launch, search
 
 FORWARD, BACKWARD = "_lstm_cell_forward_kernel", "_lstm_cell_backward_kernel"
 
 
-COMPILED = [("fp32", 1, {}), ("tf32", 2, {"cells": True}), ("bf16", 2, {"batch_major": True})]
-INTERPRETED = [
-    *COMPILED,
-    ("tf32x3", 1, {"bias": False}),
-    ("fp16", 1, {"cells": True}),
-    ("fp64", 2, {"bias": False, "cells": True}),
-]
-
-
-def _step(kind, D, options, device):
-    dtype, precision = KINDS[kind]
-    return layers.draw(1, 3, 5, 19, D, dtype, precision=precision, device=device, **options)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("kind, D, options", COMPILED)
-def test_a_step_is_as_accurate_as_torch(kind, D, options, device, count_launches):
-    problem = _step(kind, D, options, device)
-    results = layers.by_kernels(problem)
-    assert count_launches(every=True) == {FORWARD: D, BACKWARD: D}
-    layers.assert_as_accurate_as_torch(results, problem)
-    for again, result in zip(layers.by_kernels(problem, "triton-stepwise"), results):
-        assert torch.equal(again, result)
-
-
-@pytest.mark.parametrize("kind, D, options", INTERPRETED)
-def test_a_step_is_that_of_the_sequence_kernels(kind, D, options, device, count_launches, monkeypatch):
-    problem = _step(kind, D, options, device)
-    results = layers.by_kernels(problem)
-    layers.assert_as_accurate_as_torch(results, problem)
-    monkeypatch.setattr(layer_step, "serves", lambda *_: False)
-    monkeypatch.setattr("lstm_triton.kernels.layer_backward.serves", lambda *_: False)
-    count_launches()
-    by_sequence = layers.by_kernels(problem)
-    assert count_launches() == {"_lstm_sequence_forward_kernel": 1, "_lstm_sequence_backward_kernel": 1}
-    if not kind.startswith("tf32"):  # of which the CPU's GEMM, beside the sequence kernels, knows nothing
-        layers.assert_close(results, by_sequence, problem, ulps=4)
-
-
 def test_a_step_of_another_cell(device, count_launches):
     """Several states of a unit, and both directions."""
-    options = dict(bidirectional=True, dtype=torch.float64, device=device)
-    module, reference = (Recurrent(catalogue.slstm, 3, 5, backend=of, **options) for of in ("triton", "reference"))
-    reference.load_state_dict(module.state_dict())
-    x = torch.randn(1, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
-    found = []
-    for each in (module, reference):
-        outputs = tree_leaves(each(x, return_states=True))
-        found.append([*outputs, *gradients(outputs, [x, *each.parameters()])])
+    case = segmented.Case(T=1, B=2, H=5, bidirectional=True, cell=catalogue.slstm)
+    drawn = segmented.draw(case, device)
+    found = segmented.results(case, drawn, "triton")
     assert count_launches() == {FORWARD: 2, BACKWARD: 2}
-    torch.testing.assert_close(*found)
+    segmented.assert_accurate(found, case, drawn)
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 from support import philox
-from support.lstms import backends, pair, trained
+from support.lstms import backends, flat, pair, trained
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
-from lstm_triton import LSTM, Recurrent, layers, operators
+from lstm_triton import LSTM, Recurrent, operators
 from lstm_triton.cells import catalogue
 from lstm_triton.kernels.dropout import kept
 
@@ -23,7 +24,7 @@ def test_dropout_follows_the_seed_and_is_only_in_training(backend, device):
         runs = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            runs.append(trained(lstm, given))
+            runs.append(flat(lstm(given)))
         assert all(map(torch.equal, runs[0], runs[1]))
         assert not torch.equal(runs[0][0], runs[2][0])
         assert torch.equal(runs[0][1][:2], runs[2][1][:2]), "the first layer's state is not dropped"
@@ -50,17 +51,13 @@ def test_dropout_is_that_of_philox(device):
     torch.testing.assert_close(operators.dropped(y, p, given), y / (1 - p) * kept(given, p, shape, 0))
 
 
-def test_a_probability_set_later_is_checked(device):
-    lstm = LSTM(2, 3, 2, dropout=0.5, backend="triton", device=device)
+def test_a_nan_is_not_dropped_and_a_probability_set_later_is_checked(device):
+    """A NaN would show that something is wrong, as in torch."""
+    lstm = LSTM(2, 3, 2, dropout=0.9, backend="triton", device=device)
+    assert lstm(torch.full((3, 2, 2), math.nan, device=device))[0].isnan().all()
     lstm.dropout = 1.5
     with pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
         lstm(torch.zeros(3, 2, 2, device=device))
-
-
-def test_a_nan_is_not_dropped(device):
-    """As in torch: it would show that something is wrong."""
-    lstm = LSTM(2, 3, 2, dropout=0.9, backend="triton", device=device)
-    assert lstm(torch.full((3, 2, 2), math.nan, device=device))[0].isnan().all()
 
 
 # ---- what else runs modules with random masks ----------------------------------------------------------------------
@@ -71,32 +68,6 @@ def _drawing(masks: str, device, backend: str = "triton") -> LSTM | Recurrent:
     if masks == "dropout":
         return LSTM(2, 3, 2, dropout=0.4, **options)
     return Recurrent(catalogue.zoneout(0.3, 0.6), 2, 3, **options)
-
-
-every = pytest.mark.parametrize(
-    "masks, backend", [("dropout", "triton"), ("zoneout", "triton"), ("zoneout", "reference")]
-)
-
-
-@every
-def test_a_checkpoint_replays_the_masks(masks, backend, device):
-    module, runs = _drawing(masks, device, backend), []
-    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
-    for run in (module, lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)):
-        torch.manual_seed(5)
-        runs.append(torch.autograd.grad(run(x)[0].square().sum(), [x, *module.parameters()]))
-    assert all(map(torch.equal, *runs))
-
-
-@every
-def test_under_vmap(masks, backend, device):
-    module = _drawing(masks, device, backend)
-    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device).expand(2, 3, 2, 2)
-    same, other = (torch.func.vmap(lambda x: module(x)[0], randomness=kind)(x) for kind in ("same", "different"))
-    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-12)
-    assert (other[0] - other[1]).abs().max() > 1e-3
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(lambda x: module(x)[0])(x)
 
 
 @pytest.mark.parametrize("masks", ["dropout", "zoneout"])
@@ -113,18 +84,6 @@ def test_no_mask_is_held(masks, device, monkeypatch):
     assert saved[0] == saved[1] + h + seed
 
 
-@pytest.mark.long
-def test_second_derivatives_by_differences(device, monkeypatch):
-    monkeypatch.setattr(layers, "random_seed", lambda _: torch.tensor([1], device=device))
-    lstm = _drawing("dropout", device).requires_grad_(False)
-    x = torch.randn(2, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
-
-    def output(x, w):
-        return torch.func.functional_call(lstm, {"weight_hh_l0": w}, (x,))[0]
-
-    assert torch.autograd.gradgradcheck(output, [x, lstm.weight_hh_l0.clone().requires_grad_()], fast_mode=True)
-
-
 def _gradient(f, x, _):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(f(x), x)[0]
@@ -137,8 +96,21 @@ def _second(f, x, v):
     return torch.autograd.grad(gradient, x, v)[0]
 
 
+def _difference(f, x, v, step=1e-5):
+    gradients = []
+    for sign in (1, -1):
+        torch.manual_seed(7)
+        gradients.append(_gradient(f, x + sign * step * v, v))
+    return (gradients[0] - gradients[1]) / (2 * step)
+
+
 # A function and its derivatives by a transform: f, x, v -> what is called once the seed is set.
 TRANSFORMS = {
+    "checkpoint": (lambda f, x, v: lambda: _gradient(partial(checkpoint, f, use_reentrant=False), x, v), _gradient),
+    "vmap": (
+        lambda f, x, v: lambda: torch.func.vmap(f, randomness="same")(torch.stack((x, v))),
+        lambda f, x, v: torch.stack([torch.manual_seed(7) and f(t) for t in (x, v)]),
+    ),
     "jacrev": (lambda f, x, v: lambda: torch.func.jacrev(f)(x), _gradient),
     "jacfwd": (lambda f, x, v: lambda: torch.func.jacfwd(f, randomness="same")(x), _gradient),
     "grad of grad": (
@@ -146,22 +118,36 @@ TRANSFORMS = {
         _second,
     ),
     "traced": (lambda f, x, v: partial(make_fx(lambda x, v: _second(f, x, v))(x, v), x, v), _second),
+    "differences": (lambda f, x, v: lambda: _difference(f, x, v), _second),
 }
+CASES = [("dropout", "triton", name) for name in TRANSFORMS]
+CASES += [("zoneout", backend, name) for backend in ("triton", "reference") for name in ("checkpoint", "vmap")]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_derivatives_are_those_of_one_mask(transform, device):
+@pytest.mark.parametrize("masks, backend, transform", CASES)
+def test_derivatives_are_those_of_one_mask(transform, masks, backend, device):
     """It is the same under every transform, and no part of the derivative; a trace draws its own in each call."""
-    lstm = _drawing("dropout", device).requires_grad_(False)
-    x, v = torch.randn(2, 3, 2, 2, dtype=torch.float64, device=device)
+    module = _drawing(masks, device, backend).requires_grad_(False)
+    x, v = torch.randn(2, 2, 2, 2, dtype=torch.float64, device=device)
     transformed, eager = TRANSFORMS[transform]
 
-    def f(x):
-        return (lstm(x)[0] ** 3).sum()
+    def f(x):  # of the weights as well
+        weights = {"weight_hh_l0": module.weight_hh_l0 * (1 + x.sum())}
+        return (torch.func.functional_call(module, weights, (x,))[0] ** 3).sum()
 
     results = []
     for call in (transformed(f, x, v), partial(eager, f, x, v)):
         torch.manual_seed(7)
         results.append(call())
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("masks, backend", [("dropout", "triton"), ("zoneout", "triton"), ("zoneout", "reference")])
+def test_masks_that_differ_under_vmap(masks, backend, device):
+    module = _drawing(masks, device, backend)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device).expand(2, 3, 2, 2)
+    found = torch.func.vmap(lambda x: module(x)[0], randomness="different")(x)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda x: module(x)[0])(x)

@@ -87,19 +87,3 @@ def test_resets_and_lengths_on_the_cpu(device):
     resets.logical_not_()
     lengths.fill_(1)
     assert all(map(torch.equal, found, expected))
-
-
-@pytest.mark.parametrize("lengths", [[4, 2, 3], [4, 3, 2]], ids=["unsorted", "sorted"])
-@pytest.mark.parametrize(
-    "resets, error, message",
-    [
-        (torch.zeros(4, 2, dtype=torch.bool), RuntimeError, r"Expected resets size \(4, 3\), got \[4, 2\]"),
-        (torch.zeros(12, dtype=torch.bool), RuntimeError, r"Expected resets size \(4, 3\), got \[12\]"),
-        (torch.zeros(4, 3), TypeError, "resets must be bool, got torch.float32"),
-        ([[True]], TypeError, "resets must be a tensor, got list"),
-    ],
-)
-def test_resets_of_a_packed_sequence_are_checked_before_they_are_sorted(resets, error, message, lengths):
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 2), lengths, enforce_sorted=False)
-    with pytest.raises(error, match=message):
-        LSTM(2, 5)(packed, resets=resets)

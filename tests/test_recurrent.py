@@ -1,4 +1,4 @@
-"""`Recurrent`, `RecurrentCell`, `GRU` and `GRUCell`: beside torch's own, and by the tolerance rule."""
+"""`Recurrent`, `RecurrentCell`, `GRU` and `GRUCell`: what is theirs alone. test_lstm has layers beside torch's own."""
 
 import copy
 import pickle
@@ -6,57 +6,13 @@ import pickle
 import pytest
 import torch
 from support import segmented
-from support.lstms import assert_close, flat, states, trained
+from support.lstms import assert_close
 from test_cells import CATALOGUE, eight, lstm
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import GRU, LSTM, GRUCell, Recurrent, RecurrentCell, convert, dispatch, explain, patch, to_torch
 from lstm_triton.cells import catalogue, modules
 
 T, B, I, H = 4, 3, 2, 5
-THEIRS = {
-    "gru": (catalogue.gru, torch.nn.GRU, {}),
-    "lstm": (lstm, torch.nn.LSTM, {}),
-    "rnn_tanh": (catalogue.rnn_tanh, torch.nn.RNN, {}),
-    "rnn_relu": (catalogue.rnn_relu, torch.nn.RNN, {"nonlinearity": "relu"}),
-}
-OPTIONS = {
-    "one layer": {},
-    "no bias": {"bias": False},
-    "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
-}
-AXES = {
-    "name": [*THEIRS],
-    "options": [*OPTIONS],
-    "backend": ["auto", "triton", "reference"],
-    "input": ["padded", "packed", "unbatched"],
-}
-
-
-# ---- beside torch ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(row.values()))
-def test_trains_like_torch(row, device):
-    name, options, backend, form = row.values()
-    cell, theirs, given = THEIRS[name]
-    theirs = theirs(I, H, dtype=torch.float64, device=device, **given, **OPTIONS[options])
-    arguments = dict(dtype=torch.float64, device=device, backend=backend, precision="ieee", **OPTIONS[options])
-    ours = Recurrent(cell, I, H, **arguments)
-    ours.load_state_dict(theirs.state_dict())
-    shape = (T, I) if form == "unbatched" else (B, T, I) if ours.batch_first else (T, B, I)
-    leaf = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
-    x = leaf
-    if form == "packed":
-        x = pack_padded_sequence(x, torch.tensor([2, 4, 3]), ours.batch_first, enforce_sorted=False)
-    hx = states(theirs, None if form == "unbatched" else B, requires_grad=True)
-    hx = hx if name == "lstm" else hx[0]
-    leaves = (leaf, *(hx if name == "lstm" else (hx,)))
-    assert_close(trained(ours, x, hx, leaves), trained(theirs, x, hx, leaves))
-    assert_close(flat(ours(x)), flat(theirs(x)))
-
-
-# ---- torch.nn.GRU ----------------------------------------------------------------------------------------------------
 
 
 def test_gru_by_default_is_torchs(device):
@@ -152,9 +108,6 @@ def test_what_reads_modules(monkeypatch):
     )
     assert ": triton-stepwise: the LSTM's kernels" in explain(own, device="cuda")
     assert ": triton: the LSTM's kernels" in explain(cell, device="cuda")
-
-
-# ---- by the tolerance rule -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -16,65 +16,31 @@ from torch import Tensor
 from lstm_triton import functional, reference
 from lstm_triton.kernels import search
 
-from . import tolerance
+from . import problems, tolerance
 from .extended import Extended
-from .problems import judge, normal_from
-
-OUTPUTS = ("y", "h_n", "c_n", "c")
+from .problems import normal_from
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One layer and its cotangents, of y, h_n, c_n and c, all in one dtype. The truth does not know `precision`."""
+class Problem(problems.Problem):
+    """One layer. inputs: x, h0 and c0 [D, B, H], flat weights and, if any, a reset state; cotangents: of y, h_n, c_n and, if
+    the cell states are asked for, c. The truth does not know `precision`."""
 
-    x: Tensor  # [T, B, I]
-    hx: tuple[Tensor, Tensor]  # [D, B, H]
-    weights: tuple[Tensor, ...]  # flat, as functional.lstm takes them
-    cotangents: tuple[Tensor, ...]  # three, or four where the cell states are asked for
-    reset_state: tuple[Tensor, Tensor] | None = None  # broadcastable to [T, D, B, H]
+    n_weights: int = 4
     resets: Tensor | None = None
     lengths: Tensor | None = None
-    precision: str | None = "ieee"
 
     @property
-    def directions(self) -> int:
-        return self.hx[0].shape[0]
+    def x(self) -> Tensor:
+        return self.inputs[0]
 
     @property
-    def with_cells(self) -> bool:
-        return len(self.cotangents) == 4
+    def hx(self) -> tuple[Tensor, ...]:
+        return self.inputs[1:3]
 
     @property
-    def is_plain(self) -> bool:
-        return self.resets is None and self.lengths is None and not self.with_cells
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.x, *self.hx, *self.weights, *(self.reset_state or ()))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return *self.inputs, *self.cotangents
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the results, in order: outputs, then a gradient for each of `inputs`."""
-        each = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(self.weights) // self.directions]
-        weights = [f"d{name}{suffix}" for suffix in ("", "_reverse")[: self.directions] for name in each]
-        resets = ("dreset_h", "dreset_c") if self.reset_state else ()
-        return (*OUTPUTS[: len(self.cotangents)], "dx", "dh0", "dc0", *weights, *resets)
-
-    def with_tensors(self, tensors: list[Tensor]) -> Problem:
-        """The same with these inputs and cotangents."""
-        n, k = len(self.weights), len(self.inputs)
-        return replace(
-            self,
-            x=tensors[0],
-            hx=tuple(tensors[1:3]),
-            weights=tuple(tensors[3 : 3 + n]),
-            reset_state=tuple(tensors[3 + n : k]) or None,
-            cotangents=tuple(tensors[k:]),
-        )
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.inputs[3 : 3 + self.n_weights]
 
 
 def draw(
@@ -100,49 +66,49 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     normal = normal_from(generator, dtype, device)
     w = scale / math.sqrt(H)
-    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))[: 4 if bias else 2]
-    x = normal(B, T, I).transpose(0, 1) if batch_major else normal(T, B, I)
-    problem = Problem(
-        x,
-        (normal(D, B, H), normal(D, B, H, size=scale)),
-        tuple(normal(*shape, size=w) for _ in range(D) for shape in shapes),
-        tuple(normal(*shape) for shape in ((T, B, D * H), (D, B, H), (D, B, H), (T, B, D * H))[: 4 if cells else 3]),
-        precision=precision,
-    )
-    if resets:
-        problem = replace(problem, resets=(torch.rand(T, B, generator=generator) < 0.3).to(device))
+    each = {"w_ih": (4 * H, I), "w_hh": (4 * H, H), **({"b_ih": (4 * H,), "b_hh": (4 * H,)} if bias else {})}
+    inputs = {"x": normal(B, T, I).transpose(0, 1) if batch_major else normal(T, B, I)}
+    inputs |= {"h0": normal(D, B, H), "c0": normal(D, B, H, size=scale)}
+    for suffix in ("", "_reverse")[:D]:
+        inputs |= {name + suffix: normal(*shape, size=w) for name, shape in each.items()}
+    shapes = {"y": (T, B, D * H), "h_n": (D, B, H), "c_n": (D, B, H), **({"c": (T, B, D * H)} if cells else {})}
+    cotangents = tuple(normal(*shape) for shape in shapes.values())
+    marks = torch.rand(T, B, generator=generator) < 0.3 if resets else None
     if reset_state:
         shape = (T, D, B, H) if reset_state == "stored" else (D, 1, H)
-        problem = replace(problem, reset_state=(normal(*shape), normal(*shape[-2:])))
-    if lengths:
-        n = torch.randint(0, T + 1, (B,), generator=generator)
+        inputs |= {"reset_h": normal(*shape), "reset_c": normal(*shape[-2:])}
+    n = torch.randint(0, T + 1, (B,), generator=generator) if lengths else None
+    if n is not None:
         n[: min(3, B)] = torch.tensor([T, 0, 1])[: min(3, B)]
-        problem = replace(problem, lengths=n.to(device))
-    return problem
+    marks, n = (None if t is None else t.to(device) for t in (marks, n))
+    names = (*shapes, *(f"d{name}" for name in inputs))
+    return Problem(tuple(inputs.values()), cotangents, names, precision, D * len(each), marks, n)
 
 
 def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Tensor]:
     """Outputs and gradients in the order of problem.names."""
-    given = dict(resets=problem.resets, lengths=problem.lengths, return_cell_states=problem.with_cells, backend=backend)
-    options = given | {"precision": problem.precision} | options
+    given = dict(resets=problem.resets, lengths=problem.lengths, return_cell_states=len(problem.cotangents) == 4)
+    options = given | {"precision": problem.precision, "backend": backend} | options
 
-    def layer(x, h0, c0, weights, reset_state):
-        y, states, *cells = functional.lstm(x, (h0, c0), weights, reset_state=reset_state, **options)
+    def layer(x, h0, c0, *rest):
+        weights, reset_state = rest[: problem.n_weights], rest[problem.n_weights :]
+        y, states, *cells = functional.lstm(x, (h0, c0), weights, reset_state=reset_state or None, **options)
         return y, *states, *cells
 
-    return with_gradients(layer, problem)
+    return problem.run(layer)
 
 
 def by_torch(problem: Problem) -> list[Tensor]:
     """The same through torch's own layer; where it cannot, and for TF32, through the reference in the same dtype."""
-    bias, D = len(problem.weights) // problem.directions == 4, problem.directions
+    D = problem.hx[0].shape[0]
 
-    def layer(x, h0, c0, weights, _):
-        return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, True, D == 2, False)
+    def layer(x, h0, c0, *weights):
+        return torch._VF.lstm(x, (h0, c0), weights, len(weights) == 4 * D, 1, 0.0, True, D == 2, False)
 
+    is_plain = problem.resets is None and problem.lengths is None and len(problem.cotangents) == 3
     with tolerance.torchs_products(problem.precision):
-        if problem.is_plain and problem.precision != "tf32":
-            return with_gradients(layer, problem)
+        if is_plain and problem.precision != "tf32":
+            return problem.run(layer)
         return by_kernels(problem, "reference", precision="ieee")
 
 
@@ -159,98 +125,50 @@ def products_of_warpgroups() -> Iterator[None]:
         yield
 
 
-def with_gradients(layer, problem: Problem) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in problem.inputs]
-    weights = leaves[3 : 3 + len(problem.weights)]
-    outputs = layer(*leaves[:3], weights, tuple(leaves[3 + len(weights) :]) or None)
-    found = torch.autograd.grad(outputs, leaves, problem.cotangents, allow_unused=True, materialize_grads=True)
-    return [*(t.detach() for t in outputs), *found]
-
-
-def runs(problem: Problem, d: int) -> Iterator[tuple[slice, list[int], tuple[str, int] | None, bool]]:
-    """What direction d computes, as plain LSTMs: rows, steps in order, where the state comes from, is it the rows' last?
-
-    The state before the first of the steps is ("hx", 0), or ("reset", t) of the step t. All rows go together where there are
-    no segments. A row without steps is a run without steps.
-    """
-    T, B = problem.x.shape[:2]
-    if problem.resets is None and problem.lengths is None:
-        steps = list(range(T))
-        yield slice(0, B), steps if d == 0 else steps[::-1], ("hx", 0), True
-        return
-    for b in range(B):
-        length = T if problem.lengths is None else int(problem.lengths[b])
-        starts = [] if problem.resets is None else [t for t in range(length) if problem.resets[t, b]]
-        cuts = sorted({0, length, *starts})
-        if len(cuts) == 1:
-            yield slice(b, b + 1), [], ("hx", 0), True
-        for start, stop in zip(cuts, cuts[1:]):
-            if d == 0:
-                yield (
-                    slice(b, b + 1),
-                    list(range(start, stop)),
-                    ("reset" if start in starts else "hx", start),
-                    stop == length,
-                )
-            else:
-                # Backwards, a segment is entered at its end; at t = 0 a mark starts what is the first segment anyway.
-                source = ("hx", 0) if stop == length else ("reset", stop - 1)
-                yield slice(b, b + 1), list(range(start, stop))[::-1], source, start == 0
-
-
 def truth(problem: Problem) -> list[Extended]:
-    """Outputs and gradients in float64; for float64 problems in more.
+    """Outputs and gradients in float64, of float64 problems in more: one `reference.lstm_cell` for each step."""
+    D, B, H = problem.hx[0].shape
+    T, n = problem.x.shape[0], problem.n_weights // D
+    kind = np.longdouble if problem.inputs[0].dtype == torch.float64 else np.float64
+    x, h0, c0, *rest = (t.detach().cpu().double().numpy().astype(kind) for t in problem.inputs)
+    dy, dh_n, dc_n, *dcells = (t.detach().cpu().double().numpy().astype(kind) for t in problem.cotangents)
+    weights, given = rest[: D * n], rest[D * n :]
+    reset_state = np.stack([np.broadcast_to(s, (T, D, B, H)) for s in given or np.zeros((2, 1))])
+    resets, lengths = np.zeros((T + 1, B, 1), bool), np.full((B, 1), T)
+    if problem.resets is not None:
+        resets[:T, :, 0] = problem.resets.cpu().numpy()
+    if problem.lengths is not None:
+        lengths[:, 0] = problem.lengths.cpu().numpy()
 
-    Row by row and segment by segment, one `reference.lstm_cell` at a time.
-    """
-    D, H, (T, B, _) = problem.directions, problem.hx[0].shape[2], problem.x.shape
-    wide = np.longdouble if problem.x.dtype == torch.float64 else np.float64
-    x, h0, c0, *rest = (t.detach().cpu().double().numpy().astype(wide) for t in problem.inputs)
-    n = len(problem.weights) // D
-    cotangents = [t.detach().cpu().double().numpy().astype(wide) for t in problem.cotangents]
-    outputs = [np.zeros_like(t) for t in cotangents]
-    y, h_n, c_n, *_ = outputs
-    cells = outputs[3] if problem.with_cells else np.zeros_like(y)
-    dy, dh_n, dc_n, *dcells = cotangents
-    reset_state = [np.broadcast_to(s, (T, D, B, H)) for s in rest[D * n :]]
-    dx, dh0, dc0 = (np.zeros_like(t) for t in (x, h0, c0))
-    dweights = [np.zeros_like(w) for w in rest[: D * n]]
-    dreset_state = [np.zeros((T, D, B, H), wide) for _ in reset_state]
-
+    h_n, c_n, y, cells = (np.zeros_like(t) for t in (h0, c0, dy, dy))
+    dx, dh0, dc0, dreset_state, *dweights = (np.zeros_like(t) for t in (x, h0, c0, reset_state, *weights))
     for d in range(D):
-        units = slice(d * H, (d + 1) * H)
-        weights = [Extended(w) for w in rest[d * n : (d + 1) * n]]
-        for rows, steps, (source, t0), is_last in runs(problem, d):
-            if source == "hx":
-                h, c = Extended(h0[d, rows]), Extended(c0[d, rows])
-            else:
-                h, c = (
-                    (Extended(s[t0, d, rows]) for s in reset_state) if reset_state else (Extended(0 * h0[d, rows]),) * 2
-                )
-            states = []
-            for t in steps:
-                states.append((h, c))
-                h, c = reference.lstm_cell(Extended(x[t, rows]), h, c, *weights)
-                y[t, rows, units], cells[t, rows, units] = h.values, c.values
-            dh, dc = np.zeros_like(h.values), np.zeros_like(h.values)
-            if is_last:
-                h_n[d, rows], c_n[d, rows] = h.values, c.values
-                dh, dc = dh_n[d, rows], dc_n[d, rows]
-            for t, (h, c) in zip(steps[::-1], states[::-1]):
-                dh = dh + dy[t, rows, units]
-                dc = dc + (dcells[0][t, rows, units] if dcells else 0)
-                back = reference.lstm_cell_backward((Extended(dh), Extended(dc)), Extended(x[t, rows]), h, c, *weights)
-                dx_t, dh, dc, *dw = (t.values for t in back)
-                dx[t, rows] += dx_t
-                for k, g in enumerate([*dw, dw[-1]][:n]):
-                    dweights[d * n + k] += g
-            if source == "hx":
-                dh0[d, rows] += dh
-                dc0[d, rows] += dc
-            elif reset_state:
-                dreset_state[0][t0, d, rows] += dh
-                dreset_state[1][t0, d, rows] += dc
-    dresets = [_sum_to(g, s.shape) for g, s in zip(dreset_state, rest[D * n :])]
+        units, own, steps = slice(d * H, (d + 1) * H), [Extended(w) for w in weights[d * n : (d + 1) * n]], []
+        state = np.stack((h0[d], c0[d]))
+        for t in range(T) if d == 0 else reversed(range(T)):
+            is_step = t < lengths
+            # Backwards, a segment is entered at its end, which is before the mark of the next one.
+            starts = (t + d < lengths) & resets[t + d]
+            state = np.where(starts, reset_state[:, t, d], state)
+            inputs = [Extended(part) for part in (x[t], *state)] + own
+            steps.append((t, is_step, starts, inputs))
+            state = np.where(is_step, np.stack([s.values for s in reference.lstm_cell(*inputs)]), state)
+            y[t, :, units], cells[t, :, units] = is_step * state
+        h_n[d], c_n[d] = state
+        grads = np.stack((dh_n[d], dc_n[d]))
+        for t, is_step, starts, inputs in reversed(steps):
+            arriving = np.stack([g[t, :, units] for g in (dy, dcells[0] if dcells else np.zeros_like(dy))])
+            back = reference.lstm_cell_backward([Extended(g) for g in is_step * (grads + arriving)], *inputs)
+            dx_t, *dstate, dw_ih, dw_hh, db = (g.values for g in back)
+            dx[t] += dx_t
+            for total, g in zip(dweights[d * n : (d + 1) * n], (dw_ih, dw_hh, db, db)):
+                total += g
+            grads = np.where(is_step, np.stack(dstate), grads)
+            dreset_state[:, t, d] = starts * grads
+            grads = np.where(starts, 0, grads)
+        dh0[d], dc0[d] = grads
+    dresets = [_sum_to(g, s.shape) for g, s in zip(dreset_state, given)]
+    outputs = (y, h_n, c_n, cells)[: len(problem.cotangents)]
     return [Extended(t) for t in (*outputs, dx, dh0, dc0, *dweights, *dresets)]
 
 
@@ -262,11 +180,4 @@ def _sum_to(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def assert_as_accurate_as_torch(results: list[Tensor], problem: Problem) -> None:
     """Judge results in the order of problem.names by the rule of `tolerance`."""
     by, true = (lambda tensors, f=f: f(problem.with_tensors(tensors)) for f in (by_torch, truth))
-    judge(results, problem.names, problem.tensors, by, true)
-
-
-def assert_close(results: list[Tensor], expected: list[Tensor], problem: Problem, ulps: float) -> None:
-    """Equal up to some ulp of each tensor's largest element: for two orders of the same roundings."""
-    for name, result, wanted in zip(problem.names, results, expected, strict=True):
-        scale = wanted.abs().max().item() * torch.finfo(wanted.dtype).eps if wanted.numel() else 0.0
-        torch.testing.assert_close(result, wanted, rtol=0, atol=ulps * scale, msg=lambda m, name=name: f"{name}: {m}")
+    problems.judge(results, problem.names, problem.tensors, by, true)

@@ -13,10 +13,12 @@ BACKENDS = ["auto", "triton", "reference"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def pair(*args, backend: str = "auto", dtype: torch.dtype = torch.float64, **kwargs) -> tuple[torch.nn.LSTM, LSTM]:
+def pair(
+    *args, backend: str = "auto", dtype: torch.dtype = torch.float64, kinds=(torch.nn.LSTM, LSTM), **kwargs
+) -> tuple[torch.nn.RNNBase, torch.nn.RNNBase]:
     """torch's LSTM and ours, with the same parameters. In float64, so that comparing them needs no tolerance to speak of."""
-    theirs = torch.nn.LSTM(*args, dtype=dtype, **kwargs)
-    ours = LSTM(*args, dtype=dtype, backend=backend, precision="ieee", **kwargs)
+    theirs = kinds[0](*args, dtype=dtype, **kwargs)
+    ours = kinds[1](*args, dtype=dtype, backend=backend, precision="ieee", **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -57,6 +59,13 @@ def trained(module: torch.nn.RNNBase, input, hx=None, leaves=(), **options) -> l
     """Results of a call, then the gradients of leaves and parameters."""
     results = flat(module(input, hx, **options))
     return [t.detach() for t in results] + gradients(results, [*leaves, *module.parameters()])
+
+
+def twice_differentiated(module: torch.nn.RNNBase, x: Tensor, hx, **options) -> list[Tensor]:
+    """First and second gradients of a call's inputs and parameters."""
+    leaves = [x, *hx, *module.parameters()]
+    first = torch.autograd.grad([t.pow(2).sum() for t in flat(module(x, hx, **options))], leaves, create_graph=True)
+    return [*(g.detach() for g in first), *gradients([sum(g.pow(2).sum() for g in first)], leaves)]
 
 
 def assert_close(found, expected) -> None:

@@ -168,7 +168,7 @@ OPERATIONS = {
     "layer": layer,
     "layer without biases": without_biases,
     "layer with segments": segments,
-    "GRU cell": _own(catalogue.gru, torch.gru_cell, one_step=True),
+    "GRU cell": _own(catalogue.gru, lambda *tensors: (torch.gru_cell(*tensors),), one_step=True),
     "GRU layer": _own(
         catalogue.gru, lambda x, h, *weights: torch._VF.gru(x, h, weights, True, 1, 0.0, True, False, False)
     ),
