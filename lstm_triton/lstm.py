@@ -47,7 +47,7 @@ def forward(
     if isinstance(input, PackedSequence):
         return _forward_packed(module, input, hx, resets, reset_state, lengths, return_cell_states)
     if input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        raise ValueError(f"{module.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     if input.dim() == 2:
         return _forward_unbatched(module, input, hx, resets, reset_state, lengths, return_cell_states)
     x, hx, resets = _time_major(module, input, hx, resets)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lstm_triton import LSTMCell, from_gate_matrices, to_gate_matrices
+from lstm_triton import LSTMCell, from_gate_matrices, functional, to_gate_matrices
 
 P, N, B = 3, 5, 4  # features, units, rows
 
 
-def _matrices(dtype=torch.float64, device="cpu", p=P, n=N):
+def _matrices(dtype=torch.float64, device="cpu", p=P):
     """W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c."""
-    return [torch.randn(shape, dtype=dtype, device=device) for _ in range(4) for shape in ((p + n, n), (n,))]
+    return [torch.randn(shape, dtype=dtype, device=device) for _ in range(4) for shape in ((p + N, N), (N,))]
 
 
 def _step(X_t, H, C, W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c, W, b):
@@ -33,8 +33,6 @@ def _step(X_t, H, C, W_f, b_f, W_u, b_u, W_r, b_r, W_c, b_c, W, b):
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 def test_the_articles_equations_are_the_cell_and_the_readout(backend, device):
-    from lstm_triton.functional import softmax_readout
-
     matrices = _matrices(device=device)
     W, b = torch.randn(N, 7, dtype=torch.float64, device=device), torch.randn(7, dtype=torch.float64, device=device)
     cell = from_gate_matrices(*matrices)
@@ -44,9 +42,8 @@ def test_the_articles_equations_are_the_cell_and_the_readout(backend, device):
         H, C, Y = _step(X_t, H, C, *matrices, W, b)
         with torch.no_grad():
             h, c = cell(X_t, (h, c))
-            y = softmax_readout(h, W.t(), b, backend=backend)
-        for found, expected in ((h, H), (c, C), (y, Y)):
-            torch.testing.assert_close(found, expected)
+            y = functional.softmax_readout(h, W.t(), b, backend=backend)
+        torch.testing.assert_close((h, c, y), (H, C, Y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -64,34 +61,24 @@ def test_there_and_back(dtype, device):
     assert all(map(torch.equal, cell.parameters(), before)), "values are copied"
 
 
-def test_from_torchs_cell_and_to_it():
-    theirs = torch.nn.LSTMCell(P, N, dtype=torch.float64)
-    cell = from_gate_matrices(*to_gate_matrices(theirs))
-    x = torch.randn(B, P, dtype=torch.float64)
-    torch.testing.assert_close(cell(x), theirs(x))
-    no_bias = torch.nn.LSTMCell(P, N, bias=False)
-    biases = to_gate_matrices(no_bias)[1::2]
-    assert all(torch.equal(b, torch.zeros(N)) for b in biases)
-    x = x.float()
-    torch.testing.assert_close(from_gate_matrices(*to_gate_matrices(no_bias))(x), no_bias(x))
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_torchs_cell_and_to_it(bias):
+    theirs, x = torch.nn.LSTMCell(P, N, bias, dtype=torch.float64), torch.randn(B, P, dtype=torch.float64)
+    matrices = to_gate_matrices(theirs)
+    assert all(b.any() == bias and b.shape == (N,) for b in matrices[1::2])
+    torch.testing.assert_close(from_gate_matrices(*matrices)(x), theirs(x))
 
 
-def test_wrong_shapes_and_ranks():
+def test_matrices_that_do_not_fit():
+    good, scalar = _matrices(), torch.zeros(())
+    shapes, kinds = (ValueError, "four matrices"), (TypeError, "one dtype and one device")
+    wrong = [(k, t[:-1], shapes) for k, t in enumerate(good)]
+    wrong += [(k, torch.zeros(shape), shapes) for k, shape in ((0, ()), (0, N), (2, (2, P + N, N)), (6, ()), (1, ()))]
+    wrong += [(k, good[k].to(other), kinds) for k in (0, 3) for other in (torch.float32, "meta")]
+    calls = [([*good[:k], t, *good[k + 1 :]], error) for k, t, error in wrong]
+    calls += [([t[: N - 1] if t.dim() == 2 else t for t in good], shapes), ([scalar] * 8, shapes)]
+    calls.append(([t.long() for t in good], (TypeError, "floating-point")))
+    for matrices, (error, words) in calls:
+        with pytest.raises(error, match=words):
+            from_gate_matrices(*matrices)
     assert from_gate_matrices(*_matrices(p=0)).weight_ih.shape == (4 * N, 0)
-    good = _matrices()
-    wrong = [[t[: N - 1] if t.dim() == 2 else t for t in good], [torch.zeros(())] * 8]
-    replaced = [(k, t[:-1]) for k, t in enumerate(good)]
-    replaced += [(k, torch.zeros(shape)) for k, shape in ((0, ()), (0, N), (2, (2, P + N, N)), (6, ()), (1, ()))]
-    wrong += [[*good[:k], t, *good[k + 1 :]] for k, t in replaced]
-    for matrices in wrong:
-        with pytest.raises(ValueError, match="four matrices"):
-            from_gate_matrices(*matrices)
-
-
-@pytest.mark.parametrize("index", [0, 3])
-def test_mixed_dtypes_and_devices(index):
-    for other in (torch.float32, "meta"):
-        matrices = _matrices()
-        matrices[index] = matrices[index].to(other)
-        with pytest.raises(TypeError, match="one dtype and one device"):
-            from_gate_matrices(*matrices)

@@ -1,5 +1,6 @@
-"""What calls say about arguments that do not fit: what torch's own say, before a kernel of anybody's reads past their end."""
+"""What is said about arguments that do not fit: what torch's own say, before a kernel of anybody's reads past their end."""
 
+import itertools
 import re
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_map
 
-from lstm_triton import GRU, LSTM, GRUCell, LSTMCell, SoftmaxReadout, explain, from_gate_matrices, functional
+from lstm_triton import GRU, LSTM, GRUCell, LSTMCell, SoftmaxReadout, explain, functional
 
 ERRORS = AttributeError, IndexError, RuntimeError, TypeError, ValueError
 
@@ -109,24 +110,52 @@ OTHER_WORDS_OF_A_CELL = {
     "input device": ("device|meta", X[0].to("meta")),
     "h device": ("device", X[0], (_zeros(3, 3, **META), _zeros(3, 3))),
 }
-TORCHS = [("LSTM", OF_A_LAYER), ("LSTMCell", OF_A_CELL)]
-MISTAKES = {f"{kind}, {name}": (kind, None, args) for kind, table in TORCHS for name, args in table.items()}
+MISTAKES = {}
+for _kind, _table in (("LSTM", OF_A_LAYER), ("LSTMCell", OF_A_CELL)):
+    MISTAKES |= {f"{_kind}, {name}": (_kind, None, args) for name, args in _table.items()}
+for _kind, _table in (("GRU", OF_A_LAYER), ("GRUCell", OF_A_CELL)):  # with h in place of (h, c)
+    _words = r"Expected hidden\[0\] size|, hx and cx should also be|object has no attribute"
+    _rows = {name: args for name, args in _table.items() if not re.search(r"\b(hx|c)\b|^states", name)}
+    MISTAKES |= {f"{_kind}, {n}": (_kind, _words, (x, *(h for h, _ in hx))) for n, (x, *hx) in _rows.items()}
 for _kind, _table in (("LSTM", OTHER_WORDS_OF_A_LAYER), ("LSTMCell", OTHER_WORDS_OF_A_CELL)):
     MISTAKES |= {f"{_kind}, {name}": (_kind, words, args) for name, (words, *args) in _table.items()}
+
+
+# ((arguments, options), ...) of constructors.
+BAD_LAYERS = [
+    *(((0, 5), {}), ((-1, 5), {}), ((3, 0), {}), ((3, 5, 0), {}), ((3.0, 5), {}), (("3", 5), {}), ((3, 5.0), {})),
+    *(((3, 5, 1, 1), {}), ((3, 5, 1, "True"), {}), ((3, 5), {"batch_first": 0}), ((3, 5), {"batch_first": None})),
+    *(((3, 5), {"dropout": p}) for p in (1.5, -0.1, True, "a")),
+    *(((3, 5), {"proj_size": size}) for size in (5, -1)),
+]
+BAD_CELLS = [((size, H), {}) for size, H in ((3.5, 4), ("3", 4), (3, -4))] + [((3,), {})]
+OURS = {kind.__name__: kind for kind in (LSTM, LSTMCell, GRU, GRUCell)}
+
+
+def _raised(call, *args, **options):
+    with pytest.raises(ERRORS) as error:
+        call(*args, **options)
+    return error.type, str(error.value)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_errors_are_torchs(mistake, device):
     name, words, args = MISTAKES[mistake]
     args = tree_map(lambda a: a.to(device) if isinstance(a, torch.Tensor) and not a.is_meta else a, args)
-    ours = {"LSTM": LSTM, "LSTMCell": LSTMCell}[name](2, 3, device=device, backend="triton")
-    raised = []
-    for module in (getattr(torch.nn, name)(2, 3, device=device), ours):
-        with pytest.raises(ERRORS) as error:
-            module(*args)
-        raised.append((error.type, str(error.value)))
-    expected, found = raised
+    ours = OURS[name](2, 3, device=device, backend="triton")
+    expected, found = (_raised(module, *args) for module in (getattr(torch.nn, name)(2, 3, device=device), ours))
     assert found == expected or (words and found[0] is expected[0] and re.search(words, found[1])), found
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_errors_and_warnings_of_constructors_are_torchs(name):
+    theirs, ours = getattr(torch.nn, name), OURS[name]
+    for kind in (theirs, ours) if "Cell" not in name else ():
+        with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
+            kind(3, 5, dropout=0.25)
+    for args, options in BAD_CELLS if "Cell" in name else BAD_LAYERS:
+        found, expected = (_raised(kind, *args, **options) for kind in (ours, theirs))
+        assert (found[0], found[1].replace(f"{name}.", "")) == (expected[0], expected[1].replace(f"{name}.", "")), args
 
 
 # ---- functions of weights, and what torch has not: on the kernels' backend ----------------------------------------
@@ -141,6 +170,28 @@ lstm, lstm_cell, softmax_readout = (
 
 def _lstm(x, batch_first=False, **arguments):
     return lambda: LSTM(2, 3, backend="triton", batch_first=batch_first)(x, **arguments)
+
+
+def _calls_of_the_readout(h, w):
+    w, b = w[0], w[2]
+    return {
+        f"{name} of a readout": (partial(softmax_readout, *args), RuntimeError, words)
+        for name, words, *args in (
+            ("size of h", "shapes cannot be multiplied", h[..., 1:], w, b),
+            ("h without dimensions", r"h must be \[..., H\]", h[0, 0, 0], w, b),
+            ("rank of the weight", r"weight \[V, H\]", h, w[None], b),
+            ("size of the bias", "bias must have size 20", h, w, b[1:]),
+            ("dtype of the weight", "same dtype", h, w.double(), b),
+            ("dtype of the bias", "same dtype", h, w, b.half()),
+            ("device of the weight", "same device", h, w.to("meta"), b),
+            ("device of the bias", "same device", h, w, b.to("meta")),
+        )
+    } | {
+        "no h of a readout": (lambda: softmax_readout(None, w), TypeError, "Tensor"),
+        "unknown precision of a readout": (lambda: softmax_readout(h, w, precision="fp8"), ValueError, "precision"),
+        "unknown backend of a readout": (lambda: softmax_readout(h, w, backend="cuda"), ValueError, "backend"),
+        "no weight of a readout": (lambda: softmax_readout(h, None), TypeError, "Tensor"),
+    }
 
 
 def _calls(x, hx, w):
@@ -170,19 +221,20 @@ def _calls(x, hx, w):
         "a row longer than x": (lambda: lstm(x, hx, w, lengths=torch.tensor([1, 4])), ValueError, "lengths"),
         "no weight": (lambda: lstm(x, None, [None, w[1]]), TypeError, "Tensor"),
         "no weight of a cell": (lambda: lstm_cell(x[0], _states(2, 5), None, w[1]), TypeError, "Tensor"),
-        "no h of a readout": (lambda: softmax_readout(None, w[0]), TypeError, "Tensor"),
-        "no weight of a readout": (lambda: softmax_readout(x, None), TypeError, "Tensor"),
+        "a weight of another dtype": (
+            lambda: functional_call(
+                LSTM(2, 3, backend="triton"), {"weight_hh_l0": _zeros(12, 3, **F64)}, _zeros(4, 3, 2)
+            ),
+            RuntimeError,
+            r"Input and weights\[1\] must have the same dtype",
+        ),
+        **_calls_of_the_readout(x, w),
         "no h of a module": (lambda: SoftmaxReadout(2, 3, backend="triton")(None), TypeError, "Tensor"),
         "resets a list": (_lstm(_zeros(4, 4, 2), resets=FLAGS), TypeError, "must be a tensor"),
         "resets an array": (_lstm(_zeros(4, 2), resets=torch.tensor(FLAGS).numpy()), TypeError, "must be a tensor"),
         "resets a list, batch first": (_lstm(_zeros(4, 4, 2), True, resets=FLAGS), TypeError, "must be a tensor"),
         "lengths an integer": (_lstm(_zeros(4, 2), lengths=3), TypeError, "must be a tensor"),
         "lengths a list": (_lstm(_zeros(4, 2, 2), lengths=[4, 2]), TypeError, "must be a tensor"),
-        "matrices of integers": (
-            lambda: from_gate_matrices(*[_zeros(5, 3).long(), _zeros(3).long()] * 4),
-            TypeError,
-            "floating-point",
-        ),
         "hx a dict": (_lstm(_zeros(4, 3, 2), hx=dict(enumerate(_states(1, 3, 3)))), TypeError, "tuple of two Tensors"),
     }
 
@@ -195,13 +247,6 @@ def test_errors_name_the_argument(mistake, device):
             call()
 
 
-def test_weights_of_another_dtype(device):
-    module = LSTM(2, 3, backend="triton", device=device)
-    module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.double())
-    with pytest.raises(RuntimeError, match=r"Input and weights\[1\] must have the same dtype"):
-        module(X.to(device))
-
-
 def test_explain_no_rows():
     assert "with B = 0" in explain(LSTM(2, 3, backend="triton"), batch=0)
 
@@ -211,46 +256,33 @@ def test_explain_no_rows():
 backends = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
-@backends
-@pytest.mark.parametrize("rows", [3, 5])
-def test_packed_rows_that_do_not_fit(rows, backend):
-    packed = PackedSequence(torch.zeros(rows, 2), torch.tensor([2, 2]))
-    for module in (LSTM(2, 3, backend=backend), LSTM(2, 3, proj_size=2, backend=backend), GRU(2, 3, backend=backend)):
-        with pytest.raises(RuntimeError, match=f"has 4 rows, got {rows}"):
-            module(packed)
-
-
-@backends
-@pytest.mark.parametrize(
-    ("features", "state"), [(1, None), (7, None), (7, (1, 2, 3)), (2, (1, 2, 7)), (2, (1, 1, 3)), (2, (2, 3))], ids=str
-)
-def test_packed_sizes_that_do_not_fit(features, state, backend):
-    hx = None if state is None else _states(*state)
-    with pytest.raises(RuntimeError, match="must be equal to input_size|Expected hidden"):
-        LSTM(2, 3, backend=backend)(PackedSequence(torch.zeros(4, features), torch.tensor([2, 2])), hx)
-
-
-@backends
-@pytest.mark.parametrize("H", [1, 2, 3])
-def test_an_unbatched_input_with_states_of_a_batch(H, backend):
-    for kind in (LSTMCell, GRUCell):
-        for state in (torch.zeros(H, H), torch.zeros(1, H)):
-            with pytest.raises(RuntimeError, match="hidden"):
-                kind(3, H, backend=backend)(torch.zeros(3), (state, state) if kind is LSTMCell else state)
-
-
-@backends
-@pytest.mark.parametrize("bias", [False, True])
-def test_weights_without_memory(bias, backend):
-    x = torch.zeros(4, 2, 2)
-    packed = pack_padded_sequence(x, [4, 2])
-    inputs = {LSTMCell: [x[0]], GRUCell: [x[0]], SoftmaxReadout: [x], LSTM: [x, packed], GRU: [x, packed]}
-    for kind, given in inputs.items():
-        module = kind(2, 3, bias=bias, device="meta", backend=backend)
+def _past_the_end(backend):
+    """Calls, and the words of their RuntimeError."""
+    sizes = torch.tensor([2, 2])
+    for rows in (3, 5):
+        packed = PackedSequence(_zeros(rows, 2), sizes)
+        for kind, options in ((LSTM, {}), (LSTM, {"proj_size": 2}), (GRU, {})):
+            yield kind(2, 3, backend=backend, **options), (packed,), f"has 4 rows, got {rows}"
+    states = [(1, None), (7, None), (7, (1, 2, 3)), (2, (1, 2, 7)), (2, (1, 1, 3)), (2, (2, 3))]
+    for features, state in states:
+        given = PackedSequence(_zeros(4, features), sizes), None if state is None else _states(*state)
+        yield LSTM(2, 3, backend=backend), given, "must be equal to input_size|Expected hidden"
+    for H, kind in itertools.product((1, 2, 3), (LSTMCell, GRUCell)):
+        for state in (_zeros(H, H), _zeros(1, H)):  # of a batch, for an input without one
+            yield kind(3, H, backend=backend), (_zeros(3), (state, state) if kind is LSTMCell else state), "hidden"
+    x = _zeros(4, 2, 2)
+    inputs = {kind: [x, pack_padded_sequence(x, [4, 2])] for kind in (LSTM, GRU)}
+    inputs |= {LSTMCell: [x[0]], GRUCell: [x[0]], SoftmaxReadout: [x]}
+    for (kind, given), bias in itertools.product(inputs.items(), (False, True)):
         for input in given:
-            with pytest.raises(RuntimeError, match="device"):
-                module(input)
-    functional_call(module, dict(GRU(2, 3, bias=bias).named_parameters()), (packed,))  # nor are these looked at
+            yield kind(2, 3, bias=bias, device="meta", backend=backend), (input,), "device"
+
+
+@backends
+def test_what_does_not_fit_is_not_read(backend):
+    for module, args, words in _past_the_end(backend):
+        with pytest.raises(RuntimeError, match=words):
+            module(*args)
 
 
 # ---- no mistakes ---------------------------------------------------------------------------------------------------
@@ -262,6 +294,12 @@ def test_lengths_may_be_unsigned(dtype):
     assert torch.equal(module(x, lengths=lengths.to(dtype))[0], module(x, lengths=lengths)[0])
     with pytest.raises(ValueError, match="lengths must lie in 0 ... 4"):
         module(x, lengths=torch.tensor([1, 5]).to(dtype))
+
+
+@backends
+def test_parameters_without_memory_that_are_not_used(backend):
+    module, packed = GRU(2, 3, device="meta", backend=backend), pack_padded_sequence(torch.zeros(4, 2, 2), [4, 2])
+    functional_call(module, dict(GRU(2, 3).named_parameters()), (packed,))
 
 
 @backends

@@ -1,8 +1,6 @@
-"""The readout as users and autograd see it: function, module, autocast, the choice of backend."""
+"""The readout as users and autograd see it: leading dimensions, autocast, the choice of backend. Its module: test_modules."""
 
-import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -28,30 +26,6 @@ def test_any_leading_dimensions(backend, leading, device):
     y, expected = functional.softmax_readout(h, weight, bias, backend=backend), _by_torch(h, weight, bias)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), h) for t in (y, expected)))
-
-
-FAULTS = {
-    "size of h": lambda h, w, b: (h[:, 1:], w, b),
-    "h without dimensions": lambda h, w, b: (h[0, 0], w, b),
-    "rank of the weight": lambda h, w, b: (h, w[None], b),
-    "size of the bias": lambda h, w, b: (h, w, b[1:]),
-    "dtype of the weight": lambda h, w, b: (h, w.double(), b),
-    "dtype of the bias": lambda h, w, b: (h, w, b.half()),
-    "device of the weight": lambda h, w, b: (h, w.to("meta"), b),
-    "device of the bias": lambda h, w, b: (h, w, b.to("meta")),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_raise_what_torch_raises(fault, device):
-    arguments = FAULTS[fault](*readouts.draw(3, 7, 5, device=device).inputs)
-    kind, text = RuntimeError, "same device"
-    if not fault.startswith("device"):  # of which torch's function may take some
-        with pytest.raises(Exception) as torchs:
-            _by_torch(*arguments)
-        kind, text = torchs.type, None
-    with pytest.raises(kind, match=text):
-        functional.softmax_readout(*arguments, backend="triton")
 
 
 def test_autocast(device):
@@ -80,35 +54,6 @@ def test_float32_results_of_16_bit_inputs(device):
     for found, expected in zip((*first, *second), (*first_true, *second_true)):
         assert found.dtype == torch.bfloat16
         assert (found - expected).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
-
-
-def test_module_is_torch_linear_and_softmax(device):
-    drawn = []
-    for kind in (torch.nn.Linear, SoftmaxReadout):
-        torch.manual_seed(3)
-        drawn.append(kind(7, 5, device=device))
-    linear, readout = drawn
-    h = torch.randn(3, 7, device=device)
-    same = dict(rtol=0, atol=0 if device.type == "cpu" else 1e-6)
-    torch.testing.assert_close(readout(h), torch.softmax(linear(h), -1), **same)
-    torch.nn.init.normal_(linear.weight)
-    readout.load_state_dict(linear.state_dict())
-    torch.testing.assert_close(readout(h), torch.softmax(linear(h), -1), **same)
-
-
-def test_module_options(device):
-    readout = SoftmaxReadout(7, 5, False, device, torch.float64, precision="tf32x3", backend="triton")
-    assert readout.bias is None and readout.weight.dtype == torch.float64
-    h = torch.randn(2, 3, 7, dtype=torch.float64, device=device)
-    for module in (readout, copy.deepcopy(readout), pickle.loads(pickle.dumps(readout))):
-        torch.testing.assert_close(module(h), _by_torch(h, readout.weight))
-    text = "in_features=7, out_features=5, bias=False, precision='tf32x3', backend='triton'"
-    assert repr(readout) == f"SoftmaxReadout({text})"
-    assert repr(SoftmaxReadout(7, 5)) == "SoftmaxReadout(in_features=7, out_features=5, bias=True)"
-    for option in ({"precision": "fp32"}, {"backend": "fastest"}):
-        for call in (functional.softmax_readout, lambda *_, **options: SoftmaxReadout(7, 5, **options)):
-            with pytest.raises(ValueError, match=next(iter(option))):
-                call(h, readout.weight, **option)
 
 
 def test_the_choice_of_backend_is_explained():

@@ -57,7 +57,8 @@ class GRU(Recurrent):
         if isinstance(input, PackedSequence):
             check_packed(self, input)
         x = input.data if isinstance(input, PackedSequence) else input
-        if not options and isinstance(x, Tensor) and self._is_torchs(input, x):
+        is_tensor = isinstance(x, Tensor) and x.dim() > 0 and x.is_floating_point()  # else super() raises torch's error
+        if not options and is_tensor and self._is_torchs(input, x):
             return _torchs_gru(self, input, hx)
         return super().forward(input, hx, **options)
 
