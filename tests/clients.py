@@ -1,11 +1,10 @@
-"""Other people's packages and torch's tools with converted LSTMs, beside torch's own: prints the table of docs/exporting.md.
+"""Other people's packages with converted LSTMs, beside torch's own: prints a table of docs/exporting.md.
 
 `make clients` installs the packages into an environment of their own and runs this. Each case builds a model three ways, with
 torch's LSTM, converted, and under patch(), and does the same with all three; the results must agree.
 """
 
 import contextlib
-import copy
 import io
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lstm_triton import convert, hooks, patch, to_torch
+from lstm_triton import convert, hooks, patch
 
 Make = Callable[..., torch.nn.Module]
 
@@ -153,65 +152,6 @@ def _session(model: torch.nn.Module, inputs: tuple):
     return onnxruntime.InferenceSession(program.model_proto.SerializeToString())
 
 
-def torch_jit_script(make: Make) -> list[torch.Tensor]:
-    """torch's own kernels run in the script; the model keeps its modules. No resets, lengths or cell states."""
-    return [torch.jit.script(make(Tagger))(X)]
-
-
-def torch_jit_trace(make: Make) -> list[torch.Tensor]:
-    """As it is. `backend="triton"` records this package's operators: import it before `torch.jit.load`."""
-    return [torch.jit.trace(make(Tagger).eval(), (X,))(X)]
-
-
-def torch_fx(make: Make) -> list[torch.Tensor]:
-    """A leaf of `torch.fx.symbolic_trace`, `lstm_triton`'s own classes too."""
-    graph = torch.fx.symbolic_trace(make(Tagger))
-    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["lstm", "out"]
-    return [graph(X)]
-
-
-def quantize_dynamic(make: Make) -> list[torch.Tensor]:
-    """Quantized as torch's: the result holds torch's quantized LSTM. `lstm_triton.LSTM`: `to_torch(model)` first."""
-    model = torch.ao.quantization.quantize_dynamic(make(Tagger), {torch.nn.LSTM})
-    assert type(model.lstm) is torch.ao.nn.quantized.dynamic.LSTM
-    return [model(X)]
-
-
-def fx_quantization(make: Make) -> list[torch.Tensor]:
-    """As `quantize_dynamic`."""
-    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
-    model = convert_fx(prepare_fx(make(Tagger).eval(), mapping, (X,)))
-    assert type(model.lstm) is torch.ao.nn.quantized.dynamic.LSTM
-    return [model(X)]
-
-
-def torch_export(make: Make) -> list[torch.Tensor]:
-    """A `.pt2` is loaded where `lstm_triton` is imported. `to_torch(model)` before the export: one that needs only torch."""
-    model = make(Tagger).eval()
-    results = []
-    for exported in (model, to_torch(copy.deepcopy(model))):
-        file = io.BytesIO()
-        torch.export.save(torch.export.export(exported, (X,)), file)
-        file.seek(0)
-        results.append(torch.export.load(file).module()(X))
-    return results
-
-
-def torch_compile(make: Make) -> list[torch.Tensor]:
-    """The model around it is compiled. `fullgraph=True`: `convert(model, compilable=True)`, or torch's `allow_rnn`."""
-    torch._dynamo.reset()
-    model = make(Tagger)
-    results = [torch.compile(model, backend="aot_eager")(X)]
-    torch._dynamo.reset()  # torch does not try again a frame that it once left alone, whatever its modules are now
-    to_torch(model)
-    results.append(torch.compile(convert(model, compilable=True), backend="aot_eager", fullgraph=True)(X))
-    torch._dynamo.reset()
-    return results
-
-
 CASES: dict[str, Callable[[Make], list[torch.Tensor]]] = {
     "sb3-contrib": sb3_contrib,
     "torchrl": torchrl,
@@ -219,13 +159,6 @@ CASES: dict[str, Callable[[Make], list[torch.Tensor]]] = {
     "opacus": opacus,
     "torch_geometric": torch_geometric,
     "onnxruntime": onnxruntime,
-    "torch.jit.script": torch_jit_script,
-    "torch.jit.trace": torch_jit_trace,
-    "torch.fx": torch_fx,
-    "quantize_dynamic": quantize_dynamic,
-    "FX quantization": fx_quantization,
-    "torch.export": torch_export,
-    "torch.compile": torch_compile,
 }
 
 
@@ -270,7 +203,7 @@ def _first_line(error: Exception) -> str:
 
 def main(names: list[str]) -> int:
     warnings.simplefilter("ignore")
-    lines = ["| client or tool | `convert` | `patch` | how |", "|---|---|---|---|"]
+    lines = ["| client | `convert` | `patch` | how |", "|---|---|---|---|"]
     failed = False
     for name in names or CASES:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,6 +1,6 @@
 """Autocast: how often a parameter is cast, for how long the casts are held, and devices that know no autocast."""
 
-import gc
+import contextlib
 
 import pytest
 import torch
@@ -34,65 +34,59 @@ def casts(monkeypatch):
     return made
 
 
-@pytest.fixture
-def cell(device):
-    return LSTMCell(3, 5, device=device, backend="triton")
+# Each is called with ones; of an LSTM and a cell the first output counts.
+KINDS = {LSTMCell: (2,), LSTM: (3, 2), SoftmaxReadout: (2,)}
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def steps(cell, n=4):
-    """The states after n steps under one autocast."""
-    device = cell.weight_ih.device
-    x, states = torch.ones(2, 3, device=device), None
-    with torch.autocast(device.type, LOW):
-        for _ in range(n):
-            states = cell(x, states)
-    return states
+def module_of(kind, device, **options):
+    torch.manual_seed(0)
+    return kind(3, 5, device=device, backend="triton", **options)
 
 
-def gradients(states, parameters):
-    return torch.autograd.grad(sum(t.float().square().sum() for t in states), list(parameters))
+def output_of(module, dtype=LOW):
+    """Of a call under an autocast of its own."""
+    weight = next(module.parameters())
+    with torch.autocast(weight.device.type, dtype):
+        return tree_leaves(module(torch.ones(*KINDS[type(module)], 3, device=weight.device, dtype=weight.dtype)))[0]
+
+
+def gradients(output, module):
+    return torch.autograd.grad(output.float().square().sum(), list(module.parameters()), retain_graph=True)
 
 
 def alive(casts):
     return sum(reference() is not None for reference in casts)
 
 
-def test_steps_share_one_cast_of_each_parameter(cell, casts):
-    states = steps(cell)
-    assert len(casts) == alive(casts) == 4
-    found = gradients(states, cell.parameters())
-    low = LSTMCell(3, 5, device=cell.weight_ih.device, dtype=LOW, backend="triton")
-    low.load_state_dict(cell.state_dict())
-    x, states = torch.ones(2, 3, device=cell.weight_ih.device, dtype=LOW), None
-    for _ in range(4):
-        states = low(x, states)
-    for ours, expected in zip(found, gradients(states, low.parameters())):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, expected.float(), rtol=0.02, atol=0.02)
+@kinds
+def test_calls_share_one_cast_of_each_parameter(kind, device, casts):
+    module, low = module_of(kind, device), module_of(kind, device, dtype=LOW)
+    with torch.autocast(device.type, LOW):
+        outputs = [output_of(module) for _ in range(3)]
+    assert len(casts) == alive(casts) == len(list(module.parameters()))
+    first, again, joined = (gradients(y, module) for y in (*outputs[:2], torch.cat(outputs)))
+    assert all(map(torch.equal, first, again)), "two graphs that share a cast have a backward each"
+    for one, three, expected in zip(first, joined, gradients(output_of(low), low), strict=True):
+        assert one.dtype == three.dtype == torch.float32
+        torch.testing.assert_close(one, expected.float(), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(three, 3 * expected.float(), rtol=0.02, atol=0.02)
 
 
-def test_casts_end_with_the_outermost_autocast(cell, casts):
-    device = cell.weight_ih.device
+@kinds
+def test_casts_end_with_the_outermost_autocast(kind, device, casts):
+    module = module_of(kind, device)
+    n = len(list(module.parameters()))
     with torch.autocast(device.type, LOW):
         for _ in range(2):
-            states = steps(cell)  # an autocast within the autocast
-            del states
-        gc.collect()
-        assert len(casts) == alive(casts) == 4
-    gc.collect()
+            output_of(module)  # an autocast within the autocast
+        assert len(casts) == alive(casts) == n
     assert alive(casts) == 0
-    states = steps(cell)
-    assert len(casts) == 8 and alive(casts) == 4  # the graph holds them, as that of torch's own casts does
-    sum(t.float().sum() for t in states).backward()
-    del states
-    gc.collect()
+    output = output_of(module)
+    assert len(casts) == 2 * n and alive(casts) == n  # the graph holds them, as that of torch's own casts does
+    output.float().sum().backward()
+    del output
     assert alive(casts) == 0
-
-
-def test_two_graphs_that_share_a_cast_have_a_backward_each(cell):
-    with torch.autocast(cell.weight_ih.device.type, LOW):
-        first, second = steps(cell), steps(cell)
-    assert all(map(torch.equal, gradients(first, cell.parameters()), gradients(second, cell.parameters())))
 
 
 def replace_values(module):
@@ -111,70 +105,42 @@ def write_through_data(module):
         p.data.mul_(2)
 
 
-def called(module):
-    x = torch.ones(3, 2, 3, device=next(module.parameters()).device)
-    with torch.autocast(x.device.type, LOW):
-        out = module(x[0] if isinstance(module, LSTMCell) else x)
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-@pytest.mark.parametrize("kind", [LSTMCell, LSTM, SoftmaxReadout])
+@kinds
 @pytest.mark.parametrize("change", [replace_values, replace_memory, write_through_data])
 def test_a_changed_parameter_is_cast_again(change, kind, device):
-    torch.manual_seed(0)
-    module = kind(3, 5, device=device, backend="triton")
-    graph = called(module)  # holds the casts
-    change(module)
-    found = called(module)
-    assert not torch.equal(found, graph)
-    with torch.no_grad():  # where no cast is kept
-        assert torch.equal(found, called(module))
-    del graph
+    """After the autocast, while a graph holds the casts, and inside of it, where torch keeps the cast of the value before."""
+    for inside in (False,) if change is write_through_data else (False, True):  # which leaves no trace on the parameter
+        module = module_of(kind, device)
+        with torch.autocast(device.type, LOW) if inside else contextlib.nullcontext():
+            before = output_of(module)
+            change(module)
+            found = output_of(module)
+        assert not torch.equal(found, before)
+        with torch.no_grad():  # where no cast is kept
+            assert torch.equal(found, output_of(module))
 
 
-def test_a_step_inside_the_autocast_is_seen(cell):
-    """Where torch keeps the cast of the value before."""
-    with torch.autocast(cell.weight_ih.device.type, LOW):
-        before = steps(cell)
-        replace_values(cell)
-        after = steps(cell)
-    assert not torch.equal(before[0], after[0]) and torch.equal(after[0], steps(cell)[0])
-
-
-def test_another_dtype_is_another_cast(cell):
-    before = steps(cell)
-    with torch.autocast(cell.weight_ih.device.type, torch.float16):
-        h, _ = cell(torch.ones(2, 3, device=cell.weight_ih.device))
-    assert h.dtype == torch.float16 and before[0].dtype == LOW
-
-
-def test_where_no_cast_is_reused(cell):
-    """Without gradients or torch's cache, under a dispatch mode or a transform, of frozen parameters."""
-    x = torch.ones(2, 3, device=cell.weight_ih.device)
-
-    def loss(parameters):
-        with torch.autocast(x.device.type, LOW):
-            return torch.func.functional_call(cell, parameters, (x,))[0].float().sum()
-
+def test_where_no_cast_is_reused(device):
+    """For another dtype; without gradients or torch's cache, under a dispatch mode or a transform, of frozen parameters."""
+    cell = module_of(LSTMCell, device)
+    held = output_of(cell)
+    assert output_of(cell, torch.float16).dtype == torch.float16 and held.dtype == LOW
+    del held
     casting._held.clear()
     with torch.no_grad():
-        steps(cell)
-    with torch.autocast(x.device.type, LOW, cache_enabled=False):
-        cell(x)
+        output_of(cell)
+    with torch.autocast(device.type, LOW, cache_enabled=False):
+        cell(torch.ones(2, 3, device=device))
     with Watching():
-        steps(cell)
+        output_of(cell)
+
+    def loss(parameters):
+        with torch.autocast(device.type, LOW):
+            return torch.func.functional_call(cell, parameters, (torch.ones(2, 3, device=device),))[0].float().sum()
+
     torch.func.grad(loss)({name: p.detach() for name, p in cell.named_parameters()})
-    steps(cell.requires_grad_(False))
+    output_of(cell.requires_grad_(False))
     assert not casting._held
-
-
-@pytest.mark.parametrize("module", [SoftmaxReadout, LSTM])
-def test_calls_of_other_modules_share_casts(module, device, casts):
-    module = module(3, 5, device=device, backend="triton")
-    x = torch.ones(2, 2, 3, device=device)
-    with torch.autocast(device.type, LOW):
-        outputs = [module(x) for _ in range(3)]
-    assert outputs and len(casts) == alive(casts) == len(list(module.parameters()))
 
 
 def test_a_device_without_autocast():
@@ -242,37 +208,33 @@ def test_by_default_a_cpu_gives_what_torch_gives(call, options, dtype):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-class Outputs(torch.nn.Module):
-    """The outputs of a layer, of padded data where there are no batch sizes, as tensors: what tracers and compilers take."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, data, *batch_sizes):
-        y, states = self.layer(PackedSequence(data, *batch_sizes) if batch_sizes else data)
-        return y.data if batch_sizes else y, *states
-
-
-def traced(layer, inputs):
-    return torch.jit.trace(layer, inputs, check_trace=False)(*inputs)
-
-
-def compiled(layer, inputs):
-    return torch.compile(layer, backend="eager")(*inputs)
-
-
 @pytest.mark.parametrize(("packed", "options"), [(True, {}), (False, {"proj_size": 2})], ids=str)
 def test_dtypes_on_a_cpu_do_not_depend_on_who_records_the_call(packed, options):
     """Those of torch, but for a backend that is asked for: the dtype of the autocast, as on a GPU."""
-    x = pack_padded_sequence(torch.randn(5, 2, 3), [5, 3])
-    inputs = (x.data, x.batch_sizes) if packed else (torch.randn(5, 2, 3),)
+    x = torch.randn(5, 2, 3)
+    packed = pack_padded_sequence(x, [5, 3]) if packed else None
+    inputs = (x,) if packed is None else (packed.data, packed.batch_sizes)
+
+    def outputs(layer):
+        def call(x, *sizes):
+            y, states = layer(PackedSequence(x, *sizes) if sizes else x)
+            return (y.data if sizes else y), *states
+
+        return call
+
+    def dtypes(call):
+        return [t.dtype for t in call(*inputs)]
+
+    theirs = torch.nn.LSTM(3, 4, **options)
     ours, precise, forced = (
-        Outputs(LSTM(3, 4, **options, **more)) for more in ({}, {"precision": "ieee"}, {"backend": "reference"})
+        outputs(LSTM(3, 4, **options, **more).requires_grad_(False))  # a trace of a function takes constants
+        for more in ({}, {"precision": "ieee"}, {"backend": "reference"})
     )
     with torch.autocast("cpu", LOW):
-        expected = [t.dtype for t in Outputs(torch.nn.LSTM(3, 4, **options))(*inputs)]
-        found = [precise(*inputs), traced(ours, inputs), traced(precise, inputs), compiled(ours, inputs)]
-        assert [[t.dtype for t in outputs] for outputs in found] == [expected] * len(found)
-        for outputs in (forced(*inputs), traced(forced, inputs)):
-            assert {t.dtype for t in outputs} == {LOW}
+        traced, traced_precise, traced_forced = (
+            torch.jit.trace(call, inputs, check_trace=False) for call in (ours, precise, forced)
+        )
+        for call in (precise, traced, traced_precise, torch.compile(ours, backend="eager")):
+            assert dtypes(call) == dtypes(outputs(theirs))
+        for call in (forced, traced_forced):
+            assert set(dtypes(call)) == {LOW}

@@ -1,11 +1,12 @@
 """Every operator under autograd: derivatives of every order, partial ones, hooks, checkpoints, autocast, inference."""
 
+import functools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from support.operations import cell, operations
-from torch.autograd import gradcheck, gradgradcheck
+from support.operations import OPERATIONS, cell, operations
 from torch.utils.checkpoint import checkpoint
 
 three = operations("cell", "readout", "layer with segments")
@@ -19,68 +20,38 @@ def no_autograd_warnings():
         yield
 
 
-def _loss(results):
-    return sum((t**2).sum() + (t**3).sum() for t in results)
-
-
 # ---- derivatives of every order --------------------------------------------------------------------------------------
 
-
-@operations("cell", "readout")
-def test_derivatives_by_differences(operation, device):
-    """Those of a layer are in the slow test below; test_sequence and test_compiled_waiting judge them by the tolerance rule."""
-    leaves, _ = operation.draw(device)
-    assert gradcheck(operation.run, leaves, fast_mode=True)
-    assert gradgradcheck(operation.run, leaves, fast_mode=True)
-
-
-@pytest.mark.slow
-@three
-def test_every_derivative_by_differences(operation, device):
-    leaves, _ = operation.draw(device)
-    assert gradcheck(operation.run, leaves)
-    assert gradgradcheck(operation.run, leaves)
+# One weight in both places, h = c, and x computed from h: each gradient is the total one.
+depending = replace(
+    cell,
+    shapes=[(2, 2), (8, 2)],
+    by=lambda backend: lambda h, w: cell.by(backend)(torch.tanh(h), h, h, w, w),
+    torchs=lambda h, w: torch.lstm_cell(torch.tanh(h), (h, h), w, w),
+)
+NAMED = OPERATIONS | {"inputs that depend on each other": depending}
 
 
-@operations()
-def test_derivatives_up_to_the_third(operation, device):
+@pytest.mark.parametrize("name", NAMED)
+def test_derivatives_up_to_the_third(name, device):
     """Those of torch's own operator, or of the reference, which autograd alone makes."""
+    operation = NAMED[name]
     leaves, _ = operation.draw(device)
 
     def derivatives(function):
         results, orders = function(*leaves), []
         for _ in range(3):
-            results = torch.autograd.grad(_loss(results), leaves, create_graph=True, materialize_grads=True)
-            orders.append(results)
+            results = results if isinstance(results, tuple) else (results,)
+            loss = sum((t**2).sum() + (t**3).sum() for t in results)
+            results = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+            orders += results
         return orders
 
-    expected = derivatives(_tuple(operation.torchs) if operation.torchs else operation.plain)
-    for found, wanted in zip(derivatives(operation.run), expected, strict=True):
-        for ours, theirs in zip(found, wanted, strict=True):
-            # Some ulps of the tensor's largest element: those of high order reach the thousands.
-            atol = 2**-40 * max(1.0, theirs.abs().max().item())
-            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=atol)
-
-
-def _tuple(function):
-    def wrapped(*tensors):
-        found = function(*tensors)
-        return found if isinstance(found, tuple) else (found,)
-
-    return wrapped
-
-
-def test_second_derivatives_where_inputs_depend_on_each_other(device):
-    """One weight in both places, h = c, and x computed from h: each gradient is the total one."""
-    w = torch.randn(8, 2, dtype=torch.float64, device=device, requires_grad=True)
-    h = torch.randn(2, 2, dtype=torch.float64, device=device, requires_grad=True)
-
-    def derivatives(function):
-        results = function(torch.tanh(h), h, h, w, w, None, None)
-        first = torch.autograd.grad(_loss(results), (w, h), create_graph=True)
-        return *first, *torch.autograd.grad(_loss(first), (w, h))
-
-    torch.testing.assert_close(derivatives(cell.run), derivatives(cell.torchs))
+    expected = derivatives(operation.torchs or operation.plain)
+    for ours, theirs in zip(derivatives(operation.run), expected, strict=True):
+        # Some ulps of the tensor's largest element: those of high order reach the thousands.
+        atol = 2**-40 * max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=atol)
 
 
 # ---- partial ones ----------------------------------------------------------------------------------------------------
@@ -139,7 +110,52 @@ def test_a_gradient_of_one_output_alone(operation, device, backwards):
         seen.clear()
 
 
-# ---- one graph -------------------------------------------------------------------------------------------------------
+# ---- ways around a call, which change neither results nor gradients --------------------------------------------------
+
+
+def _saved_as(layout):
+    """A hook on saved tensors may return any tensor of the same values."""
+
+    def around(function, *tensors):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, layout):
+            return function(*tensors)
+
+    return around
+
+
+def _reversed(t):
+    reverse = tuple(range(t.dim()))[::-1]
+    return t.permute(reverse).contiguous().permute(reverse)
+
+
+def _with_gaps(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def _autocast(function, *tensors):
+    """Which leaves float64 alone."""
+    with torch.autocast(tensors[0].device.type, torch.bfloat16):
+        return function(*tensors)
+
+
+WAYS = {
+    "checkpoint": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant checkpoint": functools.partial(checkpoint, use_reentrant=True),
+    "saved tensors of other strides": _saved_as(_reversed),
+    "saved tensors with gaps": _saved_as(_with_gaps),
+    "autocast": _autocast,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@operations("cell", "readout", "layer with segments", "GRU cell", "zoneout layer")
+def test_ways_around_a_call(way, operation, device):
+    for options in ({}, {"recompute": True}) if "h0" in operation.names and "saved" in way else ({},):
+        leaves, cotangents = operation.draw(device)
+        outputs = WAYS[way](functools.partial(operation.run, **options), *leaves)
+        torch.autograd.backward(outputs, cotangents)
+        expected = operation.trained(leaves, cotangents, **options)
+        torch.testing.assert_close([*outputs, *(t.grad for t in leaves)], expected)
 
 
 @three
@@ -147,10 +163,7 @@ def test_backward_twice_through_one_graph(operation, device):
     leaves, cotangents = operation.draw(device)
     results = operation.run(*leaves)
     once = torch.autograd.grad(results, leaves, cotangents, retain_graph=True)
-    torch.autograd.backward(results, cotangents, retain_graph=True)
-    torch.autograd.backward(results, cotangents)
-    for t, gradient in zip(leaves, once):
-        torch.testing.assert_close(t.grad, 2 * gradient)
+    assert all(map(torch.equal, torch.autograd.grad(results, leaves, cotangents), once))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(results, leaves, cotangents)
 
@@ -171,52 +184,17 @@ def test_results_changed_in_place_raise_or_do_not_matter(operation, device):
             assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("order", ["reversed", "gaps"])
-@three
-@pytest.mark.parametrize("recompute", [False, True])
-def test_saved_tensors_of_other_strides(recompute, operation, order, device):
-    """A hook may return any tensor of the same values. No input is saved that the backward does not read."""
-    if recompute and "h0" not in operation.names:
-        return
-    options = {"recompute": True} if recompute else {}
-    saved = []
-
-    def unpack(t):
-        saved.append(t)
-        if order == "gaps":
-            return t.repeat_interleave(2, -1)[..., ::2]
-        reverse = tuple(range(t.dim()))[::-1]
-        return t.permute(reverse).contiguous().permute(reverse)
-
-    tensors, cotangents = operation.draw(device)
-    expected = operation.trained(tensors, cotangents, **options)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-        found = operation.trained(tensors, cotangents, **options)
-    torch.testing.assert_close(found, expected)
-    if operation is cell:
-        assert len(saved) == 5 + 2, "neither bias, but c and gates"
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@operations("cell", "readout", "layer with segments", "zoneout layer")
-def test_activation_checkpointing(operation, reentrant, device):
-    leaves, cotangents = operation.draw(device)
-    torch.autograd.backward(checkpoint(operation.run, *leaves, use_reentrant=reentrant), cotangents)
-    expected = torch.autograd.grad(operation.run(*leaves), leaves, cotangents)
-    assert all(torch.equal(t.grad, gradient) for t, gradient in zip(leaves, expected))
-
-
-# ---- inference, autocast, subclasses -------------------------------------------------------------------------------
-
-
 @three
 def test_inference_builds_no_graph_and_saves_nothing(operation, device, monkeypatch):
+    """Nor does training save an input that the backward does not read."""
     leaves, _ = operation.draw(device)
-    saved, forward = [], operation.operator.launch
+    saved, packed, forward = [], [], operation.operator.launch
     monkeypatch.setattr(
         operation.operator, "launch", lambda inputs, options, save: saved.append(save) or forward(inputs, options, save)
     )
-    trained = operation.run(*leaves)
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda t: t):
+        trained = operation.run(*leaves)
+    assert operation is not cell or len(packed) == 5 + 2, "neither bias, but c and gates"
     with torch.no_grad():
         no_grad = operation.run(*leaves)
     with torch.inference_mode():
@@ -246,14 +224,6 @@ def test_autocast_casts_before_the_kernels(operation, low, device):
     for gradient, wanted in zip(found, expected):
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, wanted.float(), rtol=0.02, atol=0.02)
-
-
-@operations("cell", "readout", "layer with segments", "GRU cell")
-def test_autocast_leaves_float64_alone(operation, device):
-    leaves, _ = operation.draw(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        found = operation.run(*leaves)
-    assert all(map(torch.equal, found, operation.run(*leaves)))
 
 
 @operations("cell", "readout", "layer without biases")

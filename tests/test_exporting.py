@@ -4,7 +4,6 @@ import copy
 import io
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -33,8 +32,8 @@ class Tagger(torch.nn.Module):
 
 OPTIONS = {
     "one layer": {},
-    "stacked": {"num_layers": 2, "batch_first": True, "bidirectional": True, "bias": False},
-    "projected": {"num_layers": 2, "dropout": 0.5, "proj_size": 2},
+    "stacked": {"num_layers": 2, "batch_first": True, "bidirectional": True},
+    "projected": {"num_layers": 2, "dropout": 0.5, "proj_size": 2, "bias": False},
 }
 
 
@@ -61,14 +60,13 @@ def _x(T=4, B=2):
     return torch.randn(T, B, 3)
 
 
-def _saved_and_loaded(module):
-    file = io.BytesIO()
-    torch.jit.save(module, file)
+# ---- every tool: what it makes of a model, to be called in its place -------------------------------------------------
+
+
+def _saved_and_loaded(module, save=torch.jit.save, load=torch.jit.load):
+    save(module, file := io.BytesIO())
     file.seek(0)
-    return torch.jit.load(file)
-
-
-# ---- torch.jit.script, torch.jit.trace, torch.fx, ONNX ---------------------------------------------------------------
+    return load(file)
 
 
 def _scripted(model):
@@ -89,18 +87,38 @@ def _symbolically_traced(model):
     return graph
 
 
+def _quantized(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM, torch.nn.LSTMCell, torch.nn.Linear})
+
+
+def _quantized_by_fx(model):
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
+    return convert_fx(prepare_fx(model, mapping, (_x(),)))
+
+
+def _exported(model):
+    return _saved_and_loaded(torch.export.export(model, (_x(),)), torch.export.save, torch.export.load).module()
+
+
+def _compiled(model):
+    """The model around the layers, which torch.compile leaves alone."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
 def _in_onnx(model, **options):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if options["dynamo"]:
-            program = torch.onnx.export(model, (_x(),), verbose=False, **options)
-            assert "LSTM" in {node.op_type for node in program.model.graph}
-            contents = program.model_proto.SerializeToString()
-        else:
-            torch.onnx.export(model, (_x(),), file := io.BytesIO(), **options)
-            contents = file.getvalue()
+    if options["dynamo"]:
+        program = torch.onnx.export(model, (_x(),), verbose=False, **options)
+        assert "LSTM" in {node.op_type for node in program.model.graph}
+        contents = program.model_proto.SerializeToString()
+    else:
+        torch.onnx.export(model, (_x(),), file := io.BytesIO(), **options)
+        contents = file.getvalue()
     session = onnxruntime.InferenceSession(contents)
     name = session.get_inputs()[0].name
     return lambda x: tuple(map(torch.from_numpy, session.run(None, {name: x.numpy()})))
@@ -111,27 +129,41 @@ TOOLS = {
     "script": _scripted,
     "trace": _traced,
     "fx": _symbolically_traced,
+    "quantization": _quantized,
+    "fx quantization": _quantized_by_fx,
+    "export": _exported,
+    "compile": _compiled,
     "onnx": lambda model: _in_onnx(model, dynamo=True),
     "onnx from a trace": lambda model: _in_onnx(model, dynamo=False, **DYNAMIC),
 }
+OF_ONE_SIZE = ["export", "onnx"]
 AXES = {"tool": [*TOOLS], "make": ["convert", "patch", "own"], "options": [*OPTIONS]}
-ROWS = [tuple(row.values()) for row in segmented.pairwise(AXES)]
-# ONNX has no projection. Once anything has been converted, scripts of plain modules are still torch's.
+# Neither ONNX nor quantization has a projection. Once anything has been converted, scripts of plain modules are still torch's.
 ROWS = [
-    (tool, make, "stacked" if "onnx" in tool and options == "projected" else options) for tool, make, options in ROWS
+    (tool, make, options if "torch" in tool else options.replace("projected", "stacked"))
+    for tool, make, options in (row.values() for row in segmented.pairwise(AXES))
 ]
 ROWS.append(("script", "torch", "one layer"))
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tool, make, options", ROWS)
 def test_a_model_in_a_tool(tool, make, options):
     convert(torch.nn.LSTM(3, 5)), convert(torch.nn.LSTMCell(3, 5))
-    model, expected = _tagger(make, **OPTIONS[options]), _tagger(**OPTIONS[options])
+    model, theirs = _tagger(make, **OPTIONS[options]), _tagger(**OPTIONS[options])
     modules = list(model.modules())
-    recorded = TOOLS[tool](model)
-    for x in (_x(), _x(7, 3))[: 1 if tool == "onnx" else 2]:
-        assert_close(recorded(x), expected(x))
-        assert_close(model(x), expected(x))
+    recorded, expected, close = TOOLS[tool](model), theirs, {}
+    if "quantization" in tool:
+        expected, close = TOOLS[tool](theirs), {"rtol": 0, "atol": 0}
+        if make == "own":
+            assert type(recorded.lstm) is LSTM, "is left alone"
+            close = {"rtol": 0.1, "atol": 0.02}
+        else:
+            assert [type(m) for m in recorded.children()] == [type(m) for m in expected.children()]
+            assert type(recorded.lstm) is torch.ao.nn.quantized.dynamic.LSTM
+    for x in (_x(), _x(7, 3))[: 1 if tool in OF_ONE_SIZE else 2]:
+        assert_close(recorded(x), expected(x), **close)
+        assert_close(model(x), theirs(x))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True)), "the model's own modules stay"
     if make != "torch":
         assert model.lstm(_x(), return_cell_states=True)[2].shape[-1] in (5, 10), "and do what torch's cannot"
@@ -196,38 +228,6 @@ def test_symbolic_trace_of_what_torch_has_not():
     model = Episodes()
     x, resets, lengths = _x(), torch.rand(4, 2) < 0.5, torch.tensor([4, 2])
     assert_close(torch.fx.symbolic_trace(model)(x, resets, lengths), model(x, resets, lengths))
-
-
-# ---- quantization --------------------------------------------------------------------------------------------------
-
-
-def _dynamic(model):
-    from torch.ao.quantization import quantize_dynamic
-
-    return quantize_dynamic(model, {torch.nn.LSTM, torch.nn.LSTMCell, torch.nn.Linear})
-
-
-def _by_fx(model):
-    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
-    return convert_fx(prepare_fx(model, mapping, (_x(),)))
-
-
-@pytest.mark.parametrize("make", ["convert", "patch"])
-@pytest.mark.parametrize("quantized", [_dynamic, _by_fx])
-def test_quantization(quantized, make):
-    ours, theirs = (quantized(_tagger(m, num_layers=2)) for m in (make, "torch"))
-    assert [type(m) for m in ours.children()] == [type(m) for m in theirs.children()]
-    assert type(ours.lstm) is torch.ao.nn.quantized.dynamic.LSTM
-    assert_close(ours(x := _x()), theirs(x), rtol=0, atol=0)
-
-
-def test_quantization_leaves_the_class_of_this_package():
-    ours, x = _by_fx(_tagger("own")), _x()
-    assert type(ours.lstm) is LSTM and type(to_torch(ours).lstm) is torch.nn.LSTM
-    assert_close(ours(x), _tagger()(x), rtol=0.1, atol=0.02)
 
 
 # ---- torch.export --------------------------------------------------------------------------------------------------

@@ -15,29 +15,23 @@ class _OnGPU(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-def _arguments(packed):
-    torch.manual_seed(0)
-    lstm = torch.nn.LSTM(3, 4, 3, bidirectional=True)
-    hx = torch.randn(6, 2, 4), torch.randn(6, 2, 4)
-    x, sizes = torch.randn(5, 2, 3), [2] * 5
-    function = torch_ops.packed_lstm if packed else torch_ops.lstm
-    x, first = (x.flatten(0, 1), (torch.tensor(sizes),)) if packed else (x, ())
-
-    def options(dropout):
-        return torch_ops.Options(bias=True, num_layers=3, dropout=dropout, train=True, bidirectional=True)
-
-    return lambda x, dropout: function(x, *first, hx, lstm._flat_weights, options(dropout)), x
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_on_a_gpu_layers_with_dropout_run_one_by_one(packed, monkeypatch):
     """With torch's own dropout between them; without any they are the layers at once."""
-    run, x = _arguments(packed)
-    calls, expected = [], run(x, 0.0)
+    lstm = LSTM(3, 4, 3, bidirectional=True)
+    x, hx = torch.randn(5, 2, 3), tuple(torch.randn(2, 6, 2, 4))
+    function, sizes = (torch_ops.packed_lstm, (torch.tensor([2] * 5),)) if packed else (torch_ops.lstm, ())
+    x = x.flatten(0, 1) if packed else x
+
+    def run(x):
+        return function(x, *sizes, hx, lstm._flat_weights, torch_ops.options_of(lstm))
+
+    calls, expected = [], run(x)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: calls.append(p) or x)
-    run(x, 0.5)
+    lstm.dropout = 0.5
+    run(x)
     assert calls == []
-    for found, whole in zip(run(x.as_subclass(_OnGPU), 0.5), expected):
+    for found, whole in zip(run(x.as_subclass(_OnGPU)), expected):
         torch.testing.assert_close(found.as_subclass(torch.Tensor), whole)
     assert calls == [0.5, 0.5]
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from support import segmented
-from support.operations import OPERATIONS
+from support.operations import OPERATIONS, operations
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian, vhp
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import GRU, LSTM, LSTMCell, SoftmaxReadout
+from lstm_triton import LSTM
 
 
 def _dual(f, x, v):
@@ -70,8 +70,7 @@ OF_OPERATORS = [(name, "triton") for name in ("cell", "readout", "GRU layer", "s
 @pytest.mark.parametrize("name, backend", [*OF_OPERATORS, ("cell", "auto")])
 def test_of_an_operator(name, backend, transform, device):
     operation = OPERATIONS[name]
-    (x, *others), _ = operation.draw(device)
-    x, others = x.detach(), [t.detach() for t in others]
+    x, *others = (t.detach() for t in operation.draw(device)[0])
 
     def joined(function):
         return lambda x: torch.cat([t.flatten() for t in function(x, *others)])
@@ -79,12 +78,17 @@ def test_of_an_operator(name, backend, transform, device):
     _assert_transformed_alike(transform, joined(operation.by(backend)), joined(operation.plain), x, torch.randn_like(x))
 
 
-def _alike(kind, *args, backend, **options):
-    """A module of this backend, and one of the reference with its parameters."""
-    torch.manual_seed(0)
-    module, plain = (kind(*args, backend=of, dtype=torch.float64, **options) for of in (backend, "reference"))
-    plain.load_state_dict(module.state_dict())
-    return module, plain
+@operations("cell", "readout", "layer", "GRU layer")
+def test_gradients_per_sample(operation, device):
+    x, *others = (t.detach() for t in operation.draw(device)[0])
+    xs = torch.stack([x, torch.randn_like(x), -x])
+
+    def gradients(function):
+        return torch.func.grad(lambda others, x: sum(t.square().sum() for t in function(x, *others)))
+
+    each = torch.func.vmap(gradients(operation.run), in_dims=(None, 0))(others, xs)
+    one_by_one = zip(*(gradients(operation.plain)(others, x) for x in xs))
+    torch.testing.assert_close(each, [torch.stack(found) for found in one_by_one])
 
 
 CALLS = {
@@ -122,21 +126,8 @@ def test_of_any_call_of_a_layer(row, device):
     transform, call, options, backend = row.values()
     shape, arguments = CALLS[call]
     arguments = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
-    module, plain = _alike(LSTM, 2, 3, backend=backend, device=device, **OPTIONS[options])
+    given = dict(dtype=torch.float64, device=device, **OPTIONS[options])
+    module, plain = (LSTM(2, 3, backend=of, **given) for of in (backend, "reference"))
+    plain.load_state_dict(module.state_dict())
     x, v = torch.randn(2, *shape, dtype=torch.float64, device=device)
     _assert_transformed_alike(transform, _results(module, call, arguments), _results(plain, call, arguments), x, v)
-
-
-@pytest.mark.parametrize("kind", [LSTM, LSTMCell, GRU, SoftmaxReadout])
-def test_gradients_per_sample(kind, device):
-    module, plain = _alike(kind, 2, 3, backend="triton", device=device)
-    xs = torch.randn(2, 4, *(() if kind is LSTMCell else (2,)), 2, dtype=torch.float64, device=device)
-
-    def loss(weights, m, t):
-        return torch.utils._pytree.tree_leaves(torch.func.functional_call(m, weights, (t,)))[0].square().sum()
-
-    weights = {name: p.detach() for name, p in module.named_parameters()}
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(weights, module, xs)
-    one_by_one = [torch.func.grad(loss)(weights, plain, t) for t in xs]
-    for name, found in each.items():
-        torch.testing.assert_close(found, torch.stack([grads[name] for grads in one_by_one]), msg=name)
