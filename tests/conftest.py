@@ -22,11 +22,13 @@ if not ON_GPU:  # before triton is imported: it reads the variable when it decor
 COMPILED = Path(__file__).parent.parent / ".ci-cache" / "triton"
 os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
 
+import functools  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402
 import pkgutil  # noqa: E402
 import random  # noqa: E402
 import types  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 
 import pytest  # noqa: E402
@@ -97,49 +99,35 @@ def pytest_sessionfinish() -> None:
 
 
 class _PoisoningTorch(types.ModuleType):
-    """`torch` as the kernels' launchers see it: memory they ask for uninitialised comes filled with NaN."""
+    """`torch` as the kernels' launchers see it: memory they ask for uninitialised holds what no kernel would write: NaN, or
+    the largest integer."""
 
     def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*args, **kwargs):
-        return poison(torch.empty(*args, **kwargs))
-
-    @staticmethod
-    def empty_like(*args, **kwargs):
-        return poison(torch.empty_like(*args, **kwargs))
-
-    @staticmethod
-    def empty_strided(*args, **kwargs):
-        return poison(torch.empty_strided(*args, **kwargs))
+        found = getattr(torch, name)
+        return functools.partial(_poisoned, found) if name in ("empty", "empty_like", "empty_strided") else found
 
 
-def poison(t: torch.Tensor) -> torch.Tensor:
-    """Fill with what no kernel would write: NaN, or the largest integer."""
+def _poisoned(empty: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+    t = empty(*args, **kwargs)
     if t.dtype == torch.bool:
         return t.fill_(True)
     return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def poisoned_outputs():
-    """An output element that a kernel does not write is NaN, not what happens to be there."""
+def checked_memory() -> Iterator[None]:
+    """An output element that a kernel does not write is NaN, not what happens to be there. In the interpreter every load, store
+    and atomic is checked to lie in one of the launch's tensors."""
+    if INTERPRETING:
+        from support import bounds  # needs numpy, without which a GPU runs
+
+        bounds.install()
     poisoning = _PoisoningTorch("torch")
     with pytest.MonkeyPatch.context() as patch:
         for module in KERNEL_MODULES:
             if "torch.empty" in inspect.getsource(module):
                 patch.setattr(module, "torch", poisoning)
         yield
-
-
-@pytest.fixture(autouse=True)
-def checked_bounds():
-    """In the interpreter every load, store and atomic is checked to lie in one of the launch's tensors."""
-    if INTERPRETING:
-        from support import bounds  # needs numpy, without which a GPU runs
-
-        bounds.install()
 
 
 @pytest.fixture(autouse=True)
@@ -184,12 +172,11 @@ def count_launches(monkeypatch) -> Callable[..., dict[str, int]]:
     """
     from lstm_triton.kernels import launch
 
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     original = launch.Launcher.__call__
 
     def counting(self, *args, **kwargs):
-        name = self.kernel.fn.__name__
-        counts[name] = counts.get(name, 0) + 1
+        counts[self.kernel.fn.__name__] += 1
         return original(self, *args, **kwargs)
 
     def taken(every: bool = False) -> dict[str, int]:

@@ -19,22 +19,17 @@ def test_a_gpu_is_shared_by_as_many_workers_as_cores(on_gpu, cores, workers, mon
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == workers
 
 
-def test_what_uses_the_device_is_marked(request, device):
-    assert request.node.get_closest_marker("gpu")
-
-
-def test_what_does_not_is_not(request):
-    assert not request.node.get_closest_marker("gpu")
-
-
 class _Item:
-    """Stands for a test with some marks."""
+    """Stands for a test with a fixture and some marks."""
 
-    def __init__(self, *marks):
-        self.marks = marks
+    def __init__(self, fixture, *marks):
+        self.fixturenames, self.marks = [fixture], {*marks}
 
     def get_closest_marker(self, name):
-        return name in self.marks or None
+        return name if name in self.marks else None
+
+    def add_marker(self, mark):
+        self.marks.add(mark.name)
 
 
 @pytest.mark.parametrize(
@@ -42,24 +37,26 @@ class _Item:
     [
         (False, True, False, "interpreted"),
         (False, True, True, "compiled"),
-        (False, False, False, "both"),
-        (False, False, True, "none"),
-        (True, True, False, "both"),
-        (True, True, True, "none"),
+        (False, False, False, "interpreted compiled"),
+        (False, False, True, ""),
+        (True, True, False, "interpreted compiled"),
+        (True, True, True, ""),
     ],
 )
 def test_each_test_belongs_to_the_interpreter_or_to_the_executor(on_gpu, compiler, executing, kept, monkeypatch):
-    """make test runs two processes, the second with a target. Where one engine serves all, the first one runs both."""
+    """make test runs two processes, the second with a target. Where one engine serves all, the first one runs both. What uses
+    the device is marked so."""
     monkeypatch.setattr(conftest, "ON_GPU", on_gpu)
     monkeypatch.setattr(conftest, "EXECUTING", executing)
     monkeypatch.setattr(conftest, "TARGET", "sm_90" if executing else None)
     monkeypatch.setattr(executor, "why_not", lambda: None if compiler else "no C compiler")
-    items = interpreted, compiled = _Item(), _Item("compiled")
-    found, deselected = list(items), []
+    items = {"interpreted": _Item("tmp_path"), "compiled": _Item("device", "compiled")}
+    found, deselected = list(items.values()), []
     hook = types.SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
     conftest.pytest_collection_modifyitems(types.SimpleNamespace(hook=hook), found)
-    assert found == {"interpreted": [interpreted], "compiled": [compiled], "both": list(items), "none": []}[kept]
-    assert set(found) | set(deselected) == set(items)
+    assert found == [items[name] for name in kept.split()]
+    assert set(found) | set(deselected) == set(items.values())
+    assert [item.marks for item in items.values()] == [set(), {"compiled", "gpu"}]
 
 
 # Stands for conftest.py and a GPU that a test can lose.
@@ -87,44 +84,28 @@ def test_after(): assert not conftest.lost
 """
 
 
-@pytest.fixture
-def run_suite(tmp_path):
-    """Runs a suite of four tests, of which one has a mishap: its exit status, how many of what, all it says, what it need not
-    run again."""
+def test_a_suite_goes_on_where_it_ended_and_ends_where_a_gpu_is_lost(tmp_path):
+    """Five runs, one after the other, of a suite of four tests, one of which has a mishap."""
     (tmp_path / "conftest.py").write_text(PLUGINS)
     (tmp_path / "test_some.py").write_text(TESTS)
-
-    def run(mishap: str, *arguments: str) -> tuple[int, dict[str, int], str, list[str]]:
-        environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MISHAP": mishap}
-        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins take a second to import
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins take a second to import
+    for mishap, arguments, status, counts, passed in (
+        ("interrupt", [], pytest.ExitCode.INTERRUPTED, {"passed": 1, "skipped": 1}, "before skipped"),
+        ("lost", [], 1, {"failed": 1, "deselected": 2}, "before skipped"),
+        ("", [], 0, {"passed": 2, "deselected": 2}, "after before between skipped"),
+        ("", [], 0, {"deselected": 4}, "after before between skipped"),
+        ("lost", ["-p", "xdist", "-n", "1"], 1, {"passed": 2, "skipped": 1}, "after before skipped"),
+    ):
+        if arguments:
+            pytest.importorskip("xdist")
+            (tmp_path / "passed").unlink()
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        environ["MISHAP"] = mishap
         done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
-        counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
-        passed = [line.rpartition("::test_")[2] for line in (tmp_path / "passed").read_text().splitlines()]
-        return done.returncode, counts, done.stdout + done.stderr, passed
-
-    return run
-
-
-def test_what_passed_is_not_run_again(run_suite):
-    assert run_suite("fail")[:2] == (1, {"failed": 1, "passed": 2, "skipped": 1})
-    assert run_suite("")[:2] == (0, {"passed": 1, "deselected": 3})
-    assert run_suite("")[:2] == (0, {"deselected": 4}), "no test is left, and none failed"
-
-
-def test_what_passed_before_an_interrupt_is_not_run_again(run_suite):
-    status, _, _, passed = run_suite("interrupt")
-    assert status == pytest.ExitCode.INTERRUPTED and passed == ["before", "skipped"]
-
-
-def test_a_lost_gpu_ends_the_run(run_suite):
-    status, counts, told, passed = run_suite("lost")
-    assert status == 1 and counts == {"failed": 1, "passed": 1, "skipped": 1} and passed == ["before", "skipped"]
-    assert "test_some.py::test_between lost the GPU: misaligned address" in told
-
-
-def test_a_lost_gpu_ends_one_process_of_several(run_suite):
-    pytest.importorskip("xdist")
-    status, counts, told, passed = run_suite("lost", "-p", "xdist", "-n", "1")
-    assert status == 1 and counts["passed"] == 2 and passed == ["after", "before", "skipped"]
-    assert "test_some.py::test_between lost the GPU: misaligned address" in told and "replacing crashed worker" in told
+        found = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
+        told = done.stdout + done.stderr
+        assert done.returncode == status and counts.items() <= found.items(), told
+        saved = [line.rpartition("::test_")[2] for line in (tmp_path / "passed").read_text().splitlines()]
+        assert saved == passed.split()
+        assert ("test_some.py::test_between lost the GPU: misaligned address" in told) == (mishap == "lost")

@@ -1,5 +1,7 @@
-"""The repaired interpreter against torch, float64 and the documented accuracy of the hardware's instructions."""
+"""The repaired interpreter against torch, float64 and the documented accuracy of the hardware's instructions; and its checks,
+which name an access out of bounds and an integer overflow, and let anything else pass."""
 
+import inspect
 import math
 import warnings
 
@@ -24,6 +26,9 @@ def _assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual[number].view(integer), expected[number].view(integer))
 
 
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _copy_kernel(source_ptr, target_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
@@ -40,24 +45,20 @@ def _around_every_tie() -> torch.Tensor:
     return (bits - 2**32 * (bits >= 2**31)).to(torch.int32).view(torch.float32).flatten()
 
 
-@pytest.mark.parametrize(
-    "source, dtype",
-    [
+def test_bfloat16_is_cast_as_torch_does():
+    for source, dtype in (
         *((_every(torch.bfloat16), dtype) for dtype in (torch.float16, torch.float32, torch.float64)),
         *((source, torch.bfloat16) for source in (_every(torch.float16), _around_every_tie(), torch.arange(2**16))),
         (torch.arange(-288, 288, 9).bfloat16(), torch.int32),
-    ],
-    ids=lambda value: str(value if isinstance(value, torch.dtype) else value.dtype),  # workers have to name them alike
-)
-def test_bfloat16_is_cast_as_torch_does(source, dtype):
-    target = torch.empty(source.shape, dtype=dtype)
-    _copy_kernel[(1,)](source, target, source.numel())
-    _assert_identical(target, source.to(dtype))
+    ):
+        target = torch.empty(source.shape, dtype=dtype)
+        _copy_kernel[(1,)](source, target, source.numel())
+        _assert_identical(target, source.to(dtype))
 
 
 @triton.jit
-def _bfloat16_kernel(x_ptr, OPERATION: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, 4))
+def _operation_kernel(x_ptr, y_ptr, OPERATION: tl.constexpr, SIZE: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
     if OPERATION == "product":
         x = x * x
     elif OPERATION == "constant":
@@ -67,76 +68,53 @@ def _bfloat16_kernel(x_ptr, OPERATION: tl.constexpr):
     elif OPERATION == "negation":
         x = -x
     elif OPERATION == "fma":
-        x = tl.fma(x, x, x)
+        x = tl.fma(x, x, tl.load(y_ptr + tl.arange(0, SIZE)))
     elif OPERATION == "reduction":
         x = tl.sum(x, 0)
     elif OPERATION == "scan":
         x = tl.associative_scan(x, 0, tl.standard._sum_combine)
+    elif OPERATION == "overflow":
+        x = tl.exp(x)
+        x = x / x + tl.max(x - x, 0)
+    else:
+        asm: tl.constexpr = OPERATION + " $0, $1;"
+        x = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(y_ptr + tl.arange(0, SIZE), x)
+
+
+def _computed(operation: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    y = torch.zeros_like(x) if y is None else y
+    _operation_kernel[(1,)](x, y, operation, x.numel())
+    return y
 
 
 @pytest.mark.parametrize("operation", ["product", "constant", "comparison", "negation", "fma", "reduction", "scan"])
 def test_other_operations_on_bfloat16_are_refused(operation):
     """Triton computes on the bit patterns."""
     with pytest.raises(InterpreterError, match="cast to float32 first"):
-        _bfloat16_kernel[(1,)](torch.zeros(4, dtype=torch.bfloat16), operation)
+        _computed(operation, torch.zeros(4, dtype=torch.bfloat16))
+    _computed(operation, torch.zeros(4))
 
 
-@triton.jit
-def _fma_kernel(x_ptr, z_ptr):
-    tl.store(z_ptr, tl.fma(tl.load(x_ptr), tl.load(x_ptr), tl.load(z_ptr)))
-
-
-def test_fma_does_not_round_the_product():
-    x, z = torch.tensor([1 + 2.0**-23]), torch.tensor([-1 - 2.0**-22])
-    _fma_kernel[(1,)](x, z)
-    assert z.item() == 2.0**-46
-
-
-@triton.jit
-def _asm_kernel(x_ptr, y_ptr, INSTRUCTION: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.arange(0, SIZE)
-    asm: tl.constexpr = INSTRUCTION + " $0, $1;"
-    y = tl.inline_asm_elementwise(asm, "=f,f", [tl.load(x_ptr + i)], dtype=tl.float32, is_pure=True, pack=1)
-    tl.store(y_ptr + i, y)
-
-
-def _asm(instruction: str, x: torch.Tensor) -> torch.Tensor:
-    y = torch.empty_like(x)
-    _asm_kernel[(1,)](x, y, instruction, x.numel())
-    return y
-
-
-@pytest.mark.parametrize("instruction, exact", [("ex2", torch.exp2), ("rcp", torch.reciprocal)])
-def test_inline_asm_is_as_accurate_as_the_hardware(instruction, exact):
+def test_arithmetic_of_the_hardware():
+    """An fma rounds once; approximations are as accurate as documented, and have no subnormal numbers."""
+    fused = _computed("fma", torch.tensor([1 + 2.0**-23]), torch.tensor([-1 - 2.0**-22]))
+    assert fused.item() == 2.0**-46
     x = torch.linspace(-8, 8, 4096)
-    assert (_asm(f"{instruction}.approx.ftz.f32", x) / exact(x.double()) - 1).abs().max() <= 2.0**-22
-
-
-def test_ftz_has_no_subnormal_numbers():
-    assert _asm("ex2.approx.ftz.f32", torch.tensor([-126.0, -127.0])).tolist() == [2.0**-126, 0.0]
+    for instruction, exact in (("ex2.approx.ftz.f32", torch.exp2), ("rcp.approx.ftz.f32", torch.reciprocal)):
+        assert (_computed(instruction, x) / exact(x.double()) - 1).abs().max() <= 2.0**-22
+    assert _computed("ex2.approx.ftz.f32", torch.tensor([-126.0, -127.0])).tolist() == [2.0**-126, 0.0]
     x = torch.tensor([2.0**127, -(2.0**127), math.inf, 2.0**-130, -(2.0**-130), math.nan, 1.0, 2.0])
     flushed = torch.tensor([0.0, -0.0, 0.0, math.inf, -math.inf, math.nan, 1.0, 0.5])
-    _assert_identical(_asm("rcp.approx.ftz.f32", x), flushed)
-
-
-def test_unknown_inline_asm_is_refused_by_name():
+    _assert_identical(_computed("rcp.approx.ftz.f32", x), flushed)
     with pytest.raises(InterpreterError, match=r"sin\.approx\.f32.*INLINE_ASM"):
-        _asm("sin.approx.f32", torch.zeros(4))
-
-
-@triton.jit
-def _overflow_kernel(x_ptr, SIZE: tl.constexpr):
-    i = tl.arange(0, SIZE)
-    x = tl.exp(tl.load(x_ptr + i))
-    tl.store(x_ptr + i, x / x + tl.max(x - x, 0))
+        _computed("sin.approx.f32", torch.zeros(4))
 
 
 def test_numpy_is_silent_inside_kernels_only():
-    x = torch.full((4,), 1000.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _overflow_kernel[(1,)](x, 4)
-    assert x.isnan().all()
+        assert _computed("overflow", torch.full((4,), 1000.0)).isnan().all()
     with pytest.warns(RuntimeWarning, match="overflow"):
         np.exp(np.full(1, 1000, np.float32))
 
@@ -172,3 +150,84 @@ def test_dot_accumulates_in_float32(dtype, precision, truncates):
     error = (d - (a @ b + c)).abs() / (a.abs() @ b.abs() + c.abs())
     # The bound of a sum of `size` products in any order. A rounding to bfloat16 would be 2^-9, one to TF32 2^-11.
     assert error.max() < size * 2.0**-24
+
+
+# ---- what it checks --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.load(x_ptr + i, mask=i < limit)
+
+
+@triton.jit
+def _store_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.store(x_ptr + i, 1.0, mask=i < limit)
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
+    i = first + tl.arange(0, SIZE)
+    tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
+
+
+@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
+def test_access_out_of_bounds_is_named(kernel):
+    name = kernel.fn.__name__
+    lines, start = inspect.getsourcelines(kernel.fn)
+    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
+    for first, outside, byte in ((6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)):
+        with pytest.raises(InterpreterError) as error:
+            kernel[(1,)](torch.zeros(8), first, 10_000, 4)
+        message = str(error.value.__cause__)
+        assert message.startswith(f"{name.split('_')[1]} out of bounds at {place}, program (0, 0, 0): ")
+        assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
+    for first in (6, 1000):  # masked lanes may point anywhere
+        kernel[(1,)](torch.zeros(8), first, 8, 4)
+
+
+@triton.jit
+def _compare_and_swap_kernel(x_ptr, first):
+    tl.atomic_cas(x_ptr + first, 0, 1)
+
+
+@triton.jit
+def _wide_load_kernel(x_ptr, first):
+    tl.load((x_ptr + first).to(tl.pointer_type(tl.int32)))
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype, last", [(_compare_and_swap_kernel, torch.int32, 7), (_wide_load_kernel, torch.bfloat16, 6)]
+)
+def test_an_element_must_end_inside(kernel, dtype, last):
+    kernel[(1,)](torch.zeros(8, dtype=dtype), last)
+    with pytest.raises(InterpreterError, match=r"(atomic|load) out of bounds at .*: `tl\.(atomic_cas|load)\("):
+        kernel[(1,)](torch.zeros(8, dtype=dtype), last + 1)
+
+
+def test_bounds_are_those_of_the_storages_of_this_launch():
+    x, other = torch.zeros(8), torch.zeros(8)
+    _store_kernel[(1,)](x[4:], -4, 4, 8)
+    assert x.eq(1).all(), "a view may reach the rest of its storage"
+    _store_kernel[(1,)](other, 0, 8, 8)
+    elements_apart = (other.data_ptr() - x.data_ptr()) // 4
+    with pytest.raises(InterpreterError, match="out of bounds"):
+        _store_kernel[(1,)](x, elements_apart, elements_apart + 8, 8)
+
+
+@triton.jit
+def _product_kernel(x_ptr, factor, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(x_ptr + i, (i + 1) * factor)
+
+
+def test_integer_overflow_is_an_error():
+    """A GPU wraps around silently: an offset that needs 64 bits would read from somewhere else."""
+    x = torch.zeros(4, dtype=torch.int64)
+    for factor in (2**29 - 1, 2**40):  # the second makes a product of 64 bits
+        _product_kernel[(1,)](x, factor, 4)
+        assert x.tolist() == [n * factor for n in (1, 2, 3, 4)]
+    with pytest.raises(InterpreterError, match=r"int32 overflow at .*test_interpreter\.py:\d+ in _product_kernel"):
+        _product_kernel[(1,)](x, 2**29, 4)

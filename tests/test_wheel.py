@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it requires, and that the package works where only the wheel is installed."""
+"""The wheel: what is in it, what it requires, and that the package works where only these are installed."""
 
 import email
 import importlib.metadata
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +29,7 @@ SCRIPT = """
 import importlib, importlib.util, pathlib, pkgutil, sys
 import torch, lstm_triton.cli
 assert "lstm_triton.bench" not in sys.modules
-assert pathlib.Path(lstm_triton.__file__).is_relative_to(sys.prefix), lstm_triton.__file__
+assert pathlib.Path(lstm_triton.__file__).is_relative_to(pathlib.Path("installed").resolve()), lstm_triton.__file__
 for other in ("kernels", "bench", "pytest"):
     assert importlib.util.find_spec(other) is None, other
 import lstm_triton.kernels, lstm_triton.bench
@@ -52,8 +51,7 @@ for command in (measured, ["--validate", "lstm-triton-bench"], ["--report"], ["-
 
 
 def test_the_wheel(tmp_path):
-    wheel = _build(tmp_path)
-    archive = zipfile.ZipFile(wheel)
+    archive = zipfile.ZipFile(_build(tmp_path / "source"))
     names = archive.namelist()
     expected = {"lstm_triton/py.typed", f"lstm_triton/{measurements.SHIPPED.name}"}
     for folder, installed in FOLDERS.items():
@@ -66,8 +64,9 @@ def test_the_wheel(tmp_path):
     requirements = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
     assert sorted(_without_extras(requirements)) == ["torch", "triton"]
 
-    python = _install(wheel, tmp_path)
-    printed, errors = _run(python, "-c", SCRIPT, cwd=tmp_path)
+    archive.extractall(tmp_path / "installed")  # what an installer does with a wheel of Python alone
+    _link_distributions(["torch", "triton", "numpy"], tmp_path / "libraries")  # the interpreter needs numpy
+    printed, errors = _run("-S", "-c", SCRIPT, folder=tmp_path, path=("installed", "libraries"))
     codes = [line for line in printed.splitlines() if line.startswith("exit code")]
     assert codes == [f"exit code {code}" for code in (0, 0, NO_LIBRARY, NO_LIBRARY)]
     assert "no tables without pandas" in printed and "no report without jinja2" in errors
@@ -82,49 +81,20 @@ def test_the_wheel(tmp_path):
 def _build(folder: Path) -> Path:
     """Build the wheel without network, from a copy of the sources, so that nothing is left behind in them."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
-    source = folder / "source"
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    (source / "lstm_triton" / measurements.SHIPPED.name).write_text("[]")  # as if there were shipped measurements
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-index",
-        "--no-build-isolation",
-        "--no-deps",
-        "--wheel-dir",
-        folder,
-    ]
-    _run(*pip, source, cwd=folder)
-    (built,) = folder.glob("lstm_triton-*-py3-none-any.whl")
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "lstm_triton" / measurements.SHIPPED.name).write_text("[]")  # as if there were shipped measurements
+    _run("-c", "import setuptools.build_meta as backend; backend.build_wheel('built')", folder=folder)
+    (built,) = folder.glob("built/lstm_triton-*-py3-none-any.whl")
     return built
-
-
-def _install(wheel: Path, folder: Path) -> Path:
-    """The Python of a new environment: the wheel, torch, Triton and what they require; numpy, which the interpreter needs. No
-    library that serves output alone can be imported there."""
-    environment, libraries = folder / "environment", folder / "libraries"
-    venv.create(environment, symlinks=True)
-    python = environment / "bin" / "python"
-    (site_packages,) = environment.glob("lib/python*/site-packages")
-    libraries.mkdir()
-    _link_distributions(["torch", "triton", "numpy"], libraries)
-    (site_packages / "libraries.pth").write_text(f"{libraries}\n")
-    # Without an index: what the wheel requires must be there.
-    _run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
-    (site_packages / "sitecustomize.py").write_text(  # torch requires these two
-        "import sys\nsys.modules |= dict.fromkeys(('jinja2', 'markupsafe'))\n"
-    )
-    return python
 
 
 def _link_distributions(names: list[str], folder: Path) -> None:
     """Links in `folder` to what these distributions and all that they require have installed, with their metadata."""
-    seen = set()
+    seen = {"jinja2"}  # torch requires it for a part that the package does not use
+    folder.mkdir()
     while names:
         name = canonicalize_name(names.pop())
         if name in seen:
@@ -145,10 +115,11 @@ def _without_extras(requirements: Iterable[str]) -> list[str]:
     return [r.name for r in found if not r.marker or r.marker.evaluate({"extra": "", "platform_system": "Linux"})]
 
 
-def _run(*command, cwd: Path) -> tuple[str, str]:
-    """What a command prints, and its errors. No PYTHONPATH names the checkout, in which pip would find the package."""
+def _run(*arguments: str, folder: Path, path: Iterable[str] = ()) -> tuple[str, str]:
+    """What Python prints in a folder, and its errors. No PYTHONPATH names the checkout."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = os.pathsep.join(str(folder / name) for name in path)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr

@@ -50,9 +50,8 @@ class EndWhenLost:
         result = yield
         if why := self.why_lost():
             told = f"{item.nodeid} lost the GPU: {why.splitlines()[0]}"
-            if _is_worker(
-                item.config
-            ):  # pytest-xdist reports the test, and starts another process for those that follow
+            if _is_worker(item.config):
+                # pytest-xdist reports the test, and starts another process for those that follow.
                 print(told, file=sys.stderr, flush=True)
                 os._exit(1)
             item.session.shouldfail = told

@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,37 @@ if not torch.cuda.is_available():
 def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600) -> str:
     """Run a Python script without TRITON_INTERPRET, importing from where this process does; return what it prints.
 
-    It runs in a fork of a process that has imported torch and Triton; on a GPU in a process of its own.
-
-    Where the system allows, its memory lies at the same addresses in every run: the compiler's order of instructions follows
-    them, and with it whether a kernel that fills all registers spills one or two.
+    It runs in a fork of a process that has imported torch and Triton; on a GPU in a process of its own. Where the system
+    allows, its memory lies at the same addresses in every run: the compiler's order of instructions follows them, and with it
+    whether a kernel that fills all registers spills one or two.
 
     Raises AssertionError with the script's output if it fails, subprocess.TimeoutExpired if it takes longer.
     """
     command = [str(script), *args]
+
+    def run(out: str, err: str) -> int:
+        if not torch.cuda.is_available():
+            return _fork_of_a_server([command, os.getcwd(), out, err], timeout)
+        return _anew(
+            [*_with_fixed_addresses(), sys.executable, *command], out, err, env=_environment(), timeout=timeout
+        )
+
+    return _printed(command, run)
+
+
+def _printed(command: list[str], run: Callable[[str, str], int]) -> str:
+    """What a command prints whose output `run` writes to two files; AssertionError with it if it fails."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        if torch.cuda.is_available():
-            started = [*_with_fixed_addresses(), sys.executable, *command]
-            with open(out.name, "w") as stdout, open(err.name, "w") as stderr:
-                done = subprocess.run(started, env=_environment(), stdout=stdout, stderr=stderr, timeout=timeout)
-            failed = done.returncode
-        else:
-            failed = _fork_of_a_server([command, os.getcwd(), out.name, err.name], timeout)
-        printed, errors = out.read(), err.read()
+        failed, printed, errors = run(out.name, err.name), out.read(), err.read()
     if failed:
         raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
     return printed
+
+
+def _anew(command: list[str], out: str, err: str, **options: Any) -> int:
+    """The exit code of a process of its own."""
+    with open(out, "w") as stdout, open(err, "w") as stderr:
+        return subprocess.run(command, stdout=stdout, stderr=stderr, **options).returncode
 
 
 def _environment() -> dict[str, str]:
@@ -113,25 +124,21 @@ def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) 
     Raises AssertionError with the script's output if it fails.
     """
     command = [str(script), *args]
-    if torch.cuda.is_initialized():
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
-        printed, errors, failed = done.stdout, done.stderr, done.returncode
-    else:
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            child = multiprocessing.get_context("fork").Process(
-                target=_as_main, args=(command, cwd, out.name, err.name)
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
-                child.start()
-            child.join(timeout)
-            failed = child.exitcode != 0
-            child.kill()
-            printed, errors = out.read(), err.read()
-    if failed:
-        raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
-    return printed
+
+    def run(out: str, err: str) -> int:
+        if torch.cuda.is_initialized():
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            return _anew([sys.executable, *command], out, err, cwd=cwd, env=environment, timeout=timeout)
+        child = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, cwd, out, err))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
+            child.start()
+        child.join(timeout)
+        failed = child.exitcode != 0
+        child.kill()
+        return failed
+
+    return _printed(command, run)
 
 
 def _as_main(command: list[str], cwd: str | Path, out: str, err: str) -> None:
