@@ -4,8 +4,6 @@ import copy
 import logging
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -202,18 +200,6 @@ def test_replicas_of_data_parallel(no_warnings):
     for name, value in module.named_parameters():
         setattr(replica, name, value.detach() * 0)
     assert replica(X, return_cell_states=True)[0].abs().max() == 0 and module(X)[0].abs().max() > 0
-
-
-def test_a_pickle_is_converted_where_nothing_has_been(tmp_path, no_warnings):
-    """In a process that has not called convert, and does not import the package by itself."""
-    torch.save(convert(torch.nn.LSTM(3, 5), backend="reference"), tmp_path / "lstm.pt")
-    load = f"""
-import torch
-lstm = torch.load({str(tmp_path / "lstm.pt")!r}, weights_only=False)
-assert type(lstm) is torch.nn.LSTM and lstm.backend == "reference"
-assert lstm(torch.randn(4, 2, 3), return_cell_states=True)[2].shape == (4, 2, 5)
-"""
-    subprocess.run([sys.executable, "-c", load], check=True)
 
 
 def test_the_error_of_torch_compile_names_both_ways(no_warnings):

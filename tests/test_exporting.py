@@ -230,15 +230,17 @@ def test_symbolic_trace_of_what_torch_has_not():
     assert_close(torch.fx.symbolic_trace(model)(x, resets, lengths), model(x, resets, lengths))
 
 
-# ---- torch.export --------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_program_needs_the_package_unless_exported_from_torchs(tmp_path):
+def test_files_in_a_process_that_has_not_imported_the_package(tmp_path):
+    """An exported program needs the package unless exported from torch's modules; a pickled conversion imports it by itself."""
     x = _x()
     model = torch.nn.Sequential(LSTM(3, 5))  # torch 2.11 exports no torch.nn.LSTM of which h is read
     torch.save((x, model(x)), tmp_path / "data.pt")
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "ours.pt2")
     torch.export.save(torch.export.export(to_torch(copy.deepcopy(model)), (x,)), tmp_path / "theirs.pt2")
+    torch.save(convert(torch.nn.LSTM(3, 5), backend="reference"), tmp_path / "converted.pt")
     load = """
 import sys, torch
 x, expected = torch.load("data.pt")
@@ -252,7 +254,9 @@ except RuntimeError as error:
     assert "deserializing" in str(error), error  # torch's warnings name the operator
 else:
     sys.exit("docs/exporting.md says that this needs the package")
-import lstm_triton
+lstm = torch.load("converted.pt", weights_only=False)
+assert type(lstm) is torch.nn.LSTM and lstm.backend == "reference"
+assert lstm(x, return_cell_states=True)[2].shape == (4, 2, 5)
 run("ours.pt2")
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", load], check=True, cwd=tmp_path)
