@@ -149,7 +149,8 @@ COPY_UNORDERED = """
 mul.wide.s32 %rd2, %r0, 4;
 add.s64 %rd2, %rd2, %rd0;
 cp.async.ca.shared.global [%r1], [%rd2], 4;
-cp.async.wait_all;
+cp.async.commit_group;
+cp.async.wait_group 0;
 bar.sync 0; // needed
 xor.b32 %r3, %r1, 256;
 ld.shared.b32 %r3, [%r3];

@@ -41,100 +41,95 @@ static int ordered(const Warp *w, int lane, const Access *a) {
     if (thread / 1024 != me / 1024) return a->epoch < seen_epoch(w, lane, thread / 1024);
     return a->epoch < w->program->epoch || (thread / 32 == me / 32 && a->sync < w->sync);
 }
-// strong: the bytes of an element where the access is, or 0.
-static Access access_now(const Warp *w, int lane, int strong) {
-    return (Access){number_of(w, lane), w->program->epoch, w->sync, strong, 0};
-}
+static Access access_now(const Warp *w, int lane, u32 strong) { return (Access){number_of(w, lane), w->program->epoch, w->sync, strong}; }
 
-// ---- global memory ----
+// ---- where an address is ----
 
-static Tensor *tensor_at(u64 address) {
+enum { GLOBAL, SHARED, GENERIC, PARAMETERS }; // state spaces
+// `size` bytes of memory and what is known of each; pending: of shared memory only; at: the first of them in what has this name.
+typedef struct { u8 *data; Byte *bytes; Pending *pending; u32 size; u64 at; const char *name; } Place;
+
+static const Tensor *tensor_at(u64 address) {
     static i32 last;
     if (last < M.launch->tensors && address >= M.tensor[last].start && address < M.tensor[last].end) return &M.tensor[last];
     for (i32 k = 0; k < M.launch->tensors; k++)
         if (address >= M.tensor[k].start && address < M.tensor[k].end) return &M.tensor[last = k];
     return 0;
 }
-static Tensor *global_range(Warp *w, int lane, const Instruction *i, u64 address, u32 size) {
-    Tensor *t = tensor_at(address);
-    if (!t) FATAL(w, lane, i, BOUNDS, "%u bytes at %#llx of global memory belong to no tensor of the launch", size, (unsigned long long)address);
-    if (address + size > t->end) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s, which has %llu", size, (unsigned long long)(address - t->start), t->name, (unsigned long long)(t->end - t->start));
-    if (address & (size - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s: misaligned", size, (unsigned long long)(address - t->start), t->name);
-    return t;
-}
-static void global_race(Warp *w, int lane, const Instruction *i, const Tensor *t, u64 byte, const char *what, const Access *a) {
-    report(w, lane, i, RACE_GLOBAL, "%s at byte %llu of %s by program %u, thread %u: nothing orders the two", what, (unsigned long long)byte, t->name,
-           (a->thread - 1) / 1024, (a->thread - 1) % 1024);
-}
-static void global_read(Warp *w, int lane, const Instruction *i, u64 address, u32 size, int strong) {
-    Tensor *t = global_range(w, lane, i, address, size);
-    if (!M.launch->check) return;
-    const Access now = access_now(w, lane, strong);
-    for (u64 k = address - t->start; k < address - t->start + size; k++) {
-        GlobalByte *b = &t->bytes[k];
-        if (b->write.thread && !(strong && strong == b->write.strong) && !ordered(w, lane, &b->write)) {
-            global_race(w, lane, i, t, k, "reads what is written", &b->write);
-            b->write.thread = 0;
-        }
-        if (b->read.thread && (b->read.thread - 1) / 1024 != w->program->number) b->other = b->read;
-        const int several = b->read.epoch == now.epoch && (b->read.thread - 1) / 1024 == w->program->number && (b->read.several || b->read.thread != now.thread);
-        b->read = now;
-        b->read.several = several;
-    }
-}
-static void global_write(Warp *w, int lane, const Instruction *i, u64 address, u32 size, const u8 *value, int strong) {
-    Tensor *t = global_range(w, lane, i, address, size);
-    if (memcmp((u8 *)address, value, size)) M.idle = 0;
-    if (!M.launch->check) return;
-    for (u32 n = 0; n < size; n++) {
-        const u64 k = address - t->start + n;
-        GlobalByte *b = &t->bytes[k];
-        const Access *bad = 0;
-        const char *what = "writes what is read";
-        if (b->read.thread && !(strong && strong == b->read.strong) && (!ordered(w, lane, &b->read) || (b->read.several && b->read.epoch == w->program->epoch && (b->read.thread - 1) / 1024 == w->program->number))) bad = &b->read;
-        if (b->other.thread && !(strong && strong == b->other.strong) && !ordered(w, lane, &b->other)) bad = &b->other;
-        if (b->write.thread && !(strong && strong == b->write.strong) && !ordered(w, lane, &b->write)) bad = &b->write, what = "writes what is written";
-        if (bad && b->write.thread && ((u8 *)address)[n] == value[n]) { // changes nothing, and is as if it had not been
-            M.launch->benign++;
-            continue;
-        }
-        if (bad) global_race(w, lane, i, t, k, what, bad);
-        b->write = access_now(w, lane, strong);
-        b->read.thread = b->other.thread = 0;
-    }
-}
-
-// ---- shared memory ----
-
-static u8 *shared_at(const Program *c, u32 address) { return c->shared + (address - SHARED_BASE); }
-static void shared_range(Warp *w, int lane, const Instruction *i, u32 address, u32 size) {
-    const u32 all = M.launch->shared, at = address - SHARED_BASE, unit = size < 16 ? size : 16;
-    if (address < SHARED_BASE || at + size > all) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %d of shared memory, which has %u", size, (int)at, all);
-    if (address & (unit - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %u of shared memory: misaligned", size, at);
-}
-static void shared_race(Warp *w, int lane, const Instruction *i, u32 byte, const char *what, u32 thread) {
-    report(w, lane, i, RACE_SHARED, "%s at byte %u by thread %u: no barrier between the two", what, byte, thread % 1024);
-}
-static void shared_read(Warp *w, int lane, const Instruction *i, u32 address, u32 size) {
-    shared_range(w, lane, i, address, size);
-    if (!M.launch->check) return;
+static Place locate(const Warp *w, int lane, const Instruction *i, int space, u64 address, u32 size) {
     const Program *c = w->program;
-    for (u32 k = address - SHARED_BASE; k < address - SHARED_BASE + size; k++) {
-        SharedByte *b = &c->bytes[k];
-        if (b->in_flight) report(w, lane, i, IN_FLIGHT, "byte %u of shared memory, which a cp.async in flight writes", k);
-        else if (!b->write.thread) report(w, lane, i, UNINITIALISED, "byte %u of shared memory, which nothing has written", k), b->write = access_now(w, lane, 0);
-        else if (!ordered(w, lane, &b->write)) shared_race(w, lane, i, k, "reads what is written", b->write.thread - 1), b->write.epoch = 0;
-        if (b->read_epoch != c->epoch) b->read_warps = b->read_lanes = 0, b->read_epoch = c->epoch;
-        if (b->read_warp != w->index || b->read_sync != w->sync) b->read_lanes = 0;
-        b->read_warps |= 1u << w->index % 16;
-        b->read_lanes |= 1u << lane;
-        b->read_warp = w->index;
-        b->read_sync = w->sync;
+    Tensor all = {0, M.launch->parameter_bytes, 0, "the parameters"};
+    if (space == SHARED || (space == GENERIC && address < 1ull << 32)) {
+        address = (u32)address;
+        all = (Tensor){SHARED_BASE, SHARED_BASE + M.launch->shared, c->bytes, "shared memory"};
+    } else if (space != PARAMETERS) {
+        const Tensor *t = tensor_at(address);
+        if (!t) FATAL(w, lane, i, BOUNDS, "%u bytes at %#llx of global memory belong to no tensor of the launch", size, (unsigned long long)address);
+        all = *t;
     }
+    const u64 at = address - all.start;
+    const unsigned long long told = at;
+    if (address < all.start || address + size > all.end)
+        FATAL(w, lane, i, BOUNDS, "%u bytes at byte %lld of %s, which has %llu", size, told, all.name, (unsigned long long)(all.end - all.start));
+    if (address & (size - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s: misaligned", size, told, all.name);
+    if (all.bytes == c->bytes) return (Place){c->shared + at, c->bytes + at, c->pending + at, size, at, all.name};
+    if (space == PARAMETERS) return (Place){(u8 *)M.launch->parameters + at, 0, 0, size, at, all.name};
+    return (Place){(u8 *)address, all.bytes + at, 0, size, at, all.name};
+}
+static u8 *shared_at(const Program *c, u32 address) { return c->shared + (address - SHARED_BASE); }
+
+// ---- reads and writes ----
+
+static int is_atomic(u32 strong, const Access *other) { return strong && strong == other->strong; }
+// The thread, counted from 1, whose access to a byte this one races with, or 0 if there is none.
+static u32 racing_writer(const Warp *w, int lane, const Byte *b, u32 strong) {
+    return b->write.thread && !is_atomic(strong, &b->write) && !ordered(w, lane, &b->write) ? b->write.thread : 0;
+}
+static u32 racing_reader(const Warp *w, int lane, const Byte *b, u32 strong) {
+    if (b->other.thread && !is_atomic(strong, &b->other) && !ordered(w, lane, &b->other)) return b->other.thread;
+    if (!b->read.thread || is_atomic(strong, &b->read)) return 0;
+    const u32 first = 1 + 1024 * w->program->number, reader = (b->read.thread - 1) % 1024 / 32;
+    if (b->read.thread - first >= 1024) return ordered(w, lane, &b->read) ? 0 : b->read.thread;
+    if (b->read.epoch < w->program->epoch) return 0;
+    if (reader != w->index) return b->read.thread;
+    const u32 warps = b->warps & ~(1u << w->index), lanes_ = b->read.sync == w->sync ? b->lanes & ~(1u << lane) : 0;
+    return warps ? first + 32 * first_lane(warps) : lanes_ ? first + 32 * reader + first_lane(lanes_) : 0;
+}
+static void race(const Warp *w, int lane, const Instruction *i, const Place *p, u32 k, const char *what, u32 thread) {
+    report(w, lane, i, p->pending ? RACE_SHARED : RACE_GLOBAL, "%s at byte %llu of %s by program %u, thread %u: nothing orders the two", what,
+           (unsigned long long)p->at + k, p->name, (thread - 1) / 1024, (thread - 1) % 1024);
+}
+// What is wrong with reading a byte of shared memory, apart from races.
+static int is_unreadable(const Warp *w, int lane, const Instruction *i, const Place *p, u32 k) {
+    if (p->pending[k].in_flight) report(w, lane, i, IN_FLIGHT, "byte %llu of shared memory, which a cp.async in flight writes", (unsigned long long)p->at + k);
+    else if (!p->bytes[k].write.thread) report(w, lane, i, UNINITIALISED, "byte %llu of shared memory, which nothing has written", (unsigned long long)p->at + k);
+    else return 0;
+    return 1;
+}
+// strong: the bytes of an element where the access is, or 0.
+static const u8 *read_from(const Warp *w, int lane, const Instruction *i, Place p, u32 strong) {
+    const Access now = access_now(w, lane, strong);
+    for (u32 k = 0; p.bytes && k < p.size; k++) {
+        Byte *b = &p.bytes[k];
+        if (p.pending && is_unreadable(w, lane, i, &p, k)) {
+            if (!p.pending[k].in_flight) b->write = now;
+        } else {
+            const u32 writer = racing_writer(w, lane, b, strong);
+            if (writer) race(w, lane, i, &p, k, "reads what is written", writer);
+        }
+        const u32 program = (b->read.thread - 1) / 1024;
+        if (b->read.thread && program != w->program->number) b->other = b->read;
+        if (b->read.epoch != now.epoch || program != w->program->number) b->warps = b->lanes = 0;
+        if (b->read.sync != now.sync || (b->read.thread - 1) / 32 != (now.thread - 1) / 32) b->lanes = 0;
+        b->warps |= 1u << w->index;
+        b->lanes |= 1u << lane;
+        b->read = now;
+    }
+    return p.data;
 }
 // What products of an asynchronous instruction still read. Each warp waits for the wgmma of its warpgroup by itself; a commit
 // of tcgen05 is known to the warps that have seen its mbarrier complete, and behind a barrier to all.
-static int still_read(const Warp *w, const SharedByte *b) {
+static int still_read(const Warp *w, const Pending *b) {
     const Program *c = w->program;
     for (u32 g = 0; g < 4; g++) {
         if (!b->async[g]) continue;
@@ -147,58 +142,48 @@ static int still_read(const Warp *w, const SharedByte *b) {
     }
     return 0;
 }
-// A thread that has read the byte, with nothing between that and what this lane does now; -1 if there is none.
-static int reader_of(const Warp *w, int lane, const SharedByte *b) {
-    if (b->read_epoch != w->program->epoch) return -1;
-    if (b->read_warp != w->index) return b->read_warps ? 32 * b->read_warp + first_lane(b->read_lanes) : -1;
-    const u32 others = b->read_warps & ~(1u << w->index % 16), lanes_ = b->read_sync == w->sync ? b->read_lanes & ~(1u << lane) : 0;
-    return others ? 32 * first_lane(others) : lanes_ ? 32 * (int)w->index + first_lane(lanes_) : -1;
-}
-static void shared_write(Warp *w, int lane, const Instruction *i, u32 address, u32 size, const u8 *value, int in_flight) {
-    shared_range(w, lane, i, address, size);
-    Program *c = w->program;
-    if (value && memcmp(shared_at(c, address), value, size)) M.idle = 0;
-    if (!M.launch->check) return;
-    for (u32 n = 0; n < size; n++) {
-        const u32 k = address - SHARED_BASE + n;
-        SharedByte *b = &c->bytes[k];
-        const int same = value && b->write.thread && c->shared[k] == value[n];
-        if (b->in_flight && in_flight >= 0) report(w, lane, i, IN_FLIGHT, "writes byte %u of shared memory, which a cp.async in flight writes", k);
-        if (still_read(w, b)) report(w, lane, i, IN_FLIGHT, "writes byte %u of shared memory, which an asynchronous product may still read", k);
-        const int written = b->write.thread && !ordered(w, lane, &b->write), reader = reader_of(w, lane, b);
-        if (same && (written || reader >= 0)) { // changes nothing, and is as if it had not been
-            M.launch->benign++;
-            continue;
-        }
-        if (written) shared_race(w, lane, i, k, "writes what is written", b->write.thread - 1);
-        if (reader >= 0) shared_race(w, lane, i, k, "writes what is read", reader);
-        b->write = access_now(w, lane, 0);
-        b->read_epoch = 0;
-        b->in_flight = in_flight > 0;
-        b->generic = 1;
-        b->write_time = M.time;
+// A cp.async writes twice: NaN when it starts, and its value when it arrives.
+typedef enum { AT_ONCE, STARTS, ARRIVES } When;
+static void write_to(const Warp *w, int lane, const Instruction *i, Place p, const u8 *value, u32 strong, When when) {
+    if (when != STARTS && memcmp(p.data, value, p.size)) M.idle = 0;
+    const Access now = access_now(w, lane, strong);
+    for (u32 k = 0; k < p.size; k++) {
+        Byte *b = &p.bytes[k];
+        Pending *pending = p.pending ? &p.pending[k] : 0;
+        if (pending && pending->in_flight && when != ARRIVES)
+            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which a cp.async in flight writes", (unsigned long long)p.at + k);
+        if (pending && still_read(w, pending))
+            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which an asynchronous product may still read", (unsigned long long)p.at + k);
+        const u32 writer = racing_writer(w, lane, b, strong), reader = writer ? 0 : racing_reader(w, lane, b, strong);
+        // What changes nothing is as if it had not been.
+        if ((writer || reader) && when != STARTS && b->write.thread && p.data[k] == value[k]) continue;
+        if (writer) race(w, lane, i, &p, k, "writes what is written", writer);
+        if (reader) race(w, lane, i, &p, k, "writes what is read", reader);
+        b->write = now;
+        b->read.thread = b->other.thread = 0;
+        if (pending) pending->in_flight = when == STARTS, pending->generic = 1, pending->write_time = M.time;
     }
+    if (when == STARTS) memset(p.data, 0xff, p.size);
+    else memcpy(p.data, value, p.size);
 }
 // What the matrix unit reads, through the asynchronous proxy: group g of products, of which all has to be complete and fenced.
-static void proxy_read(Warp *w, int lane, const Instruction *i, u32 address, u32 size, u32 g, u32 product) {
-    shared_range(w, lane, i, address, size);
-    if (!M.launch->check) return;
+static void proxy_read(const Warp *w, const Instruction *i, u32 address, u32 size, u32 g, u32 product) {
     Program *c = w->program;
+    const Place p = locate(w, 0, i, SHARED, address, size);
     const int is_wgmma = !M.kernel->uses_tensor_memory;
-    for (u32 k = address - SHARED_BASE; k < address - SHARED_BASE + size; k++) {
-        SharedByte *b = &c->bytes[k];
-        if (b->in_flight) report(w, lane, i, IN_FLIGHT, "byte %u of shared memory, which a cp.async in flight writes", k);
-        else if (!b->write.thread) report(w, lane, i, UNINITIALISED, "byte %u of shared memory, which nothing has written", k);
-        else if (b->write.epoch >= c->epoch && (is_wgmma || !ordered(w, lane, &b->write)))
-            shared_race(w, lane, i, k, "a matrix product reads what is written", b->write.thread - 1);
-        if (b->generic && b->write.thread) {
+    for (u32 k = 0; k < size; k++) {
+        Byte *b = &p.bytes[k];
+        Pending *pending = &p.pending[k];
+        if (!is_unreadable(w, 0, i, &p, k) && b->write.epoch >= c->epoch && (is_wgmma || !ordered(w, 0, &b->write)))
+            race(w, 0, i, &p, k, "a matrix product reads what is written", b->write.thread);
+        if (pending->generic && b->write.thread) {
             // Fenced by the writer behind its write, or by some thread between a barrier and this product.
-            const u32 writer = (b->write.thread - 1) % 1024;
-            int fenced = c->warp[writer / 32].fence_time[writer % 32] > b->write_time || c->fenced_epoch > b->write.epoch;
-            for (u32 v = is_wgmma ? 4 * g : w->index; v < (is_wgmma ? 4 * g + 4 : w->index + 1) && v < c->warps; v++) fenced |= c->warp[v].fence_epoch > b->write.epoch;
-            if (!fenced) report(w, lane, i, PROXY, "byte %u of shared memory, written by thread %u: no fence.proxy.async between", k, writer);
-            b->generic = 0;
+            const u32 writer = (b->write.thread - 1) % 1024, first = is_wgmma ? 4 * g : w->index, last = is_wgmma ? 4 * g + 3 : w->index;
+            int fenced = c->warp[writer / 32].fence_time[writer % 32] > pending->write_time || c->fenced_epoch > b->write.epoch;
+            for (u32 v = first; v <= last && v < c->warps; v++) fenced |= c->warp[v].fence_epoch > b->write.epoch;
+            if (!fenced) report(w, 0, i, PROXY, "byte %llu of shared memory, written by thread %u: no fence.proxy.async between", (unsigned long long)p.at + k, writer);
+            pending->generic = 0;
         }
-        b->async[g] = product;
+        pending->async[g] = product;
     }
 }

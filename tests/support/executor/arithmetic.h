@@ -4,49 +4,36 @@
 #define IN(type, k) const type *const x##k = lanes(w, operand(i, k))
 #define RESULT(R) R *const r = lanes(w, operand(i, 0))
 #define STORE(EXPR) for (int l = 0; l < 32; l++) { r[l] = mask >> l & 1 ? (EXPR) : r[l]; }
+#define STORE_BITS(EXPR) { u32 bits = 0; for (int l = 0; l < 32; l++) bits |= (u32)(EXPR) << l; *r = (*r & ~mask) | (bits & mask); }
 #define OK(k) defined(w, i, operand(i, k), mask)
-#define RUN(N) static int CAT(run_, N)(Warp *w, const Instruction *i, u32 mask)
+#define DEFINE(OK) define(w, i, operand(i, 0), mask, OK)
 
-#define OP1(NAME, R, A, EXPR) OP1_(__COUNTER__, NAME, R, A, EXPR)
-#define OP1_(N, NAME, R, A, EXPR) \
-    static inline R CAT(f_, N)(A a) { return EXPR; } \
-    RUN(N) { RESULT(R); IN(A, 1); STORE(CAT(f_, N)(x1[l])) define(w, i, operand(i, 0), mask, OK(1)); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, sizeof(R), sizeof(A), 0, 0, 0)
-
-#define OP2(NAME, R, A, B, EXPR) OP2_(__COUNTER__, NAME, R, A, B, EXPR)
-#define OP2_(N, NAME, R, A, B, EXPR) \
-    static inline R CAT(f_, N)(A a, B b) { return EXPR; } \
-    RUN(N) { RESULT(R); IN(A, 1); IN(B, 2); STORE(CAT(f_, N)(x1[l], x2[l])) define(w, i, operand(i, 0), mask, OK(1) & OK(2)); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 2, sizeof(R), sizeof(A), sizeof(B), 0, 0)
-
-#define OP3(NAME, R, A, B, C, EXPR) OP3_(__COUNTER__, NAME, R, A, B, C, EXPR)
-#define OP3_(N, NAME, R, A, B, C, EXPR) \
+// An operation of one to three operands; where there are fewer, the last is given again.
+#define OP1(NAME, R, A, EXPR) OP(__COUNTER__, NAME, 1, 1, 1, R, A, A, A, EXPR)
+#define OP2(NAME, R, A, B, EXPR) OP(__COUNTER__, NAME, 2, 2, 2, R, A, B, B, EXPR)
+#define OP3(NAME, R, A, B, C, EXPR) OP(__COUNTER__, NAME, 3, 2, 3, R, A, B, C, EXPR)
+#define OP(N, ...) OP_(N, __VA_ARGS__)
+#define OP_(N, NAME, INPUTS, SECOND, THIRD, R, A, B, C, EXPR) \
     static inline R CAT(f_, N)(A a, B b, C c) { return EXPR; } \
-    RUN(N) { RESULT(R); IN(A, 1); IN(B, 2); IN(C, 3); STORE(CAT(f_, N)(x1[l], x2[l], x3[l])) \
-             define(w, i, operand(i, 0), mask, OK(1) & OK(2) & OK(3)); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 3, sizeof(R), sizeof(A), sizeof(B), sizeof(C), 0)
+    RUN(N) { RESULT(R); IN(A, 1); const B *const x2 = lanes(w, operand(i, SECOND)); const C *const x3 = lanes(w, operand(i, THIRD)); \
+             STORE(CAT(f_, N)(x1[l], x2[l], x3[l])) DEFINE(OK(1) & (INPUTS > 1 ? OK(2) : FULL_WARP) & (INPUTS > 2 ? OK(3) : FULL_WARP)); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, {sizeof(R), sizeof(A), sizeof(B), sizeof(C)})
 
-// A predicate's size is given as 1.
-#define SETP(NAME, A, EXPR) SETP_(__COUNTER__, NAME, A, EXPR)
-#define SETP_(N, NAME, A, EXPR) \
-    static inline u32 CAT(f_, N)(A a, A b) { return EXPR; } \
-    RUN(N) { RESULT(u32); IN(A, 1); IN(A, 2); u32 bits = 0; for (int l = 0; l < 32; l++) bits |= CAT(f_, N)(x1[l], x2[l]) << l; \
-             *r = (*r & ~mask) | (bits & mask); define(w, i, operand(i, 0), mask, OK(1) & OK(2)); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 2, 1, sizeof(A), sizeof(A), 0, 0)
-#define COMPARE(T, A) \
-    SETP("setp.eq." T, A, a == b) SETP("setp.ne." T, A, a != b) SETP("setp.lt." T, A, a < b) SETP("setp.le." T, A, a <= b) \
-    SETP("setp.gt." T, A, a > b) SETP("setp.ge." T, A, a >= b)
-#define COMPARE_FLOAT(T, A, VALUE) \
-    SETP("setp.eq." T, A, VALUE(a) == VALUE(b)) SETP("setp.ne." T, A, VALUE(a) < VALUE(b) || VALUE(a) > VALUE(b)) \
-    SETP("setp.lt." T, A, VALUE(a) < VALUE(b)) SETP("setp.le." T, A, VALUE(a) <= VALUE(b)) \
-    SETP("setp.gt." T, A, VALUE(a) > VALUE(b)) SETP("setp.ge." T, A, VALUE(a) >= VALUE(b)) \
-    SETP("setp.equ." T, A, !(VALUE(a) < VALUE(b) || VALUE(a) > VALUE(b))) SETP("setp.neu." T, A, !(VALUE(a) == VALUE(b))) \
-    SETP("setp.ltu." T, A, !(VALUE(a) >= VALUE(b))) SETP("setp.leu." T, A, !(VALUE(a) > VALUE(b))) \
-    SETP("setp.gtu." T, A, !(VALUE(a) <= VALUE(b))) SETP("setp.geu." T, A, !(VALUE(a) < VALUE(b))) \
-    SETP("setp.num." T, A, VALUE(a) == VALUE(a) && VALUE(b) == VALUE(b)) SETP("setp.nan." T, A, VALUE(a) != VALUE(a) || VALUE(b) != VALUE(b))
-COMPARE("s16", i16) COMPARE("u16", u16) COMPARE("s32", i32) COMPARE("u32", u32) COMPARE("s64", i64) COMPARE("u64", u64)
-SETP("setp.eq.b16", u16, a == b) SETP("setp.ne.b16", u16, a != b) SETP("setp.eq.b32", u32, a == b) SETP("setp.ne.b32", u32, a != b)
-SETP("setp.eq.b64", u64, a == b) SETP("setp.ne.b64", u64, a != b)
+// Comparisons, each the set of what is between the two values where it is true. A predicate's size is given as 1.
+enum { LT = 1, EQ = 2, GT = 4, UNORDERED = 8 };
+#define IS(SET, a, b) (((SET) & LT && (a) < (b)) | ((SET) & EQ && (a) == (b)) | ((SET) & GT && (a) > (b)) | ((SET) & UNORDERED && ((a) != (a) || (b) != (b))))
+#define SETP(NAME, A, VALUE, SET) SETP_(__COUNTER__, NAME, A, VALUE, SET)
+#define SETP_(N, NAME, A, VALUE, SET) \
+    RUN(N) { RESULT(u32); IN(A, 1); IN(A, 2); STORE_BITS(IS(SET, VALUE(x1[l]), VALUE(x2[l]))) DEFINE(OK(1) & OK(2)); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 2, {1, sizeof(A), sizeof(A)})
+#define EQUAL(T, A, VALUE) SETP("setp.eq." T, A, VALUE, EQ) SETP("setp.ne." T, A, VALUE, LT | GT)
+#define COMPARE(T, A, VALUE) EQUAL(T, A, VALUE) SETP("setp.lt." T, A, VALUE, LT) SETP("setp.le." T, A, VALUE, LT | EQ) \
+    SETP("setp.gt." T, A, VALUE, GT) SETP("setp.ge." T, A, VALUE, GT | EQ)
+#define COMPARE_FLOAT(T, A, VALUE) COMPARE(T, A, VALUE) SETP("setp.equ." T, A, VALUE, EQ | UNORDERED) SETP("setp.neu." T, A, VALUE, LT | GT | UNORDERED) \
+    SETP("setp.ltu." T, A, VALUE, LT | UNORDERED) SETP("setp.leu." T, A, VALUE, LT | EQ | UNORDERED) SETP("setp.gtu." T, A, VALUE, GT | UNORDERED) \
+    SETP("setp.geu." T, A, VALUE, GT | EQ | UNORDERED) SETP("setp.num." T, A, VALUE, LT | EQ | GT) SETP("setp.nan." T, A, VALUE, UNORDERED)
+COMPARE("s16", i16, ) COMPARE("u16", u16, ) COMPARE("s32", i32, ) COMPARE("u32", u32, ) COMPARE("s64", i64, ) COMPARE("u64", u64, )
+EQUAL("b16", u16, ) EQUAL("b32", u32, ) EQUAL("b64", u64, )
 COMPARE_FLOAT("f32", f32, ) COMPARE_FLOAT("f64", f64, ) COMPARE_FLOAT("f16", u16, from_f16) COMPARE_FLOAT("bf16", u16, from_bf16)
 
 // Both halves of a word compared: two predicates.
@@ -54,34 +41,31 @@ COMPARE_FLOAT("f32", f32, ) COMPARE_FLOAT("f64", f64, ) COMPARE_FLOAT("f16", u16
 #define SETP_PAIR_(N, NAME, VALUE) \
     RUN(N) { const u32 ok = OK(2) & OK(3); IN(u32, 2); IN(u32, 3); \
         for (int half = 0; half < 2; half++) { \
-            u32 bits = 0, *const r = lanes(w, operand(i, half)); \
-            for (int l = 0; l < 32; l++) bits |= (u32)(VALUE(x2[l] >> 16 * half) < VALUE(x3[l] >> 16 * half)) << l; \
-            *r = (*r & ~mask) | (bits & mask); define(w, i, operand(i, half), mask, ok); } \
+            u32 *const r = word(w, i, half); \
+            STORE_BITS(VALUE(x2[l] >> 16 * half) < VALUE(x3[l] >> 16 * half)) define(w, i, operand(i, half), mask, ok); } \
         return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 2, 2, 1, 1, 4, 4, 0)
+    REGISTER(N, NAME, CAT(run_, N), LANES, 2, 2, {1, 1, 4, 4})
 SETP_PAIR("setp.lt.f16x2", from_f16) SETP_PAIR("setp.lt.bf16x2", from_bf16)
 
 #define SELECT(NAME, A) SELECT_(__COUNTER__, NAME, A)
 #define SELECT_(N, NAME, A) \
-    RUN(N) { RESULT(A); IN(A, 1); IN(A, 2); IN(u32, 3); const u32 p = *x3; STORE(p >> l & 1 ? x1[l] : x2[l]) \
-             define(w, i, operand(i, 0), mask, OK(3) & ((p & OK(1)) | (~p & OK(2)))); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 3, sizeof(A), sizeof(A), sizeof(A), 1, 0)
-SELECT("selp.b16", u16) SELECT("selp.b32", u32) SELECT("selp.b64", u64) SELECT("selp.u16", u16) SELECT("selp.s16", u16)
-SELECT("selp.u32", u32) SELECT("selp.s32", u32) SELECT("selp.f32", u32) SELECT("selp.f64", u64) SELECT("selp.u64", u64) SELECT("selp.s64", u64)
+    RUN(N) { RESULT(A); IN(A, 1); IN(A, 2); const u32 p = *word(w, i, 3); STORE(p >> l & 1 ? x1[l] : x2[l]) \
+             DEFINE(OK(3) & ((p & OK(1)) | (~p & OK(2)))); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 3, {sizeof(A), sizeof(A), sizeof(A), 1})
+#define MOVE(NAME, A) MOVE_(__COUNTER__, NAME, A)
+#define MOVE_(N, NAME, A) \
+    RUN(N) { RESULT(A); IN(A, 1); STORE(x1[l]) define_alike(w, i, operand(i, 0), operand(i, 1), mask); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, {sizeof(A), sizeof(A)})
+#define MOVE_AND_SELECT(T, A) MOVE("mov." T, A) SELECT("selp." T, A)
+MOVE_AND_SELECT("b16", u16) MOVE_AND_SELECT("u16", u16) MOVE_AND_SELECT("s16", u16) MOVE_AND_SELECT("b32", u32) MOVE_AND_SELECT("u32", u32)
+MOVE_AND_SELECT("s32", u32) MOVE_AND_SELECT("f32", u32) MOVE_AND_SELECT("b64", u64) MOVE_AND_SELECT("u64", u64) MOVE_AND_SELECT("s64", u64) MOVE_AND_SELECT("f64", u64)
 
 #define PREDICATE(NAME, INPUTS, EXPR) PREDICATE_(__COUNTER__, NAME, INPUTS, EXPR)
 #define PREDICATE_(N, NAME, INPUTS, EXPR) \
-    RUN(N) { RESULT(u32); IN(u32, 1); const u32 a = *x1, b = INPUTS > 1 ? *(u32 *)lanes(w, operand(i, INPUTS)) : 0, bits = EXPR; (void)b; \
-             *r = (*r & ~mask) | (bits & mask); define(w, i, operand(i, 0), mask, OK(1) & OK(INPUTS)); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, 1, 1, 1, 0, 0)
+    RUN(N) { const u32 a = *word(w, i, 1), b = *word(w, i, INPUTS), bits = EXPR; RESULT(u32); (void)b; \
+             *r = (*r & ~mask) | (bits & mask); DEFINE(OK(1) & OK(INPUTS)); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, {1, 1, 1})
 PREDICATE("mov.pred", 1, a) PREDICATE("not.pred", 1, ~a) PREDICATE("and.pred", 2, a & b) PREDICATE("or.pred", 2, a | b) PREDICATE("xor.pred", 2, a ^ b)
-
-#define MOVE(NAME, T) MOVE_(__COUNTER__, NAME, T)
-#define MOVE_(N, NAME, T) \
-    RUN(N) { RESULT(T); IN(T, 1); STORE(x1[l]) define_alike(w, i, operand(i, 0), operand(i, 1), mask); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, sizeof(T), sizeof(T), 0, 0, 0)
-MOVE("mov.b16", u16) MOVE("mov.u16", u16) MOVE("mov.s16", u16) MOVE("mov.b32", u32) MOVE("mov.u32", u32) MOVE("mov.s32", u32) MOVE("mov.f32", u32)
-MOVE("mov.b64", u64) MOVE("mov.u64", u64) MOVE("mov.s64", u64) MOVE("mov.f64", u64)
 
 #define BITWISE(T, A) OP2("and." T, A, A, A, a & b) OP2("or." T, A, A, A, a | b) OP2("xor." T, A, A, A, a ^ b) OP1("not." T, A, A, ~a) \
     OP2("shl." T, A, A, u32, b >= 8 * sizeof(A) ? 0 : a << b)
@@ -129,7 +113,7 @@ static inline u32 permute(u32 a, u32 b, u32 selector) {
     return result;
 }
 // LLVM packs truth values as bytes, and leaves undefined those that it does not take out again.
-static int permuted(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("prmt.b32", LANES) {
     RESULT(u32); IN(u32, 1); IN(u32, 2); IN(u32, 3);
     const u32 selector = x3[first_lane(mask)], both = OK(3) & OK(1) & OK(2);
     u32 differ = 0, ok[4];
@@ -142,14 +126,21 @@ static int permuted(Warp *w, const Instruction *i, u32 mask) {
     define_parts(w, i, operand(i, 0), mask, 4, ok);
     return 0;
 }
-#define PERMUTE(N) REGISTER(N, "prmt.b32", permuted, LANES, 1, 3, 4, 4, 4, 4, 0)
-PERMUTE(__COUNTER__)
 
 #define CONVERT(TO, R, FROM, A) OP1("cvt." TO "." FROM, R, A, a)
 #define CONVERT_INTEGERS(FROM, A) CONVERT("u16", u16, FROM, A) CONVERT("s16", i16, FROM, A) CONVERT("u32", u32, FROM, A) CONVERT("s32", i32, FROM, A) \
     CONVERT("u64", u64, FROM, A) CONVERT("s64", i64, FROM, A) \
     OP1("cvt.rn.f32." FROM, f32, A, (f32)a) OP1("cvt.rn.f64." FROM, f64, A, (f64)a)
 CONVERT_INTEGERS("u16", u16) CONVERT_INTEGERS("s16", i16) CONVERT_INTEGERS("u32", u32) CONVERT_INTEGERS("s32", i32) CONVERT_INTEGERS("u64", u64) CONVERT_INTEGERS("s64", i64)
+// The low part of a wider register is converted; the other may be undefined.
+#define CONVERT_LOW(NAME, R, A, WIDE) CONVERT_LOW_(__COUNTER__, NAME, R, A, WIDE)
+#define CONVERT_LOW_(N, NAME, R, A, WIDE) \
+    RUN(N) { RESULT(R); IN(WIDE, 1); STORE((R)(A)x1[l]) DEFINE(part_defined(w, i, operand(i, 1), mask, 0, sizeof(WIDE) / sizeof(A))); return 0; } \
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, {sizeof(R), sizeof(WIDE)})
+#define CONVERT_LOWS(FROM, A, WIDE) CONVERT_LOW("cvt.u32." FROM, u32, A, WIDE) CONVERT_LOW("cvt.s32." FROM, i32, A, WIDE) \
+    CONVERT_LOW("cvt.u64." FROM, u64, A, WIDE) CONVERT_LOW("cvt.s64." FROM, i64, A, WIDE)
+CONVERT_LOWS("u16", u16, u32) CONVERT_LOWS("s16", i16, u32) CONVERT_LOWS("u16", u16, u64) CONVERT_LOWS("s16", i16, u64)
+CONVERT_LOWS("u32", u32, u64) CONVERT_LOWS("s32", i32, u64)
 OP1("cvt.s16.s8", i16, i16, (i8)a) OP1("cvt.u16.u8", u16, u16, (u8)a) OP1("cvt.s32.s8", i32, u32, (i8)a)
 OP1("cvt.f32.bf16", f32, u16, from_bf16(a)) OP1("cvt.f32.f16", f32, u16, from_f16(a)) OP1("cvt.f64.f32", f64, f32, a) OP1("cvt.rn.f32.f64", f32, f64, (f32)a)
 OP1("cvt.rn.bf16.f32", u16, f32, to_bf16(a)) OP1("cvt.rn.f16.f32", u16, f32, to_f16(a))
@@ -166,8 +157,8 @@ OP1("cvt.rzi.s32.f32", i32, f32, to_i32(a)) OP1("cvt.rni.s32.f32", i32, f32, to_
     OP2("min." T, A, A, A, MIN(a, b)) OP2("max." T, A, A, A, MAX(a, b)) OP1("rcp.rn." T, A, A, 1 / a)
 FLOAT("f32", f32, fmaf, fabsf, fminf, fmaxf) FLOAT("f64", f64, fma, fabs, fmin, fmax)
 OP2("max.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : fmaxf(a, b)) OP2("min.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : fminf(a, b))
-OP3("max.f32/3", f32, f32, f32, f32, fmaxf(fmaxf(a, b), c)) OP3("min.f32/3", f32, f32, f32, f32, fminf(fminf(a, b), c))
-OP3("max.NaN.f32/3", f32, f32, f32, f32, a != a || b != b || c != c ? NAN : fmaxf(fmaxf(a, b), c))
+OP3("max.f32", f32, f32, f32, f32, fmaxf(fmaxf(a, b), c)) OP3("min.f32", f32, f32, f32, f32, fminf(fminf(a, b), c))
+OP3("max.NaN.f32", f32, f32, f32, f32, a != a || b != b || c != c ? NAN : fmaxf(fmaxf(a, b), c))
 // .ftz: subnormal operands and results are zeros of their sign.
 #define FTZ(x) (fabsf(x) < 0x1p-126f ? copysignf(0, x) : (x))
 OP2("div.full.f32", f32, f32, f32, a / b) OP2("div.approx.f32", f32, f32, f32, a / b) OP1("rcp.approx.f32", f32, f32, 1 / a) OP1("rcp.approx.ftz.f32", f32, f32, FTZ(1 / FTZ(a)))
@@ -206,6 +197,6 @@ typedef struct { f32 half[2]; } f32x2;
             for (int l = 0; l < 32; l++) { const f32 a = x1[l].half[h], b = x2[l].half[h], c = x3[l].half[h]; (void)c; \
                 r[l].half[h] = mask >> l & 1 ? EXPR : r[l].half[h]; } } \
         define_parts(w, i, operand(i, 0), mask, 2, ok); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, 8, 8, 8, 8, 0)
+    REGISTER(N, NAME, CAT(run_, N), LANES, 1, INPUTS, {8, 8, 8, 8})
 PAIRS("add.f32x2", 2, a + b) PAIRS("sub.f32x2", 2, a - b) PAIRS("mul.f32x2", 2, a * b)
 PAIRS("add.rn.f32x2", 2, a + b) PAIRS("mul.rn.f32x2", 2, a * b) PAIRS("fma.rn.f32x2", 3, fmaf(a, b, c))

@@ -18,35 +18,24 @@ CACHE = Path(__file__).parents[3] / ".ci-cache"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC")
 
 
+def _fields(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
 class KernelStruct(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("code", "operands", "specials", "image", "constants")] + [
-        (name, ctypes.c_int32)
-        for name in "instructions registers file_size special_count constant_count waits uses_tensor".split()
-    ]
+    _fields_ = _fields("code operands image defined instructions registers file_size waits uses_tensor_memory")
 
 
 class LaunchStruct(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_int32 * 3),
-        *((name, ctypes.c_int32) for name in "threads shared tensors concurrent programs_per_sm check".split()),
-        ("seed", ctypes.c_uint32),
-        ("parameters", ctypes.c_void_p),
-        ("starts", ctypes.POINTER(ctypes.c_uint64)),
-        ("ends", ctypes.POINTER(ctypes.c_uint64)),
-        ("names", ctypes.POINTER(ctypes.c_char_p)),
-        ("message", ctypes.c_void_p),
-        ("message_size", ctypes.c_int32),
-        ("parameter_bytes", ctypes.c_int32),
-        *((name, ctypes.c_uint64) for name in ("steps", "benign", "unfenced", "serialized")),
+        ("grid", 3 * ctypes.c_int64),
+        *_fields("threads shared tensors concurrent programs_per_sm seed parameters starts ends names"),
+        *_fields("message message_size parameter_bytes steps unfenced serialized"),
     ]
 
 
 class _OperationStruct(ctypes.Structure):
-    _fields_ = [
-        *(("name", ctypes.c_char_p), ("run", ctypes.c_void_p)),
-        *((name, ctypes.c_int) for name in ("kind", "results", "inputs")),
-        ("sizes", ctypes.c_int * 5),
-    ]
+    _fields_ = [("name", ctypes.c_char_p), *_fields("run kind results inputs"), ("sizes", 4 * ctypes.c_int64)]
 
 
 def why_not() -> str | None:
@@ -68,10 +57,13 @@ def machine() -> ctypes.CDLL:
 
 
 @functools.cache
-def operations() -> dict[str, Operation]:
-    found = [machine().operation_at(k).contents for k in range(machine().operations_known())]
-    named = {o.name.decode(): Operation(k, o.results, o.inputs, tuple(o.sizes)) for k, o in enumerate(found)}
-    assert len(named) == len(found), "two operations of one name"
+def operations() -> dict[str, list[Operation]]:
+    """By name; those of one name differ in their operands."""
+    named: dict[str, list[Operation]] = {}
+    for k in range(machine().operations_known()):
+        found = machine().operation_at(k).contents
+        operation = Operation(k, found.results, found.inputs, tuple(found.sizes))
+        named.setdefault(found.name.decode(), []).append(operation)
     return named
 
 

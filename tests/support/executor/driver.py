@@ -22,7 +22,6 @@ from triton.runtime.cache import get_cache_manager
 
 from ..aot_sequence import DEVICES
 from ..fake_driver import NullDriver, active
-from . import encode_matrix, encode_memory  # noqa: F401  declare their families
 from .build import CACHE, KernelStruct, LaunchStruct, machine, operations, sources
 from .encode import Program, encode
 from .ptx import SIZES, Statement, parse
@@ -74,7 +73,6 @@ class Executed:
     kernel: str
     grid: tuple[int, int, int]
     steps: int  # instructions of warps
-    benign: int  # bytes written again, by a thread that nothing orders, with the value they had
     unfenced: int  # accesses to tensor memory behind a barrier without tcgen05.fence::after_thread_sync
     serialized: int  # registers overwritten that a wgmma in flight reads: ptxas makes each such product wait
     reports: tuple[Report, ...]
@@ -85,26 +83,20 @@ class _Encoded:
 
     def __init__(self, ptx: str, program: Program):
         self.ptx, self.program = ptx, program
-        self._image = array("B", program.image)
-        arrays = (program.code, program.operands, program.specials, self._image, program.constants)
+        arrays = (program.code, program.operands, program.image, program.defined)
         self.struct = KernelStruct(
             *(a.buffer_info()[0] for a in arrays),
-            len(program.origin),
-            program.registers,
-            len(program.image),
-            len(program.specials) // 3,
-            len(program.constants),
-            program.waits,
-            program.uses_tensor_memory,
+            instructions=len(program.code) // 16,
+            registers=len(program.defined),
+            file_size=len(program.image),
+            waits=program.waits,
+            uses_tensor_memory=program.uses_tensor_memory,
         )
+        self.parameter_bytes = max((p.offset + SIZES[p.type] for p in program.parameters), default=0)
 
     @functools.cached_property
     def statements(self) -> list[Statement]:
         return parse(self.ptx).statements
-
-    @property
-    def parameter_bytes(self) -> int:
-        return max((p.offset + SIZES[p.type] for p in self.program.parameters), default=0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,7 +104,7 @@ def _encoded(ptx: str) -> _Encoded:
     """Kept on disk by its content, beside the compiled kernels."""
     kept = get_cache_manager(hashlib.sha256(f"{sources()} {ptx}".encode()).hexdigest())
     if (file := kept.get_file("encoded")) is None:
-        file = kept.put(zlib.compress(pickle.dumps(encode(ptx, operations().get)), 1), "encoded")
+        file = kept.put(zlib.compress(pickle.dumps(encode(ptx, operations())), 1), "encoded")
     return _Encoded(ptx, pickle.loads(zlib.decompress(Path(file).read_bytes())))
 
 
@@ -122,7 +114,7 @@ class ExecutingDriver(NullDriver):
     def __init__(self, arch: int, seed: int = 1, programs_per_sm: int = 1):
         device = DEVICES[arch]
         super().__init__(arch, device.sms, device.shared_memory, device=2000 + arch)
-        self.seed, self.programs_per_sm, self.check = seed, programs_per_sm, True
+        self.seed, self.programs_per_sm = seed, programs_per_sm
         self.change: Callable[[str, str], str] | None = None  # (kernel, its PTX) -> the PTX to execute instead
         self.raises = True  # False: what is reported only stands in `executed`
         self.executed: list[Executed] = []
@@ -161,34 +153,34 @@ class ExecutingDriver(NullDriver):
             if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes():
                 start = value.untyped_storage().data_ptr()
                 storages.setdefault((start, start + value.untyped_storage().nbytes()), []).append(argument)
-        n, message = len(storages), ctypes.create_string_buffer(_REPORT_BYTES)
+        message = ctypes.create_string_buffer(_REPORT_BYTES)
+        starts, ends = (array("Q", [storage[k] for storage in storages]) for k in (0, 1))
+        names = (ctypes.c_char_p * len(storages))(*("/".join(names).encode() for names in storages.values()))
         c_launch = LaunchStruct(
             grid=launch.grid,
             threads=encoded.program.threads,
             shared=launch.shared,
-            tensors=n,
+            tensors=len(storages),
             concurrent=min(math.prod(launch.grid), launch.at_once),
             programs_per_sm=self.programs_per_sm,
-            check=self.check,
             seed=self.seed,
-            parameters=ctypes.cast(parameters, ctypes.c_void_p),
-            starts=(ctypes.c_uint64 * n)(*(start for start, _ in storages)),
-            ends=(ctypes.c_uint64 * n)(*(end for _, end in storages)),
-            names=(ctypes.c_char_p * n)(*("/".join(names).encode() for names in storages.values())),
-            message=ctypes.cast(message, ctypes.c_void_p),
+            parameters=ctypes.addressof(parameters),
+            starts=starts.buffer_info()[0],
+            ends=ends.buffer_info()[0],
+            names=ctypes.addressof(names),
+            message=ctypes.addressof(message),
             message_size=_REPORT_BYTES,
             parameter_bytes=encoded.parameter_bytes,
         )
         machine().execute(encoded.struct, c_launch)
         reports = [_report(launch.kernel, encoded, line) for line in message.value.decode().splitlines()]
-        counts = c_launch.steps, c_launch.benign, c_launch.unfenced, c_launch.serialized
+        counts = c_launch.steps, c_launch.unfenced, c_launch.serialized
         return Executed(launch.kernel, launch.grid, *counts, tuple(reports))
 
 
 def _report(kernel: str, encoded: _Encoded, line: str) -> Report:
     kind, program, thread, instruction, message = line.split("\t")
-    at = int(instruction)
-    statement = encoded.statements[encoded.program.origin[at]] if at >= 0 else None
+    statement = encoded.statements[int(instruction)] if int(instruction) >= 0 else None
     return Report(kind, kernel, int(program), int(thread), message, statement)
 
 

@@ -1,8 +1,4 @@
-"""From PTX to the machine's instructions: operations by their full names, families by their modifiers.
-
-Arithmetic is a table (arithmetic.h): the opcode as a whole has to stand there. Instructions of memory, matrices and
-synchronisation are families (memory.h, matrix.h, tensor.h), whose modifiers encode_memory.py and encode_matrix.py read.
-"""
+"""From PTX to the machine's instructions: arithmetic as arithmetic.h lists it, everything else as instructions.py does."""
 
 from __future__ import annotations
 
@@ -10,19 +6,23 @@ import functools
 import re
 import struct
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .ptx import Kernel, Parameter, Register, Statement, Unsupported, parse
+from .instructions import forms
+from .ptx import Kernel, Parameter, Statement, Unsupported, parse
 
 SHARED_BASE = 1024  # the address of the first byte of shared memory, as in machine.h
 
+# The first registers of a program, in the order of machine.c.
 _SPECIALS = ("tid.x", "ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x", "nctaid.y", "nctaid.z", "ntid.x", "laneid", "warpid")
+_FORM = re.compile(r"(?P<size>\d+)(?P<more>\+?)(?:x(?P<count>\d+)(?:/(?P<by>\d+))?)?|\[(?P<bases>[48]+)\]")
+
+Place = tuple[int, int, int, int]  # struct Operand
 
 
 class Operation(NamedTuple):
-    """What the machine says about one of its operations. results is -1 for a family."""
+    """One of the machine's. results is -1 where instructions.py lists its operands, else their sizes stand here."""
 
     index: int
     results: int
@@ -39,12 +39,9 @@ class Program:
     waits: bool  # whether its programs may wait for each other: whether it acquires, or loads what may change meanwhile
     uses_tensor_memory: bool
     code: array = field(default_factory=lambda: array("i"))  # 16 integers for each statement: struct Instruction
-    operands: array = field(default_factory=lambda: array("i"))  # pairs: byte offset in the register file, its number
-    specials: array = field(default_factory=lambda: array("i"))  # triples: which, byte offset, number
-    constants: array = field(default_factory=lambda: array("i"))
-    image: bytearray = field(default_factory=bytearray)  # the register file at the start
-    registers: int = 0
-    origin: array = field(default_factory=lambda: array("i"))  # of each instruction: the position of its statement
+    operands: array = field(default_factory=lambda: array("i"))
+    image: array = field(default_factory=lambda: array("B"))  # the register file at the start
+    defined: array = field(default_factory=lambda: array("I"))  # of each register: in which lanes it is, then
 
     @classmethod
     def of(cls, kernel: Kernel) -> Program:
@@ -53,147 +50,141 @@ class Program:
         return cls(kernel.parameters, kernel.threads, waits, any(o.startswith("tcgen05") for o in opcodes))
 
 
-def encode(ptx: str, operation: Callable[[str], Operation | None]) -> Program:
+def encode(ptx: str, operations: dict[str, list[Operation]]) -> Program:
     """Raises Unsupported for everything that is not known, all of it in one message."""
-    return Encoder(parse(ptx), operation).run()
+    encoder = _Encoder(parse(ptx), operations)
+    faults = []
+    for statement in encoder.kernel.statements:
+        try:
+            encoder.encode(statement)
+        except Unsupported as fault:
+            faults.append(str(fault))
+    if faults:
+        more = f"\nand {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise Unsupported(f"{encoder.kernel.name}: " + "\n".join(faults[:20]) + more)
+    return encoder.out
 
 
-class Encoder:
-    def __init__(self, kernel: Kernel, operation: Callable[[str], Operation | None]):
-        self.kernel, self.operation = kernel, operation
-        self.out = Program.of(kernel)
-        self.found: dict[tuple, tuple[int, int]] = {}
-        self.places: dict[tuple, tuple[int, int]] = {}
+class _Encoder:
+    def __init__(self, kernel: Kernel, operations: dict[str, list[Operation]]):
+        self.kernel, self.operations, self.out = kernel, operations, Program.of(kernel)
+        self.places: dict[tuple[str | int, int], Place] = {}  # of names and constants
         self.parameters = {p.name: p.offset for p in kernel.parameters}
+        for name in _SPECIALS:
+            self._new(f"%{name}", 4, 0)
 
-    def run(self) -> Program:
-        faults = []
-        starts = []
-        for position, statement in enumerate(self.kernel.statements):
-            self.position = position
-            starts.append(len(self.out.origin))
+    def encode(self, s: Statement) -> None:
+        known = [o for o in self.operations.get(s.opcode, ()) if o.results >= 0]
+        try:
+            listed = forms(s.opcode)
+        except LookupError as fault:
+            raise s.unsupported(str(fault)) from None
+        fault = s.unsupported(f"unknown instruction {s.opcode}")
+        for operation in known:
+            sizes = list(map(str, operation.sizes[: operation.results + operation.inputs]))
             try:
-                self._encode(statement)
-            except Unsupported as fault:
-                faults.append(str(fault))
-        if faults:
-            more = f"\nand {len(faults) - 20} more" if len(faults) > 20 else ""
-            raise Unsupported(f"{self.kernel.name}: " + "\n".join(faults[:20]) + more)
-        for target in range(
-            4, len(self.out.code), 16
-        ):  # of branches: from the position of a statement to its instruction
-            self.out.code[target] = starts[self.out.code[target]]
-        return self.out
+                found = self._operands(s, [*sizes[: operation.results], "=", *sizes[operation.results :]])
+            except Unsupported as its:
+                fault = its
+            else:
+                return self._emit(s, operation.index, [], *found)
+        for name, form, values in listed:
+            try:
+                found = self._operands(s, form.split())
+            except Unsupported as its:
+                fault = its
+            else:
+                if name == "bar.warp.sync" and self.kernel.threads == 32:
+                    name = "bar.sync"  # the barrier of the warp is the program's
+                [operation] = self.operations[name]
+                return self._emit(s, operation.index, values, *found)
+        raise fault
 
-    def _encode(self, s: Statement) -> None:
-        known = self.operation(s.opcode)
-        if known is not None and known.results >= 0 and not any(o.startswith("{") for o in s.operands):
-            return self._encode_operation(s, known)
-        function, found = _family_of(s.opcode)
-        if function is None:
-            raise s.unsupported(f"unknown instruction {s.opcode}")
-        function(self, s, found)
-
-    def _encode_operation(self, s: Statement, known: Operation) -> None:
-        operands, name = [o for operand in s.operands for o in operand.split("|")], s.opcode
-        if len(operands) == 4 and known.inputs == 2 and (three := self.operation(f"{s.opcode}/3")):
-            name, known = f"{s.opcode}/3", three
-        if len(operands) != known.results + known.inputs:
-            raise s.unsupported("number of operands")
-        source = self.register(s, operands[-1])
-        if (
-            s.opcode.startswith("cvt.") and source and source.size > known.sizes[1]
-        ):  # reads the low bits of a wider register
-            parts = source.size // known.sizes[1]
-            operands[-1:] = []
-            places = [self._place(("part", part, known.sizes[1]), known.sizes[1]) for part in range(parts)]
-            self.emit(s, "mov.unpack", [*places, self.place_of_register(source)], parts, (known.sizes[1], source.size))
-            return self.emit(s, name, [self.place(s, operands[0], known.sizes[0]), places[0]], known.results)
-        self.emit(s, name, [self.place(s, o, size) for o, size in zip(operands, known.sizes)], known.results)
-
-    def emit(
-        self,
-        s: Statement,
-        name: str,
-        places: list[tuple[int, int]],
-        results: int,
-        values: tuple[int, ...] = (),
-        target: int = 0,
-    ) -> None:
-        operation = self.operation(name)
-        assert operation is not None, name
-        at, guard = self.place_of_register(s.guard) if s.guard else (0, -1)
-        first = len(self.out.operands) // 2
+    def _emit(self, s: Statement, index: int, values: list[int], results: int, places: list[Place], numbers: list[int]):
+        target = self.kernel.target(s) if s.opcode.startswith("bra") else 0
+        at, guard, *_ = self._place(s, s.guard, 1) if s.guard else (0, -1)
+        first = len(self.out.operands) // 4
         for place in places:
             self.out.operands.extend(place)
-        values = (*values, *(0,) * (8 - len(values)))
-        self.out.origin.append(self.position)
-        counts = results, len(places) - results
-        self.out.code.extend((operation.index, guard, at, s.negated, target, first, *counts, *values))
+        values = [*values, *numbers]
+        values += [0] * (8 - len(values))
+        self.out.code.extend((index, guard, at, s.negated, target, first, results, len(places) - results, *values))
 
     # ---- operands ----
 
-    def register(self, s: Statement, name: str) -> Register | None:
-        return next((scope[name] for scope in s.scopes if name in scope), None)
+    def _operands(self, s: Statement, form: list[str]) -> tuple[int, list[Place], list[int]]:
+        """How many results, all operands, and the numbers among them, if they have this form."""
+        texts = [text for operand in s.operands for text in operand.split("|")]
+        if len(texts) != len(form) - 1:
+            raise s.unsupported("number of operands")
+        places: list[Place] = []
+        numbers: list[int] = []
+        results, remaining = 0, iter(texts)
+        for token in form:
+            if token == "=":
+                results = len(places)
+                continue
+            text = next(remaining)
+            if token[0] in "!#":
+                self._number(s, text, token, numbers)
+            elif token != "label":
+                found = _form(token)
+                places += self._address(s, text, found["bases"]) if found["bases"] else self._values(s, text, found)
+        return results, places, numbers
 
-    def place_of_register(self, register: Register) -> tuple[int, int]:
-        return self._place(("register", register.name), register.size)
-
-    def place(self, s: Statement, text: str, size: int) -> tuple[int, int]:
-        """A register of this size, or a constant or special register where there is none."""
-        key = (s.label_scope, text, size)
-        if key not in self.found:
-            self.found[key] = self._find(s, text, size)
-        return self.found[key]
-
-    def _find(self, s: Statement, text: str, size: int) -> tuple[int, int]:
-        if register := self.register(s, text):
-            if register.size != size:
-                raise s.unsupported(f"{text} has {8 * register.size} bits, not {8 * size}")
-            return self.place_of_register(register)
-        if text[1:] in _SPECIALS and text[0] == "%":
-            if size != 4:
-                raise s.unsupported(f"{text} of {8 * size} bits")
-            return self._place(("special", text), 4, special=_SPECIALS.index(text[1:]))
-        if text == "_":
-            return self._place(("part", "_", size), size)
-        value = SHARED_BASE if text == "global_smem" else self.parameters.get(text, _constant(text, size))
-        if value is None:
+    def _number(self, s: Statement, text: str, token: str, numbers: list[int]) -> None:
+        value, allowed = _constant(text, 4), [_constant(n, 4) for n in token[1:].split("|") if n]
+        if value is None or (allowed and value not in allowed):
             raise s.unsupported(f"operand `{text}`")
-        return self._place(("constant", value, size), size, value=value)
+        if token[0] == "#":
+            numbers.append(value)
 
-    def _place(self, key: tuple, size: int, value: int | None = None, special: int | None = None) -> tuple[int, int]:
-        if key not in self.places:
-            out = self.out
-            self.places[key] = place = (len(out.image), out.registers)
-            out.registers += 1
-            lanes = {1: "<I", 2: "<32H", 4: "<32I", 8: "<32Q"}[size]
-            # A predicate is a word of 32 bits.
-            values = [-(value or 0 != 0) & 0xFFFFFFFF if size == 1 and value else value or 0] * (1 if size == 1 else 32)
-            out.image += struct.pack(lanes, *values)
-            out.image += bytes(-len(out.image) % 64)
-            if value is not None:
-                out.constants.append(place[1])
-            if special is not None:
-                out.specials.extend((special, *place))
-        return self.places[key]
+    def _values(self, s: Statement, text: str, form: re.Match) -> list[Place]:
+        size, count = int(form["size"]), int(form["count"] or 1) // int(form["by"] or 1)
+        names = [name.strip() for name in text.strip("{}").split(",")]
+        if len(names) != count or (text[0] == "{" and not form["count"] and not form["more"]):
+            raise s.unsupported("registers")
+        return [self._place(s, n, max(size, self.kernel.registers.get(n, 0)) if form["more"] else size) for n in names]
 
-    def vector(self, s: Statement, text: str) -> list[str]:
-        return [t.strip() for t in text.strip("{}").split(",")] if text.startswith("{") else [text]
-
-    def places_of(self, s: Statement, text: str, size: int) -> list[tuple[int, int]]:
-        return [self.place(s, t, size) for t in self.vector(s, text)]
-
-    def address(self, s: Statement, text: str, sizes: tuple[int, ...] = (4, 8)) -> tuple[tuple[int, int], int, int]:
-        """The place of the base, the offset, the bytes of the base."""
+    def _address(self, s: Statement, text: str, sizes: str) -> list[Place]:
         found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if found is None:
             raise s.unsupported(f"address `{text}`")
-        register = self.register(s, found[1])
-        size = register.size if register else sizes[0]
-        if size not in sizes:
+        size = self.kernel.registers.get(found[1], int(sizes[0]))
+        if str(size) not in sizes:
             raise s.unsupported(f"address `{text}` of {8 * size} bits")
-        return self.place(s, found[1], size), int(found[2], 0) if found[2] else 0, size
+        return [(*self._place(s, found[1], size)[:3], int(found[2] or "0", 0))]
+
+    def _place(self, s: Statement, text: str, size: int) -> Place:
+        """A register of this size, or a constant or special register where there is none."""
+        if found := self.places.get((text, size)):
+            return found
+        registered = self.kernel.registers.get(text, size if text == "_" else 4 if text[1:] in _SPECIALS else None)
+        if registered is not None:
+            if registered != size:
+                raise s.unsupported(f"{text} has {8 * registered} bits, not {8 * size}")
+            return self._new(text, size, None)
+        value = SHARED_BASE if text == "global_smem" else self.parameters.get(text, _constant(text, size))
+        if value is None:
+            raise s.unsupported(f"operand `{text}`")
+        return self.places.get((value, size)) or self._new(value, size, value)
+
+    def _new(self, name: str | int, size: int, value: int | None) -> Place:
+        out = self.out
+        self.places[name, size] = place = (len(out.image), len(out.defined), size, 0)
+        # A predicate is a word of 32 bits.
+        values = [0xFFFFFFFF if value else 0] if size == 1 else [value or 0] * 32
+        out.image.frombytes(struct.pack({1: "<I", 2: "<32H", 4: "<32I", 8: "<32Q"}[size], *values))
+        out.image.extend(bytes(-len(out.image) % 64))
+        out.defined.append(0 if value is None else 0xFFFFFFFF)
+        return place
+
+
+@functools.cache
+def _form(token: str) -> re.Match:
+    found = _FORM.fullmatch(token)
+    assert found is not None, token
+    return found
 
 
 def _constant(text: str, size: int) -> int | None:
@@ -207,21 +198,3 @@ def _constant(text: str, size: int) -> int | None:
     if size == 1:
         return int(value != 0)
     return value & (1 << 8 * size) - 1 if -(1 << 8 * size - 1) <= value < 1 << 8 * size else None
-
-
-_FAMILIES: list[tuple[re.Pattern, Callable[[Encoder, Statement, re.Match], None]]] = []
-
-
-@functools.cache
-def _family_of(opcode: str) -> tuple[Callable | None, Any]:
-    return next(((function, m) for pattern, function in _FAMILIES if (m := pattern.fullmatch(opcode))), (None, None))
-
-
-def family(pattern: str):
-    """Declares how instructions whose opcode fits the pattern are encoded."""
-
-    def register(function):
-        _FAMILIES.append((re.compile(pattern), function))
-        return function
-
-    return register

@@ -6,9 +6,9 @@
 #include "matrix.h"
 #include "tensor.h"
 
-FAMILY("bra", BRANCH, nothing)
-FAMILY("ret", EXIT, nothing)
-FAMILY("bar.sync", BARRIER, nothing)
+INSTRUCTION("bra", BRANCH) { return 0; }
+INSTRUCTION("ret", EXIT) { return 0; }
+INSTRUCTION("bar.sync", BARRIER) { return 0; }
 
 enum { SPINS = 100000 }; // so many backward branches in a launch, with no memory changed in between, are a deadlock
 
@@ -178,7 +178,8 @@ static void start_program(Program *c, u32 number, u32 slot) {
     c->id[2] = number / launch->grid[0] / launch->grid[1];
     c->shared = malloc(launch->shared + 16);
     memset(c->shared, 0xff, launch->shared + 16);
-    c->bytes = launch->check ? calloc(launch->shared + 1, sizeof(SharedByte)) : 0;
+    c->bytes = calloc(launch->shared + 1, sizeof(Byte));
+    c->pending = calloc(launch->shared + 1, sizeof(Pending));
     c->clock = kernel->waits ? calloc(M.program_count, 4) : 0;
     c->warp = calloc(c->warps, sizeof(Warp));
     if (kernel->uses_tensor_memory) {
@@ -198,14 +199,10 @@ static void start_program(Program *c, u32 number, u32 slot) {
         w->written = w->defined + kernel->registers;
         w->busy = w->written + kernel->registers;
         w->parts = calloc(kernel->registers, sizeof *w->parts);
-        for (i32 k = 0; k < kernel->constant_count; k++) w->defined[kernel->constants[k]] = FULL_WARP;
-        for (i32 k = 0; k < kernel->special_count; k++) {
-            const Special *s = &kernel->specials[k];
-            w->defined[s->id] = FULL_WARP;
-            for (u32 l = 0; l < 32; l++) {
-                const u32 values[] = {32 * v + l, c->id[0], c->id[1], c->id[2], launch->grid[0], launch->grid[1], launch->grid[2], launch->threads, l, v};
-                ((u32 *)(w->file + s->at))[l] = values[s->kind];
-            }
+        memcpy(w->defined, kernel->defined, 4 * kernel->registers);
+        for (u32 l = 0; l < 32; l++) { // the special registers are the first ones, in the order of encode.py
+            const u32 values[] = {32 * v + l, c->id[0], c->id[1], c->id[2], launch->grid[0], launch->grid[1], launch->grid[2], launch->threads, l, v};
+            for (u32 k = 0; k < sizeof values / 4; k++) ((u32 *)w->file)[32 * k + l] = values[k];
         }
     }
 }
@@ -215,7 +212,7 @@ static void free_program(Program *c) {
         for (int l = 0; l < 32; l++) free(w->copies[l].list), free(w->clock[l]);
         free(w->file), free(w->defined), free(w->parts);
     }
-    free(c->shared), free(c->bytes), free(c->clock), free(c->warp), free(c->tensor), free(c->cell), free(c->queue);
+    free(c->shared), free(c->bytes), free(c->pending), free(c->clock), free(c->warp), free(c->tensor), free(c->cell), free(c->queue);
     *c = (Program){0};
 }
 
@@ -231,7 +228,7 @@ int execute(const Kernel *kernel, Launch *launch) {
     M.columns = calloc(launch->concurrent + 1, 4);
     M.tensor = calloc(launch->tensors + 1, sizeof(Tensor));
     for (i32 k = 0; k < launch->tensors; k++)
-        M.tensor[k] = (Tensor){launch->starts[k], launch->ends[k], launch->check ? calloc(launch->ends[k] - launch->starts[k] + 1, sizeof(GlobalByte)) : 0, launch->names[k]};
+        M.tensor[k] = (Tensor){launch->starts[k], launch->ends[k], calloc(launch->ends[k] - launch->starts[k] + 1, sizeof(Byte)), launch->names[k]};
     Program *volatile running = calloc(launch->concurrent, sizeof(Program));
     if (!setjmp(M.end)) {
         u32 started = 0, live = 0, idle = 0;

@@ -23,9 +23,10 @@ typedef double f64;
 
 enum { FULL_WARP = -1, SHARED_BASE = 1024, COLUMNS = 512, MAX_WARPS = 32, SYNC_WORDS = 1024 };
 
-typedef struct { i32 at, id; } Operand; // byte offset in the register file of a warp, and the register's number
+// Byte offset in the register file of a warp, the register's number and its bytes (1: a predicate); added, where it is an address.
+typedef struct { i32 at, id, bytes, offset; } Operand;
 typedef struct {
-    i32 op, guard, guard_at, negated, target, first, results, inputs, value[8];
+    i32 op, guard, guard_at, negated, target, first, results, inputs, value[8]; // value: what instructions.py says, in its order
 } Instruction;
 
 typedef struct Program Program;
@@ -33,15 +34,15 @@ typedef struct Warp Warp;
 
 // Who accessed a byte last. thread: 1 + 1024 * program + thread, 0 for nobody; epoch: how many CTA barriers its program
 // had passed; sync: how many warp barriers its warp had.
-typedef struct { u32 thread, epoch; u16 sync; u8 strong, several; } Access;
-typedef struct { Access write, read, other; } GlobalByte; // the last write, and the last reads by two programs
-typedef struct {
-    Access write;
-    u32 read_epoch, read_lanes, write_time, async[4];
-    u16 read_warps, read_sync;
-    u8 read_warp, in_flight, generic;
-} SharedByte;
-typedef struct { u64 start, end; GlobalByte *bytes; const char *name; } Tensor;
+// strong: of how many bytes, or 0.
+typedef struct { u32 thread, epoch; u16 sync; u8 strong; } Access;
+// The last write of a byte and the last reads by two programs. Of the first one: which warps have read it in that epoch, and which
+// lanes of the last warp since its last barrier.
+typedef struct { Access write, read, other; u32 warps, lanes; } Byte;
+// Of a byte of shared memory: when it was written, the last product of each warpgroup that reads it, whether a cp.async still
+// writes it, and whether it was written with no product reading it since.
+typedef struct { u32 write_time, async[4]; u8 in_flight, generic; } Pending;
+typedef struct { u64 start, end; Byte *bytes; const char *name; } Tensor;
 typedef struct { u64 address; u32 *clock; } SyncWord; // what a release to this address has published: epochs of each program
 typedef struct { u32 destination, size, source_size, group; u64 source; } Copy;
 typedef struct { Copy *list; u32 count, capacity, group; } Copies;
@@ -61,17 +62,14 @@ struct Warp {
 enum { ACCUMULATOR = 1 << 24, OPERAND = 2 << 24, TENSOR_LOAD = 3 << 24, GROUP = (1 << 24) - 1 };
 
 typedef struct { u32 stored_by, stored_epoch, stored_sync, store_pending, loaded_by, loaded_epoch, load_pending, product; } Cell;
-typedef struct {
-    const Instruction *instruction;
-    u64 a, b;
-    u32 destination, descriptor, a_in_tensor, add;
-} Product;
-typedef struct { u32 address, seen; } Barrier;   // an mbarrier, and the products that are complete where its phase is
-typedef struct { u32 barrier, last; } Commit;    // an arrival at an mbarrier, due after the product `last`
+typedef struct { const Instruction *instruction; u64 a, b; u32 destination, descriptor, a_in_tensor, add; } Product;
+typedef struct { u32 at, seen; } Barrier;     // an mbarrier, and the products that are complete where its phase is
+typedef struct { u32 barrier, last; } Commit; // an arrival at an mbarrier, due after the product `last`
 struct Program {
     u32 number, id[3], warps, epoch, fenced_epoch, slot, live;
     u8 *shared;
-    SharedByte *bytes;
+    Byte *bytes;
+    Pending *pending;
     u32 *clock;
     Warp *warp;
     // Tensor memory: columns, allocated ones, and the products (tcgen05.mma) issued, completed and known to all threads.
@@ -84,39 +82,35 @@ struct Program {
 
 typedef int (*Handler)(Warp *, const Instruction *, u32 mask); // 1: cannot proceed yet
 typedef enum { LANES, WARP, WARPGROUP, BRANCH, EXIT, BARRIER } Kind;
-typedef struct { const char *name; Handler run; Kind kind; int results, inputs, size[5]; } Operation;
+typedef struct { const char *name; Handler run; i64 kind, results, inputs, size[4]; } Operation; // bytes of the operands
 static Operation operations[1024];
 static int operation_count;
-static void add(const char *name, Handler run, Kind kind, int results, int inputs, int r, int a, int b, int c, int d) {
-    operations[operation_count++] = (Operation){name, run, kind, results, inputs, {r, a, b, c, d}};
-}
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
-#define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { add(__VA_ARGS__); }
-// An operation with modifiers and operands of its own, decoded by encode_memory.py or encode_matrix.py.
-#define FAMILY(NAME, KIND, FUNCTION) FAMILY_(__COUNTER__, NAME, KIND, FUNCTION)
-#define FAMILY_(N, NAME, KIND, FUNCTION) REGISTER(N, NAME, FUNCTION, KIND, -1, -1, 0, 0, 0, 0, 0)
+#define RUN(N) static int CAT(run_, N)(Warp *w, const Instruction *i, u32 mask)
+#define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { operations[operation_count++] = (Operation){__VA_ARGS__}; }
+// An operation of which instructions.py says what instructions and operands it has: INSTRUCTION("name", KIND) { what it does }
+#define INSTRUCTION(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND)
+#define INSTRUCTION_(N, NAME, KIND) RUN(N); REGISTER(N, NAME, CAT(run_, N), KIND, -1) RUN(N)
 
-typedef struct { i32 kind, at, id; } Special; // %tid.x and the like, kept as registers
+// Filled by build.py: each field has 8 bytes.
 typedef struct {
     const Instruction *code;
     const Operand *operands;
-    const Special *specials;
-    const u8 *image;       // the register file of a warp at its start: constants
-    const i32 *constants;  // their register numbers
-    i32 instructions, registers, file_size, special_count, constant_count, waits, uses_tensor_memory;
+    const u8 *image;    // the register file of a warp at its start
+    const u32 *defined; // of each register: the lanes in which it is defined at the start
+    i64 instructions, registers, file_size, waits, uses_tensor_memory;
 } Kernel;
 typedef struct {
-    i32 grid[3], threads, shared, tensors, concurrent, programs_per_sm, check;
-    u32 seed;
+    i64 grid[3], threads, shared, tensors, concurrent, programs_per_sm, seed;
     const u8 *parameters;
     const u64 *starts, *ends;
     const char **names;
     char *message;
-    i32 message_size, parameter_bytes;
-    // Counted: instructions of warps, rewrites of the same value, accesses to tensor memory without a thread-sync fence, and
-    // operands of a wgmma in flight that are overwritten. PTX forbids the last; ptxas sees it, and waits for each such product.
-    u64 steps, benign, unfenced, serialized;
+    i64 message_size, parameter_bytes;
+    // Counted: instructions of warps, accesses to tensor memory without a thread-sync fence, and operands of a wgmma in flight
+    // that are overwritten. PTX forbids the last; ptxas sees it, and waits for each such product.
+    i64 steps, unfenced, serialized;
 } Launch;
 
 enum { RACE_SHARED, RACE_GLOBAL, UNDEFINED, UNINITIALISED, BOUNDS, IN_FLIGHT, PROXY, DIVERGENCE, DEADLOCK, TENSOR, WGMMA, TRAP, LEFT };
@@ -144,6 +138,7 @@ static u32 draw(void) {
 
 static const Operand *operand(const Instruction *i, int k) { return &M.kernel->operands[i->first + k]; }
 static void *lanes(const Warp *w, const Operand *o) { return w->file + o->at; }
+static u32 *word(const Warp *w, const Instruction *i, int k) { return lanes(w, operand(i, k)); }
 static u32 number_of(const Warp *w, int lane) { return 1 + 1024 * w->program->number + 32 * w->index + lane; }
 
 // One report a kind and instruction. Python completes it with the source line.
@@ -153,8 +148,8 @@ static void report(const Warp *w, int lane, const Instruction *i, int kind, cons
     if (*seen || M.launch->message_size - M.length < 600) return;
     *seen = 1;
     M.reports++;
-    M.length += sprintf(M.launch->message + M.length, "%s\t%d\t%d\t%d\t", KINDS[kind], w ? (int)w->program->number : -1,
-                        w ? (int)(32 * w->index + lane) : -1, at);
+    const int program = w ? (int)w->program->number : -1, thread = w ? (int)w->index * 32 + lane : -1;
+    M.length += sprintf(M.launch->message + M.length, "%s\t%d\t%d\t%d\t", KINDS[kind], program, thread, at);
     va_list arguments;
     va_start(arguments, format);
     M.length += vsnprintf(M.launch->message + M.length, 400, format, arguments);

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 # Bytes of PTX's types; those of registers are 2, 4 or 8, and 1 stands for a predicate.
 SIZES = {
@@ -20,6 +20,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
+_NAME = re.compile(r"[%\w$]+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
@@ -27,30 +28,21 @@ class Unsupported(ValueError):
     """The executor does not know an instruction, a modifier or a form of operand; the message names its line."""
 
 
-@dataclass(frozen=True)
-class Register:
-    name: str
-    size: int  # bytes; 1 for a predicate
-
-
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     name: str
     type: str
     offset: int
 
 
-@dataclass(frozen=True)
-class Statement:
+class Statement(NamedTuple):
     line: int  # of the PTX
     source: str  # "file.py:line:column", and where that was inlined
     text: str
-    guard: Register | None
+    guard: str | None  # the register, as in Kernel.registers
     negated: bool
     opcode: str
     operands: tuple[str, ...]
-    scopes: Sequence[dict[str, Register]] = field(repr=False)  # innermost first
-    label_scope: str = ""
+    scopes: tuple[str, ...]  # innermost first: what is behind the names declared there
 
     def unsupported(self, what: str) -> Unsupported:
         return Unsupported(f"PTX line {self.line}, {self.source}: {what} in `{self.text}`")
@@ -62,16 +54,15 @@ class Kernel:
     parameters: list[Parameter]
     threads: int
     statements: list[Statement]
+    registers: dict[str, int]  # the bytes of each; 1 of a predicate
     labels: dict[str, int]  # position in statements
 
     def target(self, branch: Statement) -> int:
         """The position to which this statement branches: of the label in the innermost scope that has it."""
-        scope = branch.label_scope
-        while (found := self.labels.get(scope + branch.operands[0])) is None:
-            if not scope:
-                raise branch.unsupported("label")
-            scope = scope.rpartition("/")[0]
-        return found
+        for scope in branch.scopes:
+            if branch.operands[0] + scope in self.labels:
+                return self.labels[branch.operands[0] + scope]
+        raise branch.unsupported("label")
 
 
 def parse(ptx: str) -> Kernel:
@@ -81,7 +72,7 @@ def parse(ptx: str) -> Kernel:
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[3])
     if threads is None:
         raise Unsupported("neither .reqntid nor .maxntid")
-    kernel = Kernel(head[1], _parameters(head[2]), int(threads[1]), [], {})
+    kernel = Kernel(head[1], _parameters(head[2]), int(threads[1]), [], {}, {})
     _Body(kernel, ptx, head.end()).read()
     return kernel
 
@@ -104,8 +95,8 @@ class _Body:
 
     def __init__(self, kernel: Kernel, ptx: str, start: int):
         self.kernel, self.ptx, self.position, self.line = kernel, ptx, start, ptx.count("\n", 0, start) + 1
-        self.scopes: list[dict[str, Register]] = [{}]
-        self.names = [""]  # of the scopes: what is declared or labelled inside is apart from the same name elsewhere
+        # Of the open scopes, innermost first: what is put behind names declared inside, and the registers among them.
+        self.scopes: list[tuple[str, dict[str, str]]] = [("", {})]
         self.source = ""
 
     def read(self) -> None:
@@ -118,12 +109,11 @@ class _Body:
                 self.source = token["loc"].partition("//")[2].strip() or token["loc"].strip()
             elif token["scope"] == "{":
                 opened += 1
-                self.scopes.insert(0, {})
-                self.names.insert(0, f"{self.names[0]}/{opened}")
+                self.scopes.insert(0, (f"${opened}", {}))
             elif token["scope"] == "}":
-                del self.scopes[0], self.names[0]
+                del self.scopes[0]
             elif token["label"]:
-                self.kernel.labels[self.names[0] + token["label"]] = len(self.kernel.statements)
+                self.kernel.labels[token["label"] + self.scopes[0][0]] = len(self.kernel.statements)
             elif token["statement"]:
                 self._statement(" ".join(token["statement"].split()))
             self.line += token[0].count("\n")
@@ -138,28 +128,27 @@ class _Body:
         if parts is None or text.startswith("."):
             raise Unsupported(f"PTX line {self.line}, {self.source}: `{text}`")
         negated, guard, opcode, operands = parts.groups()
-        register = next((scope[guard] for scope in self.scopes if guard in scope), None) if guard else None
-        if guard and register is None:
+        guard = guard and self._named(guard)
+        if guard and guard not in self.kernel.registers:
             raise Unsupported(f"PTX line {self.line}: predicate {guard} is not declared in `{text}`")
+        if len(self.scopes) > 1:
+            operands = _NAME.sub(lambda name: self._named(name[0]), operands)
+        found = tuple(o.strip() for o in _OPERAND.findall(operands))
+        scopes = tuple(suffix for suffix, _ in self.scopes)
         self.kernel.statements.append(
-            Statement(
-                self.line,
-                self.source,
-                text,
-                register,
-                negated == "!",
-                opcode,
-                tuple(o.strip() for o in _OPERAND.findall(operands)),
-                tuple(self.scopes),
-                self.names[0],
-            )
+            Statement(self.line, self.source, text, guard, negated == "!", opcode, found, scopes)
         )
+
+    def _named(self, name: str) -> str:
+        return next((registers[name] for _, registers in self.scopes if name in registers), name)
 
     def _registers(self, text: str) -> None:
         found = re.fullmatch(r"\.reg \.(\w+) (.*)", text)
         if found is None or found[1] not in SIZES or (SIZES[found[1]] == 1 and found[1] != "pred"):
             raise Unsupported(f"PTX line {self.line}: `{text}`")
+        suffix, declared = self.scopes[0]
         for name in found[2].split(","):
             many = re.fullmatch(r"\s*([%\w$]+)<(\d+)>\s*", name)
             for each in [f"{many[1]}{k}" for k in range(int(many[2]))] if many else [name.strip()]:
-                self.scopes[0][each] = Register(self.names[0] + each, SIZES[found[1]])
+                declared[each] = each + suffix
+                self.kernel.registers[each + suffix] = SIZES[found[1]]

@@ -23,47 +23,44 @@ static void check_cell(Warp *w, const Instruction *i, u32 column, u32 q, int wri
     if (!in_order(w, cell->loaded_by, cell->loaded_epoch)) report(w, 0, i, TENSOR, "writes column %u, loaded by warp %u with no barrier between", column, cell->loaded_by - 1);
 }
 
-// value: offset; operands: where the address goes, columns
-static int allocate(Warp *w, const Instruction *i, u32 mask) {
+// operands: where the address goes, columns
+INSTRUCTION("tcgen05.alloc", WARP) {
     Program *c = w->program;
-    const u32 count = *(u32 *)used(w, i, 1, mask, "the number of columns"), address = *(u32 *)used(w, i, 0, mask, "the address") + i->value[0];
+    used(w, i, 0, mask, "the address");
+    const u32 count = *(u32 *)used(w, i, 1, mask, "the number of columns");
     u32 *columns = &M.columns[c->slot / M.launch->programs_per_sm];
     if (count < 32 || count > COLUMNS || count & (count - 1)) FATAL(w, 0, i, TENSOR, "%u columns cannot be allocated", count);
     if (*columns + count > COLUMNS) return 1;
-    shared_write(w, 0, i, address, 4, (u8 *)&c->columns, 0);
-    memcpy(shared_at(c, address), &c->columns, 4);
+    write_to(w, 0, i, locate(w, 0, i, SHARED, address_of(w, i, 0, 0), 4), (u8 *)&c->columns, 0, AT_ONCE);
     *columns += count;
     c->columns += count;
     return M.idle = 0;
 }
-FAMILY("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32", WARP, allocate)
-
-static int deallocate(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("tcgen05.dealloc", WARP) {
+    Program *c = w->program;
     const u32 count = *(u32 *)used(w, i, 1, mask, "the number of columns");
-    if (count > w->program->columns) FATAL(w, 0, i, TENSOR, "%u columns are freed, of %u", count, w->program->columns);
-    if (w->program->completed < w->program->products) report(w, 0, i, TENSOR, "columns are freed before products are complete");
-    w->program->columns -= count;
-    M.columns[w->program->slot / M.launch->programs_per_sm] -= count;
+    if (count > c->columns) FATAL(w, 0, i, TENSOR, "%u columns are freed, of %u", count, c->columns);
+    if (c->completed < c->products) report(w, 0, i, TENSOR, "columns are freed before products are complete");
+    c->columns -= count;
+    M.columns[c->slot / M.launch->programs_per_sm] -= count;
     return M.idle = 0;
 }
-FAMILY("tcgen05.dealloc.cta_group::1.sync.aligned.b32", WARP, deallocate)
-FAMILY("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", WARP, nothing)
+INSTRUCTION("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", WARP) { return 0; }
+INSTRUCTION("tcgen05.fence::before_thread_sync", LANES) { return 0; }
+INSTRUCTION("tcgen05.fence::after_thread_sync", LANES) { return w->unfenced = 0; }
 
-FAMILY("tcgen05.fence::before_thread_sync", LANES, nothing)
-static int fence_after(Warp *w, const Instruction *i, u32 mask) { return (void)i, (void)mask, w->unfenced = 0; }
-FAMILY("tcgen05.fence::after_thread_sync", LANES, fence_after)
-
-// value: offset, registers, distance of the columns of lanes 16 to 31 (shape 16x32bx2) or -1 (32x32b), loads; operands: registers, address
-static int tensor_move(Warp *w, const Instruction *i, u32 mask) {
+// value: whether lanes 16 to 31 have columns of their own (shape 16x32bx2), and how far they are
+static void tensor_move(Warp *w, const Instruction *i, u32 mask, int loads) {
     Program *c = w->program;
-    const int count = i->value[1], apart = i->value[2], loads = i->value[3], first = loads ? 0 : 1;
-    const u32 address = *(u32 *)used(w, i, loads ? count : 0, mask, "the address") + i->value[0], lane0 = address >> 16, column0 = address & 0xffff, q = lane0 / 32;
-    if (q != w->index % 4 || lane0 & (apart < 0 ? 31 : 15)) FATAL(w, 0, i, TENSOR, "lane %u of tensor memory is not for warp %u", lane0, w->index);
-    for (int part = 0; part < (apart < 0 ? 1 : 2); part++) {
-        tensor_range(w, i, column0 + part * apart, count);
+    const int count = loads ? i->results : i->inputs - 1, first = !loads, halves = 1 + i->value[0], apart = i->value[2];
+    const u32 address = *(u32 *)used(w, i, loads ? count : 0, mask, "the address") + operand(i, loads ? count : 0)->offset;
+    const u32 lane0 = address >> 16, column0 = address & 0xffff, q = lane0 / 32;
+    if (q != w->index % 4 || lane0 & (32 / halves - 1)) FATAL(w, 0, i, TENSOR, "lane %u of tensor memory is not for warp %u", lane0, w->index);
+    for (int half = 0; half < halves; half++) {
+        tensor_range(w, i, column0 + half * apart, count);
         for (int k = 0; k < count; k++) {
-            Cell *cell = &c->cell[column0 + part * apart + k][q];
-            check_cell(w, i, column0 + part * apart + k, q, !loads, 0);
+            Cell *cell = &c->cell[column0 + half * apart + k][q];
+            check_cell(w, i, column0 + half * apart + k, q, !loads, 0);
             if (loads) cell->loaded_by = cell->load_pending = w->index + 1, cell->loaded_epoch = c->epoch;
             else cell->stored_by = cell->store_pending = w->index + 1, cell->stored_epoch = c->epoch;
         }
@@ -73,154 +70,139 @@ static int tensor_move(Warp *w, const Instruction *i, u32 mask) {
         u32 *r = loads ? lanes(w, o) : used(w, i, first + k, mask, "what is stored");
         if (loads) define(w, i, o, FULL_WARP, FULL_WARP);
         for (int l = 0; l < 32; l++) {
-            const u32 lane = apart < 0 ? lane0 + l : lane0 + l % 16, column = column0 + k + (apart < 0 ? 0 : l / 16 * apart);
-            u32 *value = &c->tensor[lane * COLUMNS + column];
+            const int half = l / (32 / halves);
+            u32 *value = &c->tensor[(lane0 + l - half * 16) * COLUMNS + column0 + k + half * apart];
             *(loads ? &r[l] : value) = loads ? *value : r[l];
         }
         if (loads) make_busy(w, o, TENSOR_LOAD);
     }
-    return 0;
 }
-FAMILY("tcgen05.ld/st", WARP, tensor_move)
+INSTRUCTION("tcgen05.ld", WARP) { return tensor_move(w, i, mask, 1), 0; }
+INSTRUCTION("tcgen05.st", WARP) { return tensor_move(w, i, mask, 0), 0; }
 
-static int wait_loads(Warp *w, const Instruction *i, u32 mask) {
-    (void)i, (void)mask;
+#define EACH_CELL(x, w) for (Cell *x = (w)->program->cell[0]; x < (w)->program->cell[COLUMNS]; x++)
+INSTRUCTION("tcgen05.wait::ld.sync.aligned", WARP) {
     release_busy(w, TENSOR_LOAD, TENSOR_LOAD, 0);
-    for (int k = 0; k < COLUMNS; k++)
-        for (int q = 0; q < 4; q++) if (w->program->cell[k][q].load_pending == w->index + 1) w->program->cell[k][q].load_pending = 0;
+    EACH_CELL(x, w) if (x->load_pending == w->index + 1) x->load_pending = 0;
     return 0;
 }
-FAMILY("tcgen05.wait::ld.sync.aligned", WARP, wait_loads)
-static int wait_stores(Warp *w, const Instruction *i, u32 mask) {
-    (void)i, (void)mask;
-    for (int k = 0; k < COLUMNS; k++)
-        for (int q = 0; q < 4; q++) if (w->program->cell[k][q].store_pending == w->index + 1) w->program->cell[k][q].store_pending = 0;
+INSTRUCTION("tcgen05.wait::st.sync.aligned", WARP) {
+    EACH_CELL(x, w) if (x->store_pending == w->index + 1) x->store_pending = 0;
     return 0;
 }
-FAMILY("tcgen05.wait::st.sync.aligned", WARP, wait_stores)
 
 // The fields of a product's instruction descriptor (PTX ISA, tcgen05 instruction descriptor).
 static const int TENSOR_SWIZZLE[8] = {0, -1, 3, -1, 2, -1, 1, -1};
 static int rows_of(const Product *p) { return (p->descriptor >> 24 & 31) * 16; }
 static int columns_of(const Product *p) { return (p->descriptor >> 17 & 63) * 8; }
 static int type_of(const Product *p) { return p->instruction->value[0] == TF32 ? TF32 : (p->descriptor >> 7 & 7) == 1 ? BF16 : F16; }
-static int depth_of(const Product *p) { return type_of(p) == TF32 ? 8 : 16; }
-static Tile tile_a(const Product *p) { return (Tile){p->a, TENSOR_SWIZZLE[p->a >> 61], p->descriptor >> 15 & 1, rows_of(p), depth_of(p), type_of(p)}; }
-static Tile tile_b(const Product *p) { return (Tile){p->b, TENSOR_SWIZZLE[p->b >> 61], p->descriptor >> 16 & 1, columns_of(p), depth_of(p), type_of(p)}; }
+static int depth_of(const Product *p) { return 8 * elements(type_of(p)); }
+static Tile tile_of(const Product *p, int b) {
+    const u64 descriptor = b ? p->b : p->a;
+    return (Tile){descriptor, TENSOR_SWIZZLE[descriptor >> 61], p->descriptor >> (15 + b) & 1, b ? columns_of(p) : rows_of(p), depth_of(p), type_of(p)};
+}
 
-// value: type, offset, A in tensor memory, its offset; operands: destination, A, B, descriptor, whether to add
-static int tensor_product(Warp *w, const Instruction *i, u32 mask) {
-    Program *c = w->program;
-    const int in_tensor = i->value[2];
+// value: type; operands: destination, A, B, descriptor, whether to add
+INSTRUCTION("tcgen05.mma", LANES) {
     static const char *const names[] = {"the destination", "A", "B", "the instruction descriptor", "whether to add"};
+    Program *c = w->program;
+    const int in_tensor = operand(i, 1)->bytes == 4;
     for (int k = 0; k < 5; k++) used(w, i, k, mask, names[k]);
     EACH(l, mask) {
-        const u64 a = in_tensor ? ((u32 *)lanes(w, operand(i, 1)))[l] + i->value[3] : ((u64 *)lanes(w, operand(i, 1)))[l];
-        const Product p = {i, a, ((u64 *)lanes(w, operand(i, 2)))[l], ((u32 *)lanes(w, operand(i, 0)))[l] + i->value[1],
-                           ((u32 *)lanes(w, operand(i, 3)))[l], in_tensor, *(u32 *)lanes(w, operand(i, 4)) >> l & 1};
+        const Product p = {i, address_of(w, i, 1, l), address_of(w, i, 2, l), address_of(w, i, 0, l), word(w, i, 3)[l], in_tensor, *word(w, i, 4) >> l & 1};
         const int rows = rows_of(&p), types = p.descriptor >> 7 & 63;
         if ((p.descriptor >> 4 & 3) != 1 || (rows != 64 && rows != 128) || (types != 0 && types != 9 && types != 18) || TENSOR_SWIZZLE[p.b >> 61] < 0 || (!in_tensor && TENSOR_SWIZZLE[p.a >> 61] < 0))
             FATAL(w, l, i, TENSOR, "unknown instruction descriptor %#x or swizzle", p.descriptor);
         if (c->products == c->capacity) c->queue = realloc(c->queue, (c->capacity = 2 * c->capacity + 64) * sizeof(Product));
         c->queue[c->products++] = p;
-        read_operand(w, i, tile_b(&p), 0, 0, c->products);
-        if (!in_tensor) read_operand(w, i, tile_a(&p), 0, 0, c->products);
-        tensor_range(w, i, p.destination & 0xffff, columns_of(&p));
+        for (int b = in_tensor; b < 2; b++) read_operand(w, i, tile_of(&p, b), 0, 0, c->products);
+        const u32 to = p.destination & 0xffff, from = p.a & 0xffff;
+        tensor_range(w, i, to, columns_of(&p));
         for (int q = 0; q < 4; q++) {
             for (int n = 0; n < columns_of(&p); n++) {
-                check_cell(w, i, (p.destination & 0xffff) + n, q, 1, 1);
-                if (p.add) check_cell(w, i, (p.destination & 0xffff) + n, q, 0, 1);
-                c->cell[(p.destination & 0xffff) + n][q].product = c->products;
+                check_cell(w, i, to + n, q, 1, 1);
+                if (p.add) check_cell(w, i, to + n, q, 0, 1);
+                c->cell[to + n][q].product = c->products;
             }
             for (int k = 0; in_tensor && k < 8; k++) {
-                check_cell(w, i, (a & 0xffff) + k, q, 0, 1);
-                c->cell[(a & 0xffff) + k][q].product = c->products;
+                check_cell(w, i, from + k, q, 0, 1);
+                c->cell[from + k][q].product = c->products;
             }
         }
     }
     return M.idle = 0;
 }
-FAMILY("tcgen05.mma", LANES, tensor_product)
 
 static void compute(Program *c, const Product *p) {
-    static f32 a[16][256], b[16][256];
-    static f64 sums[256];
-    const int type = type_of(p), K = depth_of(p), N = columns_of(p), per = type == TF32 ? 1 : 2;
-    read_operand(c->warp, p->instruction, tile_b(p), b, 0, 0);
-    if (!p->a_in_tensor) read_operand(c->warp, p->instruction, tile_a(p), a, 0, 0);
+    const int type = type_of(p), K = depth_of(p), N = columns_of(p);
+    read_operand(c->warp, p->instruction, tile_of(p, 1), B, 0, 0);
+    if (!p->a_in_tensor) read_operand(c->warp, p->instruction, tile_of(p, 0), A, 0, 0);
     for (int row = 0; row < rows_of(p); row++) {
         const u32 lane = rows_of(p) == 128 ? row : row / 16 * 32 + row % 16;
         f32 *result = (f32 *)&c->tensor[((p->destination >> 16) + lane) * COLUMNS + (p->destination & 0xffff)];
-        for (int k = 0; p->a_in_tensor && k < K; k++) a[k][row] = element(type, c->tensor[((p->a >> 16) + lane) * COLUMNS + (p->a & 0xffff) + k / per], k % per);
+        const u32 *a = p->a_in_tensor ? &c->tensor[((p->a >> 16) + lane) * COLUMNS + (p->a & 0xffff)] : 0;
+        for (int k = 0; a && k < K; k++) A[k][row] = element(type, a, k / elements(type), k % elements(type));
         for (int n = 0; n < N; n++) sums[n] = p->add ? result[n] : 0;
-        for (int k = 0; k < K; k++)
-            for (int n = 0; n < N; n++) sums[n] += (f64)a[k][row] * b[k][n];
+        multiply(row, K, N);
         for (int n = 0; n < N; n++) result[n] = sums[n];
     }
 }
 
 // ---- mbarrier: the word in shared memory counts arrivals still to come, and in its high half the phase and its count ----
 
-static Barrier *barrier_at(Warp *w, const Instruction *i, u32 address) {
+static Place barrier_place(const Warp *w, const Instruction *i, int k, int lane) { return locate(w, lane, i, SHARED, address_of(w, i, k, lane), 8); }
+// What is known of the mbarrier at this byte of shared memory.
+static Barrier *barrier_at(const Warp *w, const Instruction *i, u32 at) {
     Program *c = w->program;
-    for (u32 k = 0; k < c->barriers; k++) if (c->barrier[k].address == address) return &c->barrier[k];
+    for (u32 k = 0; k < c->barriers; k++) if (c->barrier[k].at == at) return &c->barrier[k];
     if (c->barriers == 64) FATAL(w, 0, i, TENSOR, "more than 64 mbarriers");
-    c->barrier[c->barriers] = (Barrier){address, 0};
+    c->barrier[c->barriers] = (Barrier){at, 0};
     return &c->barrier[c->barriers++];
 }
-// value: offset
-static int barrier_init(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("mbarrier.init", LANES) {
     used(w, i, 0, mask, "the address");
     const u32 *count = used(w, i, 1, mask, "the count");
     EACH(l, mask) {
-        const u32 address = address_of(w, i, 0, l) + i->value[0], word[2] = {count[l], count[l]};
-        shared_write(w, l, i, address, 8, (u8 *)word, 0);
-        memcpy(shared_at(w->program, address), word, 8);
-        barrier_at(w, i, address)->seen = 0;
+        const Place p = barrier_place(w, i, 0, l);
+        const u32 words[2] = {count[l], count[l]};
+        write_to(w, l, i, p, (u8 *)words, 0, AT_ONCE);
+        barrier_at(w, i, p.at)->seen = 0;
     }
     return 0;
 }
-FAMILY("mbarrier.init.shared::cta.b64", LANES, barrier_init)
-static int barrier_end(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("mbarrier.inval", LANES) {
     used(w, i, 0, mask, "the address");
-    static const u8 nothing_valid[8] = {0};
-    EACH(l, mask) shared_write(w, l, i, address_of(w, i, 0, l) + i->value[0], 8, nothing_valid, 0);
+    EACH(l, mask) write_to(w, l, i, barrier_place(w, i, 0, l), (u8[8]){0}, 0, AT_ONCE);
     return 0;
 }
-FAMILY("mbarrier.inval.shared::cta.b64", LANES, barrier_end)
-static int barrier_test(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("mbarrier.try_wait.parity", LANES) {
     used(w, i, 1, mask, "the address");
     const u32 *parity = used(w, i, 2, mask, "the parity");
-    u32 *result = lanes(w, operand(i, 0));
+    u32 *result = word(w, i, 0);
     EACH(l, mask) {
-        const u32 address = address_of(w, i, 1, l) + i->value[0];
-        u32 word[2];
-        shared_read(w, l, i, address, 8);
-        memcpy(word, shared_at(w->program, address), 8);
-        const u32 complete = (word[1] >> 16 & 1) != (parity[l] & 1);
+        const Place p = barrier_place(w, i, 1, l);
+        const u32 *words = (u32 *)read_from(w, l, i, p, 0), complete = (words[1] >> 16 & 1) != (parity[l] & 1);
         *result = (*result & ~(1u << l)) | complete << l;
         if (!complete) continue;
-        const u32 seen = barrier_at(w, i, address)->seen;
+        const u32 seen = barrier_at(w, i, p.at)->seen;
         if (seen > w->mma_seen) w->mma_seen = seen;
         w->unfenced = 1;
     }
     define(w, i, operand(i, 0), mask, FULL_WARP);
     return 0;
 }
-FAMILY("mbarrier.try_wait.parity", LANES, barrier_test)
-static int commit(Warp *w, const Instruction *i, u32 mask) {
+INSTRUCTION("tcgen05.commit", LANES) {
     Program *c = w->program;
     used(w, i, 0, mask, "the address");
     EACH(l, mask) {
-        const u32 address = address_of(w, i, 0, l) + i->value[0];
         if (c->commits == 64) FATAL(w, l, i, TENSOR, "more than 64 commits at once");
-        shared_range(w, l, i, address, 8);
-        if (M.launch->check && !ordered(w, l, &c->bytes[address - SHARED_BASE].write)) shared_race(w, l, i, address - SHARED_BASE, "arrives at an mbarrier that is written", c->bytes[address - SHARED_BASE].write.thread - 1);
-        c->commit[c->commits++] = (Commit){address, c->products};
+        const Place p = barrier_place(w, i, 0, l);
+        const u32 writer = racing_writer(w, l, p.bytes, 0);
+        if (writer) race(w, l, i, &p, 0, "arrives at an mbarrier that is written", writer);
+        c->commit[c->commits++] = (Commit){p.at, c->products};
     }
     return 0;
 }
-FAMILY("tcgen05.commit", LANES, commit)
 
 // The next product completes, and the commits behind it arrive. 1 if there was anything to do.
 static int complete_next(Program *c) {
@@ -228,12 +210,12 @@ static int complete_next(Program *c) {
     else if (!c->commits) return 0;
     u32 kept = 0;
     for (u32 k = 0; k < c->commits; k++) {
-        const Commit *due = &c->commit[k];
-        if (due->last > c->completed) { c->commit[kept++] = *due; continue; }
-        u32 *word = (u32 *)shared_at(c, due->barrier);
-        Barrier *barrier = barrier_at(c->warp, 0, due->barrier);
-        if (due->last > barrier->seen) barrier->seen = due->last;
-        if (--word[0] == 0) word[0] = word[1] & 0xffff, word[1] ^= 0x10000;
+        const Commit due = c->commit[k];
+        if (due.last > c->completed) { c->commit[kept++] = due; continue; }
+        u32 *words = (u32 *)(c->shared + due.barrier);
+        Barrier *barrier = barrier_at(c->warp, 0, due.barrier);
+        if (due.last > barrier->seen) barrier->seen = due.last;
+        if (--words[0] == 0) words[0] = words[1] & 0xffff, words[1] ^= 0x10000;
     }
     c->commits = kept;
     M.idle = 0;
