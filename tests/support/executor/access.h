@@ -64,14 +64,13 @@ static Place locate(const Warp *w, int lane, const Instruction *i, int space, u6
         all = (Tensor){SHARED_BASE, SHARED_BASE + M.launch->shared, c->bytes, "shared memory"};
     } else if (space != PARAMETERS) {
         const Tensor *t = tensor_at(address);
-        if (!t) FATAL(w, lane, i, BOUNDS, "%u bytes at %#llx of global memory belong to no tensor of the launch", size, (unsigned long long)address);
+        if (!t) FATAL(w, lane, i, BOUNDS, "%u bytes at %#llx of global memory belong to no tensor of the launch", size, address);
         all = *t;
     }
     const u64 at = address - all.start;
-    const unsigned long long told = at;
     if (address < all.start || address + size > all.end)
-        FATAL(w, lane, i, BOUNDS, "%u bytes at byte %lld of %s, which has %llu", size, told, all.name, (unsigned long long)(all.end - all.start));
-    if (address & (size - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s: misaligned", size, told, all.name);
+        FATAL(w, lane, i, BOUNDS, "%u bytes at byte %lld of %s, which has %llu", size, at, all.name, all.end - all.start);
+    if (address & (size - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s: misaligned", size, at, all.name);
     if (all.bytes == c->bytes) return (Place){c->shared + at, c->bytes + at, c->pending + at, size, at, all.name};
     if (space == PARAMETERS) return (Place){(u8 *)M.launch->parameters + at, 0, 0, size, at, all.name};
     return (Place){(u8 *)address, all.bytes + at, 0, size, at, all.name};
@@ -97,12 +96,12 @@ static u32 racing_reader(const Warp *w, int lane, const Byte *b, u32 strong) {
 }
 static void race(const Warp *w, int lane, const Instruction *i, const Place *p, u32 k, const char *what, u32 thread) {
     report(w, lane, i, p->pending ? RACE_SHARED : RACE_GLOBAL, "%s at byte %llu of %s by program %u, thread %u: nothing orders the two", what,
-           (unsigned long long)p->at + k, p->name, (thread - 1) / 1024, (thread - 1) % 1024);
+           p->at + k, p->name, (thread - 1) / 1024, (thread - 1) % 1024);
 }
 // What is wrong with reading a byte of shared memory, apart from races.
 static int is_unreadable(const Warp *w, int lane, const Instruction *i, const Place *p, u32 k) {
-    if (p->pending[k].in_flight) report(w, lane, i, IN_FLIGHT, "byte %llu of shared memory, which a cp.async in flight writes", (unsigned long long)p->at + k);
-    else if (!p->bytes[k].write.thread) report(w, lane, i, UNINITIALISED, "byte %llu of shared memory, which nothing has written", (unsigned long long)p->at + k);
+    if (p->pending[k].in_flight) report(w, lane, i, IN_FLIGHT, "byte %llu of shared memory, which a cp.async in flight writes", p->at + k);
+    else if (!p->bytes[k].write.thread) report(w, lane, i, UNINITIALISED, "byte %llu of shared memory, which nothing has written", p->at + k);
     else return 0;
     return 1;
 }
@@ -151,9 +150,9 @@ static void write_to(const Warp *w, int lane, const Instruction *i, Place p, con
         Byte *b = &p.bytes[k];
         Pending *pending = p.pending ? &p.pending[k] : 0;
         if (pending && pending->in_flight && when != ARRIVES)
-            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which a cp.async in flight writes", (unsigned long long)p.at + k);
+            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which a cp.async in flight writes", p.at + k);
         if (pending && still_read(w, pending))
-            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which an asynchronous product may still read", (unsigned long long)p.at + k);
+            report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which an asynchronous product may still read", p.at + k);
         const u32 writer = racing_writer(w, lane, b, strong), reader = writer ? 0 : racing_reader(w, lane, b, strong);
         // What changes nothing is as if it had not been.
         if ((writer || reader) && when != STARTS && b->write.thread && p.data[k] == value[k]) continue;
@@ -181,7 +180,7 @@ static void proxy_read(const Warp *w, const Instruction *i, u32 address, u32 siz
             const u32 writer = (b->write.thread - 1) % 1024, first = is_wgmma ? 4 * g : w->index, last = is_wgmma ? 4 * g + 3 : w->index;
             int fenced = c->warp[writer / 32].fence_time[writer % 32] > pending->write_time || c->fenced_epoch > b->write.epoch;
             for (u32 v = first; v <= last && v < c->warps; v++) fenced |= c->warp[v].fence_epoch > b->write.epoch;
-            if (!fenced) report(w, 0, i, PROXY, "byte %llu of shared memory, written by thread %u: no fence.proxy.async between", (unsigned long long)p.at + k, writer);
+            if (!fenced) report(w, 0, i, PROXY, "byte %llu of shared memory, written by thread %u: no fence.proxy.async between", p.at + k, writer);
             pending->generic = 0;
         }
         pending->async[g] = product;

@@ -13,11 +13,11 @@
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
-typedef uint64_t u64;
+typedef unsigned long long u64;
 typedef int8_t i8;
 typedef int16_t i16;
 typedef int32_t i32;
-typedef int64_t i64;
+typedef long long i64;
 typedef float f32;
 typedef double f64;
 
@@ -89,9 +89,15 @@ static int operation_count;
 #define CAT(a, b) CAT_(a, b)
 #define RUN(N) static int CAT(run_, N)(Warp *w, const Instruction *i, u32 mask)
 #define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { operations[operation_count++] = (Operation){__VA_ARGS__}; }
-// An operation of which instructions.py says what instructions and operands it has: INSTRUCTION("name", KIND) { what it does }
-#define INSTRUCTION(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND)
-#define INSTRUCTION_(N, NAME, KIND) RUN(N); REGISTER(N, NAME, CAT(run_, N), KIND, -1) RUN(N)
+// An operation of which instructions.py says what instructions and operands it has: INSTRUCTION("name", KIND) { what it does }.
+// What it reads has to be defined, unless it is PROPAGATING: then it says of its results in which lanes they are.
+#define INSTRUCTION(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND, use_all(w, i, mask))
+#define PROPAGATING(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND, )
+#define INSTRUCTION_(N, NAME, KIND, CHECK) \
+    static int CAT(do_, N)(Warp *w, const Instruction *i, u32 mask); \
+    RUN(N) { CHECK; return CAT(do_, N)(w, i, mask); } \
+    REGISTER(N, NAME, CAT(run_, N), KIND, -1) \
+    static int CAT(do_, N)(Warp *w, const Instruction *i, u32 mask)
 
 // Filled by build.py: each field has 8 bytes.
 typedef struct {
@@ -173,14 +179,17 @@ static u32 defined(Warp *w, const Instruction *i, const Operand *o, u32 mask) {
     return ok;
 }
 // Values that become visible outside of registers, or decide what is executed, have to be defined.
-static void *used(Warp *w, const Instruction *i, int k, u32 mask, const char *as) {
+static void *used(Warp *w, const Instruction *i, int k, u32 mask) {
     const Operand *o = operand(i, k);
     const u32 bad = mask & ~defined(w, i, o, mask);
     if (bad && !w->busy[o->id]) {
-        report(w, first_lane(bad), i, UNDEFINED, "%s is a register that nothing has written", as);
+        report(w, first_lane(bad), i, UNDEFINED, "operand %d is a register that nothing has written", k + 1);
         w->defined[o->id] |= bad;
     }
     return lanes(w, o);
+}
+static void use_all(Warp *w, const Instruction *i, u32 mask) {
+    for (int k = i->results; k < i->results + i->inputs; k++) used(w, i, k, mask);
 }
 static void define(Warp *w, const Instruction *i, const Operand *o, u32 mask, u32 ok) {
     const u32 why = w->busy_count ? w->busy[o->id] & ~GROUP : 0;

@@ -9,8 +9,8 @@ static void define_all(Warp *w, const Instruction *i) {
 }
 
 // value: mode (up, down, bfly, idx); operands: result, value, lane, clamp
-INSTRUCTION("shfl.sync", WARP) {
-    const u32 *x = word(w, i, 1), *b = used(w, i, 2, mask, "the lane"), *clamp = used(w, i, 3, mask, "the clamp");
+PROPAGATING("shfl.sync", WARP) {
+    const u32 *x = word(w, i, 1), *b = used(w, i, 2, mask), *clamp = used(w, i, 3, mask);
     const u32 ok = defined(w, i, operand(i, 1), mask);
     u32 result[32], result_ok = 0;
     for (int l = 0; l < 32; l++) {
@@ -34,7 +34,7 @@ INSTRUCTION("elect.sync", WARP) {
 
 // value: any, all, ballot
 INSTRUCTION("vote.sync", WARP) {
-    const u32 p = *(u32 *)used(w, i, 1, mask, "the vote"), all = FULL_WARP;
+    const u32 p = *word(w, i, 1), all = FULL_WARP;
     const u32 result = i->value[0] == 2 ? p : (i->value[0] ? p == all : p != 0) * all;
     for (int l = 0; l < (i->value[0] < 2 ? 1 : 32); l++) word(w, i, 0)[l] = result;
     return define_all(w, i), 0;
@@ -43,7 +43,7 @@ INSTRUCTION("vote.sync", WARP) {
 // value: add, min, max; whether NaN wins; s32, u32, f32
 INSTRUCTION("redux.sync", WARP) {
     const int add = i->value[0] == 0, min = i->value[0] == 1, type = i->value[2];
-    const u32 *x = used(w, i, 1, mask, "what is reduced"), *members = used(w, i, 2, mask, "the member mask");
+    const u32 *x = word(w, i, 1), *members = word(w, i, 2);
     for (int l = 0; l < 32; l++) if (members[l] != (u32)FULL_WARP) FATAL(w, l, i, DIVERGENCE, "is one of a part of a warp, which is not known");
     u32 r = x[0];
     for (int l = 1; l < 32; l++) {
@@ -68,7 +68,6 @@ static u16 *half_of(u16 m[8][8], int transposed, int lane, int half) {
 }
 INSTRUCTION("ldmatrix", WARP) {
     const u32 count = i->value[0];
-    used(w, i, count, mask, "the address");
     u16 m[4][8][8];
     for (u32 row = 0; row < 8 * count; row++)
         memcpy(m[row / 8][row % 8], read_from(w, row, i, locate(w, row, i, SHARED, address_of(w, i, count, row), 16), 0), 16);
@@ -78,12 +77,9 @@ INSTRUCTION("ldmatrix", WARP) {
 }
 INSTRUCTION("stmatrix", WARP) {
     const u32 count = i->value[0];
-    used(w, i, 0, mask, "the address");
     u16 m[4][8][8];
-    for (u32 k = 0; k < count; k++) {
-        const u32 *x = used(w, i, 1 + k, mask, "what is stored");
-        for (int l = 0; l < 64; l++) *half_of(m[k], i->value[1], l / 2, l % 2) = x[l / 2] >> 16 * (l % 2);
-    }
+    for (u32 k = 0; k < count; k++)
+        for (int l = 0; l < 64; l++) *half_of(m[k], i->value[1], l / 2, l % 2) = word(w, i, 1 + k)[l / 2] >> 16 * (l % 2);
     for (u32 row = 0; row < 8 * count; row++)
         write_to(w, row, i, locate(w, row, i, SHARED, address_of(w, i, 0, row), 16), (u8 *)m[row / 8][row % 8], 0, AT_ONCE);
     return 0;
@@ -135,9 +131,8 @@ INSTRUCTION("mma.sync", WARP) {
     const int rows = i->value[0], K = i->value[1], type = i->value[2], step = 4 * elements(type);
     int o = i->results;
     for (int k = 0; k < K; k += step)
-        for (int row = 0; row < rows; row += 8) unpack(A, used(w, i, o++, mask, "an operand"), type, row, k);
-    for (int k = 0; k < K; k += step) unpack(B, used(w, i, o++, mask, "an operand"), type, 0, k);
-    for (int s = 0; s < i->results; s++) used(w, i, o + s, mask, "an accumulator");
+        for (int row = 0; row < rows; row += 8) unpack(A, word(w, i, o++), type, row, k);
+    for (int k = 0; k < K; k += step) unpack(B, word(w, i, o++), type, 0, k);
     multiply_registers(w, i, rows, K, 8, o);
     return define_all(w, i), 0;
 }
@@ -167,31 +162,31 @@ static void read_operand(const Warp *w, const Instruction *i, Tile t, f64 (*matr
 }
 
 // value: N, type, whether A (if not in registers) and B are transposed; operands: N / 2 sums, A, B, whether to add
-INSTRUCTION("wgmma.mma_async", WARPGROUP) {
+PROPAGATING("wgmma.mma_async", WARPGROUP) {
     static const int swizzles[4] = {0, 3, 2, 1};
     const int N = i->value[0], type = i->value[1], K = 8 * elements(type), in_registers = i->inputs > 3;
     const int first_b = i->results + (in_registers ? 4 : 1);
     Warp *group = w - w->index % 4;
     const u32 number = w->group + 1;
-    for (int v = 0; v < 4; v++) used(group + v, i, first_b, mask, "the descriptor"), used(group + v, i, first_b + 1, mask, "whether to add");
+    for (int v = 0; v < 4; v++) used(group + v, i, first_b, mask), used(group + v, i, first_b + 1, mask);
     const u64 b = get_lane(w, operand(i, first_b), 0);
     const u32 add = *word(w, i, first_b + 1) & 1;
     read_operand(w, i, (Tile){b, swizzles[b >> 62], i->value[in_registers ? 2 : 3], N, K, type}, B, w->index / 4, number);
     if (!in_registers) {
-        const u64 a = *(u64 *)used(w, i, i->results, mask, "the descriptor");
+        const u64 a = *(u64 *)used(w, i, i->results, mask);
         read_operand(w, i, (Tile){a, swizzles[a >> 62], i->value[2], 64, K, type}, A, w->index / 4, number);
     }
     for (Warp *x = group; x < group + 4; x++) {
         for (int k = 0; in_registers && k < 4; k++) {
             const Operand *o = operand(i, i->results + k);
-            unpack(A, used(x, i, i->results + k, mask, "an operand"), type, 16 * (x - group) + 8 * (k % 2), k / 2 * K / 2);
+            unpack(A, used(x, i, i->results + k, mask), type, 16 * (x - group) + 8 * (k % 2), k / 2 * K / 2);
             if (x->written[o->id] > x->wgmma_fence) report(x, 0, i, WGMMA, "an operand was written after the last wgmma.fence");
             make_busy(x, o, OPERAND | number);
         }
         for (int s = 0; s < i->results; s++) {
             const Operand *o = operand(i, s);
             const u32 busy = x->busy[o->id] & ~(u32)GROUP;
-            if (!busy && add) used(x, i, s, mask, "an accumulator");
+            if (!busy && add) used(x, i, s, mask);
             if (!busy && x->written[o->id] > x->wgmma_fence) report(x, 0, i, WGMMA, "an accumulator was written after the last wgmma.fence");
             make_busy(x, o, ACCUMULATOR | number);
         }

@@ -15,7 +15,6 @@ static u64 address_of(const Warp *w, const Instruction *i, int k, int lane) { re
 // value of ld, st and atom: state space, bytes of an element, signed, strong, releases or acquires (atom: releases, acquires, operation)
 INSTRUCTION("ld", LANES) {
     const u32 element = i->value[1], count = i->results, unused = 64 - 8 * element;
-    used(w, i, count, mask, "the address");
     EACH(l, mask) {
         const u64 address = address_of(w, i, count, l);
         const u8 *from = read_from(w, l, i, locate(w, l, i, i->value[0], address, element * count), i->value[3] * element);
@@ -32,8 +31,6 @@ INSTRUCTION("ld", LANES) {
 
 INSTRUCTION("st", LANES) {
     const u32 element = i->value[1], count = i->inputs - 1;
-    used(w, i, 0, mask, "the address");
-    for (u32 k = 0; k < count; k++) used(w, i, 1 + k, mask, "what is stored");
     EACH(l, mask) {
         const u64 address = address_of(w, i, 0, l);
         u8 bytes[32];
@@ -50,8 +47,6 @@ INSTRUCTION("st", LANES) {
 // Addition of integers, of float32, or one more but 0 past the operand; with or without a result.
 INSTRUCTION("atom", LANES) {
     const int result = i->results, bytes = i->value[1], operation = i->value[6];
-    used(w, i, result, mask, "the address");
-    used(w, i, result + 1, mask, "what is added");
     EACH(l, mask) {
         const u64 address = address_of(w, i, result, l), term = get_lane(w, operand(i, result + 1), l);
         const Place p = locate(w, l, i, GLOBAL, address, bytes);
@@ -71,9 +66,7 @@ INSTRUCTION("atom", LANES) {
 
 // value: size
 INSTRUCTION("cp.async", LANES) {
-    const u32 size = i->value[0], *sizes = i->inputs > 2 ? used(w, i, 2, mask, "the size") : 0;
-    used(w, i, 0, mask, "the destination");
-    used(w, i, 1, mask, "the source");
+    const u32 size = i->value[0], *sizes = i->inputs > 2 ? word(w, i, 2) : 0;
     EACH(l, mask) {
         Copies *all = &w->copies[l];
         const Copy copy = {address_of(w, i, 0, l), size, sizes ? sizes[l] : size, all->group, address_of(w, i, 1, l)};
@@ -122,7 +115,7 @@ INSTRUCTION("trap", LANES) { FATAL(w, first_lane(mask), i, TRAP, "the kernel has
 // ---- parts of a register ----
 
 // LLVM moves this above tcgen05.wait::ld, where it only names registers together: the whole is then in flight as its parts are.
-INSTRUCTION("mov.pack", LANES) {
+PROPAGATING("mov.pack", LANES) {
     u32 ok[4];
     int loading = 0;
     for (int k = 0; k < i->inputs; k++) {
@@ -140,7 +133,7 @@ INSTRUCTION("mov.pack", LANES) {
     if (loading) make_busy(w, operand(i, 0), TENSOR_LOAD);
     return 0;
 }
-INSTRUCTION("mov.unpack", LANES) {
+PROPAGATING("mov.unpack", LANES) {
     const Operand *from = operand(i, i->results);
     EACH(l, mask) {
         const u64 value = get_lane(w, from, l);

@@ -26,8 +26,7 @@ static void check_cell(Warp *w, const Instruction *i, u32 column, u32 q, int wri
 // operands: where the address goes, columns
 INSTRUCTION("tcgen05.alloc", WARP) {
     Program *c = w->program;
-    used(w, i, 0, mask, "the address");
-    const u32 count = *(u32 *)used(w, i, 1, mask, "the number of columns");
+    const u32 count = *word(w, i, 1);
     u32 *columns = &M.columns[c->slot / M.launch->programs_per_sm];
     if (count < 32 || count > COLUMNS || count & (count - 1)) FATAL(w, 0, i, TENSOR, "%u columns cannot be allocated", count);
     if (*columns + count > COLUMNS) return 1;
@@ -38,7 +37,7 @@ INSTRUCTION("tcgen05.alloc", WARP) {
 }
 INSTRUCTION("tcgen05.dealloc", WARP) {
     Program *c = w->program;
-    const u32 count = *(u32 *)used(w, i, 1, mask, "the number of columns");
+    const u32 count = *word(w, i, 1);
     if (count > c->columns) FATAL(w, 0, i, TENSOR, "%u columns are freed, of %u", count, c->columns);
     if (c->completed < c->products) report(w, 0, i, TENSOR, "columns are freed before products are complete");
     c->columns -= count;
@@ -50,10 +49,10 @@ INSTRUCTION("tcgen05.fence::before_thread_sync", LANES) { return 0; }
 INSTRUCTION("tcgen05.fence::after_thread_sync", LANES) { return w->unfenced = 0; }
 
 // value: whether lanes 16 to 31 have columns of their own (shape 16x32bx2), and how far they are
-static void tensor_move(Warp *w, const Instruction *i, u32 mask, int loads) {
+static void tensor_move(Warp *w, const Instruction *i, int loads) {
     Program *c = w->program;
     const int count = loads ? i->results : i->inputs - 1, first = !loads, halves = 1 + i->value[0], apart = i->value[2];
-    const u32 address = *(u32 *)used(w, i, loads ? count : 0, mask, "the address") + operand(i, loads ? count : 0)->offset;
+    const u32 address = address_of(w, i, loads ? count : 0, 0);
     const u32 lane0 = address >> 16, column0 = address & 0xffff, q = lane0 / 32;
     if (q != w->index % 4 || lane0 & (32 / halves - 1)) FATAL(w, 0, i, TENSOR, "lane %u of tensor memory is not for warp %u", lane0, w->index);
     for (int half = 0; half < halves; half++) {
@@ -67,7 +66,7 @@ static void tensor_move(Warp *w, const Instruction *i, u32 mask, int loads) {
     }
     for (int k = 0; k < count; k++) {
         const Operand *o = operand(i, first + k);
-        u32 *r = loads ? lanes(w, o) : used(w, i, first + k, mask, "what is stored");
+        u32 *r = lanes(w, o);
         if (loads) define(w, i, o, FULL_WARP, FULL_WARP);
         for (int l = 0; l < 32; l++) {
             const int half = l / (32 / halves);
@@ -77,8 +76,8 @@ static void tensor_move(Warp *w, const Instruction *i, u32 mask, int loads) {
         if (loads) make_busy(w, o, TENSOR_LOAD);
     }
 }
-INSTRUCTION("tcgen05.ld", WARP) { return tensor_move(w, i, mask, 1), 0; }
-INSTRUCTION("tcgen05.st", WARP) { return tensor_move(w, i, mask, 0), 0; }
+INSTRUCTION("tcgen05.ld", WARP) { return tensor_move(w, i, 1), 0; }
+INSTRUCTION("tcgen05.st", WARP) { return tensor_move(w, i, 0), 0; }
 
 #define EACH_CELL(x, w) for (Cell *x = (w)->program->cell[0]; x < (w)->program->cell[COLUMNS]; x++)
 INSTRUCTION("tcgen05.wait::ld.sync.aligned", WARP) {
@@ -104,10 +103,8 @@ static Tile tile_of(const Product *p, int b) {
 
 // value: type; operands: destination, A, B, descriptor, whether to add
 INSTRUCTION("tcgen05.mma", LANES) {
-    static const char *const names[] = {"the destination", "A", "B", "the instruction descriptor", "whether to add"};
     Program *c = w->program;
     const int in_tensor = operand(i, 1)->bytes == 4;
-    for (int k = 0; k < 5; k++) used(w, i, k, mask, names[k]);
     EACH(l, mask) {
         const Product p = {i, address_of(w, i, 1, l), address_of(w, i, 2, l), address_of(w, i, 0, l), word(w, i, 3)[l], in_tensor, *word(w, i, 4) >> l & 1};
         const int rows = rows_of(&p), types = p.descriptor >> 7 & 63;
@@ -160,8 +157,7 @@ static Barrier *barrier_at(const Warp *w, const Instruction *i, u32 at) {
     return &c->barrier[c->barriers++];
 }
 INSTRUCTION("mbarrier.init", LANES) {
-    used(w, i, 0, mask, "the address");
-    const u32 *count = used(w, i, 1, mask, "the count");
+    const u32 *count = word(w, i, 1);
     EACH(l, mask) {
         const Place p = barrier_place(w, i, 0, l);
         const u32 words[2] = {count[l], count[l]};
@@ -171,13 +167,11 @@ INSTRUCTION("mbarrier.init", LANES) {
     return 0;
 }
 INSTRUCTION("mbarrier.inval", LANES) {
-    used(w, i, 0, mask, "the address");
     EACH(l, mask) write_to(w, l, i, barrier_place(w, i, 0, l), (u8[8]){0}, 0, AT_ONCE);
     return 0;
 }
 INSTRUCTION("mbarrier.try_wait.parity", LANES) {
-    used(w, i, 1, mask, "the address");
-    const u32 *parity = used(w, i, 2, mask, "the parity");
+    const u32 *parity = word(w, i, 2);
     u32 *result = word(w, i, 0);
     EACH(l, mask) {
         const Place p = barrier_place(w, i, 1, l);
@@ -193,7 +187,6 @@ INSTRUCTION("mbarrier.try_wait.parity", LANES) {
 }
 INSTRUCTION("tcgen05.commit", LANES) {
     Program *c = w->program;
-    used(w, i, 0, mask, "the address");
     EACH(l, mask) {
         if (c->commits == 64) FATAL(w, l, i, TENSOR, "more than 64 commits at once");
         const Place p = barrier_place(w, i, 0, l);
