@@ -1,10 +1,12 @@
 """The kernels compiled for the generations of GPUs that the suite has not, and executed: accurate, and nothing is reported.
 
-Problems are those of tests/mutants.py where they serve, so that their kernels are compiled once.
+Of their synchronisation, a sample of `make mutants` is taken out, and missed. Problems are those of tests/mutants.py where they
+serve, so that their kernels are compiled once.
 """
 
 import contextlib
 
+import mutants
 import pytest
 import torch
 from support import executor, layers
@@ -93,3 +95,10 @@ def test_the_order_of_turns_follows_from_the_seed():
             layers.by_kernels(problem, "triton-persistent")
         counts.append([launch.steps for launch in device.executed])
     assert counts[0] == counts[1] != counts[2]
+
+
+@pytest.mark.parametrize("target", mutants.TARGETS)
+def test_missing_synchronisation_is_noticed(target):
+    outcomes = mutants.survey([target], mutants.is_in_sample)
+    assert outcomes["barrier", "noticed"] >= 5 and outcomes["release", "noticed"] and outcomes["acquire", "noticed"]
+    assert not [kind for kind, outcome in outcomes if outcome == "not noticed"]

@@ -76,13 +76,12 @@ def sources() -> str:
 def _compiled() -> Path:
     compiler = _compiler()
     assert compiler is not None, why_not()
-    folder = Path(__file__).parent
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]")))
-    built_with = f"{compiler} {_FLAGS} {platform.machine()} {platform.node()}"
-    path = CACHE / "executor" / f"{hashlib.sha256(content + built_with.encode()).hexdigest()[:20]}.so"
+    built_with = f"{sources()} {compiler} {_FLAGS} {platform.machine()} {platform.node()}"
+    path = CACHE / "executor" / f"{hashlib.sha256(built_with.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # other processes see the whole file or none
-        subprocess.run([compiler, *_FLAGS, str(folder / "machine.c"), "-o", str(unfinished), "-lm"], check=True)
+        source = Path(__file__).with_name("machine.c")
+        subprocess.run([compiler, *_FLAGS, str(source), "-o", str(unfinished), "-lm"], check=True)
         unfinished.rename(path)
     return path
