@@ -4,12 +4,10 @@
 is and with one barrier, fence, wait, release or acquire removed or weakened. It prints what is not noticed, and exits with 1 if
 that is anything but
 
-* redundant: a barrier with no access to memory between it and its neighbours on one side; a proxy fence with nothing written to
-  shared memory since the last one, or nothing that is missed: overwritten just before the fence, it changes no result; a wgmma
-  fence with no register of its products written since the last one; a wait that another follows on every path (what is in
-  flight is not used before that, or the executor would have reported it);
-* unknown: a barrier where other barriers may order the same accesses; a wgmma fence that another path may need; a proxy fence
-  behind nothing but mbarrier.init, where the executor asks for none.
+* redundant: a barrier with no access to memory between it and its neighbours on one side; a wgmma fence with no register of its
+  products written since the last one; a wait that another follows on every path (what is in flight is not used before that, or
+  the executor would have reported it);
+* unknown: a barrier where other barriers may order the same accesses; a wgmma fence that another path may need.
 """
 
 from __future__ import annotations
@@ -59,7 +57,6 @@ CHANGES = [
 _ACCESS = re.compile(
     r"(ld|st|atom|red)\.(?!param)|cp\.async\.c[ag]|(ld|st)matrix|wgmma\.mma|tcgen05\.(mma|ld|st|commit|alloc)|mbarrier"
 )
-_SHARED_WRITE = re.compile(r"st\.(\w+\.)*shared|stmatrix|cp\.async\.(?!commit)|mbarrier\.init")
 _BARRIER = re.compile(r"bar(rier)?(\.warp)?\.sync")
 _END = re.compile(r"ret|exit")
 
@@ -118,8 +115,6 @@ def is_redundant(mutant: Mutant, paths: _Paths) -> bool:
     if mutant.kind == "barrier":
         sides = (between(_BARRIER), between(_BARRIER, backward=True))
         return any(not any(_ACCESS.match(s.opcode) for s in side) for side in sides)
-    if mutant.kind == "proxy fence":
-        return not written_before(mutant, paths)
     if mutant.kind == "wgmma fence":
         before, behind = between(r"wgmma\.fence", backward=True), between(r"wgmma\.fence")
         used = {name for s in behind if s.opcode.startswith("wgmma.mma") for name in re.findall(r"%\w+", s.text)}
@@ -132,28 +127,6 @@ def is_redundant(mutant: Mutant, paths: _Paths) -> bool:
         )
         return not any(_END.match(s.opcode) for s in between(again))
     return False
-
-
-def written_before(mutant: Mutant, paths: _Paths) -> list[Statement]:
-    """What writes to shared memory between this proxy fence and those before it."""
-    between = paths.between(mutant.line, re.compile(r"fence\.proxy"), backward=True)
-    return [s for s in between if _SHARED_WRITE.match(s.opcode)]
-
-
-def with_writes_spoilt(ptx: str, mutant: Mutant, paths: _Paths) -> str | None:
-    """The kernel as it is, except that NaN overwrites what was written to shared memory since the proxy fence before this one.
-
-    None if that is more than stores of 32-bit registers.
-    """
-    spoiling = []
-    for s in written_before(mutant, paths):
-        if not re.fullmatch(r"st\.shared(::cta)?(\.v\d)?\.[bfus]32", s.opcode):
-            return None
-        spoiling.append(re.sub(r"(?<=\]), *\S.*", lambda m: re.sub(r"%\w+", "spoilt", m[0]) + ";", s.text))
-    lines = ptx.split("\n")
-    spoilt = f"bar.sync 0; {{ .reg .b32 spoilt; mov.b32 spoilt, 0x7fc00000; {' '.join(spoiling)} }} bar.sync 0; "
-    lines[mutant.line - 1] = spoilt + lines[mutant.line - 1]
-    return "\n".join(lines)
 
 
 class _MutatingDriver(ExecutingDriver):
@@ -182,22 +155,14 @@ class _MutatingDriver(ExecutingDriver):
             self.raises = True
             return bool(executed.reports), [torch.tensor([], dtype=torch.uint8).set_(s.clone()) for s in storages]
 
-        def differs(memory: list[torch.Tensor]) -> bool:
-            return not all(map(torch.equal, memory, right))
-
         paths = _Paths(parse(launch.ptx))
         reported, right = run(launch.ptx)
         assert not reported, "the kernel as it is"
         for number, mutant in enumerate(mutants(launch.ptx)):
             if self.is_in_sample(number, mutant):
                 reported, memory = run(mutant.ptx)
-                outcome = "noticed" if reported or differs(memory) else self._why_not(mutant, paths)
-                if outcome == "not noticed" and mutant.kind == "proxy fence":
-                    spoilt = with_writes_spoilt(launch.ptx, mutant, paths)
-                    if spoilt is not None and not differs(run(spoilt)[1]):
-                        outcome = "redundant"
-                    elif all(s.opcode.startswith("mbarrier.init") for s in written_before(mutant, paths)):
-                        outcome = "unknown"
+                differs = not all(map(torch.equal, memory, right))
+                outcome = "noticed" if reported or differs else self._why_not(mutant, paths)
                 self.found.append((mutant, outcome))
         for s, b in zip(storages, before):
             s.copy_(b)
