@@ -14,7 +14,6 @@ from lstm_triton.kernels.inputs import LayerInputs, LayerOptions, Segments, spli
 pytestmark = pytest.mark.long
 
 T, B, I, H = 3, 2, 2, 3
-both = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -100,10 +99,6 @@ def _lstm(backend, device, **options):
     return LSTM(I, H, **options, device=device, backend=backend, precision="ieee")
 
 
-def _input(device, T=T, B=B):
-    return torch.randn(B, T, I, device=device, requires_grad=True)
-
-
 @pytest.mark.parametrize("kind", [LSTMCell, SoftmaxReadout])
 def test_inference_and_autocast_in_one_graph(kind, device):
     module, x = kind(I, H, device=device, backend="triton"), torch.randn(B, I, device=device)
@@ -120,12 +115,12 @@ def test_inference_and_autocast_in_one_graph(kind, device):
         assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
-@both
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_compiled_dropout(backend, device):
     """Dropped in training, by the compiler's random numbers, and not in evaluation mode."""
     lstm = _lstm(backend, device, dropout=0.5, bidirectional=False)
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
-    x = _input(device)
+    x = torch.randn(B, T, I, device=device)
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -166,28 +161,20 @@ class _Watching(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def no_values(monkeypatch):
-    """A device whose tensors have no data: every read of a value is an error, and lengths are not looked at, as on a GPU."""
-    monkeypatch.setattr(dispatch, "layer_backend", lambda *args: "triton")
-    return torch.device("meta")
-
-
 @pytest.mark.parametrize("options", [{}, {"proj_size": 1}, {"dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_segments_read_no_values(options, recompute, no_values):
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=no_values, requires_grad=dtype.is_floating_point)
+def test_segments_read_no_values(options, recompute, monkeypatch):
+    """On a device whose tensors have no data every read of a value is an error. Lengths are not looked at, as on a GPU."""
+    monkeypatch.setattr(dispatch, "layer_backend", lambda *args: "triton")
 
-    lstm = _lstm("triton", no_values, **options)
-    lstm.recompute = recompute
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+    lstm = _lstm("triton", "meta", recompute=recompute, **options)
     R = lstm.proj_size or H
     leaves = [empty(B, T, I), empty(4, B, R), empty(4, B, H), empty(T, 4, B, R), empty(T, 4, B, H)]
-    segments = {
-        "resets": empty(B, T, dtype=torch.bool),
-        "reset_state": tuple(leaves[3:]),
-        "lengths": empty(B, dtype=torch.int64),
-    }
+    segments = {"resets": empty(B, T, dtype=torch.bool), "lengths": empty(B, dtype=torch.int64)}
+    segments["reset_state"] = tuple(leaves[3:])
     leaves += lstm.parameters()
     with _Watching():
         results = tree_leaves(lstm(leaves[0], tuple(leaves[1:3]), return_cell_states=True, **segments))
@@ -201,7 +188,7 @@ def test_distributed_data_parallel(tmp_path, device):
     try:
         lstm = _lstm("triton", device)
         parallel = torch.nn.parallel.DistributedDataParallel(lstm)
-        x = _input(device)
+        x = torch.randn(B, T, I, device=device)
         losses = [sum(t.square().sum() for t in tree_leaves(module(x))) for module in (lstm, parallel)]
         expected = torch.autograd.grad(losses[0], list(lstm.parameters()))
         losses[1].backward()

@@ -83,7 +83,9 @@ def test_choice(device, dtype, env, obstacle, layers):
     if device == "cpu":  # for every plain call: `LSTM.forward` rests on that, and does not ask
         assert choose_layer("auto", device, dtype, env, PROJECTED).backend == "torch"
     refused("cudnn", "cuDNN has no LSTM cell", choose_cell)
-    for choose, call in ((choose_cell, ()), (choose_layer, (PLAIN,))):
+    refused("cudnn", "cuDNN has no such readout", choose_readout)
+    assert choose_readout("auto", device, dtype, env).backend == cell.backend
+    for choose, call in ((choose_cell, ()), (choose_readout, ()), (choose_layer, (PLAIN,))):
         assert choose("reference", device, dtype, env, *call) == Choice("reference", "asked for")
         for backend in ("triton", "triton-persistent", "triton-stepwise"):
             if obstacle is not None:

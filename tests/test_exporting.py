@@ -184,28 +184,19 @@ def test_script_of_packed_sequences():
     assert_close(torch.jit.script(convert(model))(packed), expected)
 
 
-def test_script_with_states_and_unbatched():
-    class Stateful(torch.nn.Module):
-        def __init__(self, lstm):
-            super().__init__()
-            self.lstm = lstm
-
-        def forward(self, x, h, c):
-            return self.lstm(x, (h, c))
-
-    theirs = Stateful(torch.nn.LSTM(3, 5, batch_first=True))
-    ours = Stateful(LSTM(3, 5, batch_first=True))
+def test_script_of_a_module_alone():
+    """With states, with and without a batch; and its errors."""
+    theirs, ours = (kind(3, 5, batch_first=True) for kind in (torch.nn.LSTM, LSTM))
     ours.load_state_dict(theirs.state_dict())
-    scripted = torch.jit.script(ours)
-    for shapes in (((2, 4, 3), (1, 2, 5)), ((4, 3), (1, 5))):
-        args = torch.randn(shapes[0]), torch.randn(shapes[1]), torch.randn(shapes[1])
-        assert_close(scripted(*args), theirs(*args))
+    x, (h, c), scripted = torch.randn(2, 4, 3), torch.randn(2, 1, 2, 5), torch.jit.script(ours)
+    for given in ((x, (h, c)), (x[0], (h[:, 0], c[:, 0]))):
+        assert_close(scripted(*given), theirs(*given))
     with pytest.raises(torch.jit.Error, match="Expected input to be 2D or 3D, got 1D"):
-        scripted(torch.randn(3), *torch.randn(2, 1, 5))
+        scripted(x[0, 0], (h, c))
     with pytest.raises(torch.jit.Error, match="input.size.-1. must be equal to input_size"):
-        scripted(torch.randn(2, 4, 4), *torch.randn(2, 1, 2, 5))
+        scripted(x.repeat(1, 1, 2), (h, c))
     readout = SoftmaxReadout(5, 3)
-    assert_close(torch.jit.script(torch.nn.Sequential(readout))(h := torch.randn(2, 5)), readout(h))
+    assert_close(torch.jit.script(readout)(h), readout(h))
 
 
 @pytest.mark.parametrize("module", [LSTM(3, 5), LSTMCell(3, 5), SoftmaxReadout(3, 5)], ids=lambda m: type(m).__name__)

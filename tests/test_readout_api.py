@@ -1,4 +1,4 @@
-"""The readout as users and autograd see it: leading dimensions, autocast, the choice of backend. Its module: test_modules."""
+"""The readout as users and autograd see it: leading dimensions, autocast, the use of the GPU. Its module: test_modules."""
 
 import itertools
 
@@ -7,8 +7,7 @@ import torch
 from support.aot import KINDS
 from support.problems import readouts
 
-import lstm_triton
-from lstm_triton import SoftmaxReadout, dispatch, functional, operators
+from lstm_triton import functional, operators
 from lstm_triton.kernels.config import readout_forward_config, readout_rescale_config, steps_per_part
 from lstm_triton.kernels.inputs import ReadoutInputs, ReadoutOptions
 
@@ -54,21 +53,6 @@ def test_float32_results_of_16_bit_inputs(device):
     for found, expected in zip((*first, *second), (*first_true, *second_true)):
         assert found.dtype == torch.bfloat16
         assert (found - expected).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
-
-
-def test_the_choice_of_backend_is_explained():
-    gpu = dispatch.Environment(True, False, (9, 0))
-    cpu = dispatch.Environment(True, False, None)
-    float32 = torch.float32
-    assert dispatch.choose_readout("auto", "cuda", float32, gpu).backend == "triton"
-    assert dispatch.choose_readout("auto", "cpu", float32, cpu).backend == "torch"
-    assert dispatch.choose_readout("reference", "cuda", float32, gpu).backend == "reference"
-    with pytest.raises(RuntimeError, match="interpreter"):
-        dispatch.choose_readout("triton", "cpu", float32, cpu)
-    with pytest.raises(RuntimeError, match="cuDNN has no such readout"):
-        dispatch.choose_readout("cudnn", "cuda", float32, gpu)
-    text = lstm_triton.explain(SoftmaxReadout(7, 5, backend="reference"))
-    assert text == "SoftmaxReadout(7, 5) on cpu, torch.float32: reference: asked for."
 
 
 @pytest.mark.parametrize("kind", KINDS)
