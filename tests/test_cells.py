@@ -52,7 +52,7 @@ def _passes(z, s):
 @pytest.mark.skipif(not interpreter.is_interpreting(), reason="each cell would be compiled: see `make sweep`")
 def test_generated_functions_are_those_of_autograd():
     """Every function, nested at random; `make sweep` draws more. test_recurrent and test_cell_catalogue run ready-made ones."""
-    drawn = [cell_grammar.random_cell(random.Random(seed)) for seed in (2, 3, 8, 14, 24, 33)]
+    drawn = [cell_grammar.random_cell(random.Random(seed)) for seed in (5, 24, 89, 151)]
     used = {word for *_, words in drawn for word in re.findall(r"\w+", words)}
     cells = [Cell(*parts) for *parts, _ in drawn]
     assert {*cell_grammar.UNARY, *cell_grammar.BINARY} <= used

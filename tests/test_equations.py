@@ -82,8 +82,8 @@ def _off_by(function, ulps, signs):
     [
         (cells, (17, 20, 21), 2, ANYWHERE, UP),
         (cells, (17, 20, 21), 2, AT_THE_BOUNDS, DOWN),
-        (layers, (4, 3, 5, 19, 2), 2, ANYWHERE, DOWN),
-        (layers, (4, 3, 5, 19, 2), 2, AT_THE_BOUNDS, UP),
+        (layers, (4, 3, 5, 19), 2, ANYWHERE, DOWN),
+        (layers, (4, 3, 5, 19), 2, AT_THE_BOUNDS, UP),
         (cells, (17, 20, 21), 16, ANYWHERE, UP),
     ],
 )

@@ -8,27 +8,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# What they are given they bound, or keep. At a kink rounding may choose another derivative; sin takes local memory on a GPU.
-_SPECIAL = {"relu", "sin", "exp", "elu", "hardtanh", "clamp", "abs", "softsign", "over", "maximum", "minimum", "where"}
+# Each bounds what it is given, or keeps it.
+_SMOOTH = torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid, F.gelu, F.silu
+_KINKED = torch.relu, torch.abs, torch.sin, F.elu, F.hardtanh, F.softsign
 UNARY: dict[str, Callable] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
+    **{f.__name__: f for f in (*_SMOOTH, *_KINKED)},
     "exp": lambda x: torch.exp(-x.abs()),
     "log1p": lambda x: torch.log1p(x * x),
     "sqrt": lambda x: torch.sqrt(1 + x * x),
-    "sin": torch.sin,
-    "softplus": F.softplus,
-    "logsigmoid": F.logsigmoid,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "elu": F.elu,
-    "hardtanh": F.hardtanh,
     "clamp": lambda x: x.clamp(min=-0.7),
     "square": lambda x: x**2 / (1 + x**2),
     "negative": lambda x: -x,
-    "abs": torch.abs,
-    "softsign": F.softsign,
 }
 BINARY: dict[str, Callable] = {
     "plus": lambda x, y: x + y,
@@ -40,6 +30,8 @@ BINARY: dict[str, Callable] = {
     "where": lambda x, y: torch.where(x > y, x, 0.5 * y),
     "lerp": lambda x, y: torch.lerp(x, y, 0.3),
 }
+# At a kink rounding may choose another derivative; sin takes local memory on a GPU.
+_SPECIAL = {*(f.__name__ for f in _KINKED), "exp", "clamp", "over", "maximum", "minimum", "where"}
 
 
 def random_cell(rng: random.Random, smooth: bool = False) -> tuple[Callable, str, str, str, dict[str, float], str]:
