@@ -119,7 +119,7 @@ def test_papers_equations(name, case, backend, device):
     module.train(case != "evaluation")
     starts, lengths, options = torch.zeros(T, B, dtype=torch.bool), torch.tensor([T, T, T]), {}
     if with_segments:
-        starts[2, 0] = starts[4, 0] = starts[1, 1] = True
+        starts[2, 0] = starts[4, 0] = starts[1, 1] = starts[3, 1] = True  # the last one is past the end of its row
         lengths = torch.tensor([T, 3, 0])
         options = dict(resets=starts.to(device), lengths=lengths.to(device))
     with philox.seeded(11):
