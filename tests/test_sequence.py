@@ -76,7 +76,7 @@ def test_accuracy(shape, kind, options, device, count_launches):
 
 
 def test_outputs_follow_the_memory_order_of_the_input(device):
-    """No copy where a module is batch-first. test_compiled_waiting judges the values."""
+    """No copy where a module is batch-first. test_waiting judges the values."""
     problem = _draw((5, 4, 3, 7), "fp32", device, D=2, batch_major=True, cells=True)
     named = dict(zip(problem.names, layers.by_kernels(problem)))
     for name in ("y", "c", "dx"):

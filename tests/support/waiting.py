@@ -1,12 +1,14 @@
-"""Programs of one launch that wait for each other: what the tests of a barrier and of the exchange without one share."""
+"""Programs of one launch that wait for each other, at a barrier or without one: what their tests share."""
 
-import re
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from lstm_triton.kernels import interpreter
+from lstm_triton.kernels import interpreter, search
 
 FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
 FP16 = {"dtype": torch.float16}
@@ -15,20 +17,19 @@ FP32, TF32, TF32X3 = ({"dtype": torch.float32, "precision": precision} for preci
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 marks = [
+    pytest.mark.compiled,
     pytest.mark.long,
     pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
 ]
 
+# What the search may choose so that small layers are shared by several programs, as large ones are. At the barrier of 8 units
+# each, and 16 rows a group; in the exchange of 16 units each, on CUDA cores 4, and 8 rows a group.
+BARRIER = {"_TILES": [(16, 8, 8)], "_IN_BAND": (False,)}
+EXCHANGE = {"_TILES": [(8, 16, 4)], "_TILES_ON_CUDA_CORES": [(8, 4, 4)], "_IN_BAND": (True,)}
 
-def change(executed, kernel: str, changes: Iterable[tuple]) -> None:
-    """From here on this kernel is executed with patterns in its PTX replaced, each of which must be there."""
-    if executed is None:
-        pytest.skip("the executor reports mutants; a GPU would wait, or compute anything")
 
-    def changed(name: str, ptx: str) -> str:
-        for pattern, replacement in changes if name == kernel else ():
-            ptx, found = re.subn(pattern, replacement, ptx)
-            assert found, pattern
-        return ptx
-
-    executed.change = changed
+@contextlib.contextmanager
+def searching(**limits: Any) -> Iterator[None]:
+    """Within, the search chooses from these alone, and remembers nothing from before."""
+    with mock.patch.multiple(search, **limits, remembered={}):
+        yield
