@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from support import layers, segmented
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from lstm_triton import LSTM, RecurrentCell
 from lstm_triton.cells import catalogue
-from lstm_triton.kernels import interpreter
 
 TOOLS = {
     "memcheck": "accesses out of bounds or misaligned",
@@ -37,38 +38,36 @@ Results = Sequence[Tensor | None]
 
 def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
     """A name and what to run: small, since a tool slows a kernel down a hundredfold, with edges inside every tile."""
+
+    def case(kind: str, shape: tuple[int, ...], *backend: str, **options: Any) -> tuple[str, Callable[[], Results]]:
+        module: Any = {"cell": cells, "readout": readouts, "layer": layers}[kind]
+        problem = module.draw(*shape, **options, device=device)
+        return f"{kind} {shape} {backend} {options}", partial(module.by_kernels, problem, *backend)
+
     float32, bfloat16 = torch.float32, torch.bfloat16
     for dtype in (float32, bfloat16):
-        for shape in ((3, 7, 19), (17, 33, 20)):
-            cell = cells.draw(*shape, dtype, device=device)
-            yield f"cell {shape} {dtype}", lambda cell=cell: cells.by_kernels(cell)
-        for readout_shape in ((5, 19, 37), (3, 20, 1500)):
-            readout = readouts.draw(*readout_shape, dtype, device=device)
-            yield f"readout {readout_shape} {dtype}", lambda readout=readout: readouts.by_kernels(readout)
-    every = dict(resets=True, reset_state="stored", lengths=True, cells=True)
-    # T, B, I, H and directions. 70 units are more than one program holds, so that several wait for one another.
-    wide, large = (70, 150) if interpreter.programs_can_wait() else (35, 35)
+        yield case("cell", (3, 7, 19), dtype=dtype)
+        yield case("cell", (17, 33, 20), dtype=dtype)
+        yield case("readout", (5, 19, 37), dtype=dtype)
+        yield case("readout", (3, 20, 1500), dtype=dtype)
+    every = dict(D=2, resets=True, reset_state="stored", lengths=True, cells=True)
+    # 70 units are more than one program holds, so that several wait for one another.
+    yield case("layer", (3, 3, 5, 19), dtype=bfloat16)
+    yield case("layer", (3, 35, 5, 150), dtype=bfloat16)
+    yield case("layer", (3, 3, 5, 70), dtype=bfloat16, **every)
+    yield case("layer", (3, 3, 5, 70), precision="tf32")
+    yield case("layer", (3, 3, 5, 12))
     # Between launches the c of bfloat16 is float32: these kernels are not compiled for the executor as well.
-    by_steps = (float32, bfloat16) if device.type == "cuda" else (float32,)
-    for shape, D, dtype, backend, options in (
-        ((3, 3, 5, 19), 1, bfloat16, "triton", {}),
-        ((3, 35, 5, large), 1, bfloat16, "triton", {}),
-        ((3, 3, 5, wide), 2, bfloat16, "triton", every),
-        ((3, 3, 5, wide), 1, float32, "triton", {"precision": "tf32"}),
-        ((3, 3, 5, 12), 1, float32, "triton", {}),
-        *(((3, 3, 5, 19), 2, dtype, "triton-stepwise", every) for dtype in by_steps),
-    ):
-        layer = layers.draw(*shape, D, dtype, device=device, **options)
-        name = f"layer {shape}, {D} direction(s), {dtype}, {backend}{', segments' if options is every else ''}"
-        yield name, lambda layer=layer, backend=backend: layers.by_kernels(layer, backend)
+    for dtype in (float32, bfloat16) if device.type == "cuda" else (float32,):
+        yield case("layer", (3, 3, 5, 19), "triton-stepwise", dtype=dtype, **every)
     lstm = LSTM(5, 19, 2, dropout=0.5, backend="triton", device=device)
-    yield "dropout, second derivatives", lambda: _second_derivatives(lstm, torch.randn(3, 3, 5, device=device))
+    yield "dropout, second derivatives", partial(_second_derivatives, lstm, torch.randn(3, 3, 5, device=device))
     for other in (catalogue.slstm, catalogue.zoneout()):
-        case = segmented.Case(T=3, B=3, I=5, H=40, dtype=bfloat16, cell=other)
-        drawn = segmented.draw(case, device)
-        yield f"layer of {other}", lambda case=case, drawn=drawn: segmented.results(case, drawn, "triton")
+        of_cell = segmented.Case(T=3, B=3, I=5, H=40, dtype=bfloat16, cell=other)
+        drawn = segmented.draw(of_cell, device)
+        yield f"layer of {other}", partial(segmented.results, of_cell, drawn, "triton")
     one = RecurrentCell(catalogue.zoneout(), 5, 19, backend="triton", device=device)
-    yield f"one step of {one.cell}", lambda: _second_derivatives(one, torch.randn(3, 5, device=device))
+    yield f"one step of {one.cell}", partial(_second_derivatives, one, torch.randn(3, 5, device=device))
 
 
 def _second_derivatives(lstm: torch.nn.Module, x: Tensor) -> Results:

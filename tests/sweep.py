@@ -21,18 +21,11 @@ INTERPRETING = os.environ.setdefault("TRITON_INTERPRET", "0") == "1"  # before t
 
 import torch  # noqa: E402
 from support import cell_grammar, executor, layers, segmented  # noqa: E402
+from support.aot import KINDS  # noqa: E402
 from support.problems import cells, readouts  # noqa: E402
 
 from lstm_triton.cells import Cell  # noqa: E402
 
-KINDS = [
-    (torch.bfloat16, "ieee"),
-    (torch.float16, "ieee"),
-    (torch.float32, "tf32"),
-    (torch.float32, "ieee"),
-    (torch.float32, "tf32x3"),
-    (torch.float64, "ieee"),
-]
 SEGMENTS: list[dict[str, Any]] = [
     {},
     {"resets": True},
@@ -109,7 +102,7 @@ def once(number: int) -> tuple[str, str | None, int]:
     kind = rng.choice([cell, readout, own_cell, own_cell, own_cell, layer, layer, layer])
     kind = interpreted_cell if INTERPRETING else kind
     words, draw, by_kernels, judge = kind(rng)
-    dtype, precision = KINDS[-1] if INTERPRETING else rng.choice(KINDS)
+    dtype, precision = KINDS["fp64"] if INTERPRETING else rng.choice(list(KINDS.values()))
     target, seed, executed = f"sm_{rng.choice([80, 90, 100, 120])}", rng.randrange(1, 10**6), 0
     what = f"{kind.__name__} {words} {dtype} {precision} {target}, number {number}"
 
