@@ -285,21 +285,15 @@ def test_patch_whatever_the_name(build, no_warnings):
         assert all(map(torch.equal, flat(inside(X)), flat(before(X))))
 
 
-def test_what_patch_leaves_and_its_end(no_warnings):
+def test_patches_nest_end_and_leave_other_classes(no_warnings):
     with pytest.raises(KeyError), patch(precision="ieee"):
-        own, ours, rnn = Overriding(3, 5), LSTMCell(3, 5), torch.nn.RNN(3, 5)
+        with patch(backend="reference"):
+            inner = torch.nn.LSTM(3, 5)
+        outer, own, ours, rnn = torch.nn.LSTM(3, 5), Overriding(3, 5), LSTMCell(3, 5), torch.nn.RNN(3, 5)
+        assert not _is_converted(to_torch(outer)) and _is_converted(convert(outer))
         raise KeyError
+    assert (inner.backend, inner.precision, outer.backend) == ("reference", None, "auto")
     assert not hasattr(own, "backend") and own(X).shape == (4, 2, 5)
     assert ours.precision is None and not hasattr(rnn, "backend") and not _is_converted(torch.nn.LSTM(3, 5))
     with pytest.raises(ValueError, match="backend must be one of"), patch(backend="cuda"):
         pass
-
-
-def test_patches_nest_and_convert_inside(no_warnings):
-    with patch():
-        with patch(backend="reference"):
-            inner = torch.nn.LSTM(3, 5)
-        outer = torch.nn.LSTM(3, 5)
-        to_torch(outer)
-        assert not _is_converted(outer) and _is_converted(convert(outer))
-    assert (inner.backend, outer.backend) == ("reference", "auto")

@@ -76,8 +76,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("run, precision", [*((run, "ieee") for run in RUNS), ("eager", "tf32")])
 def test_forward_and_backward_find_the_precision_set(run, precision, seen):
     """Whatever is set when the backward runs; and the gradients are those of no precision given."""
     lstm, x = LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
