@@ -156,65 +156,50 @@ def test_dot_accumulates_in_float32(dtype, precision, truncates):
 
 
 @triton.jit
-def _load_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.load(x_ptr + i, mask=i < limit)
+def _access_kernel(x_ptr, first, limit, ACCESS: tl.constexpr):
+    i = first + tl.arange(0, 4)
+    if ACCESS == "load":
+        tl.load(x_ptr + i, mask=i < limit)
+    elif ACCESS == "store":
+        tl.store(x_ptr + i, 1.0, mask=i < limit)
+    elif ACCESS == "atomic":
+        tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
+    elif ACCESS == "compare and swap":
+        tl.atomic_cas(x_ptr + first, 0, 1)
+    elif ACCESS == "wide":
+        tl.load((x_ptr + first).to(tl.pointer_type(tl.int64)))
 
 
-@triton.jit
-def _store_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.store(x_ptr + i, 1.0, mask=i < limit)
-
-
-@triton.jit
-def _atomic_kernel(x_ptr, first, limit, SIZE: tl.constexpr):
-    i = first + tl.arange(0, SIZE)
-    tl.atomic_add(x_ptr + i, 1.0, mask=i < limit)
-
-
-@pytest.mark.parametrize("kernel", [_load_kernel, _store_kernel, _atomic_kernel])
-def test_access_out_of_bounds_is_named(kernel):
-    name = kernel.fn.__name__
-    lines, start = inspect.getsourcelines(kernel.fn)
-    place = f"{__file__}:{start + len(lines) - 1} in {name}: `{lines[-1].strip()}`"
+@pytest.mark.parametrize("access, line", [("load", 3), ("store", 5), ("atomic", 7)])
+def test_access_out_of_bounds_is_named(access, line):
+    lines, start = inspect.getsourcelines(_access_kernel.fn)
+    lines = lines[1:]  # without the decorator
+    place = f"{__file__}:{start + 1 + line} in _access_kernel: `{lines[line].strip()}`"
     for first, outside, byte in ((6, "2 of 4", 32), (-1, "1 of 4", -4), (1000, "4 of 4", 4000)):
         with pytest.raises(InterpreterError) as error:
-            kernel[(1,)](torch.zeros(8), first, 10_000, 4)
+            _access_kernel[(1,)](torch.zeros(8), first, 10_000, access)
         message = str(error.value.__cause__)
-        assert message.startswith(f"{name.split('_')[1]} out of bounds at {place}, program (0, 0, 0): ")
+        assert message.startswith(f"{access} out of bounds at {place}, program (0, 0, 0): ")
         assert f"{outside} elements, the first at byte {byte} of a tensor of 32 bytes" in message
     for first in (6, 1000):  # masked lanes may point anywhere
-        kernel[(1,)](torch.zeros(8), first, 8, 4)
+        _access_kernel[(1,)](torch.zeros(8), first, 8, access)
 
 
-@triton.jit
-def _compare_and_swap_kernel(x_ptr, first):
-    tl.atomic_cas(x_ptr + first, 0, 1)
-
-
-@triton.jit
-def _wide_load_kernel(x_ptr, first):
-    tl.load((x_ptr + first).to(tl.pointer_type(tl.int32)))
-
-
-@pytest.mark.parametrize(
-    "kernel, dtype, last", [(_compare_and_swap_kernel, torch.int32, 7), (_wide_load_kernel, torch.bfloat16, 6)]
-)
-def test_an_element_must_end_inside(kernel, dtype, last):
-    kernel[(1,)](torch.zeros(8, dtype=dtype), last)
-    with pytest.raises(InterpreterError, match=r"(atomic|load) out of bounds at .*: `tl\.(atomic_cas|load)\("):
-        kernel[(1,)](torch.zeros(8, dtype=dtype), last + 1)
+@pytest.mark.parametrize("access, last, named", [("compare and swap", 7, "atomic"), ("wide", 6, "load")])
+def test_an_element_must_end_inside(access, last, named):
+    _access_kernel[(1,)](torch.zeros(8, dtype=torch.int32), last, 0, access)
+    with pytest.raises(InterpreterError, match=rf"{named} out of bounds at .*: `tl\.(atomic_cas|load)\("):
+        _access_kernel[(1,)](torch.zeros(8, dtype=torch.int32), last + 1, 0, access)
 
 
 def test_bounds_are_those_of_the_storages_of_this_launch():
     x, other = torch.zeros(8), torch.zeros(8)
-    _store_kernel[(1,)](x[4:], -4, 4, 8)
-    assert x.eq(1).all(), "a view may reach the rest of its storage"
-    _store_kernel[(1,)](other, 0, 8, 8)
+    _access_kernel[(1,)](x[4:], -4, 4, "store")
+    assert x.tolist() == [1.0] * 4 + [0.0] * 4, "a view may reach the rest of its storage"
+    _access_kernel[(1,)](other, 0, 8, "store")
     elements_apart = (other.data_ptr() - x.data_ptr()) // 4
     with pytest.raises(InterpreterError, match="out of bounds"):
-        _store_kernel[(1,)](x, elements_apart, elements_apart + 8, 8)
+        _access_kernel[(1,)](x, elements_apart, elements_apart + 8, "store")
 
 
 @triton.jit
