@@ -103,8 +103,8 @@ def by_steps(
 @contextlib.contextmanager
 def precision(case: Case) -> Iterator[None]:
     """Within, torch's precision of float32 products, cuDNN's and those of matrices alike, is what the case has. For other
-    dtypes TF32 is left on: off, it slows cuDNN's bfloat16 down too. Matrix products are set by torch's older call, which sets
-    the newer `fp32_precision` along: after the newer one alone, libraries that read the older one get an error."""
+    dtypes TF32 is left on: without it torch has cuDNN multiply bfloat16 without tensor cores. Products are set by torch's
+    older call, which sets the newer `fp32_precision` along: after the newer one alone, readers of the older one fail."""
     ieee = case.precision in ("ieee", "tf32x3")
     with contextlib.ExitStack() as put_back:
         for setting in (_BACKENDS.cudnn.rnn, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul):

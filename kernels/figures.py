@@ -1,7 +1,7 @@
 """Figures of a device, for the cost model of the sequence kernels. Only this file knows compute capabilities.
 
-The number of SMs and their shared memory come from the GPU itself. The rest are published figures, or round figures from other
-people's measurements; this project has measured none yet.
+The number of SMs and their shared memory come from the GPU itself. The rest are published figures, or round figures that are
+assumed; this project has measured none yet.
 """
 
 from typing import NamedTuple

@@ -114,7 +114,7 @@ def launch(launcher: Launcher, config: SequenceConfig, on: torch.device, argumen
         # The GPU's properties do not show that a green context, MPS or virtualisation leaves this process only a part of it.
         raise RuntimeError(
             f"{launcher.kernel.__name__} needs {programs} programs that run at the same time, and this process may use fewer"
-            " multiprocessors, or launch none so: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
+            " SMs, or may not launch cooperatively: set LSTM_TRITON_FREE_MULTIPROCESSORS to the number it may not use, or take"
             " backend='triton-stepwise'"
         ) from error
 

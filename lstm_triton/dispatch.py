@@ -75,9 +75,8 @@ def _why_no_kernels(device_type: str, dtype: torch.dtype, env: Environment) -> s
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels know no {dtype}"
     if device_type == "cpu":
-        return (
-            None if env.interpreting else "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
-        )
+        reason = "the kernels run on NVIDIA GPUs; on a CPU only in Triton's interpreter, slowly (TRITON_INTERPRET=1)"
+        return None if env.interpreting else reason
     if device_type != "cuda" or env.capability is None:
         return f"the kernels run on NVIDIA GPUs, not on '{device_type}'"
     if env.interpreting:
@@ -115,7 +114,7 @@ def _choose(
     """Choose a backend for `choose_cell` and `choose_readout`; no_cudnn, fused and torchs word the reasons."""
     check_backend(backend)
     if backend == "reference":
-        return Choice("reference", "asked for")
+        return Choice("reference", "requested")
     if backend == "cudnn":
         raise RuntimeError(f"backend='cudnn' cannot serve: {no_cudnn}")
     obstacle = _why_no_kernels(device_type, dtype, env)
@@ -126,7 +125,7 @@ def _choose(
         return Choice("torch", obstacle or f"on a CPU torch's own {torchs} is faster than Triton's interpreter")
     if obstacle is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
-    return Choice("triton", "asked for")
+    return Choice("triton", "requested")
 
 
 @dataclass(frozen=True)
@@ -147,17 +146,17 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
     """
     check_backend(backend)
     if backend == "reference":
-        return Choice("reference", "asked for")
+        return Choice("reference", "requested")
     obstacle = _why_no_kernels(device_type, dtype, env)
     no_cudnn = _why_no_cudnn(device_type, call)
     if backend == "cudnn":
         if no_cudnn is not None:
             raise RuntimeError(f"backend='cudnn' cannot serve: {no_cudnn}")
-        return Choice("cudnn", "asked for")
+        return Choice("cudnn", "requested")
     if backend != "auto":
         if obstacle is not None:
             raise RuntimeError(f"backend={backend!r} cannot serve: {obstacle}")
-        return Choice(backend, "asked for")
+        return Choice(backend, "requested")
     measured = call.measured
     if measured is not None and (no_cudnn if measured.backend == "cudnn" else obstacle) is None:
         return Choice(*measured)
@@ -173,7 +172,7 @@ def choose_layer(backend: str, device_type: str, dtype: torch.dtype, env: Enviro
     if device_type == "cuda":
         return Choice("reference", f"{no_cudnn}, and {obstacle}")
     reason = obstacle or "on a CPU torch's own kernels are faster than Triton's interpreter"
-    loops = "; but cells of one's own, cell states and reset states run step by step in plain PyTorch"
+    loops = "; cell states, reset states and cells of one's own, if any, run step by step in plain PyTorch"
     return Choice("torch", reason if call.plain else reason + loops)
 
 

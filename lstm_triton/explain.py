@@ -86,7 +86,7 @@ def _explain_layer(module: Any, input: Any, hx: Any = None, **features: Any) -> 
     module._update_flat_weights()
     (shape, T, on), cell = shapes.of_call(module, input, hx, **features), shapes.cell_of(module)
     choice, dtype = _choice(module, shape, T, on), getattr(torch, shape.dtype)
-    subject = f"{type(module).__name__}({module.input_size}, {module.hidden_size}) on {on}, {dtype}"
+    subject = _subject(module, (module.input_size, module.hidden_size), on, dtype)
     if not choice.backend.startswith("triton") or shape.batch == 0:
         no_launch = "; with B = 0 no launch" if choice.backend.startswith("triton") else ""
         return Explanation(subject, choice, [], {}, no_launch)
@@ -198,8 +198,12 @@ def explain(
     else:
         sizes = (module.in_features, module.out_features)
         choice = choose_readout(module.backend, device.type, dtype, dispatch.environment(device))
-    name = type(module).__name__
-    return f"{name}({sizes[0]}, {sizes[1]}) on {device}, {dtype}: {choice.backend}: {choice.reason}."
+    return f"{_subject(module, sizes, device, dtype)}: {choice.backend}: {choice.reason}."
+
+
+def _subject(module: Any, sizes: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
+    layers = f", num_layers={module.num_layers}" if getattr(module, "num_layers", 1) > 1 else ""
+    return f"{type(module).__name__}({sizes[0]}, {sizes[1]}{layers}) on {device}, {dtype}"
 
 
 def _explain_parts(model: torch.nn.Module, **call) -> str:

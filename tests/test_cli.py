@@ -1,6 +1,7 @@
 """The command line: what it says of the machine and of compiled kernels, and its exit codes."""
 
 import json
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from lstm_triton import cli, environment
 
 
-def test_info_prints_the_line_and_the_listing(capsys):
-    assert cli.main(["info"]) == 0
+def test_info_prints_the_line_and_the_listing(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lstm_triton", "info"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("lstm_triton", run_name="__main__")
     text = capsys.readouterr().out
     line = text.splitlines()[0]
     assert line == environment.summary() and (torch.cuda.is_available() or line.startswith("CPU only"))

@@ -30,13 +30,13 @@ LACKS = {
 UNMEASURED = "the persistent kernels are not yet measured on this GPU"
 STEPWISE = ("triton-stepwise", f"{{lacks}}; {UNMEASURED}")
 NO_TORCH = ("reference", "torch's own kernels have no resets, lengths, cell states or recomputation")
-LOOPS = "; but cells of one's own, cell states and reset states run step by step in plain PyTorch"
+LOOPS = "; cell states, reset states and cells of one's own, if any, run step by step in plain PyTorch"
 # The automatic choice for each of these calls: the backend and its reason.
 KERNELS = [("cudnn", UNMEASURED), STEPWISE, STEPWISE, STEPWISE]
 NO_KERNELS = [("cudnn", "{obstacle}"), NO_TORCH, *[("reference", "{lacks}, and {obstacle}")] * 2]
 ON_A_CPU = [("torch", "{obstacle}"), ("torch", "{obstacle}" + LOOPS), *[("torch", "{obstacle}")] * 2]
 ELSEWHERE = [("torch", "{obstacle}"), NO_TORCH, *[("torch", "{obstacle}")] * 2]
-ONLY_INTERPRETED = "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+ONLY_INTERPRETED = "the kernels run on NVIDIA GPUs; on a CPU only in Triton's interpreter, slowly (TRITON_INTERPRET=1)"
 INTERPRETED = "TRITON_INTERPRET=1 is set: the interpreter"
 # What stands in the way of the kernels, which is the reason for another backend (None: nothing).
 PLACES = [
@@ -79,19 +79,19 @@ def test_choice(device, dtype, env, obstacle, layers):
         elif lacks:
             refused("cudnn", lacks, choose_layer, call)
         else:
-            assert choose_layer("cudnn", device, dtype, env, call) == Choice("cudnn", "asked for")
+            assert choose_layer("cudnn", device, dtype, env, call) == Choice("cudnn", "requested")
     if device == "cpu":  # for every plain call: `LSTM.forward` rests on that, and does not ask
         assert choose_layer("auto", device, dtype, env, PROJECTED).backend == "torch"
     refused("cudnn", "cuDNN has no LSTM cell", choose_cell)
     refused("cudnn", "cuDNN has no such readout", choose_readout)
     assert choose_readout("auto", device, dtype, env).backend == cell.backend
     for choose, call in ((choose_cell, ()), (choose_readout, ()), (choose_layer, (PLAIN,))):
-        assert choose("reference", device, dtype, env, *call) == Choice("reference", "asked for")
+        assert choose("reference", device, dtype, env, *call) == Choice("reference", "requested")
         for backend in ("triton", "triton-persistent", "triton-stepwise"):
             if obstacle is not None:
                 refused(backend, obstacle, choose, *call)
             else:  # a cell has one step, whichever way the kernels are asked for
-                asked = Choice(backend if call else "triton", "asked for")
+                asked = Choice(backend if call else "triton", "requested")
                 assert choose(backend, device, dtype, env, *call) == asked
         with pytest.raises(ValueError, match="backend must be one of 'auto', .*, got 'gpu'"):
             choose("gpu", device, dtype, env, *call)
@@ -118,7 +118,7 @@ def check(why):
     else:
         raise AssertionError("a forced backend that cannot serve")
 
-check("on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)")
+check("the kernels run on NVIDIA GPUs; on a CPU only in Triton's interpreter, slowly (TRITON_INTERPRET=1)")
 assert "triton" not in sys.modules, "nothing needs triton here"
 sys.modules["triton"] = None
 find_spec = importlib.util.find_spec
@@ -165,7 +165,7 @@ def test_explain(monkeypatch):
 
     for module, options, call in (
         (LSTM(2, 3), {}, PLAIN),
-        (LSTM(2, 3, recompute=True), {}, PLAIN),
+        (LSTM(2, 3, num_layers=2, recompute=True), {}, PLAIN),
         (convert(torch.nn.LSTM(2, 3)), {}, PLAIN),
         (LSTM(2, 3), {"segments": True}, SEGMENTS),
         (LSTM(2, 3), cuda, PLAIN),
@@ -180,10 +180,11 @@ def test_explain(monkeypatch):
         env, is_readout = SM90 if device == "cuda" else CPU, isinstance(module, SoftmaxReadout)
         choose = choose_layer if call else choose_readout if is_readout else choose_cell
         choice = choose(getattr(module, "backend", "auto"), device, dtype, env, *([call] if call else []))
-        expected = f"{type(module).__name__}(2, 3) on {device}, {dtype}: {choice.backend}: {choice.reason}."
+        layers = ", num_layers=2" if getattr(module, "num_layers", 1) == 2 else ""
+        expected = f"{type(module).__name__}(2, 3{layers}) on {device}, {dtype}: {choice.backend}: {choice.reason}."
         assert explain(module, **options) == expected
     for module in (LSTMCell(2, 3, backend="triton"), LSTM(2, 3, backend="triton")):
-        with pytest.raises(RuntimeError, match="backend='triton' cannot serve: on a CPU"):
+        with pytest.raises(RuntimeError, match="'triton' cannot serve: .* on a CPU only in Triton's interpreter"):
             explain(module)
     with pytest.raises(TypeError, match="knows LSTM, Recurrent, their cells and SoftmaxReadout, .*, got Linear"):
         explain(torch.nn.Linear(2, 3))
@@ -208,5 +209,5 @@ def test_explain_tells_how_many_launches(hidden_size, batch, dtype, expected, mo
     monkeypatch.setattr(dispatch, "environment", lambda device: INTERPRETER)
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: expected is not None)
     lstm = LSTM(2, hidden_size, backend="triton", precision="tf32")
-    text = f": triton: asked for; with B = {batch} {expected or 'one launch per step'}."
+    text = f": triton: requested; with B = {batch} {expected or 'one launch per step'}."
     assert explain(lstm, batch=batch, dtype=dtype).endswith(text)

@@ -190,7 +190,7 @@ def test_calls_of_other_cells(cell, check):
 def test_the_sentence_names_launches_configuration_and_source(monkeypatch):
     module, x = LSTM(3, 20, dtype=torch.bfloat16, backend="triton"), torch.zeros(7, 2, 3, dtype=torch.bfloat16)
     text = explain(module, x)
-    assert text.startswith("LSTM(3, 20) on cpu, torch.bfloat16: triton: asked for; forward 1 launch for 7 steps, 1 ")
+    assert text.startswith("LSTM(3, 20) on cpu, torch.bfloat16: triton: requested; forward 1 launch for 7 steps, 1 ")
     assert "backward 1 launch for 7 steps" in text and text.count("(by the model and the compiler)") == 2
     monkeypatch.setattr(measurements, "rows", _measured(module, x, "triton"))
     monkeypatch.setattr(search, "remembered", {})
