@@ -1,7 +1,7 @@
 """The kernels under NVIDIA's compute-sanitizer: `make sanitize`.
 
-`python tests/sanitize.py [tool ...]` runs the cases below once under each tool, and exits with 1 if any reports something,
-with 2 where it cannot run. `--cases` runs them without a tool, on the GPU or in Triton's interpreter.
+`python tests/sanitize.py [tool ...]` runs the cases below once under each tool, and fails if any reports something, or where it
+cannot run. `--cases` runs them without a tool, on the GPU or in Triton's interpreter.
 """
 
 import os
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,8 @@ from torch import Tensor
 from lstm_triton import LSTM, RecurrentCell
 from lstm_triton.cells import catalogue
 
-TOOLS = {
-    "memcheck": "accesses out of bounds or misaligned",
-    "racecheck": "hazards in shared memory",
-    "initcheck": "reads of memory that nothing has written",
-    "synccheck": "invalid barriers",
-}
+# Accesses out of bounds or misaligned, hazards in shared memory, reads of memory that nothing has written, invalid barriers.
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Only this package's kernels, and neither the CUDA calls by which torch probes nor the compilers that Triton starts.
 OPTIONS = (
     "--kernel-name kns=_lstm_ --kernel-name kns=_readout_"
@@ -83,36 +78,26 @@ def run_cases(device: torch.device) -> None:
         assert all(t.isfinite().all() for t in run() if t is not None), f"{name}: results that are not finite"
 
 
-def find_sanitizer() -> str | None:
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(toolkit))
-
-
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> None:
     if arguments == ["--cases"]:
-        run_cases(torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"))
-        return 0
-    unknown, sanitizer, why_not = [argument for argument in arguments if argument not in TOOLS], find_sanitizer(), None
-    if unknown:
-        why_not = f"{unknown[0]} is none of {', '.join(TOOLS)}"
-    elif not torch.cuda.is_available():
-        why_not = "no NVIDIA GPU here"
-    elif sanitizer is None:
-        why_not = "no compute-sanitizer in PATH or CUDA_HOME/bin; it is part of the CUDA toolkit"
-    if why_not:
-        print(f"make sanitize: {why_not}", file=sys.stderr)
-        return 2
+        return run_cases(torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"))
+    path = os.pathsep.join([os.environ["PATH"], os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"])
+    sanitizer = shutil.which("compute-sanitizer", path=path)
+    if sanitizer is None or not torch.cuda.is_available():
+        sys.exit(
+            "make sanitize: needs an NVIDIA GPU, and compute-sanitizer of the CUDA toolkit in PATH or CUDA_HOME/bin"
+        )
     # torch's caching allocator would hide from the tools where a tensor ends, and that it is new.
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
     failed = []
     for tool in arguments or TOOLS:
-        print(f"{tool}: {TOOLS[tool]}", flush=True)
+        print(f"{tool}:", flush=True)
         command = [sanitizer, "--tool", tool, *OPTIONS, sys.executable, __file__, "--cases"]
-        if subprocess.run(command, env=environ).returncode != 0:
-            failed.append(tool)
-    print(f"make sanitize: {', '.join(failed)} failed" if failed else "make sanitize: nothing found")
-    return 1 if failed else 0
+        failed += [tool] if subprocess.run(command, env=environ).returncode else []
+    if failed:
+        sys.exit(f"make sanitize: {', '.join(failed)} failed")
+    print("make sanitize: nothing found")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -77,15 +77,13 @@ LAYERS = {
     # A last chunk that is cut off, a last program of four units.
     "exchange, tf32": _exchanging(T=3, B=10, H=36, **TF32),
     "exchange, fp16, two steps": _exchanging(T=2, B=9, H=24, D=2, **FP16),
-    "exchange, fp32": _exchanging(T=3, B=10, H=36, D=2, **SEGMENTS, **FP32),
-    "exchange, tf32x3": _exchanging(T=3, B=10, H=36, **SEGMENTS, **TF32X3),
     "exchange, 16 rows, 8 warps": _exchanging(16, 16, 8, T=3, B=18, H=48, **BF16),
     "exchange, 32 rows, two chunks": _exchanging(32, 16, 4, T=3, B=18, H=136, **BF16),
     "exchange forward, eight units are too few backward": Layer(
         dict(T=3, B=18, I=3, H=48, **BF16), partial(searching, _TILES=[(16, 8, 4)]), {True, False}
     ),
-    "as searched, fp32": Layer(dict(T=3, B=9, I=3, H=64, **FP32), searching, {True}),
-    "as searched, tf32x3": Layer(dict(T=3, B=9, I=3, H=64, **TF32X3), searching, {True}),
+    "as searched, fp32": Layer(dict(T=3, B=10, I=3, H=36, D=2, **SEGMENTS, **FP32), searching, {True}),
+    "as searched, tf32x3": Layer(dict(T=3, B=10, I=3, H=36, **SEGMENTS, **TF32X3), searching, {True}),
     # Ten groups of two programs each, four of them at once.
     "exchange, groups that do not fit at once": _exchanging(T=3, B=34, H=32, D=2, **SEGMENTS, **BF16)._replace(
         launches=(3, 3), sms=8
