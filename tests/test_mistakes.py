@@ -17,8 +17,8 @@ from lstm_triton import GRU, LSTM, GRUCell, LSTMCell, SoftmaxReadout, explain, f
 ERRORS = AttributeError, IndexError, RuntimeError, TypeError, ValueError
 
 
-def _zeros(*shape, dtype=torch.float32, device=None):
-    return torch.zeros(shape, dtype=dtype, device=device)
+def _zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _states(*shape, **options):
@@ -31,20 +31,17 @@ def _packed(*shape, dtype=torch.float32):
 
 # ---- modules, beside torch's own: with 2 inputs and 3 units ----------------------------------------------------------
 
-F64, META = {"dtype": torch.float64}, {"device": "meta"}
+F64 = {"dtype": torch.float64}
 OURS = {kind.__name__: kind for kind in (LSTM, LSTMCell, GRU, GRUCell)}
-# Where the words are not torch's, they name the argument.
+# Of these mistakes the type is torch's, and the words name the argument.
 WORDS = {
-    "dtype": "must have the same dtype",
-    "integers?": "dtype|int",
-    "device": "device|meta",
-    "GRU": r"hidden\[0\]|hx and cx",
+    r"(states|c|hx) dtype|packed, input dtype|Cell, \w+ dtype|states of integers": "must have the same dtype",
+    "Cell, input of integers": "dtype|int64",
+    "input device|Cell, h device": "device|meta",
+    "packed, (features|hx (units|layers))": "must be equal to input_size|Expected hidden",
+    "hx 4D|hx an integer": "tuple of two Tensors|int",
+    "^GRU": r"Expected hidden\[0\]|hx and cx should|no attribute|must have the same dtype",
 }
-WORDS["list|None"], WORDS["hx 4D"], WORDS["packed"] = (
-    "has no attribute",
-    "two Tensors",
-    "Expected hidden|equal to input_size",
-)
 
 
 def _of_both(x, *layers):
@@ -61,7 +58,7 @@ def _of_both(x, *layers):
         "input device": (x.to("meta"),),
         "features": (_zeros(*x.shape[:-1], 5),),
         "features, unbatched": (_zeros(*one.shape[:-1], 5),),
-        "h units": (x, (h.new_zeros(*layers, 3, 4), c)),
+        "h units": (x, (_zeros(*layers, 3, 4), c)),
         "h rows": (x, (h[..., :2, :], c)),
         "h of a dimension more": (x, (h[None], c)),
         "h device": (x, (h.to("meta"), c)),
@@ -75,7 +72,7 @@ def _of_both(x, *layers):
         "hx of three": (x, (h, c, c)),
         "hx empty": (x, ()),
         "hx of None": (x, (None, None)),
-        "c units": (x, (h, c.new_zeros(*layers, 3, 4))),
+        "c units": (x, (h, _zeros(*layers, 3, 4))),
         "c rows": (x, (h, c[..., :2, :])),
         "c one row": (x, (h, c[..., :1, :])),
         "c of a dimension more": (x, (h, c[None])),
@@ -200,11 +197,7 @@ def _calls(x, hx, w):
         "a dict for states": (lambda: lstm(x, dict(enumerate(hx)), w), TypeError, "tuple of two Tensors"),
         "states of None": (lambda: lstm(x, (None, None), w), TypeError, "tuple of two Tensors"),
         "states of other rows": (lambda: lstm(x, (hx[0][:, :1], hx[1]), w), RuntimeError, r"Expected hidden\[0\]"),
-        "a state's dtype": (
-            lambda: lstm(x, (hx[0], hx[1].double()), w),
-            RuntimeError,
-            r"hx\[1\] must have the same dtype",
-        ),
+        "a state's dtype": (lambda: lstm(x, (hx[0], hx[1].double()), w), RuntimeError, r"hx\[1\] must have the same"),
         "a weight's device": (lambda: lstm(x, hx, [*w[:3], w[3].to("meta")]), RuntimeError, "parameter tensor at meta"),
         "unknown precision": (lambda: lstm(x, hx, w, precision="fp8"), ValueError, "precision must be"),
         "unknown backend": (lambda: functional.lstm(x, hx, w, backend="cuda"), ValueError, "backend must be"),
