@@ -62,7 +62,7 @@ def operations() -> dict[str, list[Operation]]:
     named: dict[str, list[Operation]] = {}
     for k in range(machine().operations_known()):
         found = machine().operation_at(k).contents
-        operation = Operation(k, found.results, found.inputs, tuple(found.sizes))
+        operation = Operation(k, found.results, tuple(map(str, found.sizes[: max(found.results, 0) + found.inputs])))
         named.setdefault(found.name.decode(), []).append(operation)
     return named
 

@@ -78,34 +78,18 @@ class Executed:
     reports: tuple[Report, ...]
 
 
-class _Encoded:
-    """A program, and the arrays that the machine reads."""
-
-    def __init__(self, ptx: str, program: Program):
-        self.ptx, self.program = ptx, program
-        arrays = (program.code, program.operands, program.image, program.defined)
-        self.struct = KernelStruct(
-            *(a.buffer_info()[0] for a in arrays),
-            instructions=len(program.code) // 16,
-            registers=len(program.defined),
-            file_size=len(program.image),
-            waits=program.waits,
-            uses_tensor_memory=program.uses_tensor_memory,
-        )
-        self.parameter_bytes = max((p.offset + SIZES[p.type] for p in program.parameters), default=0)
-
-    @functools.cached_property
-    def statements(self) -> list[Statement]:
-        return parse(self.ptx).statements
-
-
 @functools.lru_cache(maxsize=256)
-def _encoded(ptx: str) -> _Encoded:
+def _encoded(ptx: str) -> Program:
     """Kept on disk by its content, beside the compiled kernels."""
     kept = get_cache_manager(hashlib.sha256(f"{sources()} {ptx}".encode()).hexdigest())
     if (file := kept.get_file("encoded")) is None:
         file = kept.put(zlib.compress(pickle.dumps(encode(ptx, operations())), 1), "encoded")
-    return _Encoded(ptx, pickle.loads(zlib.decompress(Path(file).read_bytes())))
+    return pickle.loads(zlib.decompress(Path(file).read_bytes()))
+
+
+@functools.lru_cache(maxsize=16)
+def _statements(ptx: str) -> list[Statement]:
+    return parse(ptx).statements
 
 
 class ExecutingDriver(NullDriver):
@@ -140,14 +124,8 @@ class ExecutingDriver(NullDriver):
 
     def execute(self, launch: Launch) -> Executed:
         ptx = self.change(launch.kernel, launch.ptx) if self.change else launch.ptx
-        executed = self._execute(_encoded(ptx), launch)
-        self.executed.append(executed)
-        if executed.reports and self.raises:
-            raise KernelFault(list(executed.reports))
-        return executed
-
-    def _execute(self, encoded: _Encoded, launch: Launch) -> Executed:
-        parameters = _parameters(encoded, launch.arguments)
+        program = _encoded(ptx)
+        parameters = _parameters(program, launch.arguments)
         storages: dict[tuple[int, int], list[str]] = {}
         for argument, _, value in launch.arguments:
             if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes():
@@ -158,7 +136,7 @@ class ExecutingDriver(NullDriver):
         names = (ctypes.c_char_p * len(storages))(*("/".join(names).encode() for names in storages.values()))
         c_launch = LaunchStruct(
             grid=launch.grid,
-            threads=encoded.program.threads,
+            threads=program.threads,
             shared=launch.shared,
             tensors=len(storages),
             concurrent=min(math.prod(launch.grid), launch.at_once),
@@ -170,25 +148,37 @@ class ExecutingDriver(NullDriver):
             names=ctypes.addressof(names),
             message=ctypes.addressof(message),
             message_size=_REPORT_BYTES,
-            parameter_bytes=encoded.parameter_bytes,
+            parameter_bytes=program.parameter_bytes,
         )
-        machine().execute(encoded.struct, c_launch)
-        reports = [_report(launch.kernel, encoded, line) for line in message.value.decode().splitlines()]
+        arrays = (program.code, program.operands, program.image, program.defined)
+        c_kernel = KernelStruct(
+            *(a.buffer_info()[0] for a in arrays),
+            instructions=len(program.code) // 16,
+            registers=len(program.defined),
+            file_size=len(program.image),
+            waits=program.waits,
+            uses_tensor_memory=program.uses_tensor_memory,
+        )
+        machine().execute(c_kernel, c_launch)
+        reports = [_report(launch.kernel, ptx, line) for line in message.value.decode().splitlines()]
         counts = c_launch.steps, c_launch.unfenced, c_launch.serialized
-        return Executed(launch.kernel, launch.grid, *counts, tuple(reports))
+        self.executed.append(Executed(launch.kernel, launch.grid, *counts, tuple(reports)))
+        if reports and self.raises:
+            raise KernelFault(reports)
+        return self.executed[-1]
 
 
-def _report(kernel: str, encoded: _Encoded, line: str) -> Report:
+def _report(kernel: str, ptx: str, line: str) -> Report:
     kind, program, thread, instruction, message = line.split("\t")
-    statement = encoded.statements[int(instruction)] if int(instruction) >= 0 else None
+    statement = _statements(ptx)[int(instruction)] if int(instruction) >= 0 else None
     return Report(kind, kernel, int(program), int(thread), message, statement)
 
 
-def _parameters(encoded: _Encoded, arguments: list[tuple[str, str, Any]]) -> ctypes.Array:
-    parameters = encoded.program.parameters
+def _parameters(program: Program, arguments: list[tuple[str, str, Any]]) -> ctypes.Array:
+    parameters = program.parameters
     values = [value for _, type_, value in arguments if type_ != "constexpr"]
     values += [0] * (len(parameters) - len(values))  # pointers to Triton's own scratch memory
-    packed = bytearray(encoded.parameter_bytes)
+    packed = bytearray(program.parameter_bytes)
     for parameter, value in zip(parameters, values, strict=True):
         size = SIZES[parameter.type]
         if hasattr(value, "data_ptr"):

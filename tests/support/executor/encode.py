@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .instructions import forms
-from .ptx import Kernel, Parameter, Statement, Unsupported, parse
+from .ptx import SIZES, Kernel, Parameter, Statement, Unsupported, parse
 
 SHARED_BASE = 1024  # the address of the first byte of shared memory, as in machine.h
 
@@ -22,12 +22,11 @@ Place = tuple[int, int, int, int]  # struct Operand
 
 
 class Operation(NamedTuple):
-    """One of the machine's. results is -1 where instructions.py lists its operands, else their sizes stand here."""
+    """One of the machine's: how many results, of how many bytes these and its inputs are. -1 where instructions.py says it."""
 
     index: int
     results: int
-    inputs: int
-    sizes: tuple[int, ...]
+    sizes: tuple[str, ...]
 
 
 @dataclass
@@ -48,6 +47,10 @@ class Program:
         opcodes = {s.opcode for s in kernel.statements}
         waits = any(".acq" in o or o.startswith("ld.relaxed") for o in opcodes)
         return cls(kernel.parameters, kernel.threads, waits, any(o.startswith("tcgen05") for o in opcodes))
+
+    @property
+    def parameter_bytes(self) -> int:
+        return max((p.offset + SIZES[p.type] for p in self.parameters), default=0)
 
 
 def encode(ptx: str, operations: dict[str, list[Operation]]) -> Program:
@@ -74,31 +77,30 @@ class _Encoder:
             self._new(f"%{name}", 4, 0)
 
     def encode(self, s: Statement) -> None:
-        known = [o for o in self.operations.get(s.opcode, ()) if o.results >= 0]
+        """By the first form that the operands have."""
         try:
-            listed = forms(s.opcode)
+            candidates = self._candidates(s.opcode)
         except LookupError as fault:
             raise s.unsupported(str(fault)) from None
-        fault = s.unsupported(f"unknown instruction {s.opcode}")
-        for operation in known:
-            sizes = list(map(str, operation.sizes[: operation.results + operation.inputs]))
+        faults = [s.unsupported(f"unknown instruction {s.opcode}")]
+        for index, form, values in candidates:
             try:
-                found = self._operands(s, [*sizes[: operation.results], "=", *sizes[operation.results :]])
-            except Unsupported as its:
-                fault = its
+                found = self._operands(s, form)
+            except Unsupported as fault:
+                faults.append(fault)
             else:
-                return self._emit(s, operation.index, [], *found)
-        for name, form, values in listed:
-            try:
-                found = self._operands(s, form.split())
-            except Unsupported as its:
-                fault = its
-            else:
-                if name == "bar.warp.sync" and self.kernel.threads == 32:
-                    name = "bar.sync"  # the barrier of the warp is the program's
-                [operation] = self.operations[name]
-                return self._emit(s, operation.index, values, *found)
-        raise fault
+                return self._emit(s, index, values, *found)
+        raise faults[-1]
+
+    def _candidates(self, opcode: str) -> list[tuple[int, list[str], list[int]]]:
+        """The operation's index, the form of its operands, and its values."""
+        arithmetic = [o for o in self.operations.get(opcode, ()) if o.results >= 0]
+        found = [(o.index, [*o.sizes[: o.results], "=", *o.sizes[o.results :]], []) for o in arithmetic]
+        for name, form, values in forms(opcode):
+            if name == "bar.warp.sync" and self.kernel.threads == 32:
+                name = "bar.sync"  # the barrier of the warp is the program's
+            found.append((self.operations[name][0].index, form.split(), values))
+        return found
 
     def _emit(self, s: Statement, index: int, values: list[int], results: int, places: list[Place], numbers: list[int]):
         target = self.kernel.target(s) if s.opcode.startswith("bra") else 0

@@ -61,7 +61,7 @@ struct Warp {
 };
 enum { ACCUMULATOR = 1 << 24, OPERAND = 2 << 24, TENSOR_LOAD = 3 << 24, GROUP = (1 << 24) - 1 };
 
-typedef struct { u32 stored_by, stored_epoch, stored_sync, store_pending, loaded_by, loaded_epoch, load_pending, product; } Cell;
+typedef struct { Access stored, loaded; u32 store_pending, load_pending, product; } Cell;
 typedef struct { const Instruction *instruction; u64 a, b; u32 destination, descriptor, a_in_tensor, add; } Product;
 typedef struct { u32 at, seen; } Barrier;     // an mbarrier, and the products that are complete where its phase is
 typedef struct { u32 barrier, last; } Commit; // an arrival at an mbarrier, due after the product `last`

@@ -9,18 +9,20 @@ static void tensor_range(Warp *w, const Instruction *i, u32 column, u32 count) {
     M.launch->unfenced += w->unfenced;
 }
 static int later_than_seen(const Warp *w, u32 product) { return product > w->mma_seen && product > w->program->seen_at_barrier; }
-static int in_order(const Warp *w, u32 by, u32 epoch) { return !by || by == w->index + 1 || epoch < w->program->epoch; }
+// A warp accesses a cell as a whole: its first thread stands for it.
+static int in_order(const Warp *w, const Access *a) { return !a->thread || ordered(w, 0, a); }
+static u32 warp_of(const Access *a) { return (a->thread - 1) % 1024 / 32; }
 
 // What must be complete before a cell is read, or (writes) overwritten. Products follow each other in order.
 static void check_cell(Warp *w, const Instruction *i, u32 column, u32 q, int writes, int is_product) {
     const Cell *cell = &w->program->cell[column][q];
     if (!is_product && later_than_seen(w, cell->product)) report(w, 0, i, TENSOR, "column %u, of a product that is not waited for", column);
     if (cell->store_pending) report(w, 0, i, TENSOR, "column %u, stored without tcgen05.wait::st", column);
-    if (!in_order(w, cell->stored_by, cell->stored_epoch)) report(w, 0, i, TENSOR, "column %u, stored by warp %u with no barrier between", column, cell->stored_by - 1);
-    if (!writes && !cell->product && !cell->stored_by) report(w, 0, i, TENSOR, "column %u, which nothing has written", column);
+    if (!in_order(w, &cell->stored)) report(w, 0, i, TENSOR, "column %u, stored by warp %u with no barrier between", column, warp_of(&cell->stored));
+    if (!writes && !cell->product && !cell->stored.thread) report(w, 0, i, TENSOR, "column %u, which nothing has written", column);
     if (!writes) return;
     if (cell->load_pending) report(w, 0, i, TENSOR, "writes column %u, loaded without tcgen05.wait::ld", column);
-    if (!in_order(w, cell->loaded_by, cell->loaded_epoch)) report(w, 0, i, TENSOR, "writes column %u, loaded by warp %u with no barrier between", column, cell->loaded_by - 1);
+    if (!in_order(w, &cell->loaded)) report(w, 0, i, TENSOR, "writes column %u, loaded by warp %u with no barrier between", column, warp_of(&cell->loaded));
 }
 
 // operands: where the address goes, columns
@@ -60,8 +62,8 @@ static void tensor_move(Warp *w, const Instruction *i, int loads) {
         for (int k = 0; k < count; k++) {
             Cell *cell = &c->cell[column0 + half * apart + k][q];
             check_cell(w, i, column0 + half * apart + k, q, !loads, 0);
-            if (loads) cell->loaded_by = cell->load_pending = w->index + 1, cell->loaded_epoch = c->epoch;
-            else cell->stored_by = cell->store_pending = w->index + 1, cell->stored_epoch = c->epoch;
+            *(loads ? &cell->loaded : &cell->stored) = access_now(w, 0, 0);
+            *(loads ? &cell->load_pending : &cell->store_pending) = w->index + 1;
         }
     }
     for (int k = 0; k < count; k++) {
