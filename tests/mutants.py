@@ -121,10 +121,8 @@ def is_redundant(mutant: Mutant, paths: _Paths) -> bool:
         results = [s.operands[0] for s in before if s.operands and not s.opcode.startswith(("st", "wgmma"))]
         written = {name for result in results for name in re.findall(r"%\w+", result)}
         return not used & written & {name for name in used if name.startswith("%r") and not name.startswith("%rd")}
-    if mutant.kind in ("wait", "mbarrier wait"):
-        again = next(
-            p for p in (r"cp\.async\.wait", r"wgmma\.wait", r"mbarrier\.try_wait") if re.search(p, mutant.text)
-        )
+    if mutant.kind == "wait":
+        again = r"cp\.async\.wait" if "cp.async" in mutant.text else r"wgmma\.wait"
         return not any(_END.match(s.opcode) for s in between(again))
     return False
 

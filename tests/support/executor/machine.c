@@ -12,40 +12,38 @@ INSTRUCTION("bar.sync", BARRIER) { return 0; }
 
 enum { SPINS = 100000 }; // so many backward branches in a launch, with no memory changed in between, are a deadlock
 
-static u32 program_lanes(const Warp *w) { return w->ready | w->at_barrier | w->at_collective; }
+static const Instruction *next_of(const Warp *w, int lane) { return &M.kernel->code[w->pc[lane]]; }
 
 static void where_all_are(const Program *all, u32 count) {
-    for (u32 k = 0, told = 0; k < count && told < 12; k++)
-        for (u32 v = 0; all[k].live && v < all[k].warps && told < 12; v++) {
-            const Warp *w = &all[k].warp[v];
-            EACH(l, program_lanes(w)) {
-                report(w, l, &M.kernel->code[w->pc[l]], DEADLOCK, "%s here while no other thread can go on either",
-                       w->ready >> l & 1 ? "runs in a loop" : w->at_barrier >> l & 1 ? "waits at a barrier" : "waits for its warp, or blocks");
-                told++;
-                break;
-            }
+    int told = 0;
+    for (const Program *c = all; c < all + count; c++) {
+        if (!c->live) continue;
+        EACH_WARP(w, c) {
+            const u32 here = w->ready | w->at_barrier | w->at_collective;
+            if (!here || told++ >= 12) continue;
+            const int l = first_lane(here);
+            report(w, l, next_of(w, l), DEADLOCK, "%s here while no other thread can go on either",
+                   w->ready >> l & 1 ? "runs in a loop" : w->at_barrier >> l & 1 ? "waits at a barrier" : "waits for its warp, or blocks");
         }
+    }
     longjmp(M.end, 1);
 }
 
 // The barrier opens once all threads of the program are there; each at the same instruction.
 static int try_barrier(Program *c) {
     const Warp *first = 0;
-    for (u32 v = 0; v < c->warps; v++) {
-        const Warp *w = &c->warp[v];
+    EACH_WARP(w, c) {
         if (w->ready || w->at_collective) return 0;
         if (w->at_barrier && !first) first = w;
     }
     if (!first) return 0;
-    const Instruction *i = &M.kernel->code[first->pc[first_lane(first->at_barrier)]];
-    for (u32 v = 0; v < c->warps; v++) {
-        const Warp *w = &c->warp[v];
+    const Instruction *i = next_of(first, first_lane(first->at_barrier));
+    EACH_WARP(w, c) {
         if (w->done) FATAL(w, first_lane(w->done), i, DIVERGENCE, "has ended, while other threads wait at this barrier");
         for (int l = 0; l < 32; l++)
-            if (&M.kernel->code[w->pc[l]] != i) FATAL(w, l, &M.kernel->code[w->pc[l]], DIVERGENCE, "waits at this barrier, while thread %u waits at another", 32 * first->index);
+            if (next_of(w, l) != i) FATAL(w, l, next_of(w, l), DIVERGENCE, "waits at this barrier, while thread %u waits at another", 32 * first->index);
     }
-    for (u32 v = 0; v < c->warps; v++) {
-        Warp *w = &c->warp[v];
+    EACH_WARP(w, c) {
         if (w->fence_epoch == c->epoch) c->fenced_epoch = c->epoch;
         if (w->mma_seen > c->seen_at_barrier) c->seen_at_barrier = w->mma_seen;
         w->group_done_at_barrier = w->group_done;
@@ -63,26 +61,23 @@ static int try_barrier(Program *c) {
 
 // A collective runs once all lanes of the warp (of the four warps of a group) are at it.
 static int try_collective(Warp *w) {
-    const Instruction *i = &M.kernel->code[w->pc[first_lane(w->at_collective)]];
+    const Instruction *i = next_of(w, first_lane(w->at_collective));
     const Operation *operation = &operations[i->op];
-    const u32 first = operation->kind == WARPGROUP ? w->index & ~3u : w->index, last = operation->kind == WARPGROUP ? first + 3 : w->index;
-    if (last >= w->program->warps) FATAL(w, 0, i, DIVERGENCE, "needs the four warps of a warpgroup");
-    for (u32 v = first; v <= last; v++) {
-        Warp *x = &w->program->warp[v];
-        const u32 here = x->at_collective;
-        int together = here == (u32)FULL_WARP;
-        EACH(l, here) together &= &M.kernel->code[x->pc[l]] == i;
+    const int of_group = operation->kind == WARPGROUP;
+    Warp *first = of_group ? w - w->index % 4 : w, *last = of_group ? first + 3 : w;
+    if (last >= w->program->warp + w->program->warps) FATAL(w, 0, i, DIVERGENCE, "needs the four warps of a warpgroup");
+    for (Warp *x = first; x <= last; x++) {
+        const u32 others = x->at_collective ^ (u32)FULL_WARP;
+        int together = !others;
+        EACH(l, x->at_collective) together &= next_of(x, l) == i;
         if (together) continue;
-        if (!x->ready && (here != (u32)FULL_WARP || v == w->index)) {
-            const u32 others = here ^ (u32)FULL_WARP;
-            FATAL(x, others ? first_lane(others) : 0, i, DIVERGENCE, "is not among the lanes that wait here: all of %s have to execute this", last > first ? "the warpgroup" : "the warp");
-        }
+        if (!x->ready && (others || x == w))
+            FATAL(x, others ? first_lane(others) : 0, i, DIVERGENCE, "is not among the lanes that wait here: all of %s have to execute this", of_group ? "the warpgroup" : "the warp");
         return 0;
     }
     M.time++;
     if (operation->run(w, i, FULL_WARP)) return 0;
-    for (u32 v = first; v <= last; v++) {
-        Warp *x = &w->program->warp[v];
+    for (Warp *x = first; x <= last; x++) {
         x->ready = FULL_WARP;
         x->at_collective = 0;
         for (int l = 0; l < 32; l++) x->pc[l]++;
@@ -117,7 +112,7 @@ static int run_warp(Warp *w, int quantum) {
         }
         if (!active) { pc++; continue; }
         if (operation->kind == LANES) {
-            if (operation->run(w, i, active)) { leave(w, mask, pc); return 0; }
+            operation->run(w, i, active);
             pc++;
             continue;
         }
@@ -159,7 +154,7 @@ static int run_program(Program *c) {
     const u32 first = draw() % c->warps;
     u32 done = 0;
     for (u32 k = 0; k < c->warps; k++) moved |= run_warp(&c->warp[(first + k) % c->warps], 1 + draw() % 256);
-    for (u32 v = 0; v < c->warps; v++) done += c->warp[v].done == (u32)FULL_WARP;
+    EACH_WARP(w, c) done += w->done == (u32)FULL_WARP;
     if (done == c->warps) {
         while (complete_next(c)) {}
         if (c->columns) report(&c->warp[0], 0, 0, LEFT, "ends with %u columns of tensor memory allocated", c->columns);
@@ -187,10 +182,9 @@ static void start_program(Program *c, u32 number, u32 slot) {
         memset(c->tensor, 0xff, 128 * COLUMNS * 4);
         c->cell = calloc(COLUMNS, sizeof *c->cell);
     }
-    for (u32 v = 0; v < c->warps; v++) {
-        Warp *w = &c->warp[v];
+    EACH_WARP(w, c) {
         w->program = c;
-        w->index = v;
+        w->index = w - c->warp;
         w->ready = FULL_WARP;
         w->sync = 1;
         w->file = aligned_alloc(64, (kernel->file_size + 63) & ~63);
@@ -201,14 +195,13 @@ static void start_program(Program *c, u32 number, u32 slot) {
         w->parts = calloc(kernel->registers, sizeof *w->parts);
         memcpy(w->defined, kernel->defined, 4 * kernel->registers);
         for (u32 l = 0; l < 32; l++) { // the special registers are the first ones, in the order of encode.py
-            const u32 values[] = {32 * v + l, c->id[0], c->id[1], c->id[2], launch->grid[0], launch->grid[1], launch->grid[2], launch->threads, l, v};
+            const u32 values[] = {32 * w->index + l, c->id[0], c->id[1], c->id[2], launch->grid[0], launch->grid[1], launch->grid[2], launch->threads, l, w->index};
             for (u32 k = 0; k < sizeof values / 4; k++) ((u32 *)w->file)[32 * k + l] = values[k];
         }
     }
 }
 static void free_program(Program *c) {
-    for (u32 v = 0; v < c->warps; v++) {
-        Warp *w = &c->warp[v];
+    EACH_WARP(w, c) {
         for (int l = 0; l < 32; l++) free(w->copies[l].list), free(w->clock[l]);
         free(w->file), free(w->defined), free(w->parts);
     }

@@ -80,7 +80,7 @@ struct Program {
     Barrier barrier[64];
 };
 
-typedef int (*Handler)(Warp *, const Instruction *, u32 mask); // 1: cannot proceed yet
+typedef int (*Handler)(Warp *, const Instruction *, u32 mask); // 1 of a collective: cannot proceed yet
 typedef enum { LANES, WARP, WARPGROUP, BRANCH, EXIT, BARRIER } Kind;
 typedef struct { const char *name; Handler run; i64 kind, results, inputs, size[4]; } Operation; // bytes of the operands
 static Operation operations[1024];
@@ -165,6 +165,7 @@ static void report(const Warp *w, int lane, const Instruction *i, int kind, cons
 #define FATAL(...) (report(__VA_ARGS__), longjmp(M.end, 1))
 
 static int first_lane(u32 mask) { return __builtin_ctz(mask); }
+#define EACH_WARP(w, c) for (Warp *w = (c)->warp; w < (c)->warp + (c)->warps; w++)
 #define EACH(l, mask) for (u32 l##_ = (mask), l = 0; l##_ && (l = first_lane(l##_), 1); l##_ &= l##_ - 1)
 
 // What an instruction reads; 1 if some of it must not be read yet, which is reported.
