@@ -39,21 +39,19 @@ def _find_mutants():
         assert loads_behind_barrier(choose(case, 90).report.ptx) == [expected]
         with _mutated(way, functools.partial(_waiting_after_the_loads, way)):
             assert loads_behind_barrier(choose(case, 90).report.ptx) == []
-        case = case._replace(features=("training",), H=768)
-        with _mutated(way, _loading_chunk_by_chunk):
-            found = list(faults(case, *choose(case, 90)[:2]))
-            assert any("loads at once, in more than" in text for text in found), found
-        with _mutated(way, _loading_weights_in_every_step):
-            found = list(faults(case, *choose(case, 90)[:2]))
-            assert any("is W_hh among them?" in text for text in found), found
-    with _mutated("backward", _computing_another_exponential):
-        case = Case("backward", 256, 16, 1, torch.bfloat16, "ieee")
-        found = list(faults(case, *choose(case, 90)[:2]))
-        assert any("exponentials, not" in text for text in found), found
-    with _mutated("forward", _loading_resets_on_the_way_to_the_product):
-        case = Case("forward", 256, 16, 1, torch.bfloat16, "ieee", ("resets", "training"))
-        found = list(faults(case, *choose(case, 120)[:2]))
-        assert any("another width" in text for text in found), found
+    training = ("training",)
+    for way, H, features, arch, change, fault in [
+        ("forward", 768, training, 90, _loading_chunk_by_chunk, "loads at once, in more than"),
+        ("backward", 768, training, 90, _loading_chunk_by_chunk, "loads at once, in more than"),
+        ("forward", 768, training, 90, _loading_weights_in_every_step, "is W_hh among them?"),
+        ("backward", 768, training, 90, _loading_weights_in_every_step, "is W_hh among them?"),
+        ("backward", 256, training, 90, _computing_another_exponential, "exponentials, not"),
+        ("forward", 256, ("resets", *training), 120, _loading_resets_on_the_way_to_the_product, "another width"),
+    ]:
+        case = Case(way, H, 16, 1, torch.bfloat16, "ieee", features)
+        with _mutated(way, change):
+            found = list(faults(case, *choose(case, arch)[:2]))
+        assert any(fault in text for text in found), found
     case = Case("backward", 512, 16, 1, torch.bfloat16, "ieee")
     config = dataclasses.replace(choose(case, 90).config, max_registers=32)
     with fake_driver(90):

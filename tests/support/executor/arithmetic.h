@@ -127,15 +127,8 @@ PROPAGATING("prmt.b32", LANES) {
     CONVERT("u64", u64, FROM, A) CONVERT("s64", i64, FROM, A) \
     OP1("cvt.rn.f32." FROM, f32, A, (f32)a) OP1("cvt.rn.f64." FROM, f64, A, (f64)a)
 CONVERT_INTEGERS("u16", u16) CONVERT_INTEGERS("s16", i16) CONVERT_INTEGERS("u32", u32) CONVERT_INTEGERS("s32", i32) CONVERT_INTEGERS("u64", u64) CONVERT_INTEGERS("s64", i64)
-// The low part of a wider register is converted; the other may be undefined.
-#define CONVERT_LOW(NAME, R, A, WIDE) CONVERT_LOW_(__COUNTER__, NAME, R, A, WIDE)
-#define CONVERT_LOW_(N, NAME, R, A, WIDE) \
-    RUN(N) { RESULT(R); IN(WIDE, 1); STORE((R)(A)x1[l]) DEFINE(part_defined(w, i, operand(i, 1), mask, 0, sizeof(WIDE) / sizeof(A))); return 0; } \
-    REGISTER(N, NAME, CAT(run_, N), LANES, 1, 1, {sizeof(R), sizeof(WIDE)})
-#define CONVERT_LOWS(FROM, A, WIDE) CONVERT_LOW("cvt.u32." FROM, u32, A, WIDE) CONVERT_LOW("cvt.s32." FROM, i32, A, WIDE) \
-    CONVERT_LOW("cvt.u64." FROM, u64, A, WIDE) CONVERT_LOW("cvt.s64." FROM, i64, A, WIDE)
-CONVERT_LOWS("u16", u16, u32) CONVERT_LOWS("s16", i16, u32) CONVERT_LOWS("u16", u16, u64) CONVERT_LOWS("s16", i16, u64)
-CONVERT_LOWS("u32", u32, u64) CONVERT_LOWS("s32", i32, u64)
+// Of a register the low part.
+OP1("cvt.s64.s32", i64, u64, (i32)a) OP1("cvt.u64.u32", u64, u64, (u32)a) OP1("cvt.u32.u16", u32, u32, (u16)a) OP1("cvt.s32.s16", i32, u32, (i16)a)
 OP1("cvt.s16.s8", i16, i16, (i8)a) OP1("cvt.u16.u8", u16, u16, (u8)a) OP1("cvt.s32.s8", i32, u32, (i8)a)
 OP1("cvt.f32.bf16", f32, u16, from_bf16(a)) OP1("cvt.f32.f16", f32, u16, from_f16(a)) OP1("cvt.f64.f32", f64, f32, a) OP1("cvt.rn.f32.f64", f32, f64, (f32)a)
 OP1("cvt.rn.bf16.f32", u16, f32, to_bf16(a)) OP1("cvt.rn.f16.f32", u16, f32, to_f16(a))
