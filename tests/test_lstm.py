@@ -46,7 +46,7 @@ OF_LSTM = CALLS | {
     "deep projection": (DEEP_BATCH_FIRST | {"proj_size": 1, "bias": False}, {}),
     "dropout after the last layer": (BIDIRECTIONAL | {"dropout": 0.9}, NO_STATES),
     "dropout of everything": (DEEP | {"dropout": 1.0}, {}),
-    "without a batch, batch first": (DEEP_BATCH_FIRST, {"rows": None}),
+    "without a batch, projection": (DEEP_BATCH_FIRST | {"proj_size": 2}, {"rows": None}),
     "strided": (BIDIRECTIONAL, {"layout": lambda x: x.repeat(1, 2, 2)[:, ::2, ::2]}),
     "time of a batch-first tensor": (
         BIDIRECTIONAL,
