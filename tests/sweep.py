@@ -26,14 +26,6 @@ from support.problems import cells, readouts  # noqa: E402
 
 from lstm_triton.cells import Cell  # noqa: E402
 
-SEGMENTS: list[dict[str, Any]] = [
-    {},
-    {"resets": True},
-    {"lengths": True},
-    {"cells": True},
-    {"resets": True, "reset_state": "shared"},
-    {"resets": True, "reset_state": "stored", "lengths": True, "cells": True},
-]
 MOST = 12000  # elements of a state, all rows and directions: an execution takes seconds
 
 
@@ -41,17 +33,17 @@ MOST = 12000  # elements of a state, all rows and directions: an execution takes
 Drawn = tuple[str, Callable, Callable, Callable]
 
 
-def _step(kind: Any, shape: tuple[int, ...]) -> Drawn:
+def _step(rng: random.Random, kind: Any, *sizes: list[int]) -> Drawn:
+    shape = tuple(map(rng.choice, sizes))
     return str(shape), partial(kind.draw, *shape), kind.by_kernels, kind.assert_as_accurate_as_torch
 
 
 def cell(rng: random.Random) -> Drawn:
-    sizes = [1, 3, 16, 17, 33, 64, 100], [1, 8, 19, 32, 64, 70], [4, 19, 32, 48, 65, 96]
-    return _step(cells, tuple(map(rng.choice, sizes)))
+    return _step(rng, cells, [1, 3, 16, 17, 33, 64, 100], [1, 8, 19, 32, 64, 70], [4, 19, 32, 48, 65, 96])
 
 
 def readout(rng: random.Random) -> Drawn:
-    return _step(readouts, tuple(map(rng.choice, ([1, 5, 17, 40], [8, 19, 32, 70], [2, 37, 128, 300, 1500]))))
+    return _step(rng, readouts, [1, 5, 17, 40], [8, 19, 32, 70], [2, 37, 128, 300, 1500])
 
 
 def layer(rng: random.Random) -> Drawn:
@@ -59,20 +51,20 @@ def layer(rng: random.Random) -> Drawn:
         B, H, D = rng.choice([1, 3, 16, 17, 33, 64, 65, 128]), rng.randint(1, 300), rng.choice([1, 1, 2])
         if B * H * D <= MOST:
             break
-    options = {**rng.choice(SEGMENTS), "batch_major": rng.random() < 0.3, "bias": rng.random() < 0.8}
+    options: dict[str, Any] = {n: rng.random() < 0.4 for n in ("resets", "lengths", "cells", "batch_major")}
+    options |= {"bias": rng.random() < 0.8, "reset_state": options["resets"] and rng.choice([None, "shared", "stored"])}
     way = dict(backend=rng.choice(["triton", "triton", "triton-stepwise"]), recompute=rng.random() < 0.3)
     shape = rng.choice([1, 3, 4]), B, rng.choice([1, 8, 19]), H, D
     draw, by_kernels = partial(layers.draw, *shape, **options), partial(layers.by_kernels, **way)
     return f"{shape} {options} {way}", draw, by_kernels, layers.assert_as_accurate_as_torch
 
 
-def _of_cell(rng: random.Random, smooth: bool, **fields: Any) -> Drawn:
+def _of_cell(rng: random.Random, smooth: bool, **choices: list[Any]) -> Drawn:
     """A layer of a random cell."""
     number, backend = rng.randrange(10**6), rng.choice(["triton", "triton-stepwise"])
     *parts, words = cell_grammar.random_cell(random.Random(number), smooth)
-    fields |= dict(
-        resets=rng.choice([None, "zero"]), rows=rng.choice(["full", "lengths"]), recompute=rng.random() < 0.3
-    )
+    choices |= dict(resets=[None, "zero"], rows=["full", "lengths"], recompute=[False, False, True])
+    fields: dict[str, Any] = {name: rng.choice(values) for name, values in choices.items()}
 
     def draw(dtype: torch.dtype, precision: str, seed: int) -> tuple[segmented.Case, segmented.Drawn]:
         case = segmented.Case(**fields, cell=Cell(*parts), dtype=dtype, precision=precision, seed=seed)
@@ -86,14 +78,13 @@ def _of_cell(rng: random.Random, smooth: bool, **fields: Any) -> Drawn:
 
 def own_cell(rng: random.Random) -> Drawn:
     """Of up to eight programs that wait for each other."""
-    sizes = dict(T=[1, 3], B=[1, 3, 17], I=[3, 8], H=[4, 19, 32, 70, 130])
-    return _of_cell(rng, True, **{name: rng.choice(n) for name, n in sizes.items()})
+    return _of_cell(rng, True, T=[1, 3], B=[1, 3, 17], I=[3, 8], H=[4, 19, 32, 70, 130])
 
 
 def interpreted_cell(rng: random.Random) -> Drawn:
     """A small layer, of functions with kinks too."""
-    sizes = dict(T=[1, 2, 3, 4], B=[1, 2, 3], I=[1, 2, 3, 4], H=[1, 3, 5, 17], bidirectional=[False, False, True])
-    return _of_cell(rng, False, **{name: rng.choice(n) for name, n in sizes.items()})
+    few = [1, 2, 3, 4]
+    return _of_cell(rng, False, T=few, B=few[:3], I=few, H=[1, 3, 5, 17], bidirectional=[False, False, True])
 
 
 def once(number: int) -> tuple[str, str | None, int]:
