@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import time
 import warnings
 from dataclasses import asdict, replace
 
@@ -9,17 +11,21 @@ import pytest
 import torch
 from support.process import ForkedProcess
 
-from lstm_triton import GRU, LSTM, Cell, Recurrent, cli, convert, dispatch, explain, lstm, measurements, tune, tuning
-from lstm_triton.cells import catalogue
-from lstm_triton.kernels import search
+from lstm_triton import LSTM, cli, convert, dispatch, explain, lstm, measurements, trial, tuning
+from lstm_triton.cells import GRU, Cell, Recurrent, catalogue
+from lstm_triton.kernels import interpreter, search
 from lstm_triton.kernels.device import device_figures
 from lstm_triton.measurements import Row
 from lstm_triton.shapes import Shape
 from lstm_triton.trial import Contender
+from lstm_triton.tuning import tune
 
 CPU = torch.device("cpu")
 I, H, B, T = 3, 20, 2, 4
+X = torch.zeros(T, B, I, dtype=torch.bfloat16)
 SHAPE = Shape(I, H, 1, 1, 0, B, "", "bfloat16", train=True)
+PROBLEM = measurements.problem_of(SHAPE, "forward")
+BFLOAT16 = {"dtype": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
@@ -28,24 +34,11 @@ def file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "measurements.json"
     monkeypatch.setenv("LSTM_TRITON_TUNED", str(path))
     monkeypatch.setattr(measurements, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
     measurements.refresh()
+    dispatch._remembered.cache_clear()
     yield path
     measurements.refresh()
-
-
-@pytest.fixture
-def made_up(monkeypatch):
-    """made_up(cudnn=..., triton=...): what happens to contenders whose names begin so: see support/made_up_trial.py."""
-    monkeypatch.setattr(tuning, "SERVE", "support.made_up_trial:main")
-    monkeypatch.setattr(tuning, "Process", ForkedProcess)
-    monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    dispatch._remembered.cache_clear()
-
-    def happening(**what):
-        monkeypatch.setenv("MADE_UP", json.dumps({name.replace("_", "-"): value for name, value in what.items()}))
-
-    yield happening
     dispatch._remembered.cache_clear()
 
 
@@ -53,63 +46,119 @@ def _row(shape=SHAPE, backend="triton", steps=T, **changes):
     return replace(Row(measurements.machine(CPU), shape, steps, backend, 10.0, 20.0), **changes)
 
 
-def _write(path, rows):
+def _write(path, *rows):
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([json.loads(json.dumps(_dict(row))) for row in rows]))
+    parts = [asdict(row) | dict(machine=row.machine._asdict(), shape=row.shape._asdict()) for row in rows]
+    path.write_text(json.dumps(parts))
     measurements.refresh()
 
 
-def _dict(row):
-    return asdict(row) | dict(machine=row.machine._asdict(), shape=row.shape._asdict())
+# ---- measuring, by a made-up clock and with made-up accidents --------------------------------------------------------
+
+MADE_UP = {}  # by how the name of a contender begins: microseconds of a call, or "trap", "hang" or "wrong"
 
 
-def _module(**options):
-    return LSTM(I, H, dtype=torch.bfloat16, **options)
+def _happens(name):
+    return next((what for start, what in MADE_UP.items() if name.startswith(start)), 1000.0)
 
 
-X = torch.zeros(T, B, I, dtype=torch.bfloat16)
+class Clock:
+    sample_seconds = 0.01
+
+    def __init__(self, device):
+        pass
+
+    def sample(self, call, n):
+        what = _happens(call.__name__)
+        if what == "trap":
+            os.abort()
+        if what == "hang":
+            time.sleep(600)
+        return (what if isinstance(what, (int, float)) else 1.0,) * 2
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+class Work(trial.Work):
+    def of(self, contender):
+        backend = "auto" if contender.backend == "cudnn" else contender.backend  # torch's own, on a CPU
+        call, configurations = super().of(contender._replace(backend=backend))
+
+        def changed():
+            y, *others = call()
+            return [y + 0.01 if _happens(contender.backend) == "wrong" else y, *others]
+
+        return changed, configurations
+
+
+def serve(connection, request):
+    """What the measuring process runs."""
+    interpreter.install()
+    trial.Clock, trial.Work = Clock, Work
+    trial.serve(connection, request)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """made_up(cudnn=..., triton=...): what happens to contenders whose names begin so."""
+    monkeypatch.setattr(tuning, "SERVE", f"{__name__}:serve")
+    monkeypatch.setattr(tuning, "Process", ForkedProcess)
+
+    def happening(candidates=0, **what):
+        if "hang" in what.values():
+            monkeypatch.setattr(tuning, "_SILENCE_S", 5.0)
+        monkeypatch.setattr(tuning, "_CANDIDATES", candidates)
+        MADE_UP.clear()
+        MADE_UP.update({name.replace("_", "-"): value for name, value in what.items()})
+
+    return happening
 
 
 @pytest.mark.long
 def test_the_fastest_is_kept_and_the_others_are_not_taken(made_up, file, capsys):
-    made_up(cudnn=90.0, triton_stepwise=95.0, triton=60.0)
-    (line,) = tune(_module(), X, budget_s=120.0)
+    made_up(cudnn=90.0, triton_stepwise=95.0, triton=60.0, candidates=1)
+    (line,) = tune(LSTM(I, H, **BFLOAT16), X, budget_s=120.0)
     expected = "LSTM(3, 20) B = 2, bfloat16, training, T = 4: triton, 60.0 us, 1.50 times as fast as cuDNN"
     assert line == expected and str(file) in "".join(measurements.listing())
     (row,) = json.loads(file.read_text())
-    figures = device_figures(CPU)
     for way in ("forward", "backward"):
-        assert row[way] in [asdict(c) for c in search.candidates(measurements.problem_of(SHAPE, way), figures)], way
+        found = search.candidates(measurements.problem_of(SHAPE, way), device_figures(CPU))
+        assert row[way] in [asdict(c) for c in found], way
     assert "tile" in capsys.readouterr().err
-    assert lstm._choose(_module(), X, "", T, B) == "triton"
+    assert ": triton: measured here" in explain(LSTM(I, H, **BFLOAT16), X)
+
+
+LINES = {
+    "cudnn": "cudnn, 90.0 us, 1.00 times as fast as cuDNN",
+    "triton": "triton, 60.0 us, 1.50 times as fast as cuDNN",
+    "triton alone": "triton, 60.0 us",
+}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "stepwise, triton, taken, says",
+    "module, stepwise, triton, taken, says",
     [
-        (95.0, "trap", "cudnn, 90.0 us, 1.00 times", "crashed or hung"),
-        (95.0, "wrong", "cudnn, 90.0 us, 1.00 times", "wrong: "),
-        (95.0, 100.0, "cudnn, 90.0 us, 1.00 times", None),
-        ("hang", 40.0, "triton, 40.0 us", "crashed or hung"),
+        (LSTM(I, H, **BFLOAT16), 95.0, "trap", "cudnn", "crashed or hung"),
+        (LSTM(I, H, **BFLOAT16), 95.0, "wrong", "cudnn", "wrong: "),
+        (LSTM(I, H, **BFLOAT16), 95.0, 100.0, "cudnn", None),
+        (LSTM(I, H, **BFLOAT16), "hang", 60.0, "triton", "crashed or hung"),  # costs its time and no more
+        # cuDNN has a GRU, converted ones too, and no other cells.
+        (GRU(I, H, **BFLOAT16), 95.0, 60.0, "triton", None),
+        (convert(torch.nn.GRU(I, H, **BFLOAT16)), 95.0, 60.0, "triton", None),
+        (Recurrent(catalogue.slstm, I, H, **BFLOAT16), 95.0, 60.0, "triton alone", None),
+        (Recurrent(catalogue.zoneout(), I, H, **BFLOAT16), 95.0, 60.0, "triton alone", None),
     ],
+    ids=str,
 )
-def test_what_traps_hangs_is_wrong_or_slower_than_cudnn_is_not_taken(
-    stepwise, triton, taken, says, made_up, monkeypatch, capsys
-):
-    """What hangs costs its time and no more."""
-    monkeypatch.setattr(tuning, "_SILENCE_S", 5.0)
-    monkeypatch.setattr(tuning, "_CANDIDATES", 0)
+def test_what_is_taken(module, stepwise, triton, taken, says, made_up, capsys):
+    """What traps, hangs, is wrong or slower than cuDNN is not. What was measured holds for its cell alone."""
     made_up(cudnn=90.0, triton_stepwise=stepwise, triton=triton)
     with torch.no_grad():
-        (line,) = tune(_module(), X, budget_s=120.0)
-        chosen = lstm._choose(_module(), X, "", T, B)
-    assert f": {taken}" in line and chosen == (
-        "torch" if taken.startswith("cudnn") else "triton"
-    )  # this CPU has no cuDNN
+        (line,) = tune(module, X, budget_s=120.0)
+        assert line.partition(" B = 2, bfloat16, inference, T = 4: ")[2] == LINES[taken]
+        text, other = explain(module, X), Recurrent(catalogue.cifg, I, H, **BFLOAT16)
+    # This CPU has no cuDNN.
+    assert ": triton: measured here" in text if taken.startswith("triton") else ": torch: on a CPU" in text, text
+    assert "measured here" not in explain(other, X)
     err = capsys.readouterr().err
     assert [text for text in ("crashed or hung", "wrong: ") if text in err] == ([says] if says else [])
 
@@ -117,7 +166,11 @@ def test_what_traps_hangs_is_wrong_or_slower_than_cudnn_is_not_taken(
 def test_nothing_measured_is_an_error(made_up, monkeypatch, file):
     monkeypatch.setattr(tuning, "SERVE", "no_module:main")
     with pytest.raises(RuntimeError, match="did not start"):
-        tune(_module(), X, quiet=True)
+        tune(LSTM(I, H, **BFLOAT16), X, quiet=True)
+    with pytest.raises(RuntimeError, match="move the cell <lambda> to a module"):
+        own = Cell(lambda z, s: (z.a.sigmoid(), {}), "a")
+        own.__module__ = "__main__"  # which no other process can import
+        tune(Recurrent(own, I, H, **BFLOAT16), X, quiet=True)
     assert not file.exists()
 
 
@@ -128,59 +181,68 @@ def test_an_interrupt_keeps_what_is_measured(made_up, monkeypatch, file):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ForkedProcess, "ask", ask)
-    assert ": triton, 50.0 us, 1.60 times" in tune(_module(), X, quiet=True)[0] and file.exists()
+    (line,) = tune(LSTM(I, H, **BFLOAT16), X, quiet=True)
+    assert ": triton, 50.0 us, 1.60 times" in line and file.exists()
 
 
-def test_all_lstms_of_a_model_are_measured(monkeypatch):
-    measured = []
-    monkeypatch.setattr(tuning, "tune_shape", lambda *call: measured.append(call[:2]) or "line")
+@pytest.fixture
+def asked(monkeypatch):
+    """The arguments with which `tune_shape` is called, which measures nothing."""
+    calls = []
+    monkeypatch.setattr(tuning, "tune_shape", lambda *arguments: calls.append(arguments) or "measured")
+    return calls
+
+
+def test_all_lstms_of_a_model_are_measured(asked):
     model = torch.nn.Sequential(LSTM(3, 4, batch_first=True))
     model.eval().requires_grad_(False)
-    assert tune(model, torch.zeros(2, 5, 3)) == ["line"]
-    (call,) = measured
-    assert call == (Shape(3, 4, 1, 1, 0, 2, precision="tf32"), 5)
+    assert tune(model, torch.zeros(2, 5, 3)) == ["measured"]
+    assert [call[:2] for call in asked] == [(Shape(3, 4, 1, 1, 0, 2, precision="tf32"), 5)]
     with pytest.raises(TypeError, match="got Linear"):
         tune(torch.nn.Linear(2, 2), torch.zeros(2))
 
 
-def test_without_a_gpu_the_command_says_so(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune", "--layer", "4x5"]) == 1 and "no NVIDIA GPU" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="nothing to tune"):
-        tuning.tune_shape(SHAPE._replace(dtype="int32"), T, CPU)
+    monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: "none such")
+    with pytest.raises(RuntimeError, match="nothing to tune: none such"):
+        tuning.tune_shape(SHAPE, T, CPU)
 
 
-def test_the_command_measures_what_its_arguments_say(monkeypatch, capsys):
+COMMAND = "tune --layer 256x512 --layer 3x4 --batch 8 --steps 64 --dtype bf16 --train --resets --budget 90s".split()
+
+
+def test_the_command_measures_what_its_arguments_say(asked, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    asked = []
-    monkeypatch.setattr(tuning, "tune_shape", lambda *arguments: asked.append(arguments) or "measured")
-    arguments = (
-        "tune --layer 256x512 --layer 3x4 --batch 8 --steps 64 --dtype bf16 --train --resets --budget 90s".split()
-    )
-    assert cli.main(arguments) == 0 and capsys.readouterr().out == "measured\nmeasured\n"
-    shape = Shape(256, 512, 1, 1, 0, 8, "resets", "bfloat16", train=True)
-    gpu = torch.device("cuda", 0)
-    assert asked == [(shape, 64, gpu, 90.0), (shape._replace(input_size=3, hidden_size=4), 64, gpu, 90.0)]
     monkeypatch.setattr("lstm_triton.kernels.device._cuda_figures", lambda index: device_figures(CPU))
-    assert cli.main([*arguments, "--dry-run"]) == 0 and len(asked) == 2
+    shape, gpu = Shape(256, 512, 1, 1, 0, 8, "resets", "bfloat16", train=True), torch.device("cuda", 0)
+    for options, cell in (
+        ([], "lstm"),
+        (["--cell", "gru"], GRU.cell.key),
+        (["--cell", "lstm_triton.cells.catalogue:slstm"], catalogue.slstm.key),
+    ):
+        asked.clear()
+        assert cli.main([*COMMAND, *options]) == 0 and capsys.readouterr().out == "measured\nmeasured\n"
+        shapes = shape._replace(cell=cell), shape._replace(input_size=3, hidden_size=4, cell=cell)
+        assert asked == [(each, 64, gpu, 90.0) for each in shapes]
+    asked.clear()
+    assert cli.main([*COMMAND, "--dry-run"]) == 0 and not asked
     text = capsys.readouterr().out
     assert "LSTM(256, 512) B = 8, bfloat16, training, resets, T = 64:\n  triton-stepwise\n  triton\n  triton, " in text
-    with pytest.raises(SystemExit):
-        cli.main(["tune", "--layer", "3"])
-    asked.clear()
-    for cell in ("gru", "lstm_triton.cells.catalogue:slstm"):
-        assert cli.main([*arguments, "--cell", cell]) == 0
-    assert [call[0].cell for call in asked] == [c.key for c in (GRU.cell, catalogue.slstm) for _ in range(2)]
-    capsys.readouterr()
-    for cell, message in (("Cell", "Cell is no cell"), ("other", "no attribute 'other'"), ("no_module:a", "no_module")):
+    for wrong, message in (
+        ("--layer 3", "--layer"),
+        ("--layer 3x4 --cell Cell", "Cell is no cell"),
+        ("--layer 3x4 --cell other", "no attribute 'other'"),
+        ("--layer 3x4 --cell no_module:a", "no_module"),
+    ):
         with pytest.raises(SystemExit):
-            cli.main(["tune", "--layer", "3x4", "--cell", cell])
+            cli.main(["tune", *wrong.split()])
         assert message in capsys.readouterr().err
 
 
-def test_a_first_call_tunes_itself_where_that_is_asked_for(made_up, monkeypatch, file):
+def test_a_first_call_tunes_itself_where_that_is_asked_for(monkeypatch, file):
     asked = []
 
     def tune_shape(shape, steps, device):
@@ -189,7 +251,7 @@ def test_a_first_call_tunes_itself_where_that_is_asked_for(made_up, monkeypatch,
 
     monkeypatch.setattr(measurements, "tune_first_call", tune_shape)
     for _ in range(2):
-        assert lstm._choose(_module(), X, "", T, B) == "triton-stepwise"
+        assert lstm._choose(LSTM(I, H, **BFLOAT16), X, "", T, B) == "triton-stepwise"
     assert asked == [(SHAPE, T)]
 
 
@@ -206,66 +268,58 @@ def test_contenders_differ_in_more_than_chunks():
 # ---- what is measured is taken ---------------------------------------------------------------------------------------
 
 
-def test_the_user_s_file_comes_before_the_shipped_one_and_that_before_the_model(file, monkeypatch):
-    monkeypatch.setattr(dispatch, "_why_no_kernels", lambda *arguments: None)
-    dispatch._remembered.cache_clear()
-    problem = measurements.problem_of(SHAPE, "forward")
-    model, *others = (c for c in search.candidates(problem, device_figures(CPU)) if not c.waits)
-    assert search.choose(problem, device_figures(CPU), CPU) == model
-    _write(measurements.SHIPPED, [_row(backend="triton-stepwise", forward=asdict(others[0]))])
-    assert search.choose(problem, device_figures(CPU), CPU) == others[0]
-    assert lstm._choose(_module(), X, "", T, B) == "triton-stepwise"
-    _write(file, [_row(backend="triton", forward=asdict(others[1]))])
-    assert search.choose(problem, device_figures(CPU), CPU) == others[1]
-    assert lstm._choose(_module(), X, "", T, B) == "triton"
-    assert search.choose(problem._replace(stepwise=True), device_figures(CPU), CPU).persistent is False
-    dispatch._remembered.cache_clear()
+def test_the_user_s_file_comes_before_the_shipped_one_and_that_before_the_model(file):
+    def chosen():
+        return search.choose(PROBLEM, device_figures(CPU), CPU), lstm._choose(LSTM(I, H, **BFLOAT16), X, "", T, B)
+
+    model, *others = (c for c in search.candidates(PROBLEM, device_figures(CPU)) if not c.waits)
+    assert chosen() == (model, "torch")
+    _write(measurements.SHIPPED, _row(backend="triton-stepwise", forward=asdict(others[0])))
+    assert chosen() == (others[0], "triton-stepwise")
+    _write(file, _row(backend="triton", forward=asdict(others[1])))
+    assert chosen() == (others[1], "triton")
+    assert search.choose(PROBLEM._replace(stepwise=True), device_figures(CPU), CPU).persistent is False
 
 
 @pytest.mark.parametrize(
     "change, steps, backend",
     [
-        ({}, 60, "triton"),  # the nearest length decides
-        ({}, 120, "triton"),
-        ({}, 130, "cudnn"),
-        ({}, 290, "cudnn"),
+        *(({}, steps, "triton") for steps in (60, 120)),  # the nearest length decides
+        *(({}, steps, "cudnn") for steps in (130, 290)),
         ({}, 25, None),
-        ({"batch": 3}, 100, None),
-        ({"train": False}, 100, None),
-        ({"features": "resets"}, 100, None),
-        ({"hidden_size": 21}, 100, None),
+        *((change, 100, None) for change in (dict(batch=3), dict(train=False), dict(features="resets"))),
+        (dict(hidden_size=21), 100, None),
     ],
 )
 def test_a_row_holds_for_its_call_alone(change, steps, backend, file):
-    _write(file, [_row(steps=100), _row(steps=150, backend="cudnn")])
+    _write(file, _row(steps=100), _row(steps=150, backend="cudnn"))
     row = measurements.best(SHAPE._replace(**change), steps, CPU)
     assert (row and row.backend) == backend
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "old, new",
     [
-        lambda text: text[:-5],
-        lambda text: "",
-        lambda text: "{}",
-        lambda text: '[{"machine": 3}]',
-        lambda text: text.replace('"steps": 4', '"steps": "four"'),
-        lambda text: text.replace('"backend": "triton"', '"backend": "magic"'),
-        lambda text: text.replace('"block_h": ', '"block_h": 7'),
-        lambda text: text.replace(torch.__version__, "1.0"),
-        lambda text: text.replace('"device": "CPU"', '"device": "NVIDIA X"'),
-        lambda text: text.replace('"kernels": "', '"kernels": "0'),
+        (None, lambda text: text[:-5]),
+        (None, lambda text: ""),
+        (None, lambda text: "{}"),
+        (None, lambda text: '[{"machine": 3}]'),
+        ('"steps": 4', '"steps": "four"'),
+        ('"backend": "triton"', '"backend": "magic"'),
+        ('"block_h": ', '"block_h": 7'),
+        (torch.__version__, "1.0"),
+        ('"device": "CPU"', '"device": "NVIDIA X"'),
+        ('"kernels": "', '"kernels": "0'),
     ],
 )
-def test_a_damaged_foreign_or_stale_file_costs_a_warning_and_nothing_else(damage, file):
-    config = search.candidates(measurements.problem_of(SHAPE, "forward"), device_figures(CPU))[0]
-    _write(file, [_row(forward=asdict(config))])
+def test_a_damaged_foreign_or_stale_file_costs_a_warning_and_nothing_else(old, new, file):
+    _write(file, _row(forward=asdict(search.candidates(PROBLEM, device_figures(CPU))[0])))
     assert measurements.rows(CPU)
     text = file.read_text()
-    file.write_text(damage(text))
+    file.write_text(text.replace(old, new) if old else new(text))
     assert file.read_text() != text
     measurements.refresh()
-    module = _module()
+    module = LSTM(I, H, **BFLOAT16)
     with pytest.warns(UserWarning, match="aside"):
         module(X)
     with warnings.catch_warnings():
@@ -290,38 +344,8 @@ def test_processes_that_tune_at_once_lose_no_row(file):
 
 
 def test_info_lists_them(file, capsys):
-    _write(file, [_row(), replace(_row(), machine=_row().machine._replace(sms=3))])
+    _write(file, _row(), replace(_row(), machine=_row().machine._replace(sms=3)))
     cli.main(["info"])
     text = capsys.readouterr().out.split("Measurements\n")[1]
     assert "LSTM(3, 20) B = 2, bfloat16, training, T = 4: triton, 10.0 us, 2.00 times as fast as cuDNN" in text
     assert "1 for other devices or versions" in text and str(file) in text
-
-
-# ---- other cells -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_cells_of_ones_own_are_measured(made_up, monkeypatch):
-    """With cuDNN for a GRU, converted ones too; without it for others."""
-    monkeypatch.setattr(tuning, "_CANDIDATES", 0)
-    made_up(cudnn=90.0, triton_stepwise=95.0, triton=60.0)
-    gru, slstm = GRU(I, H, dtype=torch.bfloat16), Recurrent(catalogue.slstm, I, H, dtype=torch.bfloat16)
-    converted = convert(torch.nn.GRU(I, H, dtype=torch.bfloat16))
-    with torch.no_grad():
-        for module in (gru, converted):
-            expected = "gru(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us, 1.50 times as fast as cuDNN"
-            assert tune(module, X, budget_s=120.0) == [expected]
-        zoneout = Recurrent(catalogue.zoneout(), I, H, dtype=torch.bfloat16)
-        assert ": triton, 60.0 us" in tune(zoneout, X, budget_s=120.0)[0]
-        assert tune(slstm, X, budget_s=120.0) == ["slstm(3, 20) B = 2, bfloat16, inference, T = 4: triton, 60.0 us"]
-        assert lstm._choose(slstm, X, "", T, B) == "triton"
-        assert lstm._choose(Recurrent(catalogue.cifg, I, H, dtype=torch.bfloat16), X, "", T, B) != "triton"
-        assert not gru._is_torchs(X, X), "what was measured holds for a plain call too"
-        assert "triton: measured here" in explain(gru, X) and "triton: measured here" in explain(converted, X)
-
-
-def test_a_cell_that_no_other_process_can_import(made_up):
-    own = Cell(lambda z, s: (z.a.sigmoid(), {}), "a")
-    own.__module__ = "__main__"
-    with pytest.raises(RuntimeError, match="move the cell <lambda> to a module"):
-        tune(Recurrent(own, I, H, dtype=torch.bfloat16), X, quiet=True)
