@@ -27,7 +27,7 @@ MOST_COMPILATIONS, _MOST_PERSISTENT = 6, 4
 # Words of local memory per thread. A few cost little in a step of thousands of cycles, and their number differs between
 # processes; some still cost less than a launch for each step. Neither has been measured.
 _FEW_WORDS, _SOME_WORDS = 8, 32
-_MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 _TILES = tuple(itertools.product((8, 16, 32, 64), (8, 16, 32, 64, 128), (4, 8)))  # block_b, block_h, num_warps
 _TILES_ON_CUDA_CORES = tuple(itertools.product((8, 16, 32, 64), (4, 8, 16, 32), (4, 8)))
@@ -182,5 +182,5 @@ def _words(problem: Problem, device: DeviceFigures, config: SequenceConfig) -> f
         config, device, kernel.metadata.tmem_size, kernel.metadata.shared, kernel.n_regs
     ):
         return math.inf
-    has_product = any(name in kernel.asm["ptx"] for name in _MATRIX_INSTRUCTIONS)
+    has_product = any(name in kernel.asm["ptx"] for name in MATRIX_INSTRUCTIONS)
     return kernel.n_spills if has_product or not problem.on_tensor_cores else math.inf

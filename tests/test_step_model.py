@@ -64,7 +64,7 @@ def test_warps_meet_at_a_barrier():
 
 @pytest.mark.long
 def test_a_compiled_kernel():
-    """One that test_aot_sequence compiles too."""
+    """One that test_aot_kernels compiles too."""
     told = run_without_interpreter(script, "80", "128", "64", "fp32", "backward")
     (found,) = re.findall(r"^sm_80 backward H=128 B=64 fp32: (\d+) to (\d+) cycles, (\d+) instructions", told, re.M)
     fewest, most, instructions = map(int, found)

@@ -7,7 +7,9 @@ import math
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
+
+from lstm_triton.kernels.search import MATRIX_INSTRUCTIONS
 
 # Bytes that one block may have, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_MEMORY_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -32,8 +36,6 @@ KINDS = {
     "fp64": (torch.float64, "ieee"),
 }
 
-_LOCAL_MEMORY = {"LDL", "STL"}
-
 
 class Instruction(NamedTuple):
     opcode: str  # without its modifiers: "LDG", not "LDG.E.128"
@@ -47,42 +49,15 @@ class Report:
     kernel: CompiledKernel = field(repr=False)
     arch: int
 
-    @property
-    def name(self) -> str:
-        return self.kernel.name
-
-    @property
-    def ptx(self) -> str:
-        return self.kernel.asm["ptx"]
-
-    @property
-    def ttgir(self) -> str:
-        return self.kernel.asm["ttgir"]
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes per block."""
-        return self.kernel.metadata.shared
-
-    @property
-    def tensor_memory(self) -> int:
-        """Columns per block."""
-        return self.kernel.metadata.tmem_size
-
-    @property
-    def threads(self) -> int:
-        """Per block."""
-        return self.kernel.metadata.num_warps * 32
-
-    @property
-    def registers(self) -> int:
-        """Per thread."""
-        return self.kernel.n_regs
-
-    @property
-    def stack_bytes(self) -> int:
-        """Local memory per thread: for want of registers, or for arrays."""
-        return 4 * self.kernel.n_spills
+    name = property(attrgetter("kernel.name"))
+    ptx = property(lambda self: self.kernel.asm["ptx"])
+    ttgir = property(lambda self: self.kernel.asm["ttgir"])
+    shared_memory = property(attrgetter("kernel.metadata.shared"))  # bytes of a block
+    tensor_memory = property(attrgetter("kernel.metadata.tmem_size"))  # columns of a block
+    threads = property(lambda self: 32 * self.kernel.metadata.num_warps)  # of a block
+    registers = property(attrgetter("kernel.n_regs"))  # of a thread
+    # Local memory of a thread: for want of registers, or for arrays.
+    stack_bytes = property(lambda self: 4 * self.kernel.n_spills)
 
     @functools.cached_property
     def sass(self) -> str:
@@ -124,10 +99,6 @@ class Report:
                 labels = []
         return listing
 
-    def fits(self) -> bool:
-        """Whether one block has room in shared memory."""
-        return self.shared_memory <= SHARED_MEMORY_PER_BLOCK[self.arch]
-
     def blocks_per_sm(self) -> int:
         """The most blocks of this kernel that share an SM of sm_90 or sm_100: by its registers, shared memory and warps."""
         registers = -(-self.registers // 8) * 8 * self.threads
@@ -135,8 +106,17 @@ class Report:
 
     def local_memory_in_loops(self) -> int:
         """Loads from and stores to local memory inside loops: spills that are paid for again and again."""
-        return sum(instruction.opcode in _LOCAL_MEMORY for instruction in self.in_loops)
+        return sum(i.opcode in ("LDL", "STL") for i in self.in_loops) if self.stack_bytes else 0
 
-    def matrix_instructions(self) -> int:
-        """Instructions of the tensor cores: HMMA, HGMMA, DMMA, IMMA, UTCHMMA, ..."""
-        return sum(number for opcode, number in self.counts.items() if opcode.endswith("MMA"))
+    def faults(self, on_tensor_cores: bool | None, most_words: int) -> Iterator[str]:
+        """What is wrong with any kernel. most_words: of local memory that a thread may have.
+
+        on_tensor_cores: whether it has to have matrix instructions; None if it may.
+        """
+        if self.stack_bytes > 4 * most_words:
+            yield f"{self.stack_bytes} bytes of local memory"
+        if self.shared_memory > SHARED_MEMORY_PER_BLOCK[self.arch]:
+            yield f"{self.shared_memory} bytes of shared memory"
+        has_product = any(name in self.ptx for name in MATRIX_INSTRUCTIONS)
+        if on_tensor_cores is not None and has_product != on_tensor_cores:
+            yield f"{'' if has_product else 'no '}matrix instructions"

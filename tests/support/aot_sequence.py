@@ -72,13 +72,8 @@ def choose(case: Case, arch: int) -> Choice:
 
 def faults(case: Case, config: SequenceConfig, report: Report, most_words: int = 8) -> Iterator[str]:
     """What is wrong with a kernel compiled for this case. most_words: of local memory that a thread may have."""
-    if report.stack_bytes > 4 * most_words:
-        yield f"{report.stack_bytes} bytes of local memory"
-    if report.shared_memory > DEVICES[report.arch].shared_memory:
-        yield f"{report.shared_memory} bytes of shared memory"
+    yield from report.faults(case.problem.on_tensor_cores or None, most_words)
     if case.problem.on_tensor_cores:
-        if not report.matrix_instructions():
-            yield "no matrix instructions"
         wide = case.way == "forward" and config.split_k == 1 and 4 * config.block_h >= 64
         if report.arch == 90 and wide and not report.counts["HGMMA"]:
             yield "no wgmma"

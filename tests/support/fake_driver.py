@@ -1,10 +1,5 @@
 """Triton's real JIT without a GPU: kernels are specialised, compiled and "launched" by a driver that launches nothing.
 
-    with fake_driver(arch=90) as driver:
-        kernel[(4,)](torch.empty(16), 16, BLOCK=16)
-        assert driver.launches == [("kernel", (4, 1, 1))]
-        assert count_compiled(kernel) == 1
-
 Shows what recompiles, with what grids a launcher launches, and what the host side of a launch costs. Not in a process
 with TRITON_INTERPRET=1.
 """
@@ -75,16 +70,12 @@ class NullDriver:
         }
 
     def load_binary(self, *args: Any) -> tuple[None, int, int, int, int]:
-        module, function, registers, spills, max_threads = None, 1, 32, 0, 1024  # no module, which would be unloaded
-        return module, function, registers, spills, max_threads
+        """Module, which is none, since it would be unloaded; function, registers, spills, threads at most."""
+        return None, 1, 32, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """The function that Triton calls for every launch of one compiled kernel."""
-        return _launch_nothing
-
-
-def _launch_nothing(*args: Any) -> None:
-    pass
+        return lambda *args: None
 
 
 _Driver = TypeVar("_Driver", bound=NullDriver)
@@ -134,16 +125,15 @@ class FakeDriver(NullDriver):
         self.launches: list[Launch] = []
 
     def load_binary(self, name: str, cubin: bytes, *args: Any) -> tuple[None, int, int, int, int]:
-        module, function, _, _, max_threads = super().load_binary()
         registers, local_bytes = _resources(cubin)
-        return module, function, registers, local_bytes // 4, max_threads
+        return None, 1, registers, local_bytes // 4, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:
-            _, _, _, launch_metadata, enter_hook, *_ = args
+        def launch(*args: Any) -> None:
+            *grid, _, _, _, launch_metadata, enter_hook = args[:8]
             if enter_hook is not None:
                 enter_hook(launch_metadata)
-            self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))
+            self.launches.append(Launch(metadata.name, tuple(grid)))
 
         return launch
 
