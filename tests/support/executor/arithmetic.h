@@ -108,7 +108,7 @@ static inline u32 permute(u32 a, u32 b, u32 selector) {
     return result;
 }
 // LLVM packs truth values as bytes, and leaves undefined those that it does not take out again.
-PROPAGATING("prmt.b32", LANES) {
+PROPAGATING("prmt.b32 4 = 4 4 4", LANES) {
     RESULT(u32); IN(u32, 1); IN(u32, 2); IN(u32, 3);
     const u32 selector = x3[first_lane(mask)], both = OK(3) & OK(1) & OK(2);
     u32 differ = 0, ok[4];

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from .encode import Operation
+from .instructions import Instructions
 
 CACHE = Path(__file__).parents[3] / ".ci-cache"
 # Lanes are vectorised at -O3; no product and sum may be fused that PTX keeps apart.
@@ -35,7 +35,7 @@ class LaunchStruct(ctypes.Structure):
 
 
 class _OperationStruct(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), *_fields("run kind results inputs"), ("sizes", 4 * ctypes.c_int64)]
+    _fields_ = [("opcode", ctypes.c_char_p), *_fields("run kind results inputs"), ("sizes", 4 * ctypes.c_int64)]
 
 
 def why_not() -> str | None:
@@ -57,14 +57,19 @@ def machine() -> ctypes.CDLL:
 
 
 @functools.cache
-def operations() -> dict[str, list[Operation]]:
-    """By name; those of one name differ in their operands."""
-    named: dict[str, list[Operation]] = {}
+def instructions() -> Instructions:
+    known = Instructions()
     for k in range(machine().operations_known()):
-        found = machine().operation_at(k).contents
-        operation = Operation(k, found.results, tuple(map(str, found.sizes[: max(found.results, 0) + found.inputs])))
-        named.setdefault(found.name.decode(), []).append(operation)
-    return named
+        operation = machine().operation_at(k).contents
+        opcode, results, sizes = operation.opcode.decode(), operation.results, list(map(str, operation.sizes))
+        if results >= 0:
+            form = [*sizes[:results], "=", *sizes[results : results + operation.inputs]]
+            known.add(k, opcode, " ".join(form))
+        elif " " in opcode:
+            known.add_patterns(k, opcode)
+        else:
+            known.add(k, opcode, "")
+    return known
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from triton.runtime.cache import get_cache_manager
 
 from ..aot_sequence import DEVICES
 from ..fake_driver import NullDriver, active
-from .build import CACHE, KernelStruct, LaunchStruct, machine, operations, sources
+from .build import CACHE, KernelStruct, LaunchStruct, instructions, machine, sources
 from .encode import Program, encode
 from .ptx import SIZES, Statement, parse
 
@@ -83,7 +83,7 @@ def _encoded(ptx: str) -> Program:
     """Kept on disk by its content, beside the compiled kernels."""
     kept = get_cache_manager(hashlib.sha256(f"{sources()} {ptx}".encode()).hexdigest())
     if (file := kept.get_file("encoded")) is None:
-        file = kept.put(zlib.compress(pickle.dumps(encode(ptx, operations())), 1), "encoded")
+        file = kept.put(zlib.compress(pickle.dumps(encode(ptx, instructions())), 1), "encoded")
     return pickle.loads(zlib.decompress(Path(file).read_bytes()))
 
 

@@ -1,4 +1,4 @@
-"""From PTX to the machine's instructions: arithmetic as arithmetic.h lists it, everything else as instructions.py does."""
+"""From PTX to the machine's instructions."""
 
 from __future__ import annotations
 
@@ -7,26 +7,17 @@ import re
 import struct
 from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from .instructions import forms
+from .instructions import Instructions
 from .ptx import SIZES, Kernel, Parameter, Statement, Unsupported, parse
 
 SHARED_BASE = 1024  # the address of the first byte of shared memory, as in machine.h
 
 # The first registers of a program, in the order of machine.c.
 _SPECIALS = ("tid.x", "ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x", "nctaid.y", "nctaid.z", "ntid.x", "laneid", "warpid")
-_FORM = re.compile(r"(?P<size>\d+)(?P<more>\+?)(?:x(?P<count>\d+)(?:/(?P<by>\d+))?)?|\[(?P<bases>[48]+)\]")
+_FORM = re.compile(r"(?P<size>\d+)(?P<more>\+?)(?:x(?P<count>\d+)(?:/(?P<by>\d+))?)?\??|\[(?P<bases>[48]+)\]")
 
 Place = tuple[int, int, int, int]  # struct Operand
-
-
-class Operation(NamedTuple):
-    """One of the machine's: how many results, of how many bytes these and its inputs are. -1 where instructions.py says it."""
-
-    index: int
-    results: int
-    sizes: tuple[str, ...]
 
 
 @dataclass
@@ -53,9 +44,9 @@ class Program:
         return max((p.offset + SIZES[p.type] for p in self.parameters), default=0)
 
 
-def encode(ptx: str, operations: dict[str, list[Operation]]) -> Program:
+def encode(ptx: str, instructions: Instructions) -> Program:
     """Raises Unsupported for everything that is not known, all of it in one message."""
-    encoder = _Encoder(parse(ptx), operations)
+    encoder = _Encoder(parse(ptx), instructions)
     faults = []
     for statement in encoder.kernel.statements:
         try:
@@ -69,8 +60,8 @@ def encode(ptx: str, operations: dict[str, list[Operation]]) -> Program:
 
 
 class _Encoder:
-    def __init__(self, kernel: Kernel, operations: dict[str, list[Operation]]):
-        self.kernel, self.operations, self.out = kernel, operations, Program.of(kernel)
+    def __init__(self, kernel: Kernel, instructions: Instructions):
+        self.kernel, self.instructions, self.out = kernel, instructions, Program.of(kernel)
         self.places: dict[tuple[str | int, int], Place] = {}  # of names and constants
         self.parameters = {p.name: p.offset for p in kernel.parameters}
         for name in _SPECIALS:
@@ -79,30 +70,24 @@ class _Encoder:
     def encode(self, s: Statement) -> None:
         """By the first form that the operands have."""
         try:
-            candidates = self._candidates(s.opcode)
+            candidates = self.instructions.forms(s.opcode)
         except LookupError as fault:
             raise s.unsupported(str(fault)) from None
         faults = [s.unsupported(f"unknown instruction {s.opcode}")]
-        for index, form, values in candidates:
+        for operation, form, values in candidates:
             try:
                 found = self._operands(s, form)
             except Unsupported as fault:
                 faults.append(fault)
-            else:
-                return self._emit(s, index, values, *found)
+                continue
+            if s.opcode == "bar.warp.sync" and self.kernel.threads == 32:  # the barrier of the warp is the program's
+                [(operation, *_)] = self.instructions.forms("bar.sync")
+            return self._emit(s, operation, values, *found)
         raise faults[-1]
 
-    def _candidates(self, opcode: str) -> list[tuple[int, list[str], list[int]]]:
-        """The operation's index, the form of its operands, and its values."""
-        arithmetic = [o for o in self.operations.get(opcode, ()) if o.results >= 0]
-        found = [(o.index, [*o.sizes[: o.results], "=", *o.sizes[o.results :]], []) for o in arithmetic]
-        for name, form, values in forms(opcode):
-            if name == "bar.warp.sync" and self.kernel.threads == 32:
-                name = "bar.sync"  # the barrier of the warp is the program's
-            found.append((self.operations[name][0].index, form.split(), values))
-        return found
-
-    def _emit(self, s: Statement, index: int, values: list[int], results: int, places: list[Place], numbers: list[int]):
+    def _emit(
+        self, s: Statement, operation: int, values: list[int], results: int, places: list[Place], numbers: list[int]
+    ):
         target = self.kernel.target(s) if s.opcode.startswith("bra") else 0
         at, guard, *_ = self._place(s, s.guard, 1) if s.guard else (0, -1)
         first = len(self.out.operands) // 4
@@ -110,13 +95,15 @@ class _Encoder:
             self.out.operands.extend(place)
         values = [*values, *numbers]
         values += [0] * (8 - len(values))
-        self.out.code.extend((index, guard, at, s.negated, target, first, results, len(places) - results, *values))
+        self.out.code.extend((operation, guard, at, s.negated, target, first, results, len(places) - results, *values))
 
     # ---- operands ----
 
     def _operands(self, s: Statement, form: list[str]) -> tuple[int, list[Place], list[int]]:
         """How many results, all operands, and the numbers among them, if they have this form."""
         texts = [text for operand in s.operands for text in operand.split("|")]
+        if len(texts) == len(form) - 2:
+            form = [token for token in form if token[-1] != "?"]
         if len(texts) != len(form) - 1:
             raise s.unsupported("number of operands")
         places: list[Place] = []
@@ -135,7 +122,7 @@ class _Encoder:
         return results, places, numbers
 
     def _number(self, s: Statement, text: str, token: str, numbers: list[int]) -> None:
-        value, allowed = _constant(text, 4), [_constant(n, 4) for n in token[1:].split("|") if n]
+        value, allowed = _constant(text, 4), [_constant(n, 4) for n in token[1:].rstrip("?").split("|") if n]
         if value is None or (allowed and value not in allowed):
             raise s.unsupported(f"operand `{text}`")
         if token[0] == "#":

@@ -6,9 +6,9 @@
 #include "matrix.h"
 #include "tensor.h"
 
-INSTRUCTION("bra", BRANCH) { return 0; }
-INSTRUCTION("ret", EXIT) { return 0; }
-INSTRUCTION("bar.sync", BARRIER) { return 0; }
+INSTRUCTION("bra(?:.uni)? = label", BRANCH) { return 0; }
+INSTRUCTION("ret =; exit =", EXIT) { return 0; }
+INSTRUCTION("bar(?:rier)?(?:.cta)?.sync(?:.aligned)? = !0", BARRIER) { return 0; }
 
 enum { SPINS = 100000 }; // so many backward branches in a launch, with no memory changed in between, are a deadlock
 

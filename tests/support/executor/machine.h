@@ -26,7 +26,7 @@ enum { FULL_WARP = -1, SHARED_BASE = 1024, COLUMNS = 512, MAX_WARPS = 32, SYNC_W
 // Byte offset in the register file of a warp, the register's number and its bytes (1: a predicate); added, where it is an address.
 typedef struct { i32 at, id, bytes, offset; } Operand;
 typedef struct {
-    i32 op, guard, guard_at, negated, target, first, results, inputs, value[8]; // value: what instructions.py says, in its order
+    i32 op, guard, guard_at, negated, target, first, results, inputs, value[8]; // value: as the opcode's form says
 } Instruction;
 
 typedef struct Program Program;
@@ -82,21 +82,21 @@ struct Program {
 
 typedef int (*Handler)(Warp *, const Instruction *, u32 mask); // 1 of a collective: cannot proceed yet
 typedef enum { LANES, WARP, WARPGROUP, BRANCH, EXIT, BARRIER } Kind;
-typedef struct { const char *name; Handler run; i64 kind, results, inputs, size[4]; } Operation; // bytes of the operands
+typedef struct { const char *opcode; Handler run; i64 kind, results, inputs, size[4]; } Operation; // bytes of the operands
 static Operation operations[1024];
 static int operation_count;
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 #define RUN(N) static int CAT(run_, N)(Warp *w, const Instruction *i, u32 mask)
 #define REGISTER(N, ...) __attribute__((constructor)) static void CAT(add_, N)(void) { operations[operation_count++] = (Operation){__VA_ARGS__}; }
-// An operation of which instructions.py says what instructions and operands it has: INSTRUCTION("name", KIND) { what it does }.
+// An operation with operands of any form: INSTRUCTION("opcodes and forms, as instructions.py reads them", KIND) { what it does }.
 // What it reads has to be defined, unless it is PROPAGATING: then it says of its results in which lanes they are.
-#define INSTRUCTION(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND, use_all(w, i, mask))
-#define PROPAGATING(NAME, KIND) INSTRUCTION_(__COUNTER__, NAME, KIND, )
-#define INSTRUCTION_(N, NAME, KIND, CHECK) \
+#define INSTRUCTION(OPCODES, KIND) INSTRUCTION_(__COUNTER__, OPCODES, KIND, use_all(w, i, mask))
+#define PROPAGATING(OPCODES, KIND) INSTRUCTION_(__COUNTER__, OPCODES, KIND, )
+#define INSTRUCTION_(N, OPCODES, KIND, CHECK) \
     static int CAT(do_, N)(Warp *w, const Instruction *i, u32 mask); \
     RUN(N) { CHECK; return CAT(do_, N)(w, i, mask); } \
-    REGISTER(N, NAME, CAT(run_, N), KIND, -1) \
+    REGISTER(N, OPCODES, CAT(run_, N), KIND, -1) \
     static int CAT(do_, N)(Warp *w, const Instruction *i, u32 mask)
 
 // Filled by build.py: each field has 8 bytes.

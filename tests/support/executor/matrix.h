@@ -9,7 +9,7 @@ static void define_all(Warp *w, const Instruction *i) {
 }
 
 // value: mode (up, down, bfly, idx); operands: result, value, lane, clamp
-PROPAGATING("shfl.sync", WARP) {
+PROPAGATING("shfl.sync.(up|down|bfly|idx).b32 4 = 4 4 4 !-1", WARP) {
     const u32 *x = word(w, i, 1), *b = used(w, i, 2, mask), *clamp = used(w, i, 3, mask);
     const u32 ok = defined(w, i, operand(i, 1), mask);
     u32 result[32], result_ok = 0;
@@ -26,14 +26,14 @@ PROPAGATING("shfl.sync", WARP) {
 }
 
 // PTX leaves open which lane is chosen; hardware takes the lowest, and Triton 3.6.0 counts on it.
-INSTRUCTION("elect.sync", WARP) {
+INSTRUCTION("elect.sync 4 1 = !-1", WARP) {
     memset(word(w, i, 0), 0, 32 * 4);
     *word(w, i, 1) = 1;
     return define_all(w, i), 0;
 }
 
 // value: any, all, ballot
-INSTRUCTION("vote.sync", WARP) {
+INSTRUCTION("vote.sync.(any|all).pred 1 = 1 !-1; vote.sync.(ballot).b32 4 = 1 !-1", WARP) {
     const u32 p = *word(w, i, 1), all = FULL_WARP;
     const u32 result = i->value[0] == 2 ? p : (i->value[0] ? p == all : p != 0) * all;
     for (int l = 0; l < (i->value[0] < 2 ? 1 : 32); l++) word(w, i, 0)[l] = result;
@@ -41,7 +41,7 @@ INSTRUCTION("vote.sync", WARP) {
 }
 
 // value: add, min, max; whether NaN wins; s32, u32, f32
-INSTRUCTION("redux.sync", WARP) {
+INSTRUCTION("redux.sync.(add|min|max)().(s32|u32) 4 = 4 4; redux.sync.(min|max)(.NaN)?.(f32) 4 = 4 4", WARP) {
     const int add = i->value[0] == 0, min = i->value[0] == 1, type = i->value[2];
     const u32 *x = word(w, i, 1), *members = word(w, i, 2);
     for (int l = 0; l < 32; l++) if (members[l] != (u32)FULL_WARP) FATAL(w, l, i, DIVERGENCE, "is one of a part of a warp, which is not known");
@@ -57,7 +57,7 @@ INSTRUCTION("redux.sync", WARP) {
     return define_all(w, i), 0;
 }
 
-INSTRUCTION("bar.warp.sync", WARP) { return w->sync++, 0; }
+INSTRUCTION("bar.warp.sync = !-1", WARP) { return w->sync++, 0; }
 
 // ---- ldmatrix, stmatrix: value: matrices, whether transposed ----
 
@@ -66,7 +66,7 @@ static u16 *half_of(u16 m[8][8], int transposed, int lane, int half) {
     const int row = lane / 4, column = 2 * (lane % 4) + half;
     return transposed ? &m[column][row] : &m[row][column];
 }
-INSTRUCTION("ldmatrix", WARP) {
+INSTRUCTION("ldmatrix.sync.aligned.m8n8.x([124])(.trans)?.shared(?:::cta)?.b16 4x{0} = [4]", WARP) {
     const u32 count = i->value[0];
     u16 m[4][8][8];
     for (u32 row = 0; row < 8 * count; row++)
@@ -75,7 +75,7 @@ INSTRUCTION("ldmatrix", WARP) {
         for (int l = 0; l < 32; l++) word(w, i, k)[l] = *half_of(m[k], i->value[1], l, 0) | (u32)*half_of(m[k], i->value[1], l, 1) << 16;
     return define_all(w, i), 0;
 }
-INSTRUCTION("stmatrix", WARP) {
+INSTRUCTION("stmatrix.sync.aligned.m8n8.x([124])(.trans)?.shared(?:::cta)?.b16 = [4] 4x{0}", WARP) {
     const u32 count = i->value[0];
     u16 m[4][8][8];
     for (u32 k = 0; k < count; k++)
@@ -127,7 +127,10 @@ static void multiply_registers(const Warp *w, const Instruction *i, int rows, in
 }
 
 // value: rows, K, type; operands: results, registers of A, of B, sums
-INSTRUCTION("mma.sync", WARP) {
+INSTRUCTION("mma.sync.aligned.m(16)n8k(16).row.col.f32.(bf16|f16).\\3.f32 4x4 = 4x4 4x2 4x4; "
+            "mma.sync.aligned.m(16)n8k(8).row.col.f32.(tf32).\\3.f32 4x4 = 4x4 4x2 4x4; "
+            "mma.sync.aligned.m(16)n8k(16).row.col.f64.(f64).\\3.f64 8x4 = 8x8 8x4 8x4; "
+            "mma.sync.aligned.m(8)n8k(4).row.col.f64.(f64).\\3.f64 8x2 = 8x1 8x1 8x2", WARP) {
     const int rows = i->value[0], K = i->value[1], type = i->value[2], step = 4 * elements(type);
     int o = i->results;
     for (int k = 0; k < K; k += step)
@@ -162,7 +165,8 @@ static void read_operand(const Warp *w, const Instruction *i, Tile t, f64 (*matr
 }
 
 // value: N, type, whether A (if not in registers) and B are transposed; operands: N / 2 sums, A, B, whether to add
-PROPAGATING("wgmma.mma_async", WARPGROUP) {
+PROPAGATING("wgmma.mma_async.sync.aligned.m64n([0-9]+)k16.f32.(bf16|f16).\\2 4x{0}/2 = 8 8 1 !1 !1 #0|1 #0|1 or 4x{0}/2 = 4x4 8 1 !1 !1 #0|1; "
+            "wgmma.mma_async.sync.aligned.m64n([0-9]+)k8.f32.(tf32).\\2 4x{0}/2 = 8 8 1 !1 !1 or 4x{0}/2 = 4x4 8 1 !1 !1", WARPGROUP) {
     static const int swizzles[4] = {0, 3, 2, 1};
     const int N = i->value[0], type = i->value[1], K = 8 * elements(type), in_registers = i->inputs > 3;
     const int first_b = i->results + (in_registers ? 4 : 1);
@@ -194,10 +198,10 @@ PROPAGATING("wgmma.mma_async", WARPGROUP) {
     multiply_registers(group, i, 64, K, N, add ? 0 : -1);
     return 0;
 }
-INSTRUCTION("wgmma.fence.sync.aligned", WARP) { return w->wgmma_fence = M.time, 0; }
-INSTRUCTION("wgmma.commit_group.sync.aligned", WARP) { return w->group++, 0; }
+INSTRUCTION("wgmma.fence.sync.aligned =", WARP) { return w->wgmma_fence = M.time, 0; }
+INSTRUCTION("wgmma.commit_group.sync.aligned =", WARP) { return w->group++, 0; }
 // value: groups that may stay pending
-INSTRUCTION("wgmma.wait_group.sync.aligned", WARP) {
+INSTRUCTION("wgmma.wait_group.sync.aligned = #", WARP) {
     const i64 done = (i64)w->group - i->value[0];
     if (done > (i64)w->group_done) w->group_done = done;
     release_busy(w, ACCUMULATOR, OPERAND, w->group_done);

@@ -65,7 +65,7 @@ INSTRUCTION("atom", LANES) {
 // ---- cp.async: the bytes arrive when they are waited for ----
 
 // value: size
-INSTRUCTION("cp.async", LANES) {
+INSTRUCTION("cp.async.c[ag].shared(?:::cta)?.global = [48] [8] #4|8|16 4?", LANES) {
     const u32 size = i->value[0], *sizes = i->inputs > 2 ? word(w, i, 2) : 0;
     EACH(l, mask) {
         Copies *all = &w->copies[l];
@@ -78,12 +78,12 @@ INSTRUCTION("cp.async", LANES) {
     }
     return 0;
 }
-INSTRUCTION("cp.async.commit_group", LANES) {
+INSTRUCTION("cp.async.commit_group =", LANES) {
     EACH(l, mask) w->copies[l].group++;
     return 0;
 }
-// value: groups that may stay in flight; -1 waits for those of the open group as well
-INSTRUCTION("cp.async.wait_group", LANES) {
+// value: groups that may stay in flight
+INSTRUCTION("cp.async.wait_group = #", LANES) {
     EACH(l, mask) {
         Copies *all = &w->copies[l];
         u32 kept = 0;
@@ -104,18 +104,18 @@ INSTRUCTION("cp.async.wait_group", LANES) {
 
 // ---- fences ----
 
-INSTRUCTION("fence.proxy.async.shared::cta", LANES) {
+INSTRUCTION("fence.proxy.async.shared::cta =", LANES) {
     EACH(l, mask) w->fence_time[l] = M.time;
     w->fence_epoch = w->program->epoch;
     return 0;
 }
-INSTRUCTION("membar.sys", LANES) { return 0; } // before a trap
-INSTRUCTION("trap", LANES) { FATAL(w, first_lane(mask), i, TRAP, "the kernel has stopped itself"); }
+INSTRUCTION("membar.sys =", LANES) { return 0; } // before a trap
+INSTRUCTION("trap =", LANES) { FATAL(w, first_lane(mask), i, TRAP, "the kernel has stopped itself"); }
 
 // ---- parts of a register ----
 
 // LLVM moves this above tcgen05.wait::ld, where it only names registers together: the whole is then in flight as its parts are.
-PROPAGATING("mov.pack", LANES) {
+PROPAGATING("mov.b32 4 = 2x2; mov.b64 8 = 4x2 or 8 = 2x4", LANES) {
     u32 ok[4];
     int loading = 0;
     for (int k = 0; k < i->inputs; k++) {
@@ -133,7 +133,7 @@ PROPAGATING("mov.pack", LANES) {
     if (loading) make_busy(w, operand(i, 0), TENSOR_LOAD);
     return 0;
 }
-PROPAGATING("mov.unpack", LANES) {
+PROPAGATING("mov.b32 2x2 = 4; mov.b64 4x2 = 8 or 2x4 = 8", LANES) {
     const Operand *from = operand(i, i->results);
     EACH(l, mask) {
         const u64 value = get_lane(w, from, l);

@@ -26,7 +26,7 @@ static void check_cell(Warp *w, const Instruction *i, u32 column, u32 q, int wri
 }
 
 // operands: where the address goes, columns
-INSTRUCTION("tcgen05.alloc", WARP) {
+INSTRUCTION("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 = [4] 4", WARP) {
     Program *c = w->program;
     const u32 count = *word(w, i, 1);
     u32 *columns = &M.columns[c->slot / M.launch->programs_per_sm];
@@ -37,7 +37,7 @@ INSTRUCTION("tcgen05.alloc", WARP) {
     c->columns += count;
     return M.idle = 0;
 }
-INSTRUCTION("tcgen05.dealloc", WARP) {
+INSTRUCTION("tcgen05.dealloc.cta_group::1.sync.aligned.b32 = 4 4", WARP) {
     Program *c = w->program;
     const u32 count = *word(w, i, 1);
     if (count > c->columns) FATAL(w, 0, i, TENSOR, "%u columns are freed, of %u", count, c->columns);
@@ -46,9 +46,9 @@ INSTRUCTION("tcgen05.dealloc", WARP) {
     M.columns[c->slot / M.launch->programs_per_sm] -= count;
     return M.idle = 0;
 }
-INSTRUCTION("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", WARP) { return 0; }
-INSTRUCTION("tcgen05.fence::before_thread_sync", LANES) { return 0; }
-INSTRUCTION("tcgen05.fence::after_thread_sync", LANES) { return w->unfenced = 0; }
+INSTRUCTION("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned =", WARP) { return 0; }
+INSTRUCTION("tcgen05.fence::before_thread_sync =", LANES) { return 0; }
+INSTRUCTION("tcgen05.fence::after_thread_sync =", LANES) { return w->unfenced = 0; }
 
 // value: whether lanes 16 to 31 have columns of their own (shape 16x32bx2), and how far they are
 static void tensor_move(Warp *w, const Instruction *i, int loads) {
@@ -78,16 +78,16 @@ static void tensor_move(Warp *w, const Instruction *i, int loads) {
         if (loads) make_busy(w, o, TENSOR_LOAD);
     }
 }
-INSTRUCTION("tcgen05.ld", WARP) { return tensor_move(w, i, 1), 0; }
-INSTRUCTION("tcgen05.st", WARP) { return tensor_move(w, i, 0), 0; }
+INSTRUCTION("tcgen05.ld.sync.aligned.(32x32b|16x32bx2).x([0-9]+).b32 4x{1} = [4] #?", WARP) { return tensor_move(w, i, 1), 0; }
+INSTRUCTION("tcgen05.st.sync.aligned.(32x32b|16x32bx2).x([0-9]+).b32 = [4] #? 4x{1}", WARP) { return tensor_move(w, i, 0), 0; }
 
 #define EACH_CELL(x, w) for (Cell *x = (w)->program->cell[0]; x < (w)->program->cell[COLUMNS]; x++)
-INSTRUCTION("tcgen05.wait::ld.sync.aligned", WARP) {
+INSTRUCTION("tcgen05.wait::ld.sync.aligned =", WARP) {
     release_busy(w, TENSOR_LOAD, TENSOR_LOAD, 0);
     EACH_CELL(x, w) if (x->load_pending == w->index + 1) x->load_pending = 0;
     return 0;
 }
-INSTRUCTION("tcgen05.wait::st.sync.aligned", WARP) {
+INSTRUCTION("tcgen05.wait::st.sync.aligned =", WARP) {
     EACH_CELL(x, w) if (x->store_pending == w->index + 1) x->store_pending = 0;
     return 0;
 }
@@ -104,7 +104,7 @@ static Tile tile_of(const Product *p, int b) {
 }
 
 // value: type; operands: destination, A, B, descriptor, whether to add
-INSTRUCTION("tcgen05.mma", LANES) {
+INSTRUCTION("tcgen05.mma.cta_group::1.kind::(f16|tf32) = [4] 8 8 4 1 or = [4] [4] 8 4 1", LANES) {
     Program *c = w->program;
     const int in_tensor = operand(i, 1)->bytes == 4;
     EACH(l, mask) {
@@ -158,7 +158,7 @@ static Barrier *barrier_at(const Warp *w, const Instruction *i, u32 at) {
     c->barrier[c->barriers] = (Barrier){at, 0};
     return &c->barrier[c->barriers++];
 }
-INSTRUCTION("mbarrier.init", LANES) {
+INSTRUCTION("mbarrier.init.shared::cta.b64 = [48] 4", LANES) {
     const u32 *count = word(w, i, 1);
     EACH(l, mask) {
         const Place p = barrier_place(w, i, 0, l);
@@ -168,11 +168,11 @@ INSTRUCTION("mbarrier.init", LANES) {
     }
     return 0;
 }
-INSTRUCTION("mbarrier.inval", LANES) {
+INSTRUCTION("mbarrier.inval.shared::cta.b64 = [48]", LANES) {
     EACH(l, mask) write_to(w, l, i, barrier_place(w, i, 0, l), (u8[8]){0}, 0, AT_ONCE);
     return 0;
 }
-INSTRUCTION("mbarrier.try_wait.parity", LANES) {
+INSTRUCTION("mbarrier.try_wait.parity.shared(?:::cta)?.b64 1 = [48] 4", LANES) {
     const u32 *parity = word(w, i, 2);
     u32 *result = word(w, i, 0);
     EACH(l, mask) {
@@ -187,7 +187,7 @@ INSTRUCTION("mbarrier.try_wait.parity", LANES) {
     define(w, i, operand(i, 0), mask, FULL_WARP);
     return 0;
 }
-INSTRUCTION("tcgen05.commit", LANES) {
+INSTRUCTION("tcgen05.commit.cta_group::1.mbarrier::arrive::one(?:.shared::cluster)?.b64 = [48]", LANES) {
     Program *c = w->program;
     EACH(l, mask) {
         if (c->commits == 64) FATAL(w, l, i, TENSOR, "more than 64 commits at once");
