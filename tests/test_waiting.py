@@ -9,21 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support import executor, layers, segmented
+from support.aot import KINDS
 from support.aot_sequence import DEVICES
-from support.waiting import (
-    BACKWARD,
-    BARRIER,
-    BF16,
-    EXCHANGE,
-    FORWARD,
-    FP16,
-    FP32,
-    SEGMENTS,
-    TF32,
-    TF32X3,
-    marks,
-    searching,
-)
+from support.waiting import BACKWARD, BARRIER, EXCHANGE, FORWARD, SEGMENTS, draw, marks, searching
 
 from lstm_triton import functional
 from lstm_triton.kernels import device as device_module
@@ -50,48 +38,48 @@ FEATURES = {
 
 
 class Layer(NamedTuple):
-    """A layer: what is drawn and whether it recomputes, from which tiles the search chooses, and what it has to choose."""
+    """A layer, from which tiles the search chooses, and what it has to choose."""
 
+    kind: str
+    shape: tuple[int, ...]  # T, B, I, H and, where they are two, directions
     options: dict[str, Any]
-    within: Callable[[], contextlib.AbstractContextManager] = searching
+    within: Callable[[], contextlib.AbstractContextManager]
     in_band: set[bool] | None = None  # of both ways, where that is to be shown
     launches: tuple[int, int] = (1, 1)  # forward and backward
     sms: int | None = None  # that it may use
 
 
-def _with_features(kind, shape, resets, warpgroups, **options):
-    drawn = dict(zip("TBIH", shape)) | (BF16 if kind == "bf16" else TF32)
-    drawn |= {"resets": resets is not None, "reset_state": resets if resets in ("stored", "shared") else None}
-    return Layer(drawn | options, layers.products_of_warpgroups if warpgroups else searching)
+def _with_features(kind, shape, D, resets, warpgroups, **options):
+    options |= {"resets": resets is not None, "reset_state": resets if resets in ("stored", "shared") else None}
+    return Layer(kind, (*shape, D), options, layers.products_of_warpgroups if warpgroups else searching)
 
 
-def _exchanging(*tile, **options):
-    """Without a barrier, in tiles of this size."""
-    tiles = {"_TILES": [tile]} if tile else {}
-    return Layer(dict(I=3) | options, partial(searching, **EXCHANGE | tiles), {True})
+def _exchanging(kind, shape, options=None, tile=(8, 16, 4), **others):
+    within = partial(searching, **EXCHANGE | {"_TILES": [tile]})
+    return Layer(kind, shape, options or {}, within, **{"in_band": {True}} | others)
 
 
-SEVERAL_RANGES = dict(T=5, B=3, I=3, D=2, recompute=True, **SEGMENTS, **TF32)
+EVERY_RECOMPUTED = dict(recompute=True, **SEGMENTS)
 LAYERS = {
     **{" ".join(map(str, row.values())): _with_features(**row) for row in segmented.pairwise(FEATURES)},
-    # A last chunk that is cut off, a last program of four units.
-    "exchange, tf32": _exchanging(T=3, B=10, H=36, **TF32),
-    "exchange, fp16, two steps": _exchanging(T=2, B=9, H=24, D=2, **FP16),
-    "exchange, 16 rows, 8 warps": _exchanging(16, 16, 8, T=3, B=18, H=48, **BF16),
-    "exchange, 32 rows, two chunks": _exchanging(32, 16, 4, T=3, B=18, H=136, **BF16),
-    "exchange forward, eight units are too few backward": Layer(
-        dict(T=3, B=18, I=3, H=48, **BF16), partial(searching, _TILES=[(16, 8, 4)]), {True, False}
+    "a last chunk that is cut off, a last program of four units": _exchanging("tf32", (3, 10, 3, 36)),
+    "two steps": _exchanging("fp16", (2, 9, 3, 24, 2)),
+    "16 rows, 8 warps": _exchanging("bf16", (3, 18, 3, 48), tile=(16, 16, 8)),
+    "32 rows, two chunks": _exchanging("bf16", (3, 18, 3, 136), tile=(32, 16, 4)),
+    "eight units, too few for the exchange backward": Layer(
+        "bf16", (3, 18, 3, 48), {}, partial(searching, _TILES=[(16, 8, 4)]), {True, False}
     ),
-    "as searched, fp32": Layer(dict(T=3, B=10, I=3, H=36, D=2, **SEGMENTS, **FP32), searching, {True}),
-    "as searched, tf32x3": Layer(dict(T=3, B=10, I=3, H=36, **SEGMENTS, **TF32X3), searching, {True}),
-    # Ten groups of two programs each, four of them at once.
-    "exchange, groups that do not fit at once": _exchanging(T=3, B=34, H=32, D=2, **SEGMENTS, **BF16)._replace(
-        launches=(3, 3), sms=8
+    "fp32": Layer("fp32", (3, 10, 3, 36, 2), SEGMENTS, searching, {True}),
+    "tf32x3": Layer("tf32x3", (3, 10, 3, 36), SEGMENTS, searching, {True}),
+    "ten groups of two programs, four at once": _exchanging(
+        "bf16", (3, 34, 3, 32, 2), SEGMENTS, launches=(3, 3), sms=8
     ),
-    "a single step waits for nothing": _exchanging(T=1, B=3, H=32, D=2, **SEGMENTS, **BF16)._replace(in_band={False}),
+    "a single step, that waits for nothing": _exchanging("bf16", (1, 3, 3, 32, 2), SEGMENTS, in_band={False}),
     # Each range of steps is a launch of its own, which waits for nothing before it.
-    "exchange, recomputed": _exchanging(H=32, **SEVERAL_RANGES)._replace(launches=(1, 3)),
-    "barrier, recomputed": Layer(dict(H=9, **SEVERAL_RANGES), partial(searching, **BARRIER), {False}, (1, 3)),
+    "ranges": _exchanging("tf32", (5, 3, 3, 32, 2), EVERY_RECOMPUTED, launches=(1, 3)),
+    "ranges at the barrier": Layer(
+        "tf32", (5, 3, 3, 9, 2), EVERY_RECOMPUTED, partial(searching, **BARRIER), {False}, launches=(1, 3)
+    ),
 }
 
 
@@ -100,25 +88,25 @@ def test_layers(layer, monkeypatch, device, count_launches):
     if layer.sms:
         free = device_module.multiprocessor_count(device) - layer.sms
         monkeypatch.setattr(device_module, "FREE_MULTIPROCESSORS", free)
-    if layer.launches[1] > layer.launches[0]:
+    if layer.launches == (1, 3):
         monkeypatch.setattr(layer_backward, "recomputed_ranges", lambda T: [(0, 2), (2, 4), (4, 5)])
-    recompute = layer.options.get("recompute", False)
-    problem = layers.draw(**{k: v for k, v in layer.options.items() if k != "recompute"}, device=device)
+    options = dict(layer.options)
+    run = partial(layers.by_kernels, backend="triton-persistent", recompute=options.pop("recompute", False))
+    problem = draw(layer.kind, *layer.shape, **options, device=device)
     with layer.within():
-        results = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
+        results = run(problem)
         assert count_launches() == {FORWARD: layer.launches[0], BACKWARD: layer.launches[1]}
         chosen = search.remembered.values()
         assert all(config.waits for config in chosen) == (len(problem.x) > 1)
         assert layer.in_band in (None, {config.in_band for config in chosen})
         if device.type == "cuda":  # the executor's programs would take the same turns again
-            again = layers.by_kernels(problem, "triton-persistent", recompute=recompute)
-            assert all(map(torch.equal, results, again))
+            assert all(map(torch.equal, results, run(problem)))
     layers.assert_as_accurate_as_torch(results, problem)
 
 
 def test_inference_training_and_a_launch_per_step_agree_bit_for_bit(device, count_launches):
     """Without gradients the gates are not stored, and programs go on to their next step sooner."""
-    problem = layers.draw(T=3, B=2, I=4, H=64, **BF16, device=device)
+    problem = draw("bf16", 3, 2, 4, 64, device=device)
     with searching(**BARRIER):
         training = layers.by_kernels(problem, "triton-persistent")
         count_launches()
@@ -149,7 +137,7 @@ SUMMED_ALIKE = {
 @pytest.mark.parametrize("way", SUMMED_ALIKE)
 def test_of_a_configuration_only_the_order_of_sums_changes_bits(way, executed, monkeypatch, device):
     """As docs/design.md says. Of TF32, whose sums in float32 show every other order."""
-    problem, choose = layers.draw(3, 3, 4, 72, **TF32, device=device), search.choose
+    problem, choose = draw("tf32", 3, 3, 4, 72, device=device), search.choose
     found = []
     for row in SUMMED_ALIKE[way]:
         for tile in row:
@@ -168,11 +156,11 @@ def test_of_a_configuration_only_the_order_of_sums_changes_bits(way, executed, m
             assert all(torch.equal(bits, others) == (other is row) for other, others in found), row
 
 
-@pytest.mark.parametrize("kind, H", [(BF16, 32), (TF32, 36), (FP32, 16)], ids=["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("kind, H", [("bf16", 32), ("tf32", 36), ("fp32", 16)])
 @pytest.mark.parametrize("infinite", [False, True], ids=["NaN", "infinite"])
 def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, H, infinite, device):
     """Bits all set are those of what is not there yet. They are NaN, and what follows from them is, in the same places."""
-    T, B, dtype = 4, 9, kind["dtype"]
+    T, B, (dtype, precision) = 4, 9, KINDS[kind]
     x, h0, c0 = torch.randn(T, B, 3), torch.rand(1, B, H), torch.rand(1, B, H)
     weights = [torch.randn(4 * H, n).to(dtype) / math.sqrt(H) for n in (3, H)]
     x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
@@ -184,7 +172,7 @@ def test_whatever_states_and_inputs_hold_nobody_waits_for_ever(kind, H, infinite
     with searching(**EXCHANGE):
         for backend, wide in (("triton-persistent", dtype), ("reference", torch.float64)):
             tensors = [t.to(device, wide).requires_grad_() for t in (x, h0, c0, *weights)]
-            options = dict(backend=backend, precision=kind.get("precision"))
+            options = dict(backend=backend, precision=precision)
             y, states = functional.lstm(tensors[0], tuple(tensors[1:3]), tensors[3:], **options)
             gradients = torch.autograd.grad((y, *states), tensors, [torch.ones_like(t) for t in (y, *states)])
             found.append([t.detach().double() for t in (y, *states, *gradients)])
@@ -201,7 +189,7 @@ def test_programs_that_share_an_sm_share_its_tensor_memory(monkeypatch, executed
     if executed is None:
         pytest.skip("the executor places programs on SMs")
     B, H, tile = 32, 136, (32, 32, 1, 16, 9)
-    problem, layer = Problem("forward", B, H, 1, torch.bfloat16, "ieee"), layers.draw(2, B, 3, H, **BF16)
+    problem, layer = Problem("forward", B, H, 1, torch.bfloat16, "ieee"), draw("bf16", 2, B, 3, H)
     refused = SequenceConfig(8, 1, *tile, programs=5, groups=1, persistent=True, max_registers=MAX_REGISTERS)
 
     def run(programs_per_sm):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from support import executor, layers
-from support.waiting import BACKWARD, BARRIER, BF16, EXCHANGE, FORWARD, TF32, marks, searching
+from support.waiting import BACKWARD, BARRIER, EXCHANGE, FORWARD, draw, marks, searching
 
 from lstm_triton import functional
 from lstm_triton.kernels import grid_sync, layer, stall
@@ -15,11 +15,10 @@ from lstm_triton.kernels.sequence_config import Problem
 
 pytestmark = marks
 
-# Programs of short steps run nearly level at the barrier: in few steps nobody is late.
-EIGHT_PROGRAMS = dict(I=4, H=64, **BF16)
-LAYERS = {"barrier": dict(T=12, B=3, **EIGHT_PROGRAMS), "exchange": dict(T=4, B=3, I=4, H=32, **BF16)}
-LIMITS = {"barrier": BARRIER, "exchange": EXCHANGE}
-WAITS_IN = {"barrier": "grid_sync.py", "exchange": "splits.py"}
+# A layer, what the search may choose for it, and where its programs wait. At the barrier programs of short steps run nearly
+# level: in few steps nobody is late.
+BY_BARRIER = ("bf16", 12, 3, 4, 64), BARRIER, "grid_sync.py"
+BY_EXCHANGE = ("bf16", 4, 3, 4, 32), EXCHANGE, "splits.py"
 
 ARRIVAL = r"@first red\.release\.gpu\.global\.inc\.u32 [^;]*;"
 POLL = r"(?P<poll>@%\w+ ld\.global\.gpu\.acquire\.b32 (?P<count>%\w+), [^;]*;)"
@@ -36,30 +35,29 @@ ONE_DOES_NOT_STORE = (
     r".reg .b32 program; .reg .pred here; mov.u32 program, %ctaid.x; setp.ne.u32 here, program, 1;"
     r" and.pred stores, stores, here; \g<0>",
 )
+NO_GATHERING = (r"bar\.sync\s+0;(?=(?:(?!bar\.sync)[\s\S])*@first red)", "")
 BOTH, ONE = (FORWARD, BACKWARD), (FORWARD,)
 RACE, DEADLOCK, TRAP, WRONG = "race in global memory", "deadlock", "trap", "wrong results"
-MUTANTS = [
-    ("barrier", "no barrier", [NO_ARRIVAL, NO_WAIT], RACE, BOTH),
-    ("barrier", "no wait", [NO_WAIT], RACE, BOTH),
-    ("barrier", "relaxed arrival", [(r"\.release\b", ".relaxed")], RACE, BOTH),
-    ("barrier", "relaxed wait", [(r"\.acquire\b", ".relaxed")], RACE, BOTH),
-    ("barrier", "wait for one arrival less", [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, 1;")], RACE, BOTH),
-    (
-        *("barrier", "threads not gathered before the arrival"),
-        *([(r"bar\.sync\s+0;(?=(?:(?!bar\.sync)[\s\S])*@first red)", "")], RACE, BOTH),
-    ),
-    ("barrier", "no arrival", [NO_ARRIVAL], DEADLOCK, ONE),
-    ("barrier", "one program does not arrive", [ONE_DOES_NOT_ARRIVE], DEADLOCK, ONE),
-    ("barrier", "wait for one arrival more", [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, -1;")], DEADLOCK, ONE),
-    # The polls are counted, and the last one allowed stores the word that names the kernel, then traps.
-    ("barrier", "no arrival, few polls", [NO_ARRIVAL, (r"\b16777215\b", "19")], TRAP, ONE),
-    ("exchange", "weak stores", [(STORE, r"@stores st.global\1.b32")], RACE, BOTH),
-    ("exchange", "weak loads", [(r"ld\.relaxed\.gpu\.global\.v4", "ld.global.v4")], RACE, BOTH),
-    ("exchange", "stores for the program alone", [(STORE, r"@stores st.relaxed.cta.global\1.b32")], RACE, BOTH),
-    ("exchange", "no wait", [(r"@there bra done", "bra done")], WRONG, BOTH),
-    ("exchange", "one program does not store", [ONE_DOES_NOT_STORE], DEADLOCK, BOTH),
-    ("exchange", "the same, few polls", [ONE_DOES_NOT_STORE, (r"\b16777216\b", "19")], TRAP, ONE),
-]
+# By name: the changes, what is noticed, and in which kernels. Polls are counted, and after the last one allowed the kernel
+# traps.
+MUTANTS = {
+    "no barrier": (BY_BARRIER, [NO_ARRIVAL, NO_WAIT], RACE, BOTH),
+    "no wait": (BY_BARRIER, [NO_WAIT], RACE, BOTH),
+    "relaxed arrival": (BY_BARRIER, [(r"\.release\b", ".relaxed")], RACE, BOTH),
+    "relaxed wait": (BY_BARRIER, [(r"\.acquire\b", ".relaxed")], RACE, BOTH),
+    "wait for one less": (BY_BARRIER, [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, 1;")], RACE, BOTH),
+    "threads not gathered before the arrival": (BY_BARRIER, [NO_GATHERING], RACE, BOTH),
+    "no arrival": (BY_BARRIER, [NO_ARRIVAL], DEADLOCK, ONE),
+    "one program does not arrive": (BY_BARRIER, [ONE_DOES_NOT_ARRIVE], DEADLOCK, ONE),
+    "wait for one more": (BY_BARRIER, [(POLL, r"\g<poll> add.s32 \g<count>, \g<count>, -1;")], DEADLOCK, ONE),
+    "no arrival, few polls": (BY_BARRIER, [NO_ARRIVAL, (r"\b16777215\b", "19")], TRAP, ONE),
+    "weak stores": (BY_EXCHANGE, [(STORE, r"@stores st.global\1.b32")], RACE, BOTH),
+    "weak loads": (BY_EXCHANGE, [(r"ld\.relaxed\.gpu\.global\.v4", "ld.global.v4")], RACE, BOTH),
+    "stores for the program alone": (BY_EXCHANGE, [(STORE, r"@stores st.relaxed.cta.global\1.b32")], RACE, BOTH),
+    "no wait for words": (BY_EXCHANGE, [(r"@there bra done", "bra done")], WRONG, BOTH),
+    "one program does not store": (BY_EXCHANGE, [ONE_DOES_NOT_STORE], DEADLOCK, BOTH),
+    "no store, few polls": (BY_EXCHANGE, [ONE_DOES_NOT_STORE, (r"\b16777216\b", "19")], TRAP, ONE),
+}
 
 
 def _change(executed, kernel, changes):
@@ -81,25 +79,19 @@ def _run(problem, limits):
         return layers.by_kernels(problem, "triton-persistent")
 
 
-@pytest.mark.parametrize(
-    "way, changes, notice, kernel",
-    [
-        pytest.param(way, changes, notice, kernel, id=f"{way} {name} {kernel}")
-        for way, name, changes, notice, kernels in MUTANTS
-        for kernel in kernels
-    ],
-)
-def test_mutants_are_noticed(way, changes, notice, kernel, executed):
+@pytest.mark.parametrize("name, kernel", [(name, kernel) for name in MUTANTS for kernel in MUTANTS[name][-1]])
+def test_mutants_are_noticed(name, kernel, executed):
+    (layer, limits, place), changes, notice, _ = MUTANTS[name]
     _change(executed, kernel, changes)
-    problem = layers.draw(**LAYERS[way])
+    problem = draw(*layer)
     if notice == WRONG:
-        results = _run(problem, LIMITS[way])
+        results = _run(problem, limits)
         with pytest.raises(AssertionError):
             layers.assert_as_accurate_as_torch(results, problem)
         return
     try:
         with pytest.raises(RuntimeError) as error:
-            _run(problem, LIMITS[way])
+            _run(problem, limits)
     finally:
         stall.word(kernel, False).zero_()
     assert not grid_sync._counters, "what a failed launch leaves in its counters is not used again"
@@ -110,7 +102,7 @@ def test_mutants_are_noticed(way, changes, notice, kernel, executed):
     assert isinstance(fault, executor.KernelFault) and executed.executed[-1].kernel == kernel
     assert {report.kind for report in fault.reports} - {"race in shared memory"} == {notice}
     if notice != RACE:
-        assert any(WAITS_IN[way] in report.statement.source for report in fault.reports)
+        assert any(place in report.statement.source for report in fault.reports)
 
 
 # ---- counters of the barrier -----------------------------------------------------------------------------------------
@@ -127,9 +119,9 @@ def test_launches_of_a_stream_share_counters_that_each_leaves_at_zero(device, mo
         return found
 
     monkeypatch.setattr(grid_sync, "counters", zeros)
-    two_programs = dict(T=3, B=18, I=3, H=9, D=2, **TF32)
-    for options in (two_programs, two_programs, dict(T=2, B=2, **EIGHT_PROGRAMS)):
-        problem = layers.draw(**options, device=device)
+    two_programs, eight_programs = ("tf32", 3, 18, 3, 9, 2), ("bf16", 2, 2, 4, 64)
+    for options in (two_programs, two_programs, eight_programs):
+        problem = draw(*options, device=device)
         layers.assert_as_accurate_as_torch(_run(problem, BARRIER), problem)
         assert count_launches() == {FORWARD: 1, BACKWARD: 1}
     assert len(seen) == 6 and not any(c.any() for c in seen), "forward and backward of each"
@@ -143,16 +135,12 @@ def test_counters_that_are_not_zero_are_a_race(monkeypatch, executed):
     _change(executed, FORWARD, [])
     monkeypatch.setattr(grid_sync, "counters", lambda groups, on: torch.ones(groups * COUNTER_STRIDE.value).int())
     with pytest.raises(executor.KernelFault, match=RACE):
-        _run(layers.draw(**LAYERS["barrier"]), BARRIER)
+        _run(draw(*BY_BARRIER[0]), BARRIER)
 
 
 def test_only_the_last_arrival_sets_its_counter_to_zero(executed):
-    _change(
-        executed,
-        FORWARD,
-        [(ARRIVAL.replace("[^;]*;", r"([^,]*), [^;]*;"), r"@first red.release.gpu.global.inc.u32 \1, 99;")],
-    )
-    problem = layers.draw(T=3, B=2, **EIGHT_PROGRAMS)
+    _change(executed, FORWARD, [(r"(@first red\S* [^,]*), [^;]*;", r"\1, 99;")])
+    problem = draw("bf16", 3, 2, 4, 64)
     with torch.no_grad(), searching(**BARRIER):
         functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent")
     assert sorted(torch.cat(list(grid_sync._counters.values())).unique().tolist()) == [0, 3 * 8]
@@ -198,7 +186,7 @@ def test_a_launch_is_repeated_on_the_same_memory(kernel, name, executed, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(executed, "execute", lambda launch: (recorded.append(launch), execute(launch))[1])
         for seed in (1, 2):
-            _run(layers.draw(seed=seed, **LAYERS["exchange"]), EXCHANGE)
+            _run(draw(*BY_EXCHANGE[0], seed=seed), EXCHANGE)
     first, second = (launch for launch in recorded if launch.kernel == kernel)
     mine, others = ({n: t.detach() for n, _, t in launch.arguments if torch.is_tensor(t)} for launch in (first, second))
     shared = {t.untyped_storage().data_ptr() for t in mine.values()} & {

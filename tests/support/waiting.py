@@ -6,14 +6,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from lstm_triton.kernels import interpreter, search
 
+from . import layers
+from .aot import KINDS
+
 FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_kernel"
-FP16 = {"dtype": torch.float16}
-BF16 = {"dtype": torch.bfloat16}
-FP32, TF32, TF32X3 = ({"dtype": torch.float32, "precision": precision} for precision in ("ieee", "tf32", "tf32x3"))
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 marks = [
@@ -33,3 +32,9 @@ def searching(**limits: Any) -> Iterator[None]:
     """Within, the search chooses from these alone, and remembers nothing from before."""
     with mock.patch.multiple(search, **limits, remembered={}):
         yield
+
+
+def draw(kind: str, *shape: int, **options: Any) -> layers.Problem:
+    """A layer of this dtype and precision: T, B, I, H and the number of directions."""
+    dtype, precision = KINDS[kind]
+    return layers.draw(*shape, dtype=dtype, precision=precision, **options)
