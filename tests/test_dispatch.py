@@ -59,21 +59,34 @@ PLACES = [
 ]
 
 
+def _sentence(module, device, dtype, choice):
+    return f"{type(module).__name__}(2, 3) on {device}, {dtype}: {choice.backend}: {choice.reason}."
+
+
 @pytest.mark.parametrize("device, dtype, env, obstacle, layers", PLACES, ids=str)
-def test_choice(device, dtype, env, obstacle, layers):
+def test_choice(device, dtype, env, obstacle, layers, monkeypatch):
     def refused(backend, why, choose, *call):
         with pytest.raises(RuntimeError, match=f"^backend='{backend}' cannot serve: {re.escape(why)}"):
             choose(backend, device, dtype, env, *call)
 
+    monkeypatch.setattr(dispatch, "environment", lambda device: env)
     own = "on a CPU torch's own {} faster than Triton's interpreter"
-    cell = choose_cell("auto", device, dtype, env)
-    if layers is KERNELS:
-        assert cell.backend == "triton" and "not yet measured on a GPU" in cell.reason
-    else:
-        assert cell == Choice("torch", obstacle or own.format("cell is"))
+    for name, module, choose in (
+        ("cell", LSTMCell(2, 3), choose_cell),
+        ("linear layer and softmax", SoftmaxReadout(2, 3), choose_readout),
+    ):
+        choice = choose("auto", device, dtype, env)
+        if layers is KERNELS:
+            assert choice.backend == "triton" and "not yet measured on a GPU" in choice.reason
+        else:
+            assert choice == Choice("torch", obstacle or own.format(f"{name} is"))
+        assert explain(module, device=device, dtype=dtype) == _sentence(module, device, dtype, choice)
     for (call, lacks), (backend, reason) in zip(LACKS.items(), layers, strict=True):
-        reason = reason.format(lacks=lacks, obstacle=obstacle or own.format("kernels are"))
-        assert choose_layer("auto", device, dtype, env, call) == Choice(backend, reason)
+        expected = Choice(backend, reason.format(lacks=lacks, obstacle=obstacle or own.format("kernels are")))
+        assert choose_layer("auto", device, dtype, env, call) == expected
+        options = dict(device=device, dtype=dtype, steps=65536 if call.long else 65535, segments=not call.plain)
+        for lstm in (LSTM(2, 3, precision=call.precision), convert(torch.nn.LSTM(2, 3), precision=call.precision)):
+            assert explain(lstm, **options) == _sentence(lstm, device, dtype, expected)
         if device != "cuda":
             refused("cudnn", f"cuDNN runs on NVIDIA GPUs, not on '{device}'", choose_layer, call)
         elif lacks:
@@ -84,7 +97,6 @@ def test_choice(device, dtype, env, obstacle, layers):
         assert choose_layer("auto", device, dtype, env, PROJECTED).backend == "torch"
     refused("cudnn", "cuDNN has no LSTM cell", choose_cell)
     refused("cudnn", "cuDNN has no such readout", choose_readout)
-    assert choose_readout("auto", device, dtype, env).backend == cell.backend
     for choose, call in ((choose_cell, ()), (choose_readout, ()), (choose_layer, (PLAIN,))):
         assert choose("reference", device, dtype, env, *call) == Choice("reference", "requested")
         for backend in ("triton", "triton-persistent", "triton-stepwise"):
@@ -159,30 +171,12 @@ def test_the_backend_explained_is_the_one_that_runs(monkeypatch, device, count_l
 
 
 def test_explain(monkeypatch):
-    """In one sentence: the choice for the call, and its reason."""
     monkeypatch.setattr(dispatch, "environment", lambda device: SM90 if device.type == "cuda" else CPU)
-    cuda, bfloat16 = {"device": "cuda"}, {"dtype": torch.bfloat16}
-
-    for module, options, call in (
-        (LSTM(2, 3), {}, PLAIN),
-        (LSTM(2, 3, num_layers=2, recompute=True), {}, PLAIN),
-        (convert(torch.nn.LSTM(2, 3)), {}, PLAIN),
-        (LSTM(2, 3), {"segments": True}, SEGMENTS),
-        (LSTM(2, 3), cuda, PLAIN),
-        (LSTM(2, 3, recompute=True), cuda, SEGMENTS),
-        (LSTM(2, 3), cuda | {"steps": 65536}, LONG),
-        (LSTM(2, 3), cuda | bfloat16 | {"segments": True}, SEGMENTS),
-        (LSTMCell(2, 3, backend="triton"), cuda, None),
-        (LSTMCell(2, 3), {"device": "meta"} | bfloat16, None),
-        (SoftmaxReadout(2, 3), {}, None),
-    ):
-        device, dtype = (options.get(name, usual) for name, usual in (("device", "cpu"), ("dtype", torch.float32)))
-        env, is_readout = SM90 if device == "cuda" else CPU, isinstance(module, SoftmaxReadout)
-        choose = choose_layer if call else choose_readout if is_readout else choose_cell
-        choice = choose(getattr(module, "backend", "auto"), device, dtype, env, *([call] if call else []))
-        layers = ", num_layers=2" if getattr(module, "num_layers", 1) == 2 else ""
-        expected = f"{type(module).__name__}(2, 3{layers}) on {device}, {dtype}: {choice.backend}: {choice.reason}."
-        assert explain(module, **options) == expected
+    asked = _sentence(LSTMCell(2, 3), "cuda", torch.float32, Choice("triton", "requested"))
+    assert explain(LSTMCell(2, 3, backend="triton"), device="cuda") == asked
+    plain, recomputing = (LSTM(2, 3, num_layers=2, recompute=recompute) for recompute in (False, True))
+    assert explain(recomputing) == explain(plain) == explain(LSTM(2, 3)).replace("(2, 3)", "(2, 3, num_layers=2)")
+    assert explain(recomputing, device="cuda") == explain(plain, device="cuda", segments=True)
     for module in (LSTMCell(2, 3, backend="triton"), LSTM(2, 3, backend="triton")):
         with pytest.raises(RuntimeError, match="'triton' cannot serve: .* on a CPU only in Triton's interpreter"):
             explain(module)

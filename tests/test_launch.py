@@ -3,7 +3,6 @@
 import functools
 import inspect
 import itertools
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,23 +44,16 @@ def run_lstm(T, B, H, D=1, features="", batch_first=False, num_layers=1, **optio
             torch.autograd.grad(results, [x, h, c, *lstm.parameters()], [torch.zeros_like(t) for t in results])
 
 
-class Recorded(NamedTuple):
-    kernel: str
-    grid: tuple[int, int, int]
-    config: Any
-    arguments: dict[str, Any]
-
-
 @pytest.fixture
 def recorded(monkeypatch, checked_memory):
-    """Launches are recorded and not made, planned for as on a GPU: programs may wait for one another."""
+    """Launches, as (name, grid, config, arguments): they are not made, and planned as on a GPU, where programs may wait."""
     from conftest import KERNEL_MODULES
 
     launches = []
 
     def record(self, grid, config, arguments, **options):
         with torch.profiler.record_function(name := self.kernel.fn.__name__):
-            launches.append(Recorded(name, grid, config, arguments | options))
+            launches.append((name, grid, config, arguments | options))
 
     monkeypatch.setattr(Launcher, "__call__", record)
     monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
@@ -127,7 +119,7 @@ def test_what_is_not_needed_is_not_launched(recorded):
         recorded.clear()
         grads = lstm_cell_backward(CellGradients(inputs.h, inputs.c), inputs, saved, needs)
         assert list(grads) == list(needs), "what is not needed is not allocated"
-        return recorded[0].grid[0] if recorded else 0
+        return recorded[0][1][0] if recorded else 0
 
     alone = {name: programs(name) for name in CellInputs._fields if name != "seed"}
     assert all(alone.values()) and programs() == 0
@@ -161,9 +153,8 @@ def test_one_step_waits_for_nothing(T, recorded):
     With resets, without which the kernels of the cell serve one step.
     """
     run_lstm(T, 16, 256, features="resets")
-    found = [launch for launch in recorded if launch.kernel in (FORWARD, BACKWARD)]
-    assert [launch.kernel for launch in found] == [FORWARD, BACKWARD]
-    waits = T > 1
+    found, waits = [launch for launch in recorded if launch[0] in (FORWARD, BACKWARD)], T > 1
+    assert [kernel for kernel, *_ in found] == [FORWARD, BACKWARD]
     for _, grid, config, arguments in found:
         assert config.persistent == waits and grid[0] > 1
         assert (arguments["stall_ptr"] is not None) == waits
@@ -173,7 +164,7 @@ def test_one_step_waits_for_nothing(T, recorded):
 
 def test_the_last_range_of_recomputed_gates_is_one_step(recorded):
     run_lstm(33, 2, 256, features="recompute")
-    found = [launch.arguments for launch in recorded if launch.kernel == BACKWARD]
+    found = [arguments for kernel, _, _, arguments in recorded if kernel == BACKWARD]
     steps = [(a["first_step"], a["last_step"], a["stall_ptr"] is not None) for a in found]
     assert steps == [(0, 32, True), (32, 33, False)]
 

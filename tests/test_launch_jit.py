@@ -177,44 +177,25 @@ def _tiny_kernel(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
     tl.store(x_ptr + i * stride, x, mask=i < n)
 
 
-class _Watched(dict):
-    """A launcher's kept kernels, noting which was found last."""
-
-    found = None
-
-    def get(self, key):
-        self.found = super().get(key)
-        return self.found
-
-
 def check_a_kept_kernel_is_the_one_triton_would_choose():
     storage = {dtype: torch.empty(256, dtype=dtype) for dtype in (torch.float32, torch.float16)}
-    pointers = [(t.dtype, offset) for t in storage.values() for offset in (0, 8, 1)]
-    calls = itertools.product(
-        pointers,
-        [None, *pointers],
-        (1, 16, 17, 2**31),
-        (1, 16, 3),
-        (32, 64),
-        (LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2)),
-    )
-    calls = [call for k, call in enumerate(calls) if k % 127 == 0]
-    kept = 0
-    with fake_driver(compiling=False) as driver:
+    pointers = (torch.float32, 0), (torch.float32, 1), (torch.float16, 8)
+    configs = LaunchConfig(1, 1), LaunchConfig(2, 1), LaunchConfig(1, 2)
+    axes = pointers, (None, *pointers[1:]), (1, 16, 17, 2**31), (1, 16, 3), (32, 64), configs
+    calls = list(itertools.product(*axes))
+    kept = mock.patch.object(launch, "_launch_again", wraps=launch._launch_again)
+    with fake_driver(compiling=False) as driver, kept as launch_again:
         launcher = Launcher(_tiny_kernel)
-        launcher._compiled = _Watched()
         for repeat in range(2):
             for x, y, n, stride, block, config in calls:
-                tensors = [None if p is None else storage[p[0]][p[1] :] for p in (x, y)]
-                launcher._compiled.found = None
-                x_ptr, y_ptr = tensors
+                x_ptr, y_ptr = (None if p is None else storage[p[0]][p[1] :] for p in (x, y))
+                before = launch_again.call_count
                 launcher((1, 1, 1), config, dict(BLOCK=block, stride=stride, n=n, y_ptr=y_ptr, x_ptr=x_ptr))
-                expected = _tiny_kernel.warmup(*tensors, n, stride, block, grid=(1,), **config.options)
-                found = launcher._compiled.found
-                assert found is None or found is expected, (x, y, n, stride, block, config)
-                assert (found is not None) >= (repeat == 1), "an equal call looks nothing up twice"
-                kept += found is not None
-        assert kept > len(calls) / 8, "too few calls took the short way to show anything"
+                is_kept = launch_again.call_count > before
+                expected = _tiny_kernel.warmup(x_ptr, y_ptr, n, stride, block, grid=(1,), **config.options)
+                assert not is_kept or launch_again.call_args.args[0] is expected, (x, y, n, stride, block, config)
+                assert is_kept >= (repeat == 1), "an equal call looks nothing up twice"
+        assert launch_again.call_count > 1.25 * len(calls), "too few calls took the short way to show anything"
         assert len(driver.launches) == 2 * len(calls)
 
 

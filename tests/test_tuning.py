@@ -242,19 +242,6 @@ def test_the_command_measures_what_its_arguments_say(asked, monkeypatch, capsys)
         assert message in capsys.readouterr().err
 
 
-def test_a_first_call_tunes_itself_where_that_is_asked_for(monkeypatch, file):
-    asked = []
-
-    def tune_shape(shape, steps, device):
-        asked.append((shape, steps))
-        measurements.add(_row(shape, "triton-stepwise", steps))
-
-    monkeypatch.setattr(measurements, "tune_first_call", tune_shape)
-    for _ in range(2):
-        assert lstm._choose(LSTM(I, H, **BFLOAT16), X, "", T, B) == "triton-stepwise"
-    assert asked == [(SHAPE, T)]
-
-
 def test_contenders_differ_in_more_than_chunks():
     shape = SHAPE._replace(hidden_size=512, batch=64)
     found = tuning.contenders(shape, 8, CPU, "backward", forward={"block_b": 16})
@@ -268,16 +255,28 @@ def test_contenders_differ_in_more_than_chunks():
 # ---- what is measured is taken ---------------------------------------------------------------------------------------
 
 
-def test_the_user_s_file_comes_before_the_shipped_one_and_that_before_the_model(file):
-    def chosen():
-        return search.choose(PROBLEM, device_figures(CPU), CPU), lstm._choose(LSTM(I, H, **BFLOAT16), X, "", T, B)
+def _chosen():
+    return search.choose(PROBLEM, device_figures(CPU), CPU), lstm._choose(LSTM(I, H, **BFLOAT16), X, "", T, B)
 
+
+def test_a_first_call_tunes_itself_where_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def tune_shape(shape, steps, device):
+        asked.append((shape, steps))
+        measurements.add(_row(shape, "triton-stepwise", steps))
+
+    monkeypatch.setattr(measurements, "tune_first_call", tune_shape)
+    assert [_chosen()[1] for _ in range(2)] == ["triton-stepwise"] * 2 and asked == [(SHAPE, T)]
+
+
+def test_the_user_s_file_comes_before_the_shipped_one_and_that_before_the_model(file):
     model, *others = (c for c in search.candidates(PROBLEM, device_figures(CPU)) if not c.waits)
-    assert chosen() == (model, "torch")
+    assert _chosen() == (model, "torch")
     _write(measurements.SHIPPED, _row(backend="triton-stepwise", forward=asdict(others[0])))
-    assert chosen() == (others[0], "triton-stepwise")
+    assert _chosen() == (others[0], "triton-stepwise")
     _write(file, _row(backend="triton", forward=asdict(others[1])))
-    assert chosen() == (others[1], "triton")
+    assert _chosen() == (others[1], "triton")
     assert search.choose(PROBLEM._replace(stepwise=True), device_figures(CPU), CPU).persistent is False
 
 
