@@ -3,6 +3,7 @@ algorithms, floors."""
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from support.benches import make_row
@@ -37,9 +38,7 @@ def test_what_makes_a_case():
 
 
 def test_every_suite_has_cases_at_every_scale():
-    named = "hidden-sizes batch length cell real memory accuracy overhead cold-start step features segments roofs"
-    assert set(cases.SUITES) == set(named.split())
-    for scale, device in ((scale, device) for scale in cases.SIZES for device in ("cpu", "cuda")):
+    for scale, device in product(cases.SIZES, ("cpu", "cuda")):
         everything = cases.tasks(cases.SUITES, scale, device)
         assert len(set(everything)) == len(everything) and {task.suite for task in everything} == set(cases.SUITES)
     for task in cases.tasks(cases.SUITES, "cpu", "cpu"):  # no graphs and no TF32 there, nor what takes minutes
@@ -47,30 +46,16 @@ def test_every_suite_has_cases_at_every_scale():
         assert task.case.precision in ("ieee", "") and task.case.flops() < 1e11
 
 
-def test_a_short_run_tells_the_story_and_what_users_ask_for_is_there():
+def test_a_short_run_tells_the_story():
     order = cases.tasks(cases.SUITES, "gpu", "cuda")
     headline = [(t.case.hidden_size, t.case.batch, t.case.length, t.case.dtype, t.case.mode) for t in order[1:7]]
-    dtypes = "bfloat16", "float16", "float32"
-    assert order[0].kind == "roof" and len(headline) == len(set(headline))
-    assert set(headline) == {(768, 16, 1024, dtype, mode) for dtype in dtypes for mode in cases.MODES}
+    assert order[0].kind == "roof"
+    assert sorted(headline) == sorted(product([768], [16], [1024], ("bfloat16", "float16", "float32"), cases.MODES))
     assert {t.suite for t in order[:60]} >= set("hidden-sizes cell accuracy real memory overhead features".split())
-    by_suite = {suite: [t for t in order if t.suite == suite] for suite in cases.SUITES}
-    sizes = {t.case.hidden_size for t in by_suite["hidden-sizes"]}
-    assert (min(sizes), max(sizes)) == (32, 4096)
-    cells = {(t.case.hidden_size, t.case.batch) for t in by_suite["cell"]}
-    assert {(64, 1), (4096, 1024)} <= cells and len(cells) == 35
-    assert all("torch.compile" in t.providers for t in by_suite["cell"]), "compiled at every size"
-    carried = [t for t in order if t.case.carried]
-    assert {t.case.form for t in by_suite["step"]} == {"layer", "cell"} and {t.suite for t in carried} == {
-        "step",
-        "real",
-    }
-    assert all(list(t.executions) == ["eager", "graph"] for t in [*by_suite["cell"], *by_suite["step"], *carried])
-    spoken = {t.case for t in by_suite["real"] if t.case.name.startswith("diar_infer")}
-    assert {(c.hidden_size, c.layers, c.bidirectional, c.length, c.precision, c.batch) for c in spoken} == {
-        (128, 4, True, 589, "ieee", batch) for batch in (1, 32)
-    }
-    assert {t.case.mode for t in by_suite["features"] if t.case.cell == "gru"} == {"forward", "train"}
+    cells, carried = [t for t in order if t.suite == "cell"], [t for t in order if t.case.carried]
+    assert all("torch.compile" in t.providers for t in cells), "compiled at every size"
+    assert {(t.suite, t.case.form) for t in carried} >= {("step", "layer"), ("step", "cell"), ("real", "cell")}
+    assert all(list(t.executions) == ["eager", "graph"] for t in [*cells, *carried])
 
 
 def test_real_workloads_lie_in_their_ranges():

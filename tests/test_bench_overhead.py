@@ -3,12 +3,10 @@
 from dataclasses import replace
 from unittest import mock
 
-import triton
-from support.benches import CPU, IEEE, run
+from support.benches import IEEE, run
 from support.process import ForkedProcess, run_checks, run_without_interpreter
 
 from lstm_triton import process
-from lstm_triton.bench import grid_latency
 from lstm_triton.bench.cases import Case, Task
 from lstm_triton.bench.problem import Judge
 
@@ -47,17 +45,6 @@ def check_first_calls_in_new_processes():
     assert caches[0] == caches[1], "the second start finds the first one's kernels"
     assert torchs.status == "skipped" and torchs.reason.startswith("torch.nn.LSTM takes whole sequences"), torchs
     assert failed.status == "failed" and "the measuring process itself failed: RuntimeError" in failed.reason, failed
-
-
-def check_the_latency_kernel_compiles():
-    from support.fake_driver import NullDriver, active
-
-    with active(NullDriver()):
-        for steps in (10, 7):
-            grid_latency.launch(4, steps, CPU)
-        caches = grid_latency._latency_kernel.device_caches[triton.runtime.driver.active.get_current_device()]
-    (kernel,) = caches[0].values()  # one, since the number of steps is a runtime value
-    assert "red.release" in kernel.asm["ptx"] and "bar.sync" in kernel.asm["ptx"]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import ctypes
 
 import pytest
 import torch
+import triton
 from support.benches import CPU, FakeClock
 
 from lstm_triton import process, timing
@@ -96,4 +97,10 @@ def test_an_error_is_fatal_where_the_device_is_lost(monkeypatch):
 @pytest.mark.compiled
 @pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other")
 def test_every_exchange_arrives(device):
-    assert grid_latency.launch(3, 6, device).tolist() == [6] * 3
+    """The number of steps is a runtime value."""
+    caches = grid_latency._latency_kernel.device_caches
+    compiled = caches[triton.runtime.driver.active.get_current_device()][0]
+    before = len(compiled)
+    for steps in (1, 6):
+        assert grid_latency.launch(3, steps, device).tolist() == [steps] * 3
+    assert len(compiled) == before + 1

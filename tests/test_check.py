@@ -46,11 +46,8 @@ def test_the_check_passes_plain_pytorch_and_fails_on_a_wrong_cell(fault, monkeyp
 
 
 def test_a_check_that_cannot_run_says_why(monkeypatch, capsys):
-    def unavailable(device, seed):
-        raise check.CheckUnavailable("no reason")
-
-    monkeypatch.setattr(check, "run", unavailable)
-    assert check.main([]) == 2 and "no reason" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check.main(["--device", "cuda"]) == 2 and "cannot run here: no NVIDIA GPU" in capsys.readouterr().err
 
 
 class _OnGPU(torch.Tensor):
