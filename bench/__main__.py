@@ -23,8 +23,8 @@ _END_S, _END_S_PER_BYTE = 6.0, 5e-7  # what the report takes at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 when lines of files are no rows or a worker does not start, 2 for unusable arguments, 3 without a library
-    that the output needs, 130 after Ctrl-C."""
+    """Run the command. The exit code is 0, or 1 when lines of files are no rows or a worker does not start, 2 for unusable
+    arguments, 3 without a library that the output needs, 130 after Ctrl-C."""
     age = process.age_s()
     # A budget counts from the user's Enter, not from here, where torch is imported.
     started = time.monotonic() - (age if age < _LONGEST_START_S else 0.0)
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def numbers(text: str) -> list[range]:
-    """The numbers that "128", "64,128" or "128..1024" name."""
+    """Return the numbers that "128", "64,128" or "128..1024" name."""
     if not re.fullmatch(r"\d+(\.\.\d+)?(,\s*\d+(\.\.\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither numbers nor a range such as 128..1024")
     ranges = [[int(n) for n in part.split("..")] for part in text.split(",")]
@@ -91,7 +91,7 @@ def numbers(text: str) -> list[range]:
 
 
 def seconds_of(text: str) -> float:
-    """45s, 8m, 1h or a number of seconds."""
+    """Return the seconds of "45s", "8m", "1h" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 45s, 8m or 1h")
@@ -99,7 +99,7 @@ def seconds_of(text: str) -> float:
 
 
 def select_tasks(options: argparse.Namespace) -> list[Task]:
-    """The tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
+    """Return the tasks of the chosen suites that pass the filters, in order. Raises UsageError when none do."""
     unknown = sorted(set(options.provider or ()) - set(PROVIDERS))
     require({f"--provider {', '.join(unknown)}: known are {', '.join(PROVIDERS)}": not unknown}, UsageError)
     chosen = list(cases.SUITES) if "all" in (options.suite or ["all"]) else list(dict.fromkeys(options.suite))

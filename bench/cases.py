@@ -106,7 +106,7 @@ class Case:
     is_simple = property(lambda c: (c.layers, c.bidirectional, c.proj_size, c.rows) == (1, False, 0, "padded"))
 
     def describe(self) -> str:
-        """The sizes, whatever else is not as usual, and dtype and mode."""
+        """Return the sizes, whatever else is not as usual, and dtype and mode, as text."""
         said, usual = [f"H{self.hidden_size} B{self.batch} T{self.length}"], Case("", self.hidden_size, 1, 1)
         for name in _UNUSUAL:
             if (value := getattr(self, name)) != getattr(usual, name):
@@ -114,7 +114,7 @@ class Case:
         return " ".join([*said, self.dtype_name, self.mode]).replace("_", " ")
 
     def flops(self) -> float:
-        """Floating-point operations of the matrix products, forward and (in train mode) backward."""
+        """Count the floating-point operations of the matrix products, forward and (in train mode) backward."""
         H, R, P, D = self.hidden_size, self.output_size, self.proj_size, self.directions
         inputs = [self.input_size, *[R * D] * (self.layers - 1)]
         per_step = sum(2.0 * GATES[self.cell] * H * (n + R) + 2.0 * H * P for n in inputs) * D * self.batch
@@ -139,8 +139,8 @@ ANCHORS = {
 
 
 def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
-    """Everything the suites measure, the most telling first. scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU there
-    are no graphs and no TF32."""
+    """Return all that the suites measure, the most telling first. scale: one of SIZES. device_type: "cuda" or "cpu"; on a CPU
+    there are no graphs and no TF32."""
     found: dict[Task, tuple[float, Task]] = {}
     for suite in suites:
         sizes, blocks = SIZES[scale], _DECLARED["suites"][suite][1:]
@@ -153,7 +153,7 @@ def tasks(suites: Iterable[str], scale: str, device_type: str) -> list[Task]:
 
 
 def _crossed(suite: str, sizes: dict[str, Any], block: dict[str, Any]) -> Iterator[tuple[float, Task]]:
-    """The tasks of one block: every combination of a value for each of the axes, which are one or more fields of a case."""
+    """Yield the tasks of one block: every combination of values of the axes, which are one or more fields of a case each."""
     axes = [(axis, sizes[of[1:]] if isinstance(of, str) else of) for axis, of in block["cross"].items()]
     options = {name: block[name] for name in ("kind", "executions", "providers") if name in block}
     for chosen in product(*(enumerate(values) for _, values in axes)):
@@ -175,7 +175,7 @@ def _real(sizes: dict[str, Any]) -> Iterator[tuple[float, Task]]:
 
 
 def _shrunk(case: Case, most: float) -> Case:
-    """Fewer batch rows, then fewer steps and units, until it takes at most that many operations; the note says so."""
+    """Halve the batch rows, then steps and units, until the case takes `most` operations at most; its note says so."""
     if case.flops() <= most:
         return case
     sizes = "batch" if case.batch > 1 else "length" if case.length > 4 else "hidden_size input_size proj_size"
@@ -186,7 +186,7 @@ def _shrunk(case: Case, most: float) -> Case:
 
 @functools.cache
 def workloads() -> list[tuple[dict[str, str], Case | None]]:
-    """The rows of real_workloads.csv, each with its case; None where it cannot be run, and its `run` says "no: ..."."""
+    """Read real_workloads.csv: its rows, each with its case, or with None where its `run` says "no: ..."."""
     kinds, found = get_type_hints(Case), list[tuple[dict[str, str], Case | None]]()
     with (HERE / "real_workloads.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

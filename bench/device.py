@@ -31,7 +31,7 @@ _LEFT_OUT = {"cli.py", "check.py", "_version.py", "process.py", "storage.py", "t
 
 
 def pick(name: str) -> str:
-    """The device to measure on; raises UsageError where there is no such device."""
+    """Return the device to measure on; raises UsageError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     known = re.fullmatch(r"(cuda|cpu)(?::(\d+))?", name)
@@ -53,7 +53,7 @@ def describe(device: torch.device) -> Device:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Clocks, power and temperature now, as far as they can be read."""
+    """Read clocks, power and temperature, as far as they can be read."""
     if device.type != "cuda":
         return {"load_1min": os.getloadavg()[0]}
     found: dict[str, Any] = dict.fromkeys(_READERS)
@@ -82,13 +82,13 @@ def source() -> Source:
 
 
 def checkout() -> Path | None:
-    """The folder of the checkout that this package is imported from, or None where it was installed."""
+    """Return the folder of the checkout that this package is imported from, or None where it was installed."""
     folder = Path(__file__).resolve().parent.parent
     return folder if (folder / "pyproject.toml").is_file() and (folder / "kernels").is_dir() else None
 
 
 def results_folder(name: str = "") -> Path:
-    """Where rows go by default, those of a device in a folder of its name. ./lstm-triton-bench: of an installed package."""
+    """Return where the rows of the device of this name go by default; of an installed package below ./lstm-triton-bench."""
     folder = root / "bench" / "results" if (root := checkout()) else Path("lstm-triton-bench")
     return folder / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -104,7 +104,7 @@ class RowMaker:
         self._given: dict[str, Any] = dict(command=command, run=run, synthetic=synthetic)
 
     def make(self, task: Task, provider: str, execution: Any, status: Any, reason: Any = None, **measured: Any) -> Row:
-        """A row; `measured` has what there is of model (a problem.Model), state and Row's fields of figures."""
+        """Make a row; `measured` has what there is of model (a problem.Model), state and Row's fields of figures."""
         if model := measured.pop("model", None):
             said = "; ".join(model.remarks) or None
             measured |= dict(backend=model.backend, backend_reason=said, algorithm=model.algorithm)

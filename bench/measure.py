@@ -129,7 +129,7 @@ class _Measurement:
 
 
 def _graph(model: Model, judge: Judge) -> Callable[[], Any]:
-    """The replay of a CUDA graph of what eager rows time, its results checked."""
+    """Return the replay of a CUDA graph of what eager rows time, after a check of its results."""
     with torch.set_grad_enabled(model.problem.training):
         replay, returned = graphed(model.call)
 
@@ -144,7 +144,7 @@ def _graph(model: Model, judge: Judge) -> Callable[[], Any]:
 
 
 def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """A CUDA graph of a call: the function that replays it, and what the call returned, which every replay writes anew."""
+    """Capture a call in a CUDA graph: return its replay, and what the call returned, which every replay writes anew."""
     current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -160,7 +160,7 @@ def graphed(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
 
 
 def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, float]:
-    """Seconds of imports, first and second call in new processes; of this package with an empty and a warm cache of kernels."""
+    """Time imports, first and second call in new processes, in seconds; this package also with a warm cache of kernels."""
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="lstm-triton-cold-") as cache:
         environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": None}
@@ -219,5 +219,5 @@ def held(model: Model) -> dict[str, float]:
 
 
 def _storages(tensors: Any) -> dict[int, int]:
-    """Bytes by address."""
+    """Return the bytes of the storages by address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

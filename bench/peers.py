@@ -22,7 +22,7 @@ PACKAGES = {"torchrl": "torchrl", "haste": "haste_pytorch", "flashrnn": "flashrn
 
 
 def _module(name: str, problem: Problem, *dtypes: str, resets: bool = False) -> Any:
-    """A peer's module; Unavailable where it is not installed, needs a GPU, or has no such LSTM."""
+    """Import a peer's module; Unavailable where it is not installed, needs a GPU, or has no such LSTM."""
     top, case = name.partition(".")[0], problem.case
     is_simple = case.form == "layer" and case.is_simple and case.cell == "lstm"
     try:
@@ -123,7 +123,7 @@ def _by_hand(way: Callable[..., tuple[Tensor, State]], problem: Problem) -> Mode
 
 
 def split(lstm: Any, problem: Problem, x: Tensor, state: State) -> tuple[Tensor, State]:
-    """One call of torch.nn.LSTM from each step at which a batch row starts anew or ends to the next."""
+    """Call torch.nn.LSTM once from each step at which a batch row starts anew or ends to the next."""
     cuts, (h, c), resets, lengths = {0, len(x)}, state, problem.resets, problem.lengths
     if resets is not None:
         cuts |= set(resets.any(1).nonzero()[:, 0].tolist())
@@ -145,7 +145,7 @@ def split(lstm: Any, problem: Problem, x: Tensor, state: State) -> tuple[Tensor,
 
 
 def packed(lstm: Any, problem: Problem, x: Tensor, state: State) -> tuple[Tensor, State]:
-    """Every segment a row of one packed call."""
+    """Make every segment a row of one packed call."""
     (T, B, I), starts = x.shape, problem.resets.clone()  # type: ignore[union-attr]
     starts[0] = True
     row, start = starts.t().nonzero().unbind(1)
@@ -166,7 +166,7 @@ def packed(lstm: Any, problem: Problem, x: Tensor, state: State) -> tuple[Tensor
 
 
 def loop(lstm: Any, problem: Problem, x: Tensor, state: State) -> tuple[Tensor, State]:
-    """One product for the inputs of all steps, and a loop that keeps h and c of each."""
+    """Take one product for the inputs of all steps, and loop over the steps, keeping h and c of each."""
     (w_ih, w_hh, b_ih, b_hh), cells = lstm._flat_weights, []
 
     def step(z: Tensor, state: State) -> State:

@@ -42,7 +42,7 @@ class Problem:
     training = property(lambda self: self.case.mode == "train")
 
     def double(self) -> "Problem":
-        """The same problem in float64. Batch rows with an end are padded, and cell states are not returned."""
+        """Return the same problem in float64. Batch rows with an end are padded, and cell states are not returned."""
         rows: Any = "padded" if self.lengths is None else "lengths"
         case = replace(self.case, dtype="float64", precision="", rows=rows, cell_states=False)
         tensors: Any = {name: getattr(self, name).double() for name in ("x", "h0", "c0", "dy")}
@@ -75,7 +75,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def torch_lstm(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> nn.LSTM | nn.GRU:
-    """A torch.nn.LSTM or GRU of the case's shape, weights as torch draws them."""
+    """Return a torch.nn.LSTM or GRU of the case's shape, with weights as torch draws them."""
     options: dict[str, Any] = dict(bidirectional=case.bidirectional, device=device, dtype=dtype)
     options |= {} if case.cell == "gru" else dict(proj_size=case.proj_size)
     return getattr(nn, case.cell.upper())(case.input_size, case.hidden_size, case.layers, **options)
@@ -151,7 +151,7 @@ class Model:
             self.leaves = {**{name: t.requires_grad_() for name, t in given.items()}, **self.weights}
 
     def forward(self) -> tuple[Tensor, ...]:
-        """y, h_n, c_n. A GRU has no c, and the initial one is its last."""
+        """Return y, h_n, c_n. A GRU has no c, and the initial one is its last."""
         x, h, c = self.inputs
         if self.problem.case.cell == "gru":
             return *self.run(x, h), c
@@ -159,12 +159,12 @@ class Model:
         return y, *state
 
     def backward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients of the input and every weight: zeros where y does not depend on one, as that of a GRU does not on c."""
+        """Return the gradients of the input and every weight: zeros where y does not depend on one, as a GRU's not on c."""
         absent = dict(allow_unused=True, materialize_grads=True)
         return torch.autograd.grad(outputs[0], list(self.leaves.values()), self.dy, **absent)
 
     def call(self) -> tuple[Tensor, ...]:
-        """The forward, and in train mode the backward."""
+        """Run the forward, and in train mode the backward."""
         outputs = self.forward()
         if self.leaves:
             return *outputs, *self.backward(outputs)
@@ -211,7 +211,7 @@ class Judge:
             raise_if_lost(failure)
 
     def errors(self, model: Model, call: Callable[[], Any] | None = None) -> dict[str, Errors]:
-        """By tensor, in units of the largest true value; infinite where the shapes differ or the result has a NaN."""
+        """Return errors by tensor, in units of the largest true value: infinite where shapes differ or the result has a NaN."""
         results, wrong = model.results(call), Errors(0, math.inf, math.inf)
         return {
             name: Errors.of(t.double() - true, true) if t.shape == (true := self.truth[name]).shape else wrong
@@ -219,7 +219,7 @@ class Judge:
         }
 
     def why_wrong(self, found: Mapping[str, Errors]) -> str | None:
-        """The worst offence in a sentence, or None."""
+        """Return the worst offence in a sentence, or None."""
         worst, reason, case = 1.0, None, self.problem.case
         rounding = 2.0 ** -MANTISSA.get(case.dtype_name, MANTISSA[case.dtype])
         for name, e in found.items():

@@ -26,7 +26,7 @@ KERNELS, REFERENCE = "lstm_triton triton", "lstm_triton reference"
 
 
 def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
-    """The case by a cell, called once or for every step."""
+    """Compute the case by a cell, called once or for every step."""
     is_simple = problem.case.is_simple and problem.case.cell == "lstm"
     require({"by cells: one layer of an LSTM, one direction, padded batch rows": is_simple}, Unavailable)
     if problem.case.form != "cell":
@@ -35,7 +35,7 @@ def _cells(problem: Problem, cell: Callable[[Tensor, State], State]) -> Run:
 
 
 def _packed(lstm: nn.Module, problem: Problem, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Packed in every call and its result padded again, as users of padded batches do: both count, for every provider."""
+    """Pack in every call and pad the result again, as users of padded batches do: both count, for every provider."""
     y, state = lstm(pack_padded_sequence(x, problem.lengths), state)  # type: ignore[arg-type]
     return pad_packed_sequence(y, total_length=problem.case.length)[0], state
 
@@ -72,7 +72,7 @@ def ours(problem: Problem, backend: str = "auto", recompute: bool = False) -> Mo
 
 
 def cudnn_algorithm(problem: Problem) -> str | None:
-    """cuDNN's algorithm for the case on this GPU, by torch's rules."""
+    """Return cuDNN's algorithm for the case on this GPU, by torch's rules."""
     if problem.device.type != "cuda":
         return None
     p = torch.cuda.get_device_properties(problem.device)
@@ -153,12 +153,12 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def torchs(case: Case) -> str:
-    """torch's own provider of a case, beside which the others are judged."""
+    """Return torch's own provider of a case, beside which the others are judged."""
     return CUDNN if case.form == "layer" else TORCH_CELL
 
 
 def true(case: Case) -> Provider:
-    """Who computes the truth: torch's own module, or where that cannot compute the case this package's specification."""
+    """Return who computes the truth: torch's own module, or where that cannot compute the case this package's reference."""
     is_torchs = not case.resets and case.rows == "padded" and case.length <= MOST_CUDNN_STEPS
     return PROVIDERS[torchs(case) if is_torchs else REFERENCE]
 

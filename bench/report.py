@@ -44,7 +44,7 @@ def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Mapp
 
 
 def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None:
-    """The page of all rows; problems: sentences on lines that are none."""
+    """Write the page of all rows; problems: sentences on lines that are none."""
     lead = [LEAD] + ["There are no rows yet."] * (not rows)
     lead += [f"{len(problems)} lines of the files are not rows, and left out. The first: {of}" for of in problems[:1]]
     parts = [_part(machine, of, VIEWS, draws=True) for machine, of in tables.newest(rows).items()]
@@ -54,7 +54,7 @@ def write(path: Path, rows: Sequence[Row], problems: Sequence[str] = ()) -> None
 def _part(
     machine: str, rows: Sequence[Row], views: Sequence[dict], dtype: str = "", draws: bool = False
 ) -> dict[str, Any]:
-    """One machine's, with its figures or without. dtype: the only one that the headline is to show."""
+    """Return one machine's part, with its figures or without. dtype: the only one that the headline is to show."""
     last, found = max(rows, key=lambda row: row.date), tables.comparisons(rows)
     if dtype:
         found = found[(found["suite"] != "hidden-sizes") | (found["dtype"] == dtype)]
@@ -79,7 +79,7 @@ def _part(
 
 
 def _over(found: DataFrame, x: str) -> Iterator[Figure]:
-    """Time per step of cuDNN, these kernels, auto, peers and the floor; beside it torch's time over each."""
+    """Draw the time per step of cuDNN, these kernels, auto, peers and the floor, and beside it torch's time over each."""
     for (dtype, mode), group in found[found["execution"] == "eager"].groupby(["dtype", "mode"], sort=False):
         others = [name for name in group["of"].unique() if not name.startswith("lstm_triton")]
         times = group.pivot_table("us", x, "of", "last").reindex(columns=dict.fromkeys([CUDNN, *WAYS, *others]))
@@ -94,7 +94,7 @@ def _over(found: DataFrame, x: str) -> Iterator[Figure]:
 
 
 def _heat(found: DataFrame) -> Iterator[Figure]:
-    """Speed-ups by hidden size and batch."""
+    """Show speed-ups by hidden size and batch."""
     points = found[found["of"].isin(WAYS)].rename(columns={"hidden size": "H \\ B"}).dropna(subset="ratio")
     for (way, dtype, steps), group in points.groupby(["of", "dtype", "length"], sort=False):
         pictures = [
@@ -141,7 +141,7 @@ def curves(
 
 
 def _svg(figure: Any, title: str) -> Markup:
-    """The picture as an element of the page, as wide as there is room."""
+    """Return the picture as an element of the page, as wide as there is room."""
     target = io.StringIO()
     figure.savefig(target, format="svg", transparent=True)
     svg = target.getvalue().partition("<svg ")[2]
@@ -153,7 +153,7 @@ def _svg(figure: Any, title: str) -> Markup:
 
 
 def compare(sides: Sequence[tuple[Path, Sequence[Row]]], page: Path | None) -> str:
-    """Two sets of rows side by side, as text, and as a page where a path of one is given."""
+    """Return two sets of rows side by side, as text; also write them as a page where its path is given."""
     table, said = tables.side_by_side(*(rows for _, rows in sides))
     lead = []
     for side, (path, rows) in zip("AB", sides):
@@ -192,7 +192,7 @@ def update_markdown(path: Path, rows: Sequence[Row]) -> None:
 
 
 def markdown(rows: Sequence[Row], short: bool = False) -> str:
-    """The tables of every device; short: of the headline only the first dtype, and how many comparisons are lost."""
+    """Return the tables of every device. short: only the headline of one dtype, and how many comparisons are lost."""
     dtypes = {row.case.dtype for row in rows if row.suite == "hidden-sizes"}
     dtype = "bfloat16" if "bfloat16" in dtypes else min(dtypes, default="")
     views, only = (VIEWS[:2], dtype) if short else (VIEWS, "")

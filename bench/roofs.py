@@ -50,13 +50,13 @@ def floor(case: Case, roofs: Mapping[str, float]) -> Floor | None:
 
 
 def from_rows(rows: Iterable[Row], device: str) -> dict[str, float]:
-    """The figures of a device's good rows of kind "roof", later rows first."""
+    """Return the figures of a device's good rows of kind "roof"; later rows count."""
     of_device = (row for row in rows if (row.kind, row.status, row.device.name) == ("roof", "ok", device))
     return {name: value for row in of_device for name, value in (row.values or {}).items()}
 
 
 def copy_rate(device: torch.device) -> dict[str, float]:
-    """Bytes read plus bytes written per second, copying a buffer that no cache holds."""
+    """Measure bytes read plus bytes written per second, copying a buffer that no cache holds."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -64,7 +64,7 @@ def copy_rate(device: torch.device) -> dict[str, float]:
 
 
 def gemm_rates(device: torch.device) -> dict[str, float]:
-    """Floating-point operations per second of torch's own square matrix products, by dtype."""
+    """Measure the floating-point operations per second of torch's own square matrix products, by dtype."""
     found, on_gpu = {}, device.type == "cuda"
     matmul: Any = torch.backends.cuda.matmul
     for name in ("bfloat16", "float16", "float32_tf32", "float32_ieee") if on_gpu else ("float32_ieee",):

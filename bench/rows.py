@@ -38,7 +38,7 @@ class Timing:
 
     @staticmethod
     def of(samples: Samples, steps: int, clock: str) -> "Timing":
-        """steps: of the sequence that one call runs through."""
+        """Summarise samples of calls that run through so many `steps`."""
         p20, _, _, p80 = statistics.quantiles(samples.device_us, n=5, method="inclusive")
         p50, wall = statistics.median(samples.device_us), statistics.median(samples.wall_us)
         low, high, confidence = median_interval(samples.device_us)
@@ -148,12 +148,12 @@ class Row:
     pair = property(lambda self: (self.provider, self.execution))
 
     def encode(self) -> str:
-        """One line of JSON, without its newline."""
+        """Return one line of JSON, without its newline."""
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def decode(line: bytes) -> Row:
-    """The row of one line; raises ValueError where it is none, naming the field that is wrong."""
+    """Return the row of one line; raises ValueError where it is none, naming the field that is wrong."""
     try:
         value = json.loads(line.decode(), parse_constant=lambda name: float("nan"))
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no page takes it
@@ -163,7 +163,7 @@ def decode(line: bytes) -> Row:
 
 
 def number(value: float | None) -> str:
-    """A figure with three digits, for people, from a million on with a prefix; empty for None."""
+    """Format a figure with three digits, for people, from a million on with a prefix; None is empty."""
     if value is None:
         return ""
     size, prefix = next((of for of in ((1e12, " T"), (1e9, " G"), (1e6, " M")) if value >= of[0]), (1, ""))
@@ -171,7 +171,7 @@ def number(value: float | None) -> str:
 
 
 def words(row: Row) -> str:
-    """What was measured; of times the median and the 20th to the 80th percentile, of errors the largest."""
+    """Say what was measured: of times the median and the 20th to the 80th percentile, of errors the largest."""
     if row.status != "ok":
         return f"{row.status.upper()}: {row.reason}"
     if t := row.timing:
@@ -184,7 +184,7 @@ def words(row: Row) -> str:
 
 
 def summary(written: Sequence[Row]) -> str:
-    """A task's rows in a few lines, for the terminal."""
+    """Return a task's rows in a few lines, for the terminal."""
     lines = (f"    {row.provider + ' graph' * (row.execution == 'graph'):<28} {words(row)}" for row in written)
     return "\n".join([f"{written[0].suite} · {written[0].case.describe()}", *lines])
 

@@ -28,7 +28,7 @@ EXTRAS = dict(pandas="tables", matplotlib="figures", jinja2="report", rich="prog
 
 
 def missing(*names: str) -> str | None:
-    """A sentence about those of EXTRAS (by default of all) that are not installed, or None."""
+    """Return a sentence about those of EXTRAS (by default of all) that are not installed, or None."""
     absent = [name for name in names or EXTRAS if importlib.util.find_spec(name) is None]
     without = ", ".join(f"no {EXTRAS[name]} without {name}" for name in absent)
     return f"{without}: pip install 'lstm-triton[bench]'" if absent else None
@@ -48,12 +48,12 @@ class Progress:
             self._bar.start()
 
     def show(self, what: str) -> None:
-        """`what` is under way."""
+        """Show that `what` is under way."""
         if self._bar is not None:
             self._bar.update(self._line, completed=self.done, total=self.total, description=what)
 
     def say(self, text: str) -> None:
-        """A line that stays, on standard output."""
+        """Print a line that stays, on standard output."""
         self.close()
         print(text, flush=True)
         if self._bar is not None:
@@ -74,7 +74,7 @@ class Worker(Process):
 
 
 def serve(connection: Any, setup: tuple[Namespace, str]) -> None:
-    """The worker's side."""
+    """Measure what is asked for, in the worker's process."""
     context = make_context(*setup, lambda *doing: connection.send(doing))
 
     def respond(request: tuple[Task, Sequence[Pair], Mapping[str, float]]) -> None:
@@ -97,7 +97,7 @@ def make_context(options: Namespace, run: str, stage: Callable[[str, str, str], 
 
 
 def done_before(found: Sequence[Row], maker: RowMaker, retry: bool) -> set[tuple[Task, Pair]]:
-    """What need not be measured again: it has rows of the same code, device and software, with the same settings."""
+    """Return what need not be measured again: it has rows of the same code, device, software and settings."""
 
     def counts(row: Row) -> bool:
         one, other = ((of.source.digest, of.device, of.versions) for of in (row, maker))
@@ -148,7 +148,7 @@ class Runner:
                 self._anchor(0.0)
 
     def describe(self) -> str:
-        """The last words of a run."""
+        """Return the last words of a run."""
         text = f"{self.measured} tasks measured, {self.appended} rows appended to {self.options.output}"
         text += f"; {self.before} were measured before" if self.before else ""
         if self.left and self.options.budget is not None:
@@ -156,7 +156,7 @@ class Runner:
         return "\n".join([text, *(f"not a row, left as it is: {problem}" for problem in self._problems)])
 
     def predict(self, suite: str, count: int) -> float:
-        """Seconds of so many rows, rather too many: by the upper quartile of the last eight tasks of the suite, or of all.
+        """Predict the seconds of so many rows by the upper quartile of the suite's last eight tasks, or of all suites'.
         What does not fit into a budget is not begun, since what is cut off would be lost."""
         recent = sorted(self._took.get(suite, self._took[""])[-8:])
         return count * recent[3 * len(recent) // 4]

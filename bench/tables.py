@@ -54,14 +54,14 @@ def comparisons(rows: Iterable[Row]) -> DataFrame:
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
-    """A table; its first column becomes the index."""
+    """Make a table; its first column becomes the index."""
     table = DataFrame(list(lines), dtype=object)
     table = table.where(table.notna(), "")
     return table.set_index(table.columns[0]) if len(table) else table
 
 
 def text(cell: Any) -> str:
-    """A cell as text; a speed-up is marked where torch is ahead."""
+    """Return a cell as text; a speed-up is marked where torch is ahead."""
     return f"{'▼ ' if cell < 1 else ''}{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
@@ -93,14 +93,14 @@ def timings(rows: Sequence[Row], found: DataFrame, base: str | None = None) -> D
 
 
 def count_lost(rows: Sequence[Row], found: DataFrame) -> DataFrame:
-    """In how many comparisons torch is ahead of each way, beyond what the samples leave open."""
+    """Count in how many comparisons torch is ahead of each way, beyond what the samples leave open."""
     known = found[found["ratio"].notna()]
     by_way = ((f"{way}: {what}", known[known["of"] == way]["lost"]) for way, what in WAYS.items())
     return frame({"compared": what, "torch is ahead in": f"{of.sum()} of {len(of)}"} for what, of in by_way if len(of))
 
 
 def lost(rows: Sequence[Row], found: DataFrame, ways: Iterable[str] = WAYS, theirs: str | None = None) -> DataFrame:
-    """Where torch (or only its provider `theirs`) is ahead, the worst first, with what the rows know of why; at most 60."""
+    """List where torch (or only its provider `theirs`) is ahead, the worst first, with what is known of why; at most 60."""
     lines = []
     for way in ways:
         worse = found[found["lost"] & (found["of"] == way)].sort_values("ratio", kind="stable")
@@ -118,7 +118,7 @@ def lost(rows: Sequence[Row], found: DataFrame, ways: Iterable[str] = WAYS, thei
 
 
 def sources(rows: Sequence[Row], found: DataFrame) -> DataFrame:
-    """Where the shapes of the real workloads come from."""
+    """List where the shapes of the real workloads come from."""
     return frame(
         {"workload": row["id"], "project": row["project"], "source of the shape": row["source"]}
         | {"remark": case.note if case else f"not run: {row['run'].removeprefix('no: ')}"}
@@ -127,7 +127,7 @@ def sources(rows: Sequence[Row], found: DataFrame) -> DataFrame:
 
 
 def readings(rows: Sequence[Row], found: DataFrame) -> DataFrame:
-    """What rows without a time say, by case and provider: errors, bytes, host times, first calls, limits of the device."""
+    """List what rows without a time say, by case and provider: errors, bytes, host times, first calls, roofs."""
     good = sorted((r for r in rows if r.status == "ok"), key=lambda r: (r.case.form, r.case.hidden_size, r.case.length))
     cells: dict[str, dict[str, str]] = {}
     for row in good:
@@ -144,7 +144,7 @@ def not_timed(rows: Sequence[Row], found: DataFrame) -> DataFrame:
 
 
 def environment(rows: Sequence[Row], found: DataFrame) -> DataFrame:
-    """What the rows were taken on and by, and how steady it was."""
+    """List what the rows were taken on and by, and how steady it was."""
     facts = {"rows": str(len(rows))}
     seen = json_normalize([asdict(row) for row in rows], max_level=1)
     for name, values in seen.filter(regex=r"^(device|versions|source|state)\.|^(date|l2|command)$").items():
@@ -160,7 +160,7 @@ def environment(rows: Sequence[Row], found: DataFrame) -> DataFrame:
 
 
 def side_by_side(a: Sequence[Row], b: Sequence[Row]) -> tuple[DataFrame, str]:
-    """Timed rows of the same case, provider and execution, and a sentence on how many there are on one side only."""
+    """Pair timed rows of the same case, provider and execution, and say how many there are on one side only."""
     # Machines differ in their numbers of threads: those are no part of what is compared, the state of the cache is.
     timed = ((r for of in newest(side).values() for r in of if r.kind == "timing" and r.timing) for side in (a, b))
     one, two = (dict[tuple, Any](((r.task, r.pair, r.l2), r) for r in side) for side in timed)

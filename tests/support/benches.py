@@ -54,6 +54,7 @@ def run(task, names):
     """The rows of a task by provider, and by "<provider> graph"."""
     found, pairs = [], [(name, execution) for name in names for execution in task.executions]
     measuring.measure(task, measuring.Context(maker, FakeClock(), seconds=0.0), found.append, pairs)
+    assert sorted(row.pair for row in found) == sorted(pairs), "one row for each"
     assert [rows.decode(row.encode().encode()) for row in found] == found
     return {row.provider + " graph" * (row.execution == "graph"): row for row in found}
 
