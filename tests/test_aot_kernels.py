@@ -28,7 +28,6 @@ from lstm_triton.kernels.inputs import (
 )
 from lstm_triton.kernels.launch import Launcher
 
-pytestmark = pytest.mark.long
 SAMPLE = [*itertools.product(("steps", "sequences"), ARCHITECTURES), *(("cells", arch) for arch in (90, 120))]
 ALL = [
     *itertools.product(("steps", "sequences"), (*ARCHITECTURES, 86, 89)),
@@ -36,6 +35,7 @@ ALL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part, arch", SAMPLE)
 def test_a_sample_compiles_well(part, arch):
     assert "kernels compiled well" in run_without_interpreter(__file__, part, str(arch), timeout=1800)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import aot_sequence
 from support.aot import KINDS
 
 from lstm_triton.kernels import device as device_module
@@ -16,20 +17,12 @@ from lstm_triton.kernels.sequence_config import Problem, exchanged_row
 from lstm_triton.kernels.sequence_cost import cost, registers
 
 CPU = torch.device("cpu")
-# By SMs, KiB of shared memory, compute capability.
 DEVICES = {
-    name: figures(sms, kib * 1024, capability)
-    for name, sms, kib, capability in (
-        ("A100", 108, 163, (8, 0)),
-        ("RTX 3090", 82, 99, (8, 6)),
-        ("H100", 132, 227, (9, 0)),
-        ("B200", 148, 227, (10, 0)),
-        ("RTX 5090", 170, 99, (12, 0)),
-        ("a slice of an H100", 14, 227, (9, 0)),
-        ("one that nobody knows yet", 200, 227, (17, 3)),
-    )
+    **aot_sequence.DEVICES,
+    "a slice of an H100": figures(14, 227 << 10, (9, 0)),
+    "one that nobody knows yet": figures(200, 227 << 10, (17, 3)),
 }
-H100, B200 = DEVICES["H100"], DEVICES["B200"]
+H100, B200 = DEVICES[90], DEVICES[100]
 WAYS = ("forward", "backward")
 PROBLEM = Problem("backward", 64, 512, 1, torch.bfloat16, "ieee")
 FORWARD = PROBLEM._replace(way="forward")
@@ -42,7 +35,7 @@ UNITS = sorted({1, 9, *range(29, 1600, 314), *(n + k for n in (16, 128, 1536) fo
 ROWS = (1, 17, 64, 1024)
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("device", DEVICES.values(), ids=map(str, DEVICES))
 def test_every_candidate_can_be_launched(device):
     kinds = [kind for name, kind in KINDS.items() if name != "fp16"]  # whose sizes are those of bfloat16
     for n, ((dtype, precision), way, B, H) in enumerate(itertools.product(kinds, WAYS, ROWS, UNITS)):
@@ -103,12 +96,12 @@ def test_which_layers_run_in_one_launch(way):
     assert way == "backward" or candidates(Problem(way, 16, 128, 1, *KINDS["bf16"]), H100)[0].programs > 1
 
 
-@pytest.mark.parametrize("name", ["H100", "A100"])
-def test_smaller_layers_run_in_one_launch_too(name):
+@pytest.mark.parametrize("arch", [90, 80])
+def test_smaller_layers_run_in_one_launch_too(arch):
     """As docs/design.md says beside the largest."""
     for kind, D, B in itertools.product(("bf16", "tf32"), (1, 2), (16, 64, 256)):
         fits = [
-            all(candidates(Problem(way, B, H, D, *KINDS[kind]), DEVICES[name])[0].persistent for way in WAYS)
+            all(candidates(Problem(way, B, H, D, *KINDS[kind]), DEVICES[arch])[0].persistent for way in WAYS)
             for H in range(32, 1601, 96)
         ]
         assert any(fits) and fits == sorted(fits, reverse=True), (kind, D, B, 32 + 96 * fits.index(False))

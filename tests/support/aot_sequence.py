@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -55,19 +56,11 @@ class Choice(NamedTuple):
 
 def choose(case: Case, arch: int) -> Choice:
     """What would run on a GPU of this compute capability, that of `DEVICES`."""
-    asked = []
-
-    def asking(problem: Problem, config: SequenceConfig):
-        asked.append(config)
-        return compile_for(problem, config)
-
-    compile_for, search.compile_for = search.compile_for, asking
-    try:
-        with fake_driver(arch, DEVICES[arch].sms):
-            config = search.search(case.problem, DEVICES[arch])
-            return Choice(config, Report(compile_for(case.problem, config), arch), len(asked))
-    finally:
-        search.compile_for = compile_for
+    asking = mock.patch.object(search, "compile_for", wraps=search.compile_for)
+    with fake_driver(arch, DEVICES[arch].sms), asking as compile_for:
+        config = search.search(case.problem, DEVICES[arch])
+        compilations = compile_for.call_count
+        return Choice(config, Report(compile_for(case.problem, config), arch), compilations)
 
 
 def faults(case: Case, config: SequenceConfig, report: Report, most_words: int = 8) -> Iterator[str]:
