@@ -41,31 +41,33 @@ def run_without_interpreter(script: str | Path, *args: str, timeout: float = 600
 
     Raises AssertionError with the script's output if it fails, subprocess.TimeoutExpired if it takes longer.
     """
-    command = [str(script), *args]
-
-    def run(out: str, err: str) -> int:
-        if not torch.cuda.is_available():
-            return _fork_of_a_server([command, os.getcwd(), out, err], timeout)
-        return _anew(
-            [*_with_fixed_addresses(), sys.executable, *command], out, err, env=_environment(), timeout=timeout
-        )
-
-    return _printed(command, run)
+    return _printed([str(script), *args], os.getcwd(), timeout, _fork_of_a_server)
 
 
-def _printed(command: list[str], run: Callable[[str, str], int]) -> str:
-    """What a command prints whose output `run` writes to two files; AssertionError with it if it fails."""
+def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) -> str:
+    """What a Python script prints that is run as if by `python script *args` in the folder `cwd`.
+
+    It runs in a fork of this process, which has imported torch and this package already; on a GPU in a process of its own.
+
+    Raises AssertionError with the script's output if it fails.
+    """
+    return _printed([str(script), *args], str(cwd), timeout, _fork)
+
+
+def _printed(command: list[str], cwd: str, timeout: float, fork: Callable[[list[Any], float], int | None]) -> str:
+    """What `_as_main` prints for this command in a fork; on a GPU, which no fork survives, a Python of its own."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        failed, printed, errors = run(out.name, err.name), out.read(), err.read()
-    if failed:
+        if torch.cuda.is_available():
+            started = [*_with_fixed_addresses(), sys.executable, *command]
+            with open(out.name, "w") as stdout, open(err.name, "w") as stderr:
+                options = dict(cwd=cwd, env=_environment(), stdout=stdout, stderr=stderr, timeout=timeout)
+                failed = subprocess.run(started, **options).returncode
+        else:
+            failed = fork([command, cwd, out.name, err.name], timeout)
+        printed, errors = out.read(), err.read()
+    if failed != 0:
         raise AssertionError(f"{' '.join(command)} failed:\n{printed}\n{errors}")
     return printed
-
-
-def _anew(command: list[str], out: str, err: str, **options: Any) -> int:
-    """The exit code of a process of its own."""
-    with open(out, "w") as stdout, open(err, "w") as stderr:
-        return subprocess.run(command, stdout=stdout, stderr=stderr, **options).returncode
 
 
 def _environment() -> dict[str, str]:
@@ -115,30 +117,16 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run_script(script: str | Path, *args: str, cwd: Path, timeout: float = 300) -> str:
-    """What a Python script prints that is run as if by `python script *args` in the folder `cwd`.
-
-    It runs in a fork of this process, which has imported torch and this package already; where CUDA is in use, which no fork
-    survives, in a process of its own.
-
-    Raises AssertionError with the script's output if it fails.
-    """
-    command = [str(script), *args]
-
-    def run(out: str, err: str) -> int:
-        if torch.cuda.is_initialized():
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            return _anew([sys.executable, *command], out, err, cwd=cwd, env=environment, timeout=timeout)
-        child = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, cwd, out, err))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
-            child.start()
-        child.join(timeout)
-        failed = child.exitcode != 0
-        child.kill()
-        return failed
-
-    return _printed(command, run)
+def _fork(arguments: list[Any], timeout: float) -> int | None:
+    """The exit code of a fork of this process that has called `_as_main` with these arguments; None after the timeout."""
+    child = multiprocessing.get_context("fork").Process(target=_as_main, args=arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; they are idle
+        child.start()
+    child.join(timeout)
+    code = child.exitcode
+    child.kill()
+    return code
 
 
 def _as_main(command: list[str], cwd: str | Path, out: str, err: str) -> None:
