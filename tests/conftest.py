@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator  # noqa: E402
 import pytest  # noqa: E402
 from support import executor  # noqa: E402
 from support.plugins import EndWhenLost, Resume  # noqa: E402
-from support.process import end_server  # noqa: E402
 
 import lstm_triton.kernels  # noqa: E402
 from lstm_triton.process import why_lost  # noqa: E402
@@ -92,10 +91,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     for folder in (COMPILED, COMPILED.with_name("executed")) if first else ():
         if sum(file.stat().st_size for file in folder.glob("*/*")) > 2 << 30:
             shutil.rmtree(folder)
-
-
-def pytest_sessionfinish() -> None:
-    end_server()
 
 
 class _PoisoningTorch(types.ModuleType):

@@ -77,16 +77,11 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """A process that has imported what the scripts without the interpreter need, and forks for each: see `_serve`."""
+    """A process that has imported what the scripts without the interpreter need, and forks for each: see `_serve`. It ends with
+    this one, which closes the pipe."""
     command = [*_with_fixed_addresses(), sys.executable, "-c", "from support.process import _serve; _serve()"]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=_environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-
-
-def end_server() -> None:
-    if _server.cache_info().currsize:
-        _server().communicate()
-        _server.cache_clear()
 
 
 def _fork_of_a_server(arguments: list[Any], timeout: float) -> int:
