@@ -71,20 +71,17 @@ def _tensor(*shape, dtype, aligned):
 
 
 def _cell(B, H, kind, aligned):
-    """A step in training as part of a layer, and all gradients; for the most rows also a step of inference, and the gradients
-    of the weights of h alone."""
+    """A step in training as part of a layer, and one of inference; all gradients, and those of the weights of h alone."""
     dtype, precision = KINDS[kind]
     new, I = functools.partial(_tensor, dtype=dtype, aligned=aligned), 64 if aligned else 33
     inputs = CellInputs(new(B, I), new(B, H), new(B, H), new(4 * H, I), new(4 * H, H), new(4 * H), new(4 * H))
     gates, options, h, c = new(B, H, 4), CellOptions(precision), inputs.h, inputs.c
     y = gates.new_empty(B, 2, H)[:, 0]
-    yield lambda: cell.launch_step(inputs, options, CellOutputs(h, c, gates), y, y, D=2)
+    cell.launch_step(inputs, options, CellOutputs(h, c, gates), y, y, D=2)
+    cell.lstm_cell_forward(inputs._replace(b_ih=None, b_hh=None), options)
     backward, saved = cell_backward.lstm_cell_backward, CellSaved(c, gates)
-    yield lambda: backward(CellGradients(h, c), inputs, saved, CellInputs._fields, options)
-    if B == ROWS[-1]:
-        yield lambda: cell.lstm_cell_forward(inputs._replace(b_ih=None, b_hh=None), options)
-        needs = {"w_ih", "w_hh", "b_ih", "b_hh"}
-        yield lambda: backward(CellGradients(h, None), inputs, saved, needs, options)
+    backward(CellGradients(h, c), inputs, saved, CellInputs._fields, options)
+    backward(CellGradients(h, None), inputs, saved, {"w_ih", "w_hh", "b_ih", "b_hh"}, options)
 
 
 def _readout(B, V, kind, aligned):
@@ -94,28 +91,26 @@ def _readout(B, V, kind, aligned):
     inputs = ReadoutInputs(new(B, H, dtype=dtype), new(V, H, dtype=dtype), new(V, dtype=dtype))
     options = ReadoutOptions(precision, dtype if aligned or dtype.itemsize > 2 else torch.float32)
     y = new(B, V, dtype=options.dtype)
-    yield lambda: readout.softmax_readout_forward(inputs, options)
-    backward = readout_backward.softmax_readout_backward
-    yield lambda: backward(ReadoutGradients(y), inputs, ReadoutSaved(y), inputs._fields, options)
+    readout.softmax_readout_forward(inputs, options)
+    readout_backward.softmax_readout_backward(ReadoutGradients(y), inputs, ReadoutSaved(y), inputs._fields, options)
 
 
-def _launched(kind, forms, kernels):
-    """The calls ((function, B, size, aligned), number, SMs) that launch what is not yet among `kernels`, which grows.
+def _launched(arch, kind, forms):
+    """The kernels of cell and readout by what tells them apart, uncompiled.
 
     forms: whether tensors are aligned, or not; of one form alone, tiles are told apart, and not what else Triton specialises.
     """
     from support.fake_driver import fake_driver
 
-    for sms, function, B, aligned in itertools.product(MULTIPROCESSORS, (_cell, _readout), ROWS, forms):
-        for size in SIZES[aligned]:
-            with fake_driver(sm_count=sms, compiling=False):
-                for number, call in enumerate(function(B, size, kind, aligned)):
-                    call()
-                    sources = [kernel.src for launcher in Launcher._all for kernel in launcher._compiled.values()]
-                    new = {source.hash() if len(forms) > 1 else _tile(source) for source in sources} - kernels
-                    if new:
-                        yield (function, B, size, kind, aligned), number, sms
-                        kernels |= new
+    found = {}
+    for sms in MULTIPROCESSORS:
+        with fake_driver(arch, sms, compiling=False):
+            for function, B, aligned in itertools.product((_cell, _readout), ROWS, forms):
+                for size in SIZES[aligned]:
+                    function(B, size, kind, aligned)
+            for kernel in (kernel for launcher in Launcher._all for kernel in launcher._compiled.values()):
+                found.setdefault(kernel.src.hash() if len(forms) > 1 else _tile(kernel.src), kernel)
+    return found
 
 
 def _tile(source):
@@ -132,22 +127,24 @@ def _steps(arch, everything):
     from support.aot import Report
     from support.fake_driver import fake_driver
 
-    kernels, every_form = set(), everything and arch in ARCHITECTURES
+    compiled, every_form = set(), everything and arch in ARCHITECTURES
     for turn, kind in enumerate(KINDS):
         if kind == "fp16" and not (everything and arch == 90):
             continue
-        calls = _launched(kind, (True, False) if every_form else (turn % 2 == 0,), kernels if every_form else set())
-        for n, ((function, *case), number, sms) in enumerate(list(calls)):
-            if not everything and (n + turn) % len(ARCHITECTURES) != ARCHITECTURES.index(arch):
+        found = _launched(arch, kind, (True, False) if every_form else (turn % 2 == 0,))
+        for n, key in enumerate(sorted(found, key=str)):
+            is_another_s = not everything and (n + turn) % len(ARCHITECTURES) != ARCHITECTURES.index(arch)
+            if is_another_s or (every_form and key in compiled):
                 continue
-            with fake_driver(arch, sms):
-                next(itertools.islice(function(*case), number, None))()
-                compiled = [kernel for launcher in Launcher._all for kernel in launcher._compiled.values()]
-            for report in (Report(kernel, arch) for kernel in compiled):
-                is_product = report.name.endswith(("_forward_kernel", "_backward_kernel"))
-                product = None if kind == "fp64" else is_product and uses_tensor_cores(*KINDS[kind])
-                may_spill = report.name.startswith("_readout") and not report.local_memory_in_loops()
-                yield (report.name, *case), report.faults(product, 1 << 20 if may_spill else 0)
+            compiled.add(key)
+            with fake_driver(arch):
+                kernel = found[key].compile()
+                kernel._init_handles()
+            report = Report(kernel, arch)
+            is_product = report.name.endswith(("_forward_kernel", "_backward_kernel"))
+            product = None if kind == "fp64" else is_product and uses_tensor_cores(*KINDS[kind])
+            may_spill = report.name.startswith("_readout") and not report.local_memory_in_loops()
+            yield (kind, *_tile(kernel.src)), report.faults(product, 1 << 20 if may_spill else 0)
 
 
 # ---- sequences: what the search chooses for a device of this architecture --------------------------------------------

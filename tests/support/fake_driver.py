@@ -7,6 +7,7 @@ with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import subprocess
@@ -28,6 +29,7 @@ from lstm_triton.kernels.figures import figures
 
 from .aot import SHARED_MEMORY_PER_BLOCK
 
+_compile = triton.compiler.compile
 # Kernels are cached per device: numbers of their own keep the caches of real devices, and of other contexts, apart.
 _device_numbers = itertools.count(1000)
 
@@ -150,9 +152,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 class _Uncompiled(CompiledKernel):
-    """Stands for a kernel that is compiled well, where it matters that there is one, and not what is in it."""
+    """Stands for a kernel that is compiled well, where it matters that there is one, and not what is in it; `compile` does."""
 
     def __init__(self, source: Any, **options: Any) -> None:
+        self.compile = functools.partial(_compile, source, **options)
         self.src, self.name = source, source.fn.__name__
         self.metadata = types.SimpleNamespace(name=self.name, shared=0, tmem_size=0)
         self.n_regs, self.n_spills, self.asm = 32, 0, {"ptx": "mma.sync"}
