@@ -18,9 +18,10 @@ INTERPRETING = not (ON_GPU or EXECUTING)
 if not ON_GPU:  # before triton is imported: it reads the variable when it decorates a kernel
     os.environ["TRITON_INTERPRET"] = "1" if INTERPRETING else "0"
 
-# Compiled kernels are kept for the next run, and shared by all processes of this one.
-COMPILED = Path(__file__).parent.parent / ".ci-cache" / "triton"
-os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
+# Compiled code is kept for the next run, and shared by all processes of this one.
+CACHE = Path(__file__).parent.parent / ".ci-cache"
+os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 
 import functools  # noqa: E402
 import importlib  # noqa: E402
@@ -86,10 +87,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Kernels of sources long changed must not fill the disk."""
+    """Code of sources long changed must not fill the disk."""
     first = not hasattr(session.config, "workerinput")  # of pytest-xdist's processes
-    for folder in (COMPILED, COMPILED.with_name("executed")) if first else ():
-        if sum(file.stat().st_size for file in folder.glob("*/*")) > 2 << 30:
+    for folder in (CACHE / "triton", CACHE / "executed", CACHE / "inductor") if first else ():
+        if sum(file.stat().st_size for file in folder.rglob("*")) > 2 << 30:
             shutil.rmtree(folder)
 
 
