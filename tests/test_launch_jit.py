@@ -98,6 +98,7 @@ CASES = [  # H, D, features, options
     (19, 1, "resets shared lengths inference", {}),
     (144, 2, "dropout", {}),
     (19, 1, "resets shared lengths dropout", {}),
+    (20, 1, "dropout inference", {}),
     (20, 1, "recompute", {}),
     (20, 1, "resets stored", dict(dtype=torch.float32)),
     (20, 1, "resets lengths", BY_STEP),
@@ -113,9 +114,8 @@ def check_sizes_and_layouts_do_not_recompile():
         with fake_driver(compiling=False):
             run(7, 2)
             asked = [KERNELS[problem.way].fn.__name__ for problem, *_ in search.remembered]
-            assert _compiled("_lstm_sequence_") == {
-                name: asked.count(name) + 2 * (options is BY_STEP) for name in asked
-            }, (H, features)
+            expected = {name: asked.count(name) + 2 * (options is BY_STEP) for name in asked}
+            assert _compiled("_lstm_sequence_") == expected, (H, features)
             run(1, 2)  # nothing waits in a launch of one step, which is another kernel
             first = _compiled("_lstm_sequence_")
             for T, B in ((2, 2), (7, 1), (3, 15), (1, 16)):  # more rows may take another tile
