@@ -106,25 +106,27 @@ class _Paths:
         return [self.statements[k] for k in seen]
 
 
-def is_redundant(mutant: Mutant, paths: _Paths) -> bool:
-    """Whether it can be seen from the code why nobody misses this: see the module."""
+def why_not_noticed(mutant: Mutant, paths: _Paths) -> str:
+    """What can be seen from the code about a mutant that nobody misses: see the module."""
 
     def between(stop: str | re.Pattern, backward: bool = False) -> list[Statement]:
         return paths.between(mutant.line, re.compile(stop), backward)
 
+    redundant = False
     if mutant.kind == "barrier":
         sides = (between(_BARRIER), between(_BARRIER, backward=True))
-        return any(not any(_ACCESS.match(s.opcode) for s in side) for side in sides)
+        redundant = any(not any(_ACCESS.match(s.opcode) for s in side) for side in sides)
     if mutant.kind == "wgmma fence":
         before, behind = between(r"wgmma\.fence", backward=True), between(r"wgmma\.fence")
-        used = {name for s in behind if s.opcode.startswith("wgmma.mma") for name in re.findall(r"%\w+", s.text)}
+        used = {name for s in behind if s.opcode.startswith("wgmma.mma") for name in re.findall(r"%r\d+", s.text)}
         results = [s.operands[0] for s in before if s.operands and not s.opcode.startswith(("st", "wgmma"))]
-        written = {name for result in results for name in re.findall(r"%\w+", result)}
-        return not used & written & {name for name in used if name.startswith("%r") and not name.startswith("%rd")}
+        redundant = not used & {name for result in results for name in re.findall(r"%\w+", result)}
     if mutant.kind == "wait":
         again = r"cp\.async\.wait" if "cp.async" in mutant.text else r"wgmma\.wait"
-        return not any(_END.match(s.opcode) for s in between(again))
-    return False
+        redundant = not any(_END.match(s.opcode) for s in between(again))
+    if redundant:
+        return "redundant"
+    return "unknown" if mutant.kind in ("barrier", "wgmma fence") else "not noticed"
 
 
 class _MutatingDriver(ExecutingDriver):
@@ -160,15 +162,10 @@ class _MutatingDriver(ExecutingDriver):
             if self.is_in_sample(number, mutant):
                 reported, memory = run(mutant.ptx)
                 differs = not all(map(torch.equal, memory, right))
-                outcome = "noticed" if reported or differs else self._why_not(mutant, paths)
+                outcome = "noticed" if reported or differs else why_not_noticed(mutant, paths)
                 self.found.append((mutant, outcome))
         for s, b in zip(storages, before):
             s.copy_(b)
-
-    def _why_not(self, mutant: Mutant, paths: _Paths) -> str:
-        if is_redundant(mutant, paths):
-            return "redundant"
-        return "unknown" if mutant.kind in ("barrier", "wgmma fence") else "not noticed"
 
 
 def survey(targets: Iterable[str], is_in_sample=lambda number, mutant: True) -> Counter[tuple[str, str]]:

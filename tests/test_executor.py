@@ -290,6 +290,7 @@ def test_tensor_memory_of_an_sm_is_shared():
         "ld.global.gpu.acquire.L2::cache_hint.b32 %r3, [%rd0], %rd1;",
         "ld.acquire.global.b32 %r3, [%rd0];",
         "ld.global.b32 %r3, [%r0];",
+        "st.param.b32 [p], %r0;",
         "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 15;",
         "bar.sync 1;",
         "mov.b32 %r3, %clock;",

@@ -84,8 +84,8 @@ def _access(opcode: str) -> tuple[str, str, list[int]]:
         raise LookupError("a memory order without a scope")
     if order in {"ld": ("release", "acq_rel"), "st": ("acquire", "acq_rel")}.get(kind, ()):
         raise LookupError("memory order")
-    if space is None and order != "volatile":
-        raise LookupError("no state space")
+    if (space is None and order != "volatile") or (space == "param" and kind != "ld"):
+        raise LookupError("state space")
     size, wide = SIZES[type_], scope != "cta"
     releases, acquires = (wide and order in (one, "acq_rel") for one in ("release", "acquire"))
     values = [_SPACES.get(space, 2), size, type_[0] == "s", wide and order not in (None, "weak")]
