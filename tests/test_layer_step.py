@@ -67,19 +67,6 @@ def test_a_step_with_carried_state_allocates_its_results_alone(batch_first, with
     assert without_kernels == [BACKWARD]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counted on a CPU")
-def test_what_the_cell_has_not_takes_the_sequence_kernels(without_kernels):
-    lstm = LSTM(4, 5, num_layers=2, dropout=0.5, backend="triton")
-    x = torch.zeros(1, 2, 4)
-    for options in (dict(resets=torch.ones(1, 2, dtype=torch.bool)), dict(lengths=torch.tensor([1, 0]))):
-        without_kernels.clear()
-        lstm.eval()(x, **options)
-        assert FORWARD not in without_kernels, options
-    without_kernels.clear()
-    lstm.train()(x)
-    assert without_kernels[1:] == ["_lstm_sequence_forward_kernel", FORWARD], "the first of two has dropout"
-
-
 def test_explain_names_the_kernel_of_the_cell():
     lstm = LSTM(4, 5, num_layers=2, bidirectional=True, backend="triton-persistent")
     text = explain(lstm, torch.zeros(1, 2, 4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import layers
 
-from lstm_triton.kernels import interpreter, layer, layer_backward
+from lstm_triton.kernels import layer, layer_backward
 from lstm_triton.kernels.inputs import LayerGradients, LayerInputs, LayerOptions, LayerSaved, Segments, split_weights
 
 pytestmark = pytest.mark.long
@@ -60,14 +60,10 @@ def _run(problem, options, monkeypatch, launches, act=lambda launch, arguments: 
     return forward, backward
 
 
-@pytest.mark.parametrize("stepwise, recompute", [(False, False), (False, True), (True, True)])
-def test_all_steps_are_launched_in_order(stepwise, recompute, monkeypatch, device):
-    """Backward, 17 units are two programs, which wait for each other. Here nothing is launched. Launches of one step each know
-    no other number of steps: a few hundred show what many thousands would."""
-    monkeypatch.setattr(interpreter, "programs_can_wait", lambda: True)
-    problem = layers.draw(300 if stepwise else T, 2, 3, 17, 2, device=device)
-    options = LayerOptions(precision="tf32", stepwise=stepwise, recompute=recompute)
-    _run(problem, options, monkeypatch, (300, 300) if stepwise else (1, 8 if recompute else 1))
+def test_a_launch_for_each_of_all_steps(monkeypatch, device):
+    """They know no other number of steps: a few hundred show what many thousands would. Here nothing is launched."""
+    problem = layers.draw(300, 2, 3, 17, 2, device=device)
+    _run(problem, LayerOptions("tf32", stepwise=True, recompute=True), monkeypatch, (300, 300))
 
 
 @pytest.mark.parametrize("recompute", [True, False])

@@ -122,25 +122,6 @@ def test_second_derivatives_through_layers_and_projections_are_torchs(device):
 
 
 @backends
-def test_weights_can_be_frozen(backend, device):
-    theirs, ours = pair(I, H, bidirectional=True, backend=backend, device=device)
-    x = torch.randn(T, B, I, dtype=torch.float64, device=device)
-    expected = gradients(flat(theirs(x)), theirs.parameters())
-    for trainable in (slice(0, None, 2), slice(1, None, 2)):
-        ours.requires_grad_(False)
-        some = list(ours.parameters())[trainable]
-        for p in some:
-            p.requires_grad_()
-        results = flat(ours(x))
-        assert_close(gradients(results, some), expected[trainable])
-        sum(t.sum() for t in results).backward()
-        assert [p.grad is not None for p in ours.parameters()] == [p.requires_grad for p in ours.parameters()]
-        ours.zero_grad()
-    ours.requires_grad_(False)
-    assert not any(t.requires_grad for t in flat(ours(x)))
-
-
-@backends
 def test_parameters_are_read_on_every_call(backend, device):
     """Whether they were changed, replaced, or are computed from others."""
     theirs, ours = pair(I, H, 2, backend=backend, device=device)

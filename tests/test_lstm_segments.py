@@ -44,6 +44,8 @@ OF_KERNELS = [
     dict(T=1, B=1, I=1, H=1, rows="lengths", resets="stored", bidirectional=True, cells=True),
     dict(T=34, B=2, H=1, resets="zero", bidirectional=True, recompute=True),
 ]
+WHAT_THE_CELL_HAS_NOT = [dict(rows="lengths"), dict(resets="zero"), dict(num_layers=2, dropout=0.5)]
+SINGLE_STEPS = [dict(T=1, B=6) | row for row in WHAT_THE_CELL_HAS_NOT]  # its kernels take no such step
 ON_A_CPU = [dict(T=7, B=4, I=3, H=5) | row for row in segmented.pairwise(FEATURES | OF_FILLER_STEPS)]
 
 
@@ -53,7 +55,9 @@ def _rows(backend, rows, *marks):
 
 @pytest.mark.parametrize(
     "backend, row",
-    _rows("triton", OF_KERNELS, pytest.mark.compiled, pytest.mark.long) + _rows("auto", ON_A_CPU),
+    _rows("triton", OF_KERNELS, pytest.mark.compiled, pytest.mark.long)
+    + _rows("triton", SINGLE_STEPS)
+    + _rows("auto", ON_A_CPU),
 )
 def test_every_pair_of_features(backend, row, device):
     where = (device, backend) if backend == "triton" else (CPU, backend, without_the_reference())

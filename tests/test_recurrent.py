@@ -20,10 +20,6 @@ def test_gru_by_default_is_torchs(device):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(B, T, I, device=device)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="torch's setting of precision"):
-        GRU(I, H, backend="cudnn", precision="ieee")
-    with pytest.raises(RuntimeError, match="input.size"):
-        ours(torch.randn(B, T, I + 1, device=device))
 
 
 class Model(torch.nn.Module):
@@ -61,23 +57,25 @@ def test_convert_and_patch(device):
         assert Model(device).gru.backend == "reference"
 
 
-def test_what_is_no_cell_and_no_state(device):
-    with pytest.raises(TypeError, match="declared by lstm_triton.cell, got function"):
-        Recurrent(lambda z, s: (z.a, {}), I, H)
-    with pytest.raises(TypeError, match="declared by lstm_triton.cell, got type"):
-        RecurrentCell(LSTM, I, H)
-    ours, own_lstm = (Recurrent(of, I, H, backend="reference", device=device) for of in (catalogue.gru, lstm))
+def test_errors(device):
+    gru, own, own_lstm = (
+        GRU(I, H, device=device),
+        *(Recurrent(of, I, H, backend="reference", device=device) for of in (catalogue.gru, lstm)),
+    )
     x, h = torch.randn(T, B, I, device=device), torch.zeros(1, B, H, device=device)
-    with pytest.raises(TypeError, match="gru has no state besides h"):
-        ours(x, (h, h))
-    with pytest.raises(TypeError, match=r"a tuple of two Tensors \(h, c\)"):
-        own_lstm(x, h)
-    with pytest.raises(ValueError, match="cuDNN does not know the cell cifg"):
-        Recurrent(catalogue.cifg, I, H, backend="cudnn")
-    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
-        ours(x, torch.zeros(1, B, H + 1, device=device))
-    with pytest.raises(ValueError, match="backend must be one of"):
-        Recurrent(lstm, I, H, backend="other")
+    for call, error, words in (
+        (lambda: Recurrent(lambda z, s: (z.a, {}), I, H), TypeError, "declared by lstm_triton.cell, got function"),
+        (lambda: RecurrentCell(LSTM, I, H), TypeError, "declared by lstm_triton.cell, got type"),
+        (lambda: Recurrent(catalogue.cifg, I, H, backend="cudnn"), ValueError, "cuDNN does not know the cell cifg"),
+        (lambda: Recurrent(lstm, I, H, backend="other"), ValueError, "backend must be one of"),
+        (lambda: GRU(I, H, backend="cudnn", precision="ieee"), ValueError, "torch's setting of precision"),
+        (lambda: gru(x[..., :1]), RuntimeError, "input.size"),
+        (lambda: own(x, (h, h)), TypeError, "gru has no state besides h"),
+        (lambda: own(x, h[..., :1]), RuntimeError, r"Expected hidden\[0\] size"),
+        (lambda: own_lstm(x, h), TypeError, r"a tuple of two Tensors \(h, c\)"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
 
 
 def test_what_reads_modules(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -85,17 +85,23 @@ def draw(
     return Problem(tuple(inputs.values()), cotangents, names, precision, D * len(each), marks, n)
 
 
-def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Tensor]:
-    """Outputs and gradients in the order of problem.names."""
-    given = dict(resets=problem.resets, lengths=problem.lengths, return_cell_states=len(problem.cotangents) == 4)
-    options = given | {"precision": problem.precision, "backend": backend} | options
+def function(problem: Problem, backend: str = "triton", **options) -> Callable[..., tuple[Tensor, ...]]:
+    """The layer, of tensors like the problem's inputs."""
+    given = dict(precision=problem.precision, backend=backend, return_cell_states=len(problem.cotangents) == 4)
 
-    def layer(x, h0, c0, *rest):
+    def layer(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor, **more) -> tuple[Tensor, ...]:
         weights, reset_state = rest[: problem.n_weights], rest[problem.n_weights :]
-        y, states, *cells = functional.lstm(x, (h0, c0), weights, reset_state=reset_state or None, **options)
+        marks, ends = (None if t is None else t.to(x.device) for t in (problem.resets, problem.lengths))
+        segments = dict(resets=marks, reset_state=reset_state or None, lengths=ends)
+        y, states, *cells = functional.lstm(x, (h0, c0), weights, **segments, **given | options | more)
         return y, *states, *cells
 
-    return problem.run(layer)
+    return layer
+
+
+def by_kernels(problem: Problem, backend: str = "triton", **options) -> list[Tensor]:
+    """Outputs and gradients in the order of problem.names."""
+    return problem.run(function(problem, backend, **options))
 
 
 def by_torch(problem: Problem) -> list[Tensor]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from lstm_triton import Recurrent, RecurrentCell, functional, operators
+from lstm_triton import RecurrentCell, operators
 from lstm_triton.autograd import Operator
 from lstm_triton.cells import Cell, catalogue
 
-from . import philox
+from . import layers, problems, segmented
+from .problems import normal_from
 
 T, B, I, H, V = 3, 2, 3, 2, 130
 Function = Callable[..., tuple[Tensor, ...]]
@@ -24,15 +26,14 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Operation:
-    """A function of tensors, of these shapes, to tensors of those shapes."""
+    """A function of these tensors, with cotangents of its results."""
 
     operator: Operator
-    shapes: Sequence[tuple[int, ...]]
-    results: Sequence[tuple[int, ...]]
+    inputs: Sequence[Tensor]
+    cotangents: Sequence[Tensor]
     by: Callable[[str], Function]  # a backend -> the function
     torchs: Function | None = None  # torch's own operator, where it has one
     names: Sequence[str] = ()  # of the operator's inputs in order, where these are the function's arguments
-    positive: int | None = None  # the argument that is so
 
     def run(self, *tensors: Tensor, **options) -> tuple[Tensor, ...]:
         return self.by("triton")(*tensors, **options)
@@ -43,16 +44,8 @@ class Operation:
 
     def draw(self, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
         """Leaves and cotangents."""
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        leaves = [normal(shape) for shape in self.shapes]
-        if self.positive is not None:
-            leaves[self.positive].exp_()
-        leaves = [t.to(device, dtype).requires_grad_() for t in leaves]
-        return leaves, [normal(shape).to(device, dtype) for shape in self.results]
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in self.inputs]
+        return leaves, [t.to(device, dtype, copy=True) for t in self.cotangents]
 
     def trained(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], **options) -> list[Tensor]:
         """Results and gradients, by the kernels."""
@@ -61,114 +54,61 @@ class Operation:
         return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
 
-def _cell(backend: str) -> Function:
-    return lambda x, h, c, *weights, **options: functional.lstm_cell(x, (h, c), *weights, backend=backend, **options)
+def _of(problem: problems.Problem, operator: Operator, by: Callable[[str], Function], torchs: Function | None = None):
+    names = [name[1:] for name in problem.names[len(problem.cotangents) :]]
+    return Operation(operator, problem.inputs, problem.cotangents, by, torchs, names)
 
 
-def _readout(backend: str) -> Function:
-    return lambda *inputs, **options: (functional.softmax_readout(*inputs, backend=backend, **options),)
+def _step(step: problems.Step, operator: Operator, *sizes: int) -> Operation:
+    def tupled(function: Callable, *tensors: Tensor, **options) -> tuple[Tensor, ...]:
+        found = function(*tensors, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    problem = step.draw(*sizes, dtype=torch.float64)
+    return _of(problem, operator, lambda of: partial(tupled, step.kernels, backend=of), partial(tupled, step.torchs))
 
 
-def _layer(backend: str, weights: int = 8, segments: bool = False) -> Function:
-    def layer(x: Tensor, h0: Tensor, c0: Tensor, *rest: Tensor, **options) -> tuple[Tensor, ...]:
-        if segments:
-            step = torch.arange(x.shape[0], device=x.device)
-            row = torch.arange(x.shape[1], device=x.device)
-            options = dict(resets=step[:, None] == 1 + row, lengths=x.shape[0] - row, return_cell_states=True) | options
-        y, states, *cells = functional.lstm(
-            x, (h0, c0), rest[:weights], reset_state=rest[weights:] or None, backend=backend, **options
-        )
-        return y, *states, *cells
-
-    return layer
+def _layer(problem: layers.Problem) -> Operation:
+    return _of(problem, operators.lstm_layer, lambda backend: layers.function(problem, backend))
 
 
-def _of_module(module: torch.nn.Module, n_states: int) -> Callable[[str], Function]:
-    """A cell of one's own; with masks those of one seed."""
-    names = [name for name, _ in module.named_parameters()]
+def _own(cell: Cell, torchs: Function | None = None) -> Operation:
+    """A layer of a cell of one's own; with masks those of one seed."""
+    case = segmented.Case(T, B, I, H, cell=cell)
+    drawn = segmented.draw(case, torch.device("cpu"))
+    by = partial(segmented.function, case, drawn)
+    return Operation(operators.lstm_layer, drawn.inputs, drawn.cotangents, by, torchs)
+
+
+def _gru_cell() -> Operation:
+    module, normal = (
+        RecurrentCell(catalogue.gru, I, H, device="meta"),
+        normal_from(torch.Generator(), torch.float64, "cpu"),
+    )
 
     def by(backend: str) -> Function:
-        def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            module.backend = backend
-            states = rest[:n_states] if n_states > 1 else rest[0]
-            with philox.seeded(2):
-                found = torch.func.functional_call(module, dict(zip(names, rest[n_states:])), (x, states))
-            if isinstance(module, RecurrentCell):
-                return found if isinstance(found, tuple) else (found,)
-            return found[0], *(found[1] if n_states > 1 else found[1:])
+        def function(x: Tensor, h: Tensor, *weights: Tensor) -> tuple[Tensor]:
+            module.backend, given = backend, dict(zip(dict(module.named_parameters()), weights))
+            return (torch.func.functional_call(module, given, (x, h)),)
 
         return function
 
-    return by
+    inputs = [normal(*shape) for shape in ((B, I), (B, H), *(p.shape for p in module.parameters()))]
+    return Operation(operators.lstm_cell, inputs, [normal(B, H)], by, lambda *tensors: (torch.gru_cell(*tensors),))
 
 
-def _own(cell: Cell, torchs: Function | None = None, one_step: bool = False) -> Operation:
-    options = dict(dtype=torch.float64, precision="ieee")
-    n = 1 + len(cell.states)
-    if one_step:
-        module, x, rows, y = RecurrentCell(cell, I, H, **options), (B, I), (B, H), []
-    else:
-        module, x, rows, y = Recurrent(cell, I, H, **options), (T, B, I), (1, B, H), [(T, B, H)]
-    weights = [tuple(p.shape) for p in module.parameters()]
-    operator = operators.lstm_cell if one_step else operators.lstm_layer
-    positive = 1 + n - 2 if "n" in cell.states else None
-    return Operation(
-        operator, [x, *[rows] * n, *weights], [*y, *[rows] * n], _of_module(module, n), torchs, positive=positive
-    )
-
-
-WEIGHTS = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
-STATES = [(2, B, H)] * 2
-RESET_STATE = [(T, 2, B, H)] * 2
-NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
-LAYER = ("x", "h0", "c0", *NAMES, *(f"{name}_reverse" for name in NAMES))
-
-cell = Operation(
-    operators.lstm_cell,
-    [(B, I), (B, H), (B, H), *WEIGHTS],
-    [(B, H)] * 2,
-    _cell,
-    lambda x, h, c, *weights: torch.lstm_cell(x, (h, c), *weights),
-    ("x", "h", "c", *NAMES),
-)
-readout = Operation(
-    operators.softmax_readout,
-    [(3, I), (V, I), (V,)],
-    [(3, V)],
-    _readout,
-    lambda *inputs: (torch.nn.functional.linear(*inputs).softmax(-1),),
-    ("h", "weight", "bias"),
-)
-layer = Operation(
-    operators.lstm_layer,
-    [(T, B, I), *STATES, *WEIGHTS * 2],
-    [(T, B, 2 * H), *STATES],
-    _layer,
-    lambda x, h, c, *weights: torch._VF.lstm(x, (h, c), weights, True, 1, 0.0, True, True, False),
-    LAYER,
-)
-without_biases = replace(
-    layer,
-    shapes=[(T, B, I), *STATES, *WEIGHTS[:2] * 2],
-    by=lambda backend: _layer(backend, 4),
-    torchs=lambda x, h, c, *weights: torch._VF.lstm(x, (h, c), weights, False, 1, 0.0, True, True, False),
-    names=(),
-)
-segments = replace(
-    layer,
-    shapes=[*layer.shapes, *RESET_STATE],
-    results=[*layer.results, (T, B, 2 * H)],
-    by=lambda backend: _layer(backend, segments=True),
-    torchs=None,
-    names=(*LAYER, "reset_h", "reset_c"),
-)
+in_two_directions = partial(layers.draw, T, B, I, H, 2, torch.float64, precision=None)
+cell = _step(problems.cells, operators.lstm_cell, B, I, H)
+segments = in_two_directions(resets=True, reset_state="stored", lengths=True, cells=True)
 OPERATIONS = {
     "cell": cell,
-    "readout": readout,
-    "layer": layer,
-    "layer without biases": without_biases,
-    "layer with segments": segments,
-    "GRU cell": _own(catalogue.gru, lambda *tensors: (torch.gru_cell(*tensors),), one_step=True),
+    "readout": _step(problems.readouts, operators.softmax_readout, 3, I, V),
+    "layer": _layer(in_two_directions()),
+    "layer without biases": _layer(in_two_directions(bias=False)),
+    "layer with segments": _layer(
+        replace(segments, resets=torch.tensor([[0, 0], [1, 0], [0, 1]]).bool(), lengths=torch.tensor([3, 2]))
+    ),
+    "GRU cell": _gru_cell(),
     "GRU layer": _own(
         catalogue.gru, lambda x, h, *weights: torch._VF.gru(x, h, weights, True, 1, 0.0, True, False, False)
     ),

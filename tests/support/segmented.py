@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from lstm_triton.operators import dropped
 from . import philox, tolerance
 from .lstms import flat
 from .problems import judge as judge_results
+from .problems import normal_from
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ class Case:
     dropout: float = 0.0  # with the masks of the kernels, the same whatever the dtype and memory order
     projection: bool = False
     rows: str = "full"  # or "lengths", or "packed"
-    resets: str | None = (
-        None  # or to "zero"; of LSTM also to a state "stored" per step, or to one "shared" by steps and rows
-    )
+    # None, or to "zero"; of LSTM also to a state "stored" per step, or to one "shared" by steps and rows.
+    resets: str | None = None
     cells: bool = False  # of LSTM
     recompute: bool = False
     dtype: torch.dtype = torch.float64
@@ -76,12 +76,9 @@ class Drawn:
 
 def draw(case: Case, device: torch.device) -> Drawn:
     generator = torch.Generator().manual_seed(case.seed)
-    T, B, L = case.T, case.B, case.num_layers * (2 if case.bidirectional else 1)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(case.dtype).to(device)
-
-    R = case.R or case.H
+    normal = normal_from(generator, case.dtype, device)
+    T, B, D = case.T, case.B, 2 if case.bidirectional else 1
+    L, R = case.num_layers * D, case.R or case.H
     states = [(L, B, R if name == "h" else case.H) for name in case.states]
     inputs = [normal(*((B, T) if case.batch_first else (T, B)), case.I), *(normal(*shape) for shape in states)]
     if "n" in case.states:  # a normalizer is positive
@@ -93,38 +90,47 @@ def draw(case: Case, device: torch.device) -> Drawn:
     resets = torch.rand(inputs[0].shape[:2], generator=generator) < 0.4
     lengths = torch.randint(1 if case.rows == "packed" else 0, T + 1, (B,), generator=generator)
     lengths[-1] = T
-    directions = 2 if case.bidirectional else 1
     steps = (int(lengths.sum()),) if case.rows == "packed" else inputs[0].shape[:2]
-    cotangents = [normal(*steps, directions * R), *(normal(*shape) for shape in states)]
-    if case.cells:
-        cotangents.append(normal(*steps, directions * case.H))
-    return Drawn(
-        inputs, cotangents, None if case.resets is None else resets.to(device), None if case.rows == "full" else lengths
-    )
+    cotangents = [normal(*shape) for shape in ((*steps, D * R), *states, (*steps, D * case.H))]
+    cotangents = cotangents if case.cells else cotangents[:-1]
+    marks, ends = resets.to(device) if case.resets else None, lengths if case.rows != "full" else None
+    return Drawn(inputs, cotangents, marks, ends)
+
+
+def function(case: Case, drawn: Drawn, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """output, states and cell states, from tensors like drawn.inputs."""
+    module, n = case.module(backend), len(case.states)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        hx, parameters, reset_state = rest[:n], rest[n : n + len(names)], rest[n + len(names) :]
+        options: dict[str, Any] = {"resets": drawn.resets, "reset_state": reset_state or None}
+        given: Any = x
+        if case.rows == "packed":
+            given = pack_padded_sequence(x, drawn.lengths, case.batch_first, enforce_sorted=False)
+        elif case.rows == "lengths":
+            options["lengths"] = drawn.lengths.to(x.device)
+        if case.cells:
+            options["return_cell_states"] = True
+        seeds = itertools.count(
+            case.seed
+        )  # one for each layer, as philox.seeded gives the kernels and the masks of cells
+
+        def dropout(x: Tensor, p: float) -> Tensor:
+            return dropped(x, p, torch.tensor([next(seeds)], device=x.device))
+
+        with philox.seeded(case.seed), mock.patch("torch.nn.functional.dropout", dropout):
+            call = (given, hx if len(hx) > 1 else hx[0])
+            return tuple(flat(torch.func.functional_call(module, dict(zip(names, parameters)), call, options)))
+
+    return run
 
 
 def results(case: Case, drawn: Drawn, backend: str, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
-    """output, states, cell states, and the gradients of all inputs; tensors: inputs and cotangents in place of those drawn."""
-    module, n, m = case.module(backend), len(drawn.inputs), 1 + len(case.states)
-    tensors = tensors or [*drawn.inputs, *drawn.cotangents]
+    """Outputs, and the gradients of all inputs; tensors: inputs and cotangents in place of those drawn."""
+    tensors, n = tensors or [*drawn.inputs, *drawn.cotangents], len(drawn.inputs)
     leaves = [t.detach().requires_grad_() for t in tensors[:n]]
-    names = [name for name, _ in module.named_parameters()]
-    (x, *hx), parameters, reset_state = leaves[:m], leaves[m : m + len(names)], leaves[m + len(names) :]
-    options: dict[str, Any] = {"resets": drawn.resets, "reset_state": tuple(reset_state) or None}
-    if case.rows == "packed":
-        x = pack_padded_sequence(x, drawn.lengths, case.batch_first, enforce_sorted=False)
-    elif case.rows == "lengths":
-        options["lengths"] = drawn.lengths.to(x.device)
-    if case.cells:
-        options["return_cell_states"] = True
-    seeds = itertools.count(case.seed)  # one for each layer, as philox.seeded gives the kernels and the masks of cells
-
-    def dropout(x: Tensor, p: float) -> Tensor:
-        return dropped(x, p, torch.tensor([next(seeds)], device=x.device))
-
-    with philox.seeded(case.seed), mock.patch("torch.nn.functional.dropout", dropout):
-        call = (x, tuple(hx) if len(hx) > 1 else hx[0])
-        outputs = flat(torch.func.functional_call(module, dict(zip(names, parameters)), call, options))
+    outputs = function(case, drawn, backend)(*leaves)
     given = dict(allow_unused=True, materialize_grads=True)
     return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, list(tensors[n:]), **given)]
 
@@ -178,9 +184,7 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         for name, values in factors.items():
             if name not in row:
                 row[name] = max(values, key=lambda v: len(pairs({**row, name: v}) & missing.keys()))
-        rows.append(
-            {name: row[name] for name in factors}
-        )  # in one order, whatever the hashes: the tests are named after it
+        rows.append({name: row[name] for name in factors})  # in one order: the tests are named after it
         for pair in pairs(row):
             missing.pop(pair, None)
     return rows
