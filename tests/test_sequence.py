@@ -1,15 +1,18 @@
 """A layer's outputs, states and every gradient against more than float64, on awkward shapes in every dtype and precision."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 import triton.language as tl
-from support import layers
+from support import layers, segmented
 from support.aot import KINDS
+from torch.utils._pytree import tree_leaves
 
-from lstm_triton import functional
-from lstm_triton.kernels import interpreter, launch, layer_backward
+from lstm_triton import LSTM, explain, functional
+from lstm_triton.cells import catalogue
+from lstm_triton.kernels import interpreter, launch, layer_backward, search
 from lstm_triton.kernels import layer as sequence_layer
 
 # T, B, I, H. Tiles are 16, 32 or 64 rows, 8 to 128 units, and 16 to 256 of the inner dimension.
@@ -116,6 +119,75 @@ def test_the_interpreter_cannot_wait(count_launches):
     with torch.no_grad():
         functional.lstm(problem.x, problem.hx, problem.weights, backend="triton-persistent", precision="tf32")
     assert count_launches() == {"_lstm_sequence_forward_kernel": 1}
+
+
+# ---- a single step: the kernels of the cell, with nothing beside its results ---------------------------------------------
+
+
+def test_a_step_of_another_cell(device, count_launches):
+    """Several states of a unit, and both directions."""
+    case = segmented.Case(T=1, B=2, H=5, bidirectional=True, cell=catalogue.slstm)
+    drawn = segmented.draw(case, device)
+    found = segmented.results(case, drawn, "triton")
+    assert count_launches() == dict.fromkeys(OF_A_STEP, 2)
+    segmented.assert_accurate(found, case, drawn)
+
+
+def _operations(call):
+    """How many of each operation of torch runs, views and what only calls another one apart."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = Counter(event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::"))
+    views = "select slice unflatten view as_strided transpose unsqueeze expand detach alias view_as".split()
+    return {name: n for name, n in names.items() if name not in (*views, "new_empty", "empty_like", "result_type")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted on a CPU")
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_step_with_carried_state_allocates_its_results_alone(batch_first, monkeypatch):
+    """It asks nothing of the search either, which the capture of a CUDA graph would forbid."""
+    launched = []
+    monkeypatch.setattr(launch.Launcher, "__call__", lambda self, *_, **__: launched.append(self.kernel.fn.__name__))
+    monkeypatch.setattr(search, "choose", None)
+    for module in ("layout", "cell_backward"):
+        monkeypatch.setattr(f"lstm_triton.kernels.{module}.torch", torch)  # memory that is not poisoned
+    lstm = LSTM(4, 40, batch_first=batch_first, backend="triton")
+    x, hx = torch.zeros(*((2, 1) if batch_first else (1, 2)), 4), (torch.zeros(1, 2, 40), torch.zeros(1, 2, 40))
+    with torch.no_grad():
+        lstm(x, hx)
+        assert _operations(lambda: lstm(x, hx)) == {"empty": 3}, "y, h and c"
+    assert launched == [OF_A_STEP[0]] * 2
+    outputs = []
+    assert _operations(lambda: outputs.extend(lstm(x, hx))) == {"empty": 5}, "c once more, and the gates"
+    y, (h, c) = outputs
+    cotangents = [torch.ones_like(t) for t in (y, h, c)]
+    weights = list(lstm.parameters())
+    launched.clear()
+    found = _operations(lambda: torch.autograd.grad((y, h, c), weights, cotangents))
+    assert found == {"empty": len(weights), "add": 1}, "y and h are one"
+    assert launched == [OF_A_STEP[1]]
+
+
+def test_explain_names_the_kernel_of_the_cell():
+    lstm = LSTM(4, 5, num_layers=2, bidirectional=True, backend="triton-persistent")
+    text = explain(lstm, torch.zeros(1, 2, 4))
+    assert "; forward 4 launches of the cell's kernel for 1 step, backward 4 launches of the cell's kernel" in text
+    assert "cell's" not in explain(lstm, torch.zeros(2, 2, 4))
+
+
+@pytest.mark.long
+def test_compiled_for_any_number_of_steps(device):
+    """What was compiled for several steps never meets one step; a step alone is another graph."""
+    torch._dynamo.reset()
+    lstm = LSTM(3, 5, device=device, backend="triton", precision="ieee")
+    compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (4, 1, 7):
+        x = torch.randn(T, 2, 3, device=device, requires_grad=True)
+        outputs = [tree_leaves(module(x)) for module in (compiled, lstm)]
+        leaves = [x, *lstm.parameters()]
+        found = [[*y, *torch.autograd.grad(y, leaves, [torch.ones_like(t) for t in y])] for y in outputs]
+        torch.testing.assert_close(*found)
+    torch._dynamo.reset()
 
 
 # ---- special values and offsets ----------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Problem:
         ]
         outputs = _tuple(function(*leaves))
         chosen = [t is not None and t.requires_grad for t in leaves]
-        found = iter(torch.autograd.grad(outputs, [t for t, c in zip(leaves, chosen) if c], self.cotangents))
+        given = dict(allow_unused=True, materialize_grads=True)
+        found = iter(torch.autograd.grad(outputs, [t for t, c in zip(leaves, chosen) if c], self.cotangents, **given))
         return [*(t.detach() for t in outputs), *(next(found) if c else None for c in chosen)]
 
 

@@ -19,8 +19,8 @@ from lstm_triton.operators import dropped
 
 from . import philox, tolerance
 from .lstms import flat
+from .problems import Problem, normal_from
 from .problems import judge as judge_results
-from .problems import normal_from
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The tensors of a case, differentiable ones first."""
+class Drawn(Problem):
+    """inputs: x, h0 and other states, the parameters, and where there are any reset_h and reset_c."""
 
-    inputs: list[Tensor]  # x, h0 and other states, the parameters, and where there are any reset_h and reset_c
-    cotangents: list[Tensor]
-    resets: Tensor | None
-    lengths: Tensor | None
+    resets: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 def draw(case: Case, device: torch.device) -> Drawn:
@@ -94,7 +92,8 @@ def draw(case: Case, device: torch.device) -> Drawn:
     cotangents = [normal(*shape) for shape in ((*steps, D * R), *states, (*steps, D * case.H))]
     cotangents = cotangents if case.cells else cotangents[:-1]
     marks, ends = resets.to(device) if case.resets else None, lengths if case.rows != "full" else None
-    return Drawn(inputs, cotangents, marks, ends)
+    names = tuple(f"result {k} of {case}" for k in range(len(inputs) + len(cotangents)))
+    return Drawn(tuple(inputs), tuple(cotangents), names, case.precision, marks, ends)
 
 
 def function(case: Case, drawn: Drawn, backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -128,11 +127,7 @@ def function(case: Case, drawn: Drawn, backend: str) -> Callable[..., tuple[Tens
 
 def results(case: Case, drawn: Drawn, backend: str, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
     """Outputs, and the gradients of all inputs; tensors: inputs and cotangents in place of those drawn."""
-    tensors, n = tensors or [*drawn.inputs, *drawn.cotangents], len(drawn.inputs)
-    leaves = [t.detach().requires_grad_() for t in tensors[:n]]
-    outputs = function(case, drawn, backend)(*leaves)
-    given = dict(allow_unused=True, materialize_grads=True)
-    return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, list(tensors[n:]), **given)]
+    return (drawn.with_tensors(tensors) if tensors else drawn).run(function(case, drawn, backend))
 
 
 def judge(
@@ -162,8 +157,7 @@ def assert_accurate(found: Sequence[Tensor], case: Case, drawn: Drawn) -> None:
         close = dict(rtol=0, atol=1e-12) if case.cell is None else dict(rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(list(found), reference(), **close)
     else:
-        tensors, names = [*drawn.inputs, *drawn.cotangents], [f"result {k} of {case}" for k in range(len(found))]
-        judge_results(found, names, tensors, reference, truth)
+        judge_results(found, drawn.names, drawn.tensors, reference, truth)
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
