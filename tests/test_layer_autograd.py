@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from support import layers, segmented
-from support.lstms import states
-from torch.utils._pytree import tree_leaves
+from support.operations import operations
 
-from lstm_triton import LSTM, LSTMCell, SoftmaxReadout
+from lstm_triton import LSTM
 from lstm_triton.kernels import layer_backward
 from lstm_triton.kernels.device import torch_products
 
@@ -66,47 +65,44 @@ def test_recomputing_holds_at_most_half_and_one_range_of_gates(batch_major, I, s
     layers.assert_as_accurate_as_torch(found, problem)
 
 
-MODULES = {
-    "one layer": (LSTM, {}),
-    "deep": (LSTM, {"num_layers": 2, "bidirectional": True}),
-    "recompute": (LSTM, {"recompute": True}),
-    "projection": (LSTM, {"proj_size": 1}),
-    "cell": (LSTMCell, {}),
-    "readout": (SoftmaxReadout, {}),
-}
-OF_CALLS = {
-    "plain": {},
-    "segments": {"lengths": torch.tensor([2]), "resets": torch.tensor([[True], [False], [True]])},
-    "no steps": {"lengths": torch.tensor([0])},
-}
-AXES = {"backend": ["triton", "auto", "reference"], "module": [*MODULES], "units": [1, 3], "call": [*OF_CALLS]}
+CALLS = {"plain": {}, "segments": {"rows": "lengths", "resets": "zero"}, "no steps": {"rows": "lengths"}}
+OPTIONS = {"one layer": {}, "deep": {"num_layers": 2, "bidirectional": True}}
+OPTIONS |= {"recompute": {"recompute": True}, "projection": {"projection": True}}
+AXES = {"backend": ["triton", "auto", "reference"], "options": [*OPTIONS], "H": [1, 3], "call": [*CALLS]}
 
 
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(map(str, row.values())))
-def test_each_gradient_has_memory_of_its_own(row, create_graph, device):
-    """A caller may scale one in place, and another must not change with it."""
-
+def _assert_apart(function, inputs, create_graph):
     def assert_apart(gradients, others):
         addresses = [t.untyped_storage().data_ptr() for t in gradients if t is not None]
         assert addresses and len(set(addresses)) == len(addresses)
         assert not set(addresses) & {t.untyped_storage().data_ptr() for t in others}
 
-    backend, name, units, call = row.values()
-    kind, options = MODULES[name]
-    module = kind(2, units + options.get("proj_size", 0), backend=backend, device=device, **options)
-    x = torch.randn(3, 1, 2, device=device, requires_grad=True)
-    leaves, arguments, segments = [x, *module.parameters()], (x[0] if kind is LSTMCell else x,), {}
-    if kind is LSTM:
-        segments, hx = {k: t.to(device) for k, t in OF_CALLS[call].items()}, states(module, 1, requires_grad=True)
-        leaves, arguments = [*leaves, *hx], (x, hx)
-    outputs = tree_leaves(module(*arguments, **segments))
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = function(*leaves)
     given = [torch.randn_like(t) for t in outputs]
     found = torch.autograd.grad(outputs, leaves, given, create_graph=create_graph, allow_unused=True)
     assert_apart(found, (*given, *leaves, *outputs))
     if create_graph:
         loss = sum(g.square().sum() for g in found if g is not None)
         assert_apart(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("row", segmented.pairwise(AXES), ids=lambda row: " ".join(map(str, row.values())))
+def test_each_gradient_has_memory_of_its_own(row, create_graph, device):
+    """A caller may scale one in place, and another must not change with it."""
+    backend, options, H, call = row.values()
+    case = segmented.Case(T=3, B=1, H=H, **OPTIONS[options], **CALLS[call])
+    drawn = segmented.draw(case, device)
+    drawn = replace(drawn, lengths=torch.tensor([0])) if call == "no steps" else drawn
+    _assert_apart(segmented.function(case, drawn, backend), drawn.inputs, create_graph)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", AXES["backend"])
+@operations("cell", "readout")
+def test_each_gradient_of_a_step_has_memory_of_its_own(operation, backend, create_graph, device):
+    _assert_apart(operation.by(backend), operation.draw(device)[0], create_graph)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------

@@ -76,15 +76,14 @@ def _own(cell: Cell, torchs: Function | None = None) -> Operation:
     """A layer of a cell of one's own; with masks those of one seed."""
     case = segmented.Case(T, B, I, H, cell=cell)
     drawn = segmented.draw(case, torch.device("cpu"))
-    by = partial(segmented.function, case, drawn)
-    return Operation(operators.lstm_layer, drawn.inputs, drawn.cotangents, by, torchs)
+    # Once, since transforms forbid the random numbers of a module's making.
+    functions = {backend: segmented.function(case, drawn, backend) for backend in ("triton", "reference")}
+    return Operation(operators.lstm_layer, drawn.inputs, drawn.cotangents, functions.__getitem__, torchs)
 
 
 def _gru_cell() -> Operation:
-    module, normal = (
-        RecurrentCell(catalogue.gru, I, H, device="meta"),
-        normal_from(torch.Generator(), torch.float64, "cpu"),
-    )
+    module = RecurrentCell(catalogue.gru, I, H, device="meta")
+    normal = normal_from(torch.Generator(), torch.float64, "cpu")
 
     def by(backend: str) -> Function:
         def function(x: Tensor, h: Tensor, *weights: Tensor) -> tuple[Tensor]:
