@@ -65,9 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(EndWhenLost(why_lost))
 
 
+_COMPILED = b"pytest.mark.compiled"
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """The process that executes reads no files without a test for it."""
-    if EXECUTING and collection_path.suffix == ".py" and b"pytest.mark.compiled" not in collection_path.read_bytes():
+    if EXECUTING and collection_path.suffix == ".py" and _COMPILED not in collection_path.read_bytes():
         return True
     return None
 
@@ -80,6 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         other = items[:] if TARGET else []  # the process without a target has run them all
     else:
         other = [item for item in items if (item.get_closest_marker("compiled") is None) == EXECUTING]
+        for path in {item.path for item in other if not EXECUTING}:
+            if _COMPILED not in path.read_bytes():
+                raise pytest.UsageError(f"{path} would run nowhere: it does not spell {_COMPILED.decode()} out")
     if other:
         config.hook.pytest_deselected(items=other)
         left_out = set(other)

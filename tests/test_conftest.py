@@ -20,7 +20,9 @@ def test_a_gpu_is_shared_by_as_many_workers_as_cores(on_gpu, cores, workers, mon
 
 
 class _Item:
-    """Stands for a test with a fixture and some marks."""
+    """Stands for a test with a fixture and some marks, in a file that spells `pytest.mark.compiled` out."""
+
+    path = Path(__file__)
 
     def __init__(self, fixture, *marks):
         self.fixturenames, self.marks = [fixture], {*marks}
@@ -57,6 +59,17 @@ def test_each_test_belongs_to_the_interpreter_or_to_the_executor(on_gpu, compile
     assert found == [items[name] for name in kept.split()]
     assert set(found) | set(deselected) == set(items.values())
     assert [item.marks for item in items.values()] == [set(), {"compiled", "gpu"}]
+
+
+def test_a_file_that_the_executor_would_not_read_is_an_error(monkeypatch):
+    """Its compiled tests would run nowhere."""
+    for name, value in dict(ON_GPU=False, EXECUTING=False, TARGET=None).items():
+        monkeypatch.setattr(conftest, name, value)
+    monkeypatch.setattr(executor, "why_not", lambda: None)
+    item = _Item("device", "compiled")
+    item.path = Path(executor.__file__)
+    with pytest.raises(pytest.UsageError, match="would run nowhere"):
+        conftest.pytest_collection_modifyitems(None, [item])
 
 
 # Stands for conftest.py and a GPU that a test can lose.

@@ -20,7 +20,7 @@ from lstm_triton.kernels.config import MAX_REGISTERS, cdiv
 from lstm_triton.kernels.sequence_config import Problem, SequenceConfig
 from lstm_triton.kernels.sequence_cost import tensor_memory
 
-pytestmark = marks
+pytestmark = [pytest.mark.compiled, *marks]
 
 FEATURES = {
     "resets": [None, "zero", "stored", "shared"],

@@ -13,7 +13,7 @@ from lstm_triton.kernels import grid_sync, layer, stall
 from lstm_triton.kernels.grid_sync import COUNTER_STRIDE
 from lstm_triton.kernels.sequence_config import Problem
 
-pytestmark = marks
+pytestmark = [pytest.mark.compiled, *marks]
 
 # A layer, what the search may choose for it, and where its programs wait. At the barrier programs of short steps run nearly
 # level: in few steps nobody is late.

@@ -16,7 +16,6 @@ FORWARD, BACKWARD = "_lstm_sequence_forward_kernel", "_lstm_sequence_backward_ke
 SEGMENTS = {"resets": True, "reset_state": "stored", "lengths": True, "cells": True}
 
 marks = [
-    pytest.mark.compiled,
     pytest.mark.long,
     pytest.mark.skipif(not interpreter.programs_can_wait(), reason="the interpreter runs one program after the other"),
 ]
