@@ -26,10 +26,11 @@ SUITES = [name for name in cases.SUITES if name not in ("cell", "cold-start", "r
 
 
 def test_every_suite_from_end_to_end_and_not_again(tmp_path, monkeypatch, capsys):
-    """By a command whose samples are one call."""
+    """By a command whose samples are one call. How torch.compile generates code is torch's: it captures, and generates none."""
     command = ["bench", *TINY, "--output", str(tmp_path), *(a for name in SUITES for a in ("--suite", name))]
     monkeypatch.setattr(run, "Worker", CHEAP)
     monkeypatch.setattr(timing, "MOST_CALLS", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     assert package_cli.main(command) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{rows.CPU_LABEL}.") and "rows appended" in out
@@ -191,9 +192,8 @@ def test_one_line_where_someone_watches(monkeypatch, capsys):
 
 def test_default_folders_and_what_a_row_says_of_the_code(monkeypatch):
     assert device.results_folder("NVIDIA H200") == ROOT / "bench" / "results" / "nvidia-h200"
-    row = make_row(provider=CUDNN)
-    assert row.versions.torch == torch.__version__ and len(row.source.digest) == 12
-    assert row.label.startswith(rows.CPU_LABEL) and row.date.endswith("+00:00")
+    row = make_row()
+    assert row.versions.torch == torch.__version__ and len(row.source.digest) == 12 and row.date.endswith("+00:00")
     monkeypatch.setattr(device, "checkout", lambda: None)
     assert device.results_folder() == Path("lstm-triton-bench")
     assert device.RowMaker(CPU, "a test", "run").source == row.source, "asked once"
