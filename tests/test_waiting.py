@@ -134,19 +134,21 @@ SUMMED_ALIKE = {
 }
 
 
+def _config(in_band, block_b, block_h, num_warps, *chunks):
+    """For 72 units."""
+    tile = block_b, block_h, *chunks, cdiv(72, block_h)
+    return SequenceConfig(num_warps, 1, *tile, groups=1, persistent=True, in_band=in_band, max_registers=MAX_REGISTERS)
+
+
 @pytest.mark.parametrize("way", SUMMED_ALIKE)
 def test_of_a_configuration_only_the_order_of_sums_changes_bits(way, executed, monkeypatch, device):
     """As docs/design.md says. Of TF32, whose sums in float32 show every other order."""
-    problem, choose = draw("tf32", 3, 3, 4, 72, device=device), search.choose
-    found = []
+    problem, found = draw("tf32", 3, 3, 4, 72, device=device), []
+    tiles = {other: rows[0][0] for other, rows in SUMMED_ALIKE.items()}
+    monkeypatch.setattr(search, "choose", lambda problem, *_: _config(*tiles[problem.way]))
     for row in SUMMED_ALIKE[way]:
         for tile in row:
-            in_band, block_b, block_h, num_warps, *chunks = tile
-            config = SequenceConfig(
-                *(num_warps, 1, block_b, block_h, *chunks, cdiv(72, block_h), 1, True, in_band),
-                max_registers=MAX_REGISTERS,
-            )
-            monkeypatch.setattr(search, "choose", lambda p, *rest, c=config: c if p.way == way else choose(p, *rest))
+            tiles[way] = tile
             results = layers.by_kernels(problem, "triton-persistent")
             if executed is None or tile is row[0]:
                 layers.assert_as_accurate_as_torch(results, problem)
