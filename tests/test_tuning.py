@@ -149,16 +149,18 @@ LINES = {
     ],
     ids=str,
 )
-def test_what_is_taken(module, stepwise, triton, taken, says, made_up, capsys):
+def test_what_is_taken(module, stepwise, triton, taken, says, made_up, capsys, count_launches):
     """What traps, hangs, is wrong or slower than cuDNN is not. What was measured holds for its cell alone."""
     made_up(cudnn=90.0, triton_stepwise=stepwise, triton=triton)
     with torch.no_grad():
         (line,) = tune(module, X, budget_s=120.0)
         assert line.partition(" B = 2, bfloat16, inference, T = 4: ")[2] == LINES[taken]
-        text, other = explain(module, X), Recurrent(catalogue.cifg, I, H, **BFLOAT16)
-    # This CPU has no cuDNN.
-    assert ": triton: measured here" in text if taken.startswith("triton") else ": torch: on a CPU" in text, text
-    assert "measured here" not in explain(other, X)
+        text, other = explain(module, X), explain(Recurrent(catalogue.cifg, I, H, **BFLOAT16), X)
+        count_launches()
+        module(X)
+    by_kernels = taken.startswith("triton")  # this CPU has no cuDNN
+    assert (": triton: measured here" if by_kernels else ": torch: on a CPU") in text and "measured here" not in other
+    assert bool(count_launches()) == by_kernels
     err = capsys.readouterr().err
     assert [text for text in ("crashed or hung", "wrong: ") if text in err] == ([says] if says else [])
 
