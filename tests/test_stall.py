@@ -78,6 +78,7 @@ def test_the_end_of_the_process_names_the_kernel(monkeypatch, capsys):
     with torch.device("meta"):
         word = stall.word("_kernel_of_this_test", torch.cuda.is_available())
     (end,) = at_the_end
+    assert word.device.type == "cpu"
     for polls, named in ((0, ""), (7, "lstm_triton: _kernel_of_this_test timed out, waiting for")):
         word.fill_(polls)
         end()
