@@ -67,7 +67,7 @@ def test_y_t_is_the_softmax_of_the_logits_and_a_sample_follows_its_seed():
 def test_training_falls_below_the_unigram_entropy_and_resumed_equals_uninterrupted(tmp_path):
     config = train.Config(hidden_size=12, embedding_size=6, batch=3, steps=7, learning_rate=1e-2)
     whole = train.Training(config, TEXT, CPU)
-    whole.run(tmp_path / "whole.pt", seconds=1e9, steps=100)  # past the end of the text, where the state starts anew
+    whole.run(tmp_path / "whole.pt", seconds=1e9, steps=100)  # past the end of the text
     first, last = whole.curve[0], whole.curve[-1]
     assert (first.step, last.step, last.tokens) == (0, 100, 100 * 3 * 7) and last.tokens > len(TEXT.train)
     assert last.validation_bits < TEXT.unigram_bits() - 0.5 < first.validation_bits
@@ -86,6 +86,12 @@ def test_training_falls_below_the_unigram_entropy_and_resumed_equals_uninterrupt
     torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     resumed.run(path, seconds=0.1)  # the clock ends training, too
     assert resumed.step > 100 and not resumed.interrupted
+    resumed.step, resumed.state = (
+        85,
+        tuple(s * math.nan for s in resumed.state),
+    )  # the text begins anew, and so does the state
+    resumed.run(path, seconds=1e9, steps=1)
+    assert math.isfinite(resumed.curve[-1].train_bits)
 
 
 def test_checkpoints_that_fail_damaged_or_contradicted(tmp_path, monkeypatch, capsys):
