@@ -71,17 +71,18 @@ def _tensor(*shape, dtype, aligned):
 
 
 def _cell(B, H, kind, aligned):
-    """A step in training as part of a layer, and one of inference; all gradients, and those of the weights of h alone."""
+    """A step in training as part of a layer, and all gradients; for the most rows also inference, and weights alone."""
     dtype, precision = KINDS[kind]
     new, I = functools.partial(_tensor, dtype=dtype, aligned=aligned), 64 if aligned else 33
     inputs = CellInputs(new(B, I), new(B, H), new(B, H), new(4 * H, I), new(4 * H, H), new(4 * H), new(4 * H))
     gates, options, h, c = new(B, H, 4), CellOptions(precision), inputs.h, inputs.c
     y = gates.new_empty(B, 2, H)[:, 0]
     cell.launch_step(inputs, options, CellOutputs(h, c, gates), y, y, D=2)
-    cell.lstm_cell_forward(inputs._replace(b_ih=None, b_hh=None), options)
     backward, saved = cell_backward.lstm_cell_backward, CellSaved(c, gates)
     backward(CellGradients(h, c), inputs, saved, CellInputs._fields, options)
-    backward(CellGradients(h, None), inputs, saved, {"w_ih", "w_hh", "b_ih", "b_hh"}, options)
+    if B == ROWS[-1]:
+        cell.lstm_cell_forward(inputs._replace(b_ih=None, b_hh=None), options)
+        backward(CellGradients(h, None), inputs, saved, {"w_ih", "w_hh", "b_ih", "b_hh"}, options)
 
 
 def _readout(B, V, kind, aligned):
