@@ -4,6 +4,7 @@ Every pair of features is judged beside the reference, for the kernels and for t
 takes on a CPU; what the features mean is shown for the reference.
 """
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -124,14 +125,14 @@ def test_packed_and_unbatched_segments_are_those_of_the_padded_call(backend, dev
 # ---- what must not spread ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, options", [(torch.nan, {}), (torch.inf, {"batch_first": True, "recompute": True})])
+DEEP = {"num_layers": 2, "projection": True, "batch_first": True, "recompute": True}
+
+
+@pytest.mark.parametrize("value, options", [(torch.nan, {}), (torch.inf, DEEP)])
 @pytest.mark.parametrize("backend, resets", [("triton", "stored"), ("reference", "stored"), ("auto", "zero")])
-@pytest.mark.parametrize("projection", [False, True])
-def test_nothing_past_the_end_of_a_row_matters(projection, backend, resets, value, options, device):
+def test_nothing_past_the_end_of_a_row_matters(backend, resets, value, options, device):
     """As in torch's packed run: neither input, nor reset state, nor gradient of an output, nor the state of an empty row."""
-    case = segmented.Case(
-        5, 4, I, 4, 2, True, projection=projection, rows="lengths", resets=resets, cells=True, **options
-    )
+    case = segmented.Case(5, 4, I, 4, bidirectional=True, rows="lengths", resets=resets, cells=True, **options)
     drawn = replace(segmented.draw(case, device), lengths=torch.tensor([2, 5, 0, 1]))
     past = (torch.arange(5)[:, None] >= drawn.lengths).to(device)[..., None]
     of_steps, empty = past.transpose(0, 1) if case.batch_first else past, (drawn.lengths == 0).to(device)[:, None]
@@ -168,18 +169,17 @@ def test_on_a_cpu_what_is_not_finite_stays_in_its_segment(starts, place, value):
 # ---- filler steps on a CPU -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_special_segments_on_a_cpu(dtype):
+def test_special_segments_on_a_cpu():
     """Where no row, or each, has steps, and where restarts are at every step, at one step alone, or nowhere."""
-    case = segmented.Case(4, 3, I, 5, bidirectional=True, rows="lengths", resets="zero", cells=True, dtype=dtype)
     every, no = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)
-    one = torch.arange(4)[:, None] == torch.tensor([2, 2, 7])
-    for resets in (None, every, one, torch.arange(4)[:, None].expand(4, 3) == 2, no):
-        for lengths in ([0, 0, 0], [4, 4, 4], [4, 0, 2]):
-            drawn = replace(segmented.draw(case, CPU), resets=resets, lengths=torch.tensor(lengths))
-            with without_the_reference():
-                found = segmented.results(case, drawn, "auto")
-            segmented.assert_accurate(found, case, drawn)
+    one, common = (torch.arange(4)[:, None] == torch.tensor(rows) for rows in ([2, 2, 7], [2, 2, 2]))
+    calls = itertools.product((None, every, one, common, no), ([0, 0, 0], [4, 4, 4], [4, 0, 2]))
+    for (resets, lengths), dtype in zip(calls, itertools.cycle([torch.float32, torch.bfloat16])):
+        case = segmented.Case(4, 3, I, 5, bidirectional=True, rows="lengths", resets="zero", cells=True, dtype=dtype)
+        drawn = replace(segmented.draw(case, CPU), resets=resets, lengths=torch.tensor(lengths))
+        with without_the_reference():
+            found = segmented.results(case, drawn, "auto")
+        segmented.assert_accurate(found, case, drawn)
 
 
 def test_second_derivatives_on_a_cpu():
