@@ -46,8 +46,8 @@ static Access access_now(const Warp *w, int lane, u32 strong) { return (Access){
 // ---- where an address is ----
 
 enum { GLOBAL, SHARED, GENERIC, PARAMETERS }; // state spaces
-// `size` bytes of memory and what is known of each; pending: of shared memory only; at: the first of them in what has this name.
-typedef struct { u8 *data; Byte *bytes; Pending *pending; u32 size; u64 at; const char *name; } Place;
+// `size` bytes of memory and what is known of each; pending: of shared memory, others: of global; at: the first in what has this name.
+typedef struct { u8 *data; Byte *bytes; Access *others; Pending *pending; u32 size; u64 at; const char *name; } Place;
 
 static const Tensor *tensor_at(u64 address) {
     static i32 last;
@@ -58,10 +58,10 @@ static const Tensor *tensor_at(u64 address) {
 }
 static Place locate(const Warp *w, int lane, const Instruction *i, int space, u64 address, u32 size) {
     const Program *c = w->program;
-    Tensor all = {0, M.launch->parameter_bytes, 0, "the parameters"};
+    Tensor all = {0, M.launch->parameter_bytes, 0, 0, "the parameters"};
     if (space == SHARED || (space == GENERIC && address < 1ull << 32)) {
         address = (u32)address;
-        all = (Tensor){SHARED_BASE, SHARED_BASE + M.launch->shared, c->bytes, "shared memory"};
+        all = (Tensor){SHARED_BASE, SHARED_BASE + M.launch->shared, c->bytes, 0, "shared memory"};
     } else if (space != PARAMETERS) {
         const Tensor *t = tensor_at(address);
         if (!t) FATAL(w, lane, i, BOUNDS, "%u bytes at %#llx of global memory belong to no tensor of the launch", size, address);
@@ -71,9 +71,9 @@ static Place locate(const Warp *w, int lane, const Instruction *i, int space, u6
     if (address < all.start || address + size > all.end)
         FATAL(w, lane, i, BOUNDS, "%u bytes at byte %lld of %s, which has %llu", size, at, all.name, all.end - all.start);
     if (address & (size - 1)) FATAL(w, lane, i, BOUNDS, "%u bytes at byte %llu of %s: misaligned", size, at, all.name);
-    if (all.bytes == c->bytes) return (Place){c->shared + at, c->bytes + at, c->pending + at, size, at, all.name};
-    if (space == PARAMETERS) return (Place){(u8 *)M.launch->parameters + at, 0, 0, size, at, all.name};
-    return (Place){(u8 *)address, all.bytes + at, 0, size, at, all.name};
+    if (all.bytes == c->bytes) return (Place){c->shared + at, c->bytes + at, 0, c->pending + at, size, at, all.name};
+    if (space == PARAMETERS) return (Place){(u8 *)M.launch->parameters + at, 0, 0, 0, size, at, all.name};
+    return (Place){(u8 *)address, all.bytes + at, all.others + at, 0, size, at, all.name};
 }
 static u8 *shared_at(const Program *c, u32 address) { return c->shared + (address - SHARED_BASE); }
 
@@ -84,8 +84,8 @@ static int is_atomic(u32 strong, const Access *other) { return strong && strong 
 static u32 racing_writer(const Warp *w, int lane, const Byte *b, u32 strong) {
     return b->write.thread && !is_atomic(strong, &b->write) && !ordered(w, lane, &b->write) ? b->write.thread : 0;
 }
-static u32 racing_reader(const Warp *w, int lane, const Byte *b, u32 strong) {
-    if (b->other.thread && !is_atomic(strong, &b->other) && !ordered(w, lane, &b->other)) return b->other.thread;
+static u32 racing_reader(const Warp *w, int lane, const Byte *b, const Access *other, u32 strong) {
+    if (other && other->thread && !is_atomic(strong, other) && !ordered(w, lane, other)) return other->thread;
     if (!b->read.thread || is_atomic(strong, &b->read)) return 0;
     const u32 first = 1 + 1024 * w->program->number, reader = (b->read.thread - 1) % 1024 / 32;
     if (b->read.thread - first >= 1024) return ordered(w, lane, &b->read) ? 0 : b->read.thread;
@@ -116,13 +116,10 @@ static const u8 *read_from(const Warp *w, int lane, const Instruction *i, Place 
             const u32 writer = racing_writer(w, lane, b, strong);
             if (writer) race(w, lane, i, &p, k, "reads what is written", writer);
         }
-        const u32 program = (b->read.thread - 1) / 1024;
-        if (b->read.thread && program != w->program->number) b->other = b->read;
-        if (b->read.epoch != now.epoch || program != w->program->number) b->warps = b->lanes = 0;
-        if (b->read.sync != now.sync || (b->read.thread - 1) / 32 != (now.thread - 1) / 32) b->lanes = 0;
-        b->warps |= 1u << w->index;
-        b->lanes |= 1u << lane;
-        b->read = now;
+        const Access last = b->read;
+        const u32 apart = (last.thread - 1) ^ (now.thread - 1), warps = apart < 1024 && last.epoch == now.epoch ? b->warps : 0;
+        if (p.others && last.thread && apart >= 1024) p.others[k] = last;
+        *b = (Byte){b->write, now, warps | 1u << w->index, (warps && apart < 32 && last.sync == now.sync ? b->lanes : 0) | 1u << lane};
     }
     return p.data;
 }
@@ -145,7 +142,7 @@ static int still_read(const Warp *w, const Pending *b) {
 typedef enum { AT_ONCE, STARTS, ARRIVES } When;
 static void write_to(const Warp *w, int lane, const Instruction *i, Place p, const u8 *value, u32 strong, When when) {
     if (when != STARTS && memcmp(p.data, value, p.size)) M.idle = 0;
-    const Access now = access_now(w, lane, strong);
+    const Byte fresh = {access_now(w, lane, strong)};
     for (u32 k = 0; k < p.size; k++) {
         Byte *b = &p.bytes[k];
         Pending *pending = p.pending ? &p.pending[k] : 0;
@@ -153,13 +150,13 @@ static void write_to(const Warp *w, int lane, const Instruction *i, Place p, con
             report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which a cp.async in flight writes", p.at + k);
         if (pending && still_read(w, pending))
             report(w, lane, i, IN_FLIGHT, "writes byte %llu of shared memory, which an asynchronous product may still read", p.at + k);
-        const u32 writer = racing_writer(w, lane, b, strong), reader = writer ? 0 : racing_reader(w, lane, b, strong);
+        const u32 writer = racing_writer(w, lane, b, strong), reader = writer ? 0 : racing_reader(w, lane, b, p.others ? &p.others[k] : 0, strong);
         // What changes nothing is as if it had not been.
         if ((writer || reader) && when != STARTS && b->write.thread && p.data[k] == value[k]) continue;
         if (writer) race(w, lane, i, &p, k, "writes what is written", writer);
         if (reader) race(w, lane, i, &p, k, "writes what is read", reader);
-        b->write = now;
-        b->read.thread = b->other.thread = 0;
+        *b = fresh;
+        if (p.others && p.others[k].thread) p.others[k].thread = 0;
         if (pending) pending->in_flight = when == STARTS, pending->generic = 1, pending->write_time = M.time;
     }
     if (when == STARTS) memset(p.data, 0xff, p.size);

@@ -221,7 +221,9 @@ int execute(const Kernel *kernel, Launch *launch) {
     M.columns = calloc(launch->concurrent + 1, 4);
     M.tensor = calloc(launch->tensors + 1, sizeof(Tensor));
     for (i32 k = 0; k < launch->tensors; k++)
-        M.tensor[k] = (Tensor){launch->starts[k], launch->ends[k], calloc(launch->ends[k] - launch->starts[k] + 1, sizeof(Byte)), launch->names[k]};
+        M.tensor[k] = (Tensor){launch->starts[k], launch->ends[k], .name = launch->names[k]};
+    for (Tensor *t = M.tensor; t < M.tensor + launch->tensors; t++)
+        t->bytes = calloc(t->end - t->start + 1, sizeof(Byte)), t->others = calloc(t->end - t->start + 1, sizeof(Access));
     Program *volatile running = calloc(launch->concurrent, sizeof(Program));
     if (!setjmp(M.end)) {
         u32 started = 0, live = 0, idle = 0;
@@ -246,7 +248,7 @@ int execute(const Kernel *kernel, Launch *launch) {
         }
     }
     for (i32 k = 0; k < launch->concurrent; k++) free_program(&running[k]);
-    for (i32 k = 0; k < launch->tensors; k++) free(M.tensor[k].bytes);
+    for (i32 k = 0; k < launch->tensors; k++) free(M.tensor[k].bytes), free(M.tensor[k].others);
     for (u32 k = 0; k < M.sync_count; k++) free(M.sync[k].clock);
     free(running), free(M.tensor), free(M.columns), free(M.sync), free(M.reported);
     return M.reports;

@@ -35,14 +35,14 @@ typedef struct Warp Warp;
 // Who accessed a byte last. thread: 1 + 1024 * program + thread, 0 for nobody; epoch: how many CTA barriers its program
 // had passed; sync: how many warp barriers its warp had.
 // strong: of how many bytes, or 0.
-typedef struct { u32 thread, epoch; u16 sync; u8 strong; } Access;
-// The last write of a byte and the last reads by two programs. Of the first one: which warps have read it in that epoch, and which
-// lanes of the last warp since its last barrier.
-typedef struct { Access write, read, other; u32 warps, lanes; } Byte;
+typedef struct { u32 thread, epoch; u16 sync, strong; } Access;
+// The last write of a byte and the last read; which warps of that program have read it in that epoch, and which lanes of the last
+// warp since its last barrier.
+typedef struct { Access write, read; u32 warps, lanes; } Byte;
 // Of a byte of shared memory: when it was written, the last product of each warpgroup that reads it, whether a cp.async still
 // writes it, and whether it was written with no product reading it since.
 typedef struct { u32 write_time, async[4]; u8 in_flight, generic; } Pending;
-typedef struct { u64 start, end; Byte *bytes; const char *name; } Tensor;
+typedef struct { u64 start, end; Byte *bytes; Access *others; const char *name; } Tensor; // others: the last reads by one more program
 typedef struct { u64 address; u32 *clock; } SyncWord; // what a release to this address has published: epochs of each program
 typedef struct { u32 destination, size, source_size, group; u64 source; } Copy;
 typedef struct { Copy *list; u32 count, capacity, group; } Copies;

@@ -89,7 +89,7 @@ INSTRUCTION("stmatrix.sync.aligned.m8n8.x([124])(.trans)?.shared(?:::cta)?.b16 =
 
 // The operands, [k][row] and [k][column], and a row of sums, to each of which its products are added in order.
 static f64 A[16][256], B[16][256], sums[256];
-static void multiply(int row, int K, int N) {
+static inline void multiply(int row, int K, int N) {
     for (int k = 0; k < K; k++)
         for (int n = 0; n < N; n++) sums[n] = fma(A[k][row], B[k][n], sums[n]);
 }
@@ -117,7 +117,8 @@ static void multiply_registers(const Warp *w, const Instruction *i, int rows, in
             const void *sum = first < 0 ? 0 : sum_at(x, i, first, row, n);
             sums[n] = !sum ? 0 : is_double ? *(f64 *)sum : *(f32 *)sum;
         }
-        multiply(row, K, N);
+        if (N == 8) multiply(row, K, 8); // as fast as only a known number allows
+        else multiply(row, K, N);
         for (int n = 0; n < N; n++) {
             void *result = sum_at(x, i, 0, row, n);
             if (is_double) *(f64 *)result = sums[n];
