@@ -22,6 +22,7 @@ if not ON_GPU:  # before triton is imported: it reads the variable when it decor
 CACHE = Path(__file__).parent.parent / ".ci-cache"
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a graph or two: no pool of processes
 
 import functools  # noqa: E402
 import importlib  # noqa: E402
