@@ -56,7 +56,7 @@ static const Tensor *tensor_at(u64 address) {
         if (address >= M.tensor[k].start && address < M.tensor[k].end) return &M.tensor[last = k];
     return 0;
 }
-static Place locate(const Warp *w, int lane, const Instruction *i, int space, u64 address, u32 size) {
+static inline __attribute__((always_inline)) Place locate(const Warp *w, int lane, const Instruction *i, int space, u64 address, u32 size) {
     const Program *c = w->program;
     Tensor all = {0, M.launch->parameter_bytes, 0, 0, "the parameters"};
     if (space == SHARED || (space == GENERIC && address < 1ull << 32)) {
@@ -106,7 +106,7 @@ static int is_unreadable(const Warp *w, int lane, const Instruction *i, const Pl
     return 1;
 }
 // strong: the bytes of an element where the access is, or 0.
-static const u8 *read_from(const Warp *w, int lane, const Instruction *i, Place p, u32 strong) {
+static inline __attribute__((always_inline)) const u8 *read_from(const Warp *w, int lane, const Instruction *i, Place p, u32 strong) {
     const Access now = access_now(w, lane, strong);
     for (u32 k = 0; p.bytes && k < p.size; k++) {
         Byte *b = &p.bytes[k];
