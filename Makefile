@@ -7,7 +7,7 @@
 # make mutants   removes synchronisation from the compiled kernels, one piece at a time, and prints what the executor misses (minutes)
 # make sanitize  on an NVIDIA GPU: the kernels under compute-sanitizer, of the CUDA toolkit
 # make matrix    the test suite with the oldest and with the newest torch and Triton: prints a table
-# make clients   other packages and torch's tools with converted LSTMs, in an environment of their own: prints a table
+# make clients   other packages with converted LSTMs, in an environment of their own: prints a table
 # make step-model  cycles of a step of the sequence kernels, by a model of their compiled code: no GPU needed
 #
 # Each sets up what it needs: a virtual environment in .venv, from Python 3.10+ and pip alone. PYTHON=python3 VENV=

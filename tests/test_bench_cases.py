@@ -38,6 +38,8 @@ def test_what_makes_a_case():
 
 
 def test_every_suite_has_cases_at_every_scale():
+    named = "hidden-sizes batch length cell real memory accuracy overhead cold-start step features segments roofs"
+    assert set(cases.SUITES) == set(named.split())
     for scale, device in product(cases.SIZES, ("cpu", "cuda")):
         everything = cases.tasks(cases.SUITES, scale, device)
         assert len(set(everything)) == len(everything) and {task.suite for task in everything} == set(cases.SUITES)
@@ -46,7 +48,7 @@ def test_every_suite_has_cases_at_every_scale():
         assert task.case.precision in ("ieee", "") and task.case.flops() < 1e11
 
 
-def test_a_short_run_tells_the_story():
+def test_a_short_run_tells_the_story_and_what_users_ask_for_is_there():
     order = cases.tasks(cases.SUITES, "gpu", "cuda")
     headline = [(t.case.hidden_size, t.case.batch, t.case.length, t.case.dtype, t.case.mode) for t in order[1:7]]
     assert order[0].kind == "roof"
@@ -56,6 +58,12 @@ def test_a_short_run_tells_the_story():
     assert all("torch.compile" in t.providers for t in cells), "compiled at every size"
     assert {(t.suite, t.case.form) for t in carried} >= {("step", "layer"), ("step", "cell"), ("real", "cell")}
     assert all(list(t.executions) == ["eager", "graph"] for t in [*cells, *carried])
+    sizes = {t.case.hidden_size for t in order if t.suite == "hidden-sizes"}
+    grid = {(t.case.hidden_size, t.case.batch) for t in cells}
+    assert (min(sizes), max(sizes), len(grid)) == (32, 4096, 35) and {(64, 1), (4096, 1024)} <= grid
+    assert {(t.suite, t.case.mode) for t in order if t.case.cell == "gru"} == {
+        ("features", mode) for mode in cases.MODES
+    }
 
 
 def test_real_workloads_lie_in_their_ranges():
@@ -73,6 +81,7 @@ def test_real_workloads_lie_in_their_ranges():
             given = given[:1] if row[field].startswith((">=", "<=")) else given
             assert value in given, (case.name, field)
         assert case.bidirectional == (row["bidir"] == "1")
+        assert case.precision == "ieee" or "no TF32" not in row["extras"], case.name
         assert (case.mode == "train") == ("bwd" in row["kind"] or case.name == "ts_tft"), case.name
     of = [case for _, case in run]
     assert {case.rows for case in of} == {"padded", "packed", "lengths"}

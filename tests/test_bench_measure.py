@@ -115,10 +115,11 @@ def test_who_serves_agrees_with_the_truth(options, who, monkeypatch, tmp_path):
     assert settings() == before
     del sys.modules["fastlstm"], sys.modules["fastlstm.lstm"]
     good = {name: row for name, row in found.items() if row.status == "ok"}
+    gradients = {f"d{name}" for name in problem.make(case, CPU).weights if not name.startswith("bias_hh")}
     assert {name.split()[-1] for name in good} == {"auto", "reference", *who.split()}
     assert all(row.status == "skipped" and row.reason for name, row in found.items() if name not in good)
     for name, row in good.items():
-        assert set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"}
+        assert set(row.errors) >= {"y", "h_n", "c_n", "dx", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"} | gradients
         limit = 0.1 if case.dtype == "bfloat16" else 1e-5
         assert 0 < max(e.largest for e in row.errors.values()) < limit, "nobody's own results are the truth"
         assert name in peers.PEERS or {"dh0", "dc0"} <= set(row.errors)
@@ -235,6 +236,15 @@ def test_a_provider_that_is_wrong_or_fails_gets_a_row_and_no_time(monkeypatch, s
             assert name != "NaN" or "y" not in row.errors, "JSON has no infinities"
     assert set(found) == {CUDNN, f"{CUDNN} graph", "replay", "replay of backward", "capture", "late graph"}
     assert all(row.status == "ok" and row.timing.p50_us == 2.0 for row in found.values())
+
+
+def test_a_graph_of_inference_records_no_gradients(monkeypatch, streams):
+    """As eager rows, whose calls it holds."""
+    seen = []
+    noting = functools.partial(faulty, fault=lambda y: seen.append(torch.is_grad_enabled()) or y)
+    monkeypatch.setitem(providers.PROVIDERS, "noting", noting)
+    run(Task("s", Case("a", 8, 3, 6, **IEEE), executions=("eager", "graph")), ("noting",))
+    assert streams and not any(seen)
 
 
 def test_limits_of_what_is_wrong():

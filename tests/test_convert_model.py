@@ -249,6 +249,7 @@ def test_parametrizations_are_evaluated_as_often_as_in_torchs(cell, who, backend
         torch.testing.assert_close(gradients(found, ours.parameters()), gradients(expected, theirs.parameters()))
         for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
             assert torch.equal(a, b), name
+    assert cell or _is_converted(ours)
 
 
 # ---- patch -----------------------------------------------------------------------------------------------------------
