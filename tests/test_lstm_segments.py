@@ -129,7 +129,9 @@ DEEP = {"num_layers": 2, "projection": True, "batch_first": True, "recompute": T
 
 
 @pytest.mark.parametrize("value, options", [(torch.nan, {}), (torch.inf, DEEP)])
-@pytest.mark.parametrize("backend, resets", [("triton", "stored"), ("reference", "stored"), ("auto", "zero")])
+@pytest.mark.parametrize(
+    "backend, resets", [("triton", "stored"), ("reference", "stored"), ("auto", "zero"), ("auto", None)]
+)
 def test_nothing_past_the_end_of_a_row_matters(backend, resets, value, options, device):
     """As in torch's packed run: neither input, nor reset state, nor gradient of an output, nor the state of an empty row."""
     case = segmented.Case(5, 4, I, 4, bidirectional=True, rows="lengths", resets=resets, cells=True, **options)
