@@ -128,13 +128,14 @@ def check_sizes_and_layouts_do_not_recompile():
 
 
 def check_what_is_compiled_ahead_is_what_is_launched():
-    """The problems of a call are those that the ahead-of-time tests compile. What the device cannot hold is no kernel."""
+    """The problems of a call are those that the ahead-of-time tests compile, whether or not `layers.plans` asks for both ways
+    beforehand. What the device cannot hold is no kernel."""
     from support.aot_sequence import SEGMENTS, Case
 
-    for given, features in (("", ()), (EVERY, SEGMENTS)):
+    for (given, features), backend in itertools.product((("", ()), (EVERY, SEGMENTS)), ("triton", "triton-persistent")):
         cases = [Case(way, 19, 16, 2, torch.bfloat16, "ieee", (*features, "training")) for way in KERNELS]
         with fake_driver(compiling=False):
-            run_lstm(2, 16, 19, 2, given)
+            run_lstm(2, 16, 19, 2, given, backend=backend)
             assert {problem for problem, *_ in search.remembered} == {case.problem for case in cases}
     for shared_memory in (227 << 10, 0):
         with fake_driver(90) as driver:
