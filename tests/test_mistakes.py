@@ -40,7 +40,9 @@ WORDS = {
     "input device|Cell, h device": "device|meta",
     "packed, (features|hx (units|layers))": "must be equal to input_size|Expected hidden",
     "hx 4D|hx an integer": "tuple of two Tensors|int",
-    "^GRU": r"Expected hidden\[0\]|hx and cx should|no attribute|must have the same dtype",
+    "^GRU, (h (units|rows|unbatched)|layers)": r"Expected hidden\[0\]",
+    "^GRU, (h of|states 1D)": "hx and cx should",
+    "^GRUCell, input (a list|None)": "no attribute",
 }
 
 
@@ -62,7 +64,7 @@ def _of_both(x, *layers):
         "h rows": (x, (h[..., :2, :], c)),
         "h of a dimension more": (x, (h[None], c)),
         "h device": (x, (h.to("meta"), c)),
-        "h of a batch, for an input without one": (one, (h[None] if layers else h[:2], c)),
+        "h of a batch, for an input without one": (one, (h if layers else h[:2], c)),
         "h unbatched, units": (one, (_zeros(*layers, 4), _zeros(*layers, 3))),
         "states dtype": (x, (h.double(), c.double())),
     }
