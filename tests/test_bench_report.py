@@ -7,7 +7,7 @@ import pytest
 from support.benches import FLOOR, IEEE, Page, make_row
 
 from lstm_triton.bench import __main__ as cli
-from lstm_triton.bench import rows
+from lstm_triton.bench import cases, rows
 from lstm_triton.bench.cases import MODES, Case, UsageError
 from lstm_triton.bench.providers import CUDNN, OURS, TORCH_CELL
 from lstm_triton.tolerance import Errors
@@ -95,6 +95,8 @@ def test_the_page_has_every_section_and_fetches_nothing(render):
     assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
     assert "http" not in re.sub(r"<td>[^<]*</td>", "", text)
     assert re.findall("<h3>(.*?)</h3>", text) == [view["title"] for view in report.VIEWS]
+    of = {view.get("suite", view["table"]) for view in report.VIEWS}
+    assert of == {*cases.SUITES, "count_lost", "lost", "not_timed", "environment"}
     for said in (
         *("SYNTHETIC", "wrong", "a reason", "a &lt;b&gt; &amp; c", "&lt;i&gt;", "moved by 8.0%"),
         *(f">{SPLIT}, us/step</th>", "lstm-triton bench --suite hidden-sizes"),
