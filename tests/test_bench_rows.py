@@ -33,7 +33,7 @@ WRONG = {
     "case.dtype": ["float8", ["float32"]],
     "provider": [None, 3],  # text
     "synthetic": [1],  # yes or no
-    "case.hidden_size": ["64", True],  # a count
+    "case.hidden_size": ["64", True, 1.5],  # a count
     "timing.p50_us": ["fast", 0, -1.0, math.nan, math.inf, 10**400, None, True],  # a number
     "distance": [True, -1.0, math.nan],  # or none
     "source.commit": [5],

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lstm_triton import LSTM, functional, torch_ops
+from lstm_triton.kernels.device import fp32_precision
 from lstm_triton.torch_ops import cudnn_precision
 
 
@@ -80,12 +81,14 @@ RUNS = {
 def test_forward_and_backward_find_the_precision_set(run, precision, seen):
     """Whatever is set when the backward runs; and the gradients are those of no precision given."""
     lstm, x = LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
-    expected = torch.autograd.grad(lstm(x)[0].square().sum(), [x, *lstm.parameters()])
-    assert seen == [(way, torch.backends.cudnn.rnn.fp32_precision) for way in ("forward", "backward")]
-    seen.clear()
-    torch._dynamo.reset()
-    lstm.precision = precision
-    found = torch.autograd.grad(RUNS[run](lstm, x).square().sum(), [x, *lstm.parameters()])
+    other = "tf32" if precision == "ieee" else "ieee"
+    with fp32_precision(torch.backends.cudnn.rnn, other):
+        expected = torch.autograd.grad(lstm(x)[0].square().sum(), [x, *lstm.parameters()])
+        assert seen == [("forward", other), ("backward", other)]
+        seen.clear()
+        torch._dynamo.reset()
+        lstm.precision = precision
+        found = torch.autograd.grad(RUNS[run](lstm, x).square().sum(), [x, *lstm.parameters()])
     assert {way for way, _ in seen} == {"forward", "backward"} and {setting for _, setting in seen} == {precision}
     for gradient, wanted in zip(found, expected):
         torch.testing.assert_close(gradient, wanted)
