@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from lstm_triton import LSTM, Recurrent
 from lstm_triton.cells import catalogue
 
-T, B, I, H = 3, 3, 2, 3
+T, B, I, H = 4, 3, 2, 3
 NO_STATES = {"change": None}
 BIDIRECTIONAL, DEEP = {"bidirectional": True}, {"num_layers": 2, "bidirectional": True}
 DEEP_BATCH_FIRST = DEEP | {"batch_first": True}
@@ -41,7 +41,7 @@ CALLS = {
 OF_LSTM = CALLS | {
     "layers": ({"num_layers": 3}, NO_STATES),
     "bidirectional": (BIDIRECTIONAL, {}),
-    "batch first": ({"batch_first": True}, {}),
+    "batch first": ({"batch_first": True}, NO_STATES),
     "projection": ({"proj_size": 2}, NO_STATES),
     "deep projection": (DEEP_BATCH_FIRST | {"proj_size": 1, "bias": False}, {}),
     "dropout after the last layer": (BIDIRECTIONAL | {"dropout": 0.9}, NO_STATES),

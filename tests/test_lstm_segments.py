@@ -65,6 +65,13 @@ def test_every_pair_of_features(backend, row, device):
     segmented.judge(segmented.Case(**row), *where)
 
 
+def test_pairs_are_covered():
+    rows = segmented.pairwise(FEATURES)
+    assert len(rows) < 25 and all(list(row) == list(FEATURES) for row in rows)
+    for a, b in itertools.combinations(FEATURES, 2):
+        assert {(row[a], row[b]) for row in rows} == {*itertools.product(FEATURES[a], FEATURES[b])}
+
+
 # ---- what resets and lengths mean ----------------------------------------------------------------------------------
 
 
