@@ -92,12 +92,17 @@ WIDE("16", u16, i16, u32, i32) WIDE("32", u32, i32, u64, i64)
     OP2("div.s" BITS, S, S, S, b == 0 ? -1 : b == -1 ? (S)(0 - (U)a) : a / b) OP2("rem.s" BITS, S, S, S, b == 0 || b == -1 ? 0 : a % b)
 DIVIDE("16", u16, i16) DIVIDE("32", u32, i32) DIVIDE("64", u64, i64)
 
-static inline i32 extract_signed(i64 v, u32 position, u32 length) {
-    const u32 end = position + length > 32 ? 32 : position + length;
-    return !length ? 0 : position >= 32 ? v >> 63 : (i64)((u64)v << (64 - end)) >> (64 - end + position);
+static inline u64 low_bits(u32 n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+static inline i64 extract_signed(i64 v, u32 position, u32 length, u32 width) {
+    const u32 end = position + length > width ? width : position + length;
+    if (!length) return 0;
+    return position >= width ? v >> 63 : (i64)((u64)v << (64 - end)) >> (64 - end + position);
 }
-OP3("bfe.u32", u32, u32, u32, u32, (b & 255) >= 32 ? 0 : (a >> (b & 255)) & (u32)((1ull << ((c & 255) < 32 ? c & 255 : 32)) - 1))
-OP3("bfe.s32", i32, i32, u32, u32, extract_signed(a, b & 255, c & 255))
+OP3("bfe.u32", u32, u32, u32, u32, (b & 255) >= 32 ? 0 : (a >> (b & 255)) & low_bits(c & 255))
+OP3("bfe.u64", u64, u64, u32, u32, (b & 255) >= 64 ? 0 : (a >> (b & 255)) & low_bits(c & 255))
+OP3("bfe.s32", i32, i32, u32, u32, extract_signed(a, b & 255, c & 255, 32)) OP3("bfe.s64", i64, i64, u32, u32, extract_signed(a, b & 255, c & 255, 64))
+OP1("popc.b32", u32, u32, __builtin_popcount(a)) OP1("clz.b32", u32, u32, a ? __builtin_clz(a) : 32)
+OP3("shf.l.wrap.b32", u32, u32, u32, u32, (((u64)b << 32 | a) << (c & 31)) >> 32) OP3("shf.r.wrap.b32", u32, u32, u32, u32, ((u64)b << 32 | a) >> (c & 31))
 static inline u32 permute(u32 a, u32 b, u32 selector) {
     const u64 bytes = (u64)b << 32 | a;
     u32 result = 0;
