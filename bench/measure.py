@@ -23,7 +23,7 @@ from .rows import Row, Timing
 
 @dataclass
 class Context:
-    """What all tasks of a run share. seconds: of sampling, for each provider. roofs: figures of the suite of that name. stage:
+    """All tasks of a run share a context. seconds: of sampling, for each provider. roofs: figures of that suite. stage:
     receives provider, execution and what is done next, so that what hangs can be named."""
 
     maker: RowMaker
@@ -74,7 +74,7 @@ class _Measurement:
 
     @contextlib.contextmanager
     def _failing(self, pairs: Sequence[Pair], what: str = "", **known: Any) -> Iterator[None]:
-        """What is raised within costs these pairs alone, and their rows say so. Raises Fatal where the device is lost."""
+        """Let an exception within cost these pairs alone, whose rows name it. Raises Fatal where the device is lost."""
         try:
             yield
         except Fatal:
@@ -174,7 +174,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 
 
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
-    """In a new process: send import_s, first_call_s and second_call_s of (case, provider, device), or Unavailable."""
+    """Send, from a new process, import_s, first_call_s and second_call_s of (case, provider, device), or Unavailable."""
     case, provider, device = request[0], request[1], torch.device(request[2])
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -189,9 +189,9 @@ def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
 
 
 def held(model: Model) -> dict[str, float]:
-    """Bytes of one training step. saved: in tensors that autograd keeps for backward, each storage once, without inputs and
-    weights. On a GPU also, above what there was before: after_forward, and peak over forward and backward, which take in what
-    no tensor shows."""
+    """Return bytes of one training step. saved: in tensors that autograd keeps for backward, each storage once, without inputs
+    and weights. On a GPU also, above what there was before: after_forward, and peak over forward and backward, which take in
+    what no tensor shows."""
     device = model.problem.device
     with torch.set_grad_enabled(model.problem.training):
         given, saved = _storages((*model.inputs, *model.weights.values())), dict[int, int]()

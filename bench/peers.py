@@ -1,4 +1,4 @@
-"""What else computes a case: other projects' LSTM kernels, where they are installed, and what users write with torch alone.
+"""Other providers: LSTM kernels of other projects, where they are installed, and what users write with torch alone.
 Each adapter follows the project's public signature. Whether it is right is not taken on trust: its results are compared with
 float64 before anything is timed, as everyone's are.
 """
@@ -108,7 +108,7 @@ def fastlstm(problem: Problem) -> Model:
 
 
 def _by_hand(way: Callable[..., tuple[Tensor, State]], problem: Problem) -> Model:
-    """With torch alone, for resets, lengths and cell states: one layer in one direction, with its final states."""
+    """Make a model with torch alone, for resets, lengths and cell states: one layer, one direction, final states."""
     case, resets, lengths = problem.case, problem.resets is not None, problem.lengths is not None
     kind = case.form, case.cell, case.layers, case.directions, case.proj_size
     serves = {split: resets or lengths, packed: resets and not lengths, loop: True}

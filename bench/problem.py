@@ -173,8 +173,8 @@ class Model:
         return outputs
 
     def results(self, call: Callable[[], Any] | None = None) -> dict[str, Tensor]:
-        """What `call` returns by name, from the problem's own state: what calls with a carried state did is undone. Of the two
-        biases' equal gradients only that of bias_ih is kept."""
+        """Return what `call` returns, by name, from the problem's own state: what calls with a carried state did is undone.
+        Of the two biases' equal gradients only that of bias_ih is kept."""
         if self.problem.case.carried:
             self._set_state((self.problem.h0, self.problem.c0))
         with torch.set_grad_enabled(self.problem.training):

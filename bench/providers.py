@@ -1,4 +1,4 @@
-"""Who computes a case, and which of them a task compares: this package in each of its ways, torch's modules, peers.
+"""The providers that a task compares on its case: this package in each of its ways, torch's modules, peers.
 A provider is a function of the problem that makes a model, or raises Unavailable and says why it cannot serve. Everything else
 (modes, gradients, graphs, checks, timing) is the same code for all.
 """

@@ -36,9 +36,9 @@ def _render(template: str, is_html: bool, **given: Any) -> str:
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> None:
-    """One HTML file, complete in itself, for light and dark, wide and narrow. A part, such as a device's, has sections and
-    perhaps a title, and a note that cautions. A section has a title and some of: note; texts, its paragraphs; figures, pairs
-    of a caption and pictures; table, a DataFrame; wraps, where cells are sentences; command, which reproduces it."""
+    """Write one HTML file, complete in itself, for light and dark, wide and narrow. A part, such as a device's, has sections
+    and perhaps a title, and a note that cautions. A section has a title and some of: note; texts, its paragraphs; figures,
+    pairs of a caption and pictures; table, a DataFrame; wraps, where cells are sentences; command, which reproduces it."""
     with unfinished(path) as file:
         file.write_text(_render("page.html", True, title=title, lead=lead, parts=parts), encoding="utf-8")
 
@@ -108,7 +108,7 @@ def _heat(found: DataFrame) -> Iterator[Figure]:
 def curves(
     labels: Sequence[str], series: DataFrame, level: tuple[float, str] | None = None, log: bool = True
 ) -> Markup:
-    """Named curves, the columns, of y by the index x, with axes that they fill, and a named line at a level of y; empty
+    """Draw named curves, the columns, of y by the index x, with axes that they fill, and a named line at a level of y; empty
     without points. labels: of the picture, of x, of y. A series without points keeps its look for a picture beside this one,
     and is not drawn."""
     series = series.sort_index().dropna(how="all")

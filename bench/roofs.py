@@ -78,8 +78,8 @@ def gemm_rates(device: torch.device) -> dict[str, float]:
 
 
 def exchange_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of an exchange between two programs of one launch, and between as many as there are SMs; on a GPU. Each
-    program stores a value that depends on the one it loaded before, and waits at the package's own barrier
+    """Measure, on a GPU, the microseconds of an exchange between two programs of one launch, and between as many as there are
+    SMs. Each program stores a value that depends on the one it loaded before, and waits at the package's own barrier
     (kernels/grid_sync.py); that the last one is right is checked."""
     from .grid_latency import launch
 

@@ -1,4 +1,4 @@
-"""From rows to tables: DataFrames whose index is the first column, of text and of speed-ups, which are numbers."""
+"""Make tables from rows: DataFrames whose index is the first column, of text and of speed-ups, which are numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -66,8 +66,8 @@ def text(cell: Any) -> str:
 
 
 def timings(rows: Sequence[Row], found: DataFrame, base: str | None = None) -> DataFrame:
-    """Microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor. base:
-    the name of a case; beside each time stands its multiple of the same provider's there."""
+    """List microseconds per step of every provider, the speed-ups, cuDNN's algorithm, the kernels' distance from the floor.
+    base: the name of a case; beside each time stands its multiple of the same provider's there."""
     names = [name for name in found["of"].unique() if name not in WAYS]
     bases = {(of.case.mode, of.of): of.us for of in found.itertuples() if of.case.name == base}
 

@@ -1,4 +1,4 @@
-"""How programs of one launch exchange their state without a barrier, and why it is correct.
+"""Programs of one launch exchange their state without a barrier; this says how, and why it is correct.
 
 The tensor through which they exchange h or dz has an address of its own for every step. Before the launch it is filled: all
 its bits are set. A program stores its slice in words of 32 bits. A program that needs a word loads it until it differs from

@@ -104,7 +104,7 @@ def split_weights(weights: Sequence[Tensor], layers: int, directions: int) -> li
 
 
 class Segments(NamedTuple):
-    """Where batch rows start, stop and restart, all on the device of the input.
+    """Segments say where batch rows start, stop and restart. All tensors are on the device of the input.
 
     resets: [T, B] bool or None; reset_h [T, D, B, H], reset_c [T, D, B, STATES * H], or None for zeros; lengths: [B] int64 in
     0 ... T, or None.
@@ -167,7 +167,7 @@ class LayerInputs(NamedTuple):
 
 
 class LayerOptions(NamedTuple):
-    """How a layer is computed.
+    """Options of how a layer is computed.
 
     precision: of float32 products: "ieee", "tf32", "tf32x3", or None for torch's setting of cuDNN's recurrent layers.
     dropout: the probability with which each element of y is zero, for the layer that follows; with a seed only.

@@ -31,7 +31,7 @@ _BEYOND_A_CELL = frozenset({"resets", "lengths", "random", "dropout"})
 
 @dataclass(frozen=True)
 class OneStep:
-    """In place of a `SequenceConfig`: the kernels of the cell, which are configured by `config`."""
+    """A plan without a `SequenceConfig`: the kernels of the cell run the layer, and `config` configures them."""
 
     launches: int  # one for each direction
     persistent: bool = True

@@ -1,4 +1,4 @@
-"""Where the recurrence of a batch row starts, stops and restarts inside a sequence: `lengths` and `resets`.
+"""`lengths` and `resets` say where the recurrence of a batch row starts, stops and restarts inside a sequence.
 
 The recurrence of direction 0 runs through t = 0 ... T - 1, that of direction 1 through t = T - 1 ... 0. For each step and
 batch row:

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Columns of the product for each unit."""
+        """Return the columns of the product for each unit."""
         return 4 if self.way == "forward" else 1
 
     @property
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
     @property
     def only_in_band(self) -> bool:
-        """Whether programs of one launch need W_hh in registers: CUDA cores do, and tf32x3, which splits W_hh in two."""
+        """Tell whether programs of one launch need W_hh in registers: CUDA cores do, and tf32x3, which splits W_hh in two."""
         return self.dtype == torch.float32 and self.precision != "tf32"
 
 

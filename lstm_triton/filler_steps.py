@@ -89,7 +89,7 @@ def _in_pieces(  # noqa: PLR0913
 
 
 class _Steps(NamedTuple):
-    """Where the steps of x are among the fillers.
+    """The places of the steps of x among the fillers.
 
     places: of each step of x, [T, B]; any number past the end of a row. ends: of the last step of each row, [B]; -1 where
     there is none. past: which steps of x are past the end of their row, [T, B], or None. moved: whether places differ from x.

@@ -14,7 +14,7 @@ from .modes import is_jit_tracing
 
 
 class _Inputs(NamedTuple):
-    """As `kernels.inputs.LayerInputs`, with projections and without dropout."""
+    """The tensors of `kernels.inputs.LayerInputs`, with projections and without dropout."""
 
     x: Tensor
     h0: Tensor

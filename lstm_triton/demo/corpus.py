@@ -26,7 +26,7 @@ class Corpus(NamedTuple):
     files: tuple[int, int]
 
     def unigram_bits(self) -> float:
-        """Bits per character of the validation text under the training text's character frequencies."""
+        """Return the bits per character of the validation text under the training text's character frequencies."""
         # one added to each count: a character that training lacks must not cost infinitely much
         counts = torch.bincount(self.train.long(), minlength=CHARACTERS).double() + 1
         bits = -(counts / counts.sum()).log() / math.log(2)

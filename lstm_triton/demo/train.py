@@ -102,7 +102,7 @@ class Training:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one interrupts at once
 
     def _update(self) -> torch.Tensor:
-        """One update from the next characters of every stream; returns the mean loss in nats, still on the device."""
+        """Update the weights by the next characters of every stream; return the mean loss in nats, still on the device."""
         T = self.config.steps
         position = (self.step * T) % (self._train.shape[0] - T)
         if position < T:  # the beginning of the text: no memory of its end
@@ -148,7 +148,7 @@ class Training:
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
-    """Its configuration and contents, tensors and plain values only. UsageError for none that this version can read."""
+    """Return its configuration and contents, plain values and tensors. Raises UsageError where it cannot be read."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         return Config(**data["config"]), data
