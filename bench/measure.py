@@ -176,8 +176,7 @@ def cold_start(case: Case, provider: str, device: torch.device) -> dict[str, flo
 def first_calls(connection: Any, request: tuple[Case, str, str]) -> None:
     """Send, from a new process, import_s, first_call_s and second_call_s of (case, provider, device), or Unavailable."""
     case, provider, device = request[0], request[1], torch.device(request[2])
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
+    torch.cuda.set_device(device if device.index is not None and device.type == "cuda" else -1)  # -1 changes nothing
     try:
         model, clock = providers.PROVIDERS[provider](problems.make(case, device)), timing.Clock(device)
     except Unavailable as error:

@@ -88,8 +88,7 @@ def serve(connection: Any, setup: tuple[Namespace, str]) -> None:
 def make_context(options: Namespace, run: str, stage: Callable[[str, str, str], None]) -> measure.Context:
     """Make what the tasks of a run share, on the device that the options name."""
     device = torch.device(options.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
+    torch.cuda.set_device(device if device.index is not None and device.type == "cuda" else -1)  # -1 changes nothing
     if options.threads:
         torch.set_num_threads(options.threads)
     clock = timing.Clock(device, options.flush_l2)
