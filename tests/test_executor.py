@@ -217,15 +217,16 @@ def execute(body: str, seed: int = 1, programs: int = 2, programs_per_sm: int = 
     driver = ExecutingDriver(100 if "tcgen05" in body else 90, seed, programs_per_sm)
     data, counter = torch.arange(128 * programs, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     driver.run(ptx(body), (programs, 1, 1), data, counter, shared=1024)
-    return data
+    return data, driver.executed[-1]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_sound_code_is_not_reported(name):
     programs, body = CASES[name]
     for seed in SEEDS:
-        data = execute(body, seed, programs)
+        data, executed = execute(body, seed, programs)
         assert body not in (WGMMA, TENSOR) or (data.view(torch.float32) == 16).all()
+        assert executed.late_zeros == 0
 
 
 @pytest.mark.parametrize("programs, body, kind", MISTAKES)
@@ -236,6 +237,17 @@ def test_a_mistake_is_reported(programs, body, kind, seed):
     assert kind in {report.kind for report in fault.value.reports}, str(fault.value)
     for report in fault.value.reports:
         assert report.kernel == "kernel" and (report.statement is None or report.statement.source in str(fault.value))
+
+
+def test_only_zeros_may_be_moved_to_accumulators_behind_a_wgmma_fence():
+    """Triton 3.7.1 moves them there where a loop is unrolled."""
+    zeros, fence = re.search(r"mov.b32 %r20.*\n", WGMMA)[0], re.search(r"wgmma.fence.*\n", WGMMA)[0]
+    late = WGMMA.replace(zeros, "").replace(fence, fence + zeros)
+    data, executed = execute(late, programs=1)
+    assert (data.view(torch.float32) == 16).all() and executed.late_zeros == 4 * 4  # four in each of four warps
+    for mistake in (late.replace("%r21, 0;", "%r21, %r10;", 1), late.replace(fence, "")):
+        with pytest.raises(KernelFault, match="after the last wgmma.fence"):
+            execute(mistake, programs=1)
 
 
 PAST_THE_END = """

@@ -30,7 +30,7 @@ class LaunchStruct(ctypes.Structure):
     _fields_ = [
         ("grid", 3 * ctypes.c_int64),
         *_fields("threads shared tensors concurrent programs_per_sm seed parameters starts ends names"),
-        *_fields("message message_size parameter_bytes steps unfenced serialized"),
+        *_fields("message message_size parameter_bytes steps unfenced serialized late_zeros"),
     ]
 
 

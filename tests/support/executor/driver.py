@@ -75,6 +75,7 @@ class Executed:
     steps: int  # instructions of warps
     unfenced: int  # accesses to tensor memory behind a barrier without tcgen05.fence::after_thread_sync
     serialized: int  # registers overwritten that a wgmma in flight reads: ptxas makes each such product wait
+    late_zeros: int  # accumulators of a wgmma that were zeroed behind its wgmma.fence
     reports: tuple[Report, ...]
 
 
@@ -161,7 +162,7 @@ class ExecutingDriver(NullDriver):
         )
         machine().execute(c_kernel, c_launch)
         reports = [_report(launch.kernel, ptx, line) for line in message.value.decode().splitlines()]
-        counts = c_launch.steps, c_launch.unfenced, c_launch.serialized
+        counts = c_launch.steps, c_launch.unfenced, c_launch.serialized, c_launch.late_zeros
         self.executed.append(Executed(launch.kernel, launch.grid, *counts, tuple(reports)))
         if reports and self.raises:
             raise KernelFault(reports)

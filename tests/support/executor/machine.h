@@ -50,7 +50,7 @@ typedef struct { Copy *list; u32 count, capacity, group; } Copies;
 struct Warp {
     Program *program;
     u32 index, ready, at_barrier, at_collective, done; // masks of lanes
-    u32 sync, fence_epoch, wgmma_fence, group, group_done, group_done_at_barrier, mma_seen, busy_count, unfenced;
+    u32 sync, fence_epoch, wgmma_fence, committed, group, group_done, group_done_at_barrier, mma_seen, busy_count, unfenced;
     i32 pc[32];
     u32 fence_time[32];
     u8 *file;
@@ -114,9 +114,10 @@ typedef struct {
     const char **names;
     char *message;
     i64 message_size, parameter_bytes;
-    // Counted: instructions of warps, accesses to tensor memory without a thread-sync fence, and operands of a wgmma in flight
-    // that are overwritten. PTX forbids the last; ptxas sees it, and waits for each such product.
-    i64 steps, unfenced, serialized;
+    // Counted: instructions of warps, accesses to tensor memory without a thread-sync fence, operands of a wgmma in flight that are
+    // overwritten, and zeros moved to accumulators behind the wgmma.fence. PTX forbids all but the first; for the operands, ptxas
+    // sees it and waits for each such product.
+    i64 steps, unfenced, serialized, late_zeros;
 } Launch;
 
 enum { RACE_SHARED, RACE_GLOBAL, UNDEFINED, UNINITIALISED, BOUNDS, IN_FLIGHT, PROXY, DIVERGENCE, DEADLOCK, TENSOR, WGMMA, TRAP, LEFT };

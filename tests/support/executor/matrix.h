@@ -192,7 +192,12 @@ PROPAGATING("wgmma.mma_async.sync.aligned.m64n([0-9]+)k16.f32.(bf16|f16).\\2 4x{
             const Operand *o = operand(i, s);
             const u32 busy = x->busy[o->id] & ~(u32)GROUP;
             if (!busy && add) used(x, i, s, mask);
-            if (!busy && x->written[o->id] > x->wgmma_fence) report(x, 0, i, WGMMA, "an accumulator was written after the last wgmma.fence");
+            if (!busy && x->written[o->id] > x->wgmma_fence) {
+                int zeros = x->wgmma_fence > x->committed;
+                for (int l = 0; l < 32; l++) zeros &= word(x, i, s)[l] == 0;
+                if (zeros) M.launch->late_zeros++;
+                else report(x, 0, i, WGMMA, "an accumulator was written after the last wgmma.fence");
+            }
             make_busy(x, o, ACCUMULATOR | number);
         }
     }
@@ -200,7 +205,7 @@ PROPAGATING("wgmma.mma_async.sync.aligned.m64n([0-9]+)k16.f32.(bf16|f16).\\2 4x{
     return 0;
 }
 INSTRUCTION("wgmma.fence.sync.aligned =", WARP) { return w->wgmma_fence = M.time, 0; }
-INSTRUCTION("wgmma.commit_group.sync.aligned =", WARP) { return w->group++, 0; }
+INSTRUCTION("wgmma.commit_group.sync.aligned =", WARP) { return w->committed = M.time, w->group++, 0; }
 // value: groups that may stay pending
 INSTRUCTION("wgmma.wait_group.sync.aligned = #", WARP) {
     const i64 done = (i64)w->group - i->value[0];
