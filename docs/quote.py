@@ -17,7 +17,7 @@ _ACCURACY = re.compile(
     r"(?<=<!-- accuracy: begin \(written by docs/quote\.py\) -->\n).*?(?=<!-- accuracy: end -->)", re.DOTALL
 )
 # The order in which a processor's linear algebra library adds moves the errors in float32 and float64 by up to this factor.
-SAME_WITHIN = 1.5
+SAME_WITHIN = 2
 _BLOCK = re.compile(r"^```console\n\$ python (examples/[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -96,8 +96,8 @@ def test_the_check_passes_and_finds_what_the_accuracy_table_says(capsys, monkeyp
     assert "Passed: at most 2 times torch's largest error + 2 ulp and 1.25 times its RMS error" in printed
     page = PAGES["README.md"]
     assert quote.refreshed_accuracy(page) == page, "`python docs/quote.py` renews the table"
-    for wrong in ("| h | 9.", "| h | 1.", "| c | 5."):  # too large, too small, another row
-        assert quote.accuracy_table() in quote.refreshed_accuracy(re.sub(r"\| h \| \d\.", wrong, page))
+    for wrong in ("| h | 5.3e-07", "| h | 5.3e-09", "| c | 5.3e-08"):  # too large, too small, another row
+        assert quote.accuracy_table() in quote.refreshed_accuracy(re.sub(r"\| h \| \d\.\de-08", wrong, page))
     assert once.cache_info().misses == 1
 
 
