@@ -69,6 +69,12 @@ def test_what_is_saved():
     assert {name: 4 - of.count("tl.zeros_like(z0)") for name, of in returned.items()} == saved | {"zoneout": 4}
 
 
+def test_a_number_that_float32_rounds_keeps_its_bits_where_triton_would_round_it():
+    source = Cell(lambda z, s: (z.a.clamp(min=0.1, max=0.5) + 0.1, {}), "a").triton_source()
+    assert set(re.findall(r"tl.full\(\w+.shape, ([\d.]+), \w+.dtype\)", source)) == {"0.1"}, source
+    assert "+ 0.1" in source and re.search(r"minimum\(\w+, 0.5", source), source
+
+
 def test_a_cell_is_its_function_and_equal_ones_have_one_name():
     z = types.SimpleNamespace(**{g: torch.randn(2, 3) for g in "ifgo"})
     c = torch.randn(2, 3)
