@@ -29,7 +29,7 @@ def lstm(z, s):
 def eight(z, s, p):
     """As many states as the kernels carry: the sLSTM with peepholes that sees h."""
     log_f, z_i = torch.nn.functional.logsigmoid(z.f + p.b * s.c), z.i + p.a * s.c
-    m = torch.maximum(log_f + s.m, z_i)
+    m = log_f + s.m + torch.nn.functional.softplus(z_i - log_f - s.m)  # not the larger one, whose gradient jumps
     i, f = torch.exp(z_i - m), torch.exp(log_f + s.m - m)
     c, n = f * s.c + i * torch.tanh(z.g), f * s.n + i
     return 0.1 * s.h + torch.sigmoid(z.o + p.d * c) * c / n, {"c": c, "n": n, "m": m}

@@ -41,7 +41,7 @@ compiled, slow = [pytest.mark.compiled], [pytest.mark.slow]
 ALONE = dict(backend="triton-persistent")
 CASES = [  # each kind in one direction or in two
     *((SMALL, kind, dict(D=1 + n % 2, scale=scale), compiled) for n, kind in enumerate(KINDS) for scale in (1.0, 4.0)),
-    *((ONES, kind, dict(D=D, scale=scale), compiled) for kind, D in (("fp32", 2), ("bf16", 1)) for scale in (1.0, 4.0)),
+    *((ONES, kind, dict(D=D), compiled) for kind, D in (("fp32", 2), ("bf16", 1))),
     *((shape, kind, {}, slow) for shape in ((2, 3, 8, 1030), (200, 3, 4, 9)) for kind in ("tf32", "bf16")),
     *((shape, ("tf32", "bf16", "fp32")[n % 3], dict(D=1 + n % 2), []) for n, shape in enumerate(EDGES)),
     # A program that holds all units waits for none. In full float32 most layers are several, which exchange h.

@@ -62,15 +62,17 @@ def draw(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """A random problem. scale 4: most gates are saturated. reset_state: "stored" per step, or "shared" by all of them."""
+    """A random problem. scale 4: many gates are saturated. reset_state: "stored" per step, or "shared" by all of them."""
     generator = torch.Generator().manual_seed(seed)
     normal = normal_from(generator, dtype, device)
-    w = scale / math.sqrt(H)
+    w = 1 / math.sqrt(H)
     each = {"w_ih": (4 * H, I), "w_hh": (4 * H, H), **({"b_ih": (4 * H,), "b_hh": (4 * H,)} if bias else {})}
     inputs = {"x": normal(B, T, I).transpose(0, 1) if batch_major else normal(T, B, I)}
     inputs |= {"h0": normal(D, B, H), "c0": normal(D, B, H, size=scale)}
     for suffix in ("", "_reverse")[:D]:
-        inputs |= {name + suffix: normal(*shape, size=w) for name, shape in each.items()}
+        # Not the recurrent weights: these would make a layer chaotic, where errors follow from chance alone.
+        sizes = {name: w if name == "w_hh" else scale * w for name in each}
+        inputs |= {name + suffix: normal(*shape, size=sizes[name]) for name, shape in each.items()}
     shapes = {"y": (T, B, D * H), "h_n": (D, B, H), "c_n": (D, B, H), **({"c": (T, B, D * H)} if cells else {})}
     cotangents = tuple(normal(*shape) for shape in shapes.values())
     marks = torch.rand(T, B, generator=generator) < 0.3 if resets else None
