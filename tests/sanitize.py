@@ -60,7 +60,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
         yield case("layer", (3, 3, 5, 19), "triton-stepwise", dtype=dtype, **every)
     lstm = LSTM(5, 19, 2, dropout=0.5, backend="triton", device=device)
     yield "dropout, second derivatives", partial(_second_derivatives, lstm, torch.randn(3, 3, 5, device=device))
-    for other in (catalogue.slstm, catalogue.zoneout()):
+    for other in (catalogue.slstm, catalogue.zoneout()) if on_gpu else ():
         of_cell = segmented.Case(T=3, B=3, I=5, H=40, dtype=bfloat16, cell=other)
         drawn = segmented.draw(of_cell, device)
         yield f"layer of {other}", partial(segmented.results, of_cell, drawn, "triton")
