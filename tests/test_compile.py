@@ -194,4 +194,6 @@ def test_distributed_data_parallel(tmp_path, device):
         losses[1].backward()
         torch.testing.assert_close(tuple(p.grad for p in lstm.parameters()), expected)
     finally:
+        # Before the group: DistributedDataParallel would end it with the GIL held, for which a thread that it joins may wait.
+        parallel = losses = None
         torch.distributed.destroy_process_group()
