@@ -118,7 +118,8 @@ def _tile(source):
 
 
 def _steps(arch, everything):
-    """All; for an architecture with the instructions of another, each tile in one form; or half of them, one each.
+    """All; for an architecture with the instructions of another, each tile in one form. Of a sample every other tile, for one
+    architecture each.
 
     float16, the code of bfloat16 but for the type, is compiled once with all.
     """

@@ -115,8 +115,8 @@ typedef struct {
     char *message;
     i64 message_size, parameter_bytes;
     // Counted: instructions of warps, accesses to tensor memory without a thread-sync fence, operands of a wgmma in flight that are
-    // overwritten, and zeros moved to accumulators behind the wgmma.fence. PTX forbids all but the first; for the operands, ptxas
-    // sees it and waits for each such product.
+    // overwritten, and zeros moved to accumulators behind the wgmma.fence. PTX forbids the last three. ptxas waits for a product
+    // whose operands are overwritten, and of one whose accumulators are zeroed late makes a product without a sum.
     i64 steps, unfenced, serialized, late_zeros;
 } Launch;
 
